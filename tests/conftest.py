@@ -1,0 +1,27 @@
+"""Shared fixtures: no network, fixed seeds, optional real data."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from pathlib import Path
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder with the real catalogues, named by TGQ_SHARED_DATA or found beside the checkout; skips without it."""
+    folder = Path(os.environ.get("TGQ_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    if not (folder / "fashion" / "metadata.jsonl").exists():
+        pytest.skip(f"no real catalogues at {folder}")
+    return folder

@@ -1,0 +1,88 @@
+"""Typed errors: each says what was given, what was expected and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+__all__ = [
+    "ArgumentError",
+    "BackendError",
+    "CatalogError",
+    "CheckpointError",
+    "DependencyError",
+    "ImageError",
+    "NonFiniteError",
+    "PoolError",
+    "TGQError",
+]
+
+
+class TGQError(Exception):
+    """Base class of every error that tgq_fast raises on purpose."""
+
+
+class ArgumentError(TGQError, ValueError):
+    """A function argument is wrong.
+
+    Args:
+        argument: name of the argument.
+        given: the value (or its dtype / shape) that was passed.
+        expected: what the function accepts.
+        hint: what to do about it, optional.
+    """
+
+    def __init__(self, argument: str, given: object, expected: str, hint: str = "") -> None:
+        self.argument, self.given, self.expected, self.hint = argument, given, expected, hint
+        message = f"{argument}: got {given}, expected {expected}"
+        super().__init__(f"{message}. {hint}" if hint else message)
+
+
+class CatalogError(TGQError, ValueError):
+    """A catalogue cannot be read; `problems` lists `row N: …` lines."""
+
+    def __init__(self, path: str | Path, problems: Sequence[str], hint: str = "") -> None:
+        self.path, self.problems = str(path), tuple(problems)
+        shown = "\n  ".join(self.problems[:10])
+        more = f"\n  … and {len(self.problems) - 10} more" if len(self.problems) > 10 else ""
+        tail = f"\n{hint}" if hint else ""
+        super().__init__(f"catalogue {path}: {len(self.problems)} problem(s)\n  {shown}{more}{tail}")
+
+
+class ImageError(TGQError):
+    """One product picture cannot be used; carries the item id, the path and a reason code."""
+
+    def __init__(self, item_id: str, path: str | Path, reason: str, detail: str = "") -> None:
+        self.item_id, self.path, self.reason, self.detail = item_id, str(path), reason, detail
+        super().__init__(f"item {item_id}: image {path}: {reason}" + (f" ({detail})" if detail else ""))
+
+
+class CheckpointError(TGQError):
+    """A checkpoint or run directory is missing, corrupt, foreign or incompatible."""
+
+
+class PoolError(TGQError):
+    """An item pool is missing, corrupt, foreign, truncated or incompatible."""
+
+
+class NonFiniteError(TGQError, ValueError):
+    """NaN or infinity where finite numbers are required; `ids` names the rows (at most 20)."""
+
+    def __init__(self, what: str, ids: Sequence[object], count: int) -> None:
+        self.ids, self.count = tuple(ids), count
+        shown = ", ".join(str(i) for i in ids)
+        super().__init__(f"{what}: {count} row(s) hold NaN or infinity: {shown}")
+
+
+class DependencyError(TGQError, ImportError):
+    """An optional package is missing; the message says which extra installs it."""
+
+
+class BackendError(TGQError, RuntimeError):
+    """A forced backend cannot run; `reasons` maps each rejected backend to why."""
+
+    def __init__(self, op: str, backend: str, reasons: Mapping[str, Sequence[str]]) -> None:
+        self.op, self.backend = op, backend
+        self.reasons = {name: tuple(why) for name, why in reasons.items()}
+        lines = "; ".join(f"{name}: {', '.join(why)}" for name, why in self.reasons.items())
+        super().__init__(f"{op}: backend {backend!r} cannot run here ({lines})")

