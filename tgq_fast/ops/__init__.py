@@ -1,0 +1,28 @@
+"""Operators: the reference's functions with a choice of backend.
+
+Same names and signatures as :mod:`tgq_fast.reference`, plus `backend=None`. Which backend runs, and why, is told by
+:func:`explain`; :func:`use_backend` and the environment variable ``TGQ_BACKEND`` override the choice.
+"""
+
+from tgq_fast.ops.attention import hybrid_cross_attention
+from tgq_fast.ops.dispatch import BACKENDS, Decision, explain, use_backend
+from tgq_fast.ops.losses import info_nce, redundancy_loss
+from tgq_fast.ops.modulation import dual_gated_modulation
+from tgq_fast.ops.self_attention import stream_self_attention
+from tgq_fast.reference import AttentionStats, GateParameters, HybridAttentionOutput, ModulationOutput
+
+__all__ = [
+    "BACKENDS",
+    "AttentionStats",
+    "Decision",
+    "GateParameters",
+    "HybridAttentionOutput",
+    "ModulationOutput",
+    "dual_gated_modulation",
+    "explain",
+    "hybrid_cross_attention",
+    "info_nce",
+    "redundancy_loss",
+    "stream_self_attention",
+    "use_backend",
+]

@@ -1,0 +1,182 @@
+"""Hybrid-query cross-attention: both query streams over shared visual tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, scaled_dot_product_attention
+
+from tgq_fast.errors import ArgumentError
+from tgq_fast.ops.cost import form_cost
+from tgq_fast.ops.dispatch import Decision, choose, explainer, wants_grad
+from tgq_fast.reference.attention import AttentionStats, Form, HybridAttentionOutput
+
+__all__ = ["hybrid_cross_attention"]
+
+_OP = "hybrid_cross_attention"
+
+
+def hybrid_cross_attention(
+    anchored: Tensor,
+    exploratory: Tensor,
+    visual: Tensor,
+    q_weight: Tensor,
+    q_bias: Tensor | None,
+    k_weight: Tensor,
+    k_bias: Tensor | None,
+    v_weight: Tensor,
+    v_bias: Tensor | None,
+    *,
+    num_heads: int,
+    key_mask: Tensor | None = None,
+    key_group: Tensor | None = None,
+    return_stats: bool = False,
+    form: Form = "auto",
+    backend: str | None = None,
+) -> HybridAttentionOutput:
+    """Both query streams attend to the same visual tokens with shared projections.
+
+    Arguments and result are those of :func:`tgq_fast.reference.hybrid_cross_attention`; in addition:
+
+    Args:
+        form: "auto" (the cost model of :mod:`tgq_fast.ops.cost` decides), "projected" or "absorbed".
+        backend: "auto", "triton", "flash_attn" or "torch"; None: the one in force, see :mod:`tgq_fast.ops.dispatch`.
+
+    Raises:
+        ArgumentError: shapes that do not fit, or an unknown form or backend.
+        BackendError: a backend that was asked for by name cannot run this call.
+    """
+    decision = _decide(
+        anchored,
+        exploratory,
+        visual,
+        q_weight,
+        q_bias,
+        k_weight,
+        k_bias,
+        v_weight,
+        v_bias,
+        num_heads=num_heads,
+        key_mask=key_mask,
+        key_group=key_group,
+        return_stats=return_stats,
+        form=form,
+        backend=backend,
+    )
+    num_anchored, width = anchored.shape[1:]
+    head = width // num_heads
+    queries = torch.cat((anchored, exploratory), dim=1)  # [B, N, d]
+    q = linear(queries, q_weight, q_bias).unflatten(-1, (num_heads, head))  # [B, N, H, dh]
+    run = _absorbed if decision.form == "absorbed" else _projected
+    context, stats = run(q, visual, k_weight, v_weight, key_mask, key_group, return_stats)
+    if v_bias is not None:  # the weights of a row sum to one, or to zero when no key is visible
+        some = visual.shape[1] > 0 if key_mask is None else key_mask.any(dim=1)[:, None, None]
+        context = context + v_bias.to(context.dtype) * some
+    return HybridAttentionOutput(context[:, :num_anchored], context[:, num_anchored:], stats)
+
+
+def _check(anchored: Tensor, exploratory: Tensor, visual: Tensor, num_heads: int, form: str) -> None:
+    if anchored.ndim != 3 or exploratory.ndim != 3 or visual.ndim != 3:
+        shapes = tuple(map(tuple, (anchored.shape, exploratory.shape, visual.shape)))
+        raise ArgumentError("anchored, exploratory, visual", shapes, "three tensors [B, Na, d], [B, Ne, d], [B, L, dv]")
+    if anchored.shape[2] != exploratory.shape[2] or not (anchored.shape[0] == exploratory.shape[0] == visual.shape[0]):
+        shapes = tuple(map(tuple, (anchored.shape, exploratory.shape, visual.shape)))
+        raise ArgumentError("anchored, exploratory, visual", shapes, "one batch size, and one width for both streams")
+    if anchored.shape[2] % num_heads:
+        raise ArgumentError("num_heads", num_heads, f"a divisor of the model width {anchored.shape[2]}")
+    if form not in ("auto", "projected", "absorbed"):
+        raise ArgumentError("form", repr(form), "'auto', 'projected' or 'absorbed'")
+
+
+@explainer(_OP)
+def _decide(
+    anchored: Tensor,
+    exploratory: Tensor,
+    visual: Tensor,
+    q_weight: Tensor,
+    q_bias: Tensor | None,
+    k_weight: Tensor,
+    k_bias: Tensor | None,
+    v_weight: Tensor,
+    v_bias: Tensor | None,
+    *,
+    num_heads: int,
+    key_mask: Tensor | None = None,
+    key_group: Tensor | None = None,
+    return_stats: bool = False,
+    form: str = "auto",
+    backend: str | None = None,
+) -> Decision:
+    _check(anchored, exploratory, visual, num_heads, form)
+    notes: tuple[str, ...] = ("form asked for by the caller",)
+    if form == "auto":
+        cost = form_cost(
+            queries=anchored.shape[1] + exploratory.shape[1],
+            length=visual.shape[1],
+            visual_width=visual.shape[2],
+            width=anchored.shape[2],
+            num_heads=num_heads,
+            device=visual.device.type,
+            grad_queries=wants_grad(anchored, exploratory, q_weight),
+            grad_weights=wants_grad(k_weight, v_weight),
+            grad_visual=wants_grad(visual),
+        )
+        form = cost.best
+        notes = ("form by the cost model",) if torch.compiler.is_compiling() else (f"form by the cost model: {cost}",)
+    requested, chosen, rejected = choose(_OP, backend, {"torch": ()})
+    return Decision(_OP, requested, chosen, form, rejected, notes)
+
+
+def _projected(
+    q: Tensor, visual: Tensor, wk: Tensor, wv: Tensor, key_mask: Tensor | None, key_group: Tensor | None, stats: bool
+) -> tuple[Tensor, AttentionStats | None]:
+    """[B, N, H, dh] queries → [B, N, d] through projected keys and values."""
+    num_heads, head = q.shape[2:]
+    k = linear(visual, wk).unflatten(-1, (num_heads, head)).transpose(1, 2)  # [B, H, L, dh]
+    v = linear(visual, wv).unflatten(-1, (num_heads, head)).transpose(1, 2)
+    mask = None if key_mask is None else key_mask[:, None, None, :]
+    q = q.transpose(1, 2)
+    context = scaled_dot_product_attention(q, k, v, attn_mask=mask)  # [B, H, N, dh]
+    found = _statistics(q, k, head**-0.5, key_mask, key_group) if stats else None
+    return context.transpose(1, 2).flatten(2), found
+
+
+def _absorbed(
+    q: Tensor, visual: Tensor, wk: Tensor, wv: Tensor, key_mask: Tensor | None, key_group: Tensor | None, stats: bool
+) -> tuple[Tensor, AttentionStats | None]:
+    """[B, N, H, dh] queries → [B, N, d]; the raw tokens are keys and values of all H * N rows at once."""
+    batch, queries, num_heads, head = q.shape
+    rows, visual_width = queries * num_heads, visual.shape[2]
+    wk, wv = wk.unflatten(0, (num_heads, head)), wv.unflatten(0, (num_heads, head))  # [H, dh, dv]
+    flat = q.permute(2, 0, 1, 3).reshape(num_heads, batch * queries, head)
+    # Heads lead the rows: the layout of the batched product, so that one copy (not two) makes the rows contiguous.
+    absorbed = torch.bmm(flat, wk.to(flat.dtype)).view(num_heads, batch, queries, visual_width)  # q' = q_h Wk_h
+    absorbed = absorbed.transpose(0, 1).reshape(batch, rows, visual_width)[:, None]  # [B, 1, H * N, dv]
+    tokens = visual.to(absorbed.dtype)[:, None]
+    mask = None if key_mask is None else key_mask[:, None, None, :]
+    pooled = scaled_dot_product_attention(absorbed, tokens, tokens, attn_mask=mask, scale=head**-0.5)  # P X
+    pooled = pooled.view(batch, num_heads, queries, visual_width).transpose(0, 1)
+    pooled = pooled.reshape(num_heads, batch * queries, visual_width)
+    context = torch.bmm(pooled, wv.to(pooled.dtype).transpose(1, 2)).view(num_heads, batch, queries, head)
+    found = None
+    if stats:
+        found = _statistics(absorbed, tokens, head**-0.5, key_mask, key_group)
+        found = AttentionStats(*(None if s is None else s.view(batch, num_heads, queries) for s in found))
+    return context.permute(1, 2, 0, 3).reshape(batch, queries, num_heads * head), found
+
+
+@torch.no_grad()
+def _statistics(q: Tensor, k: Tensor, scale: float, key_mask: Tensor | None, key_group: Tensor | None) -> Any:
+    """Statistics of softmax(scale q kᵀ), [B, G, S, c] against [B, G, L, c] → [B, G, S] each, in at least fp32."""
+    scores = (q @ k.transpose(-1, -2)).to(torch.promote_types(q.dtype, torch.float32)) * scale
+    if key_mask is not None:
+        scores = scores.masked_fill(~key_mask[:, None, None, :], float("-inf"))
+    lse = torch.logsumexp(scores, dim=-1)
+    some = lse > float("-inf")
+    p = torch.exp(scores - torch.where(some, lse, 0.0)[..., None])
+    expected = torch.where(p > 0, p * scores, 0.0).sum(dim=-1)
+    entropy = torch.where(some, lse - expected, 0.0)
+    mass = None if key_group is None else torch.einsum("bgsl,bl->bgs", p, key_group.to(p.dtype))
+    return AttentionStats(lse, entropy, mass)

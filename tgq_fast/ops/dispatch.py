@@ -1,0 +1,163 @@
+"""Which backend runs an operator: request, rejection reasons, the decision and its explanation.
+
+Requests, strongest first: the operator's `backend=` argument, :func:`use_backend`, the environment variable
+``TGQ_BACKEND``, then "auto". A requested backend that cannot run is an error that lists every reason; "auto"
+takes the first backend that can and logs once per operator why an earlier one could not.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tgq_fast.errors import ArgumentError, BackendError
+
+__all__ = ["BACKENDS", "Decision", "choose", "explain", "explainer", "requested_backend", "use_backend"]
+
+logger = logging.getLogger("tgq_fast.ops")
+
+BACKENDS = ("auto", "triton", "flash_attn", "torch")
+ENVIRONMENT_VARIABLE = "TGQ_BACKEND"
+
+_override: str | None = None
+_logged: set[tuple[str, str]] = set()
+_explainers: dict[str, Callable[..., Decision]] = {}
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What runs and why.
+
+    Attributes:
+        op: name of the operator.
+        requested: the backend asked for ("auto" unless argument, context or environment says otherwise).
+        backend: the backend that runs.
+        form: algebraic form, where the operator has several ("projected" or "absorbed").
+        rejected: backend → why it cannot run here.
+        notes: how the form was chosen and other facts worth knowing.
+    """
+
+    op: str
+    requested: str
+    backend: str
+    form: str | None = None
+    rejected: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        head = f"{self.op}: {self.backend}" + (f" ({self.form} form)" if self.form else "")
+        lines = [f"{head}, requested {self.requested}"]
+        lines += [f"  not {name}: {'; '.join(why)}" for name, why in self.rejected.items()]
+        lines += [f"  {note}" for note in self.notes]
+        return "\n".join(lines)
+
+
+def _checked(name: str, argument: str) -> str:
+    if name not in BACKENDS:
+        raise ArgumentError(argument, repr(name), "one of " + ", ".join(map(repr, BACKENDS)))
+    return name
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run every operator of the block on one backend; process-wide, like the flags of ``torch.backends``.
+
+    Args:
+        name: "auto", "triton", "flash_attn" or "torch".
+
+    Raises:
+        ArgumentError: an unknown name.
+        BackendError: raised by an operator inside the block that the backend cannot run.
+    """
+    global _override
+    previous, _override = _override, _checked(name, "name")
+    try:
+        yield
+    finally:
+        _override = previous
+
+
+def requested_backend(argument: str | None) -> str:
+    """The backend in force for a call with this `backend=` argument."""
+    if argument is not None:
+        return _checked(argument, "backend")
+    if _override is not None:
+        return _override
+    return _checked(os.environ.get(ENVIRONMENT_VARIABLE) or "auto", ENVIRONMENT_VARIABLE)
+
+
+def choose(
+    op: str, argument: str | None, candidates: Mapping[str, Sequence[str]]
+) -> tuple[str, str, dict[str, Sequence[str]]]:
+    """Pick a backend.
+
+    Args:
+        op: operator name, for messages.
+        argument: the call's `backend=`.
+        candidates: backend → reasons why it cannot run (empty: it can), in the order "auto" prefers. The last
+            one must always be able to run.
+
+    Returns:
+        requested name, chosen name, rejected backends with their reasons.
+
+    Raises:
+        BackendError: a backend was asked for by name and cannot run.
+    """
+    requested = requested_backend(argument)
+    rejected = {name: why for name, why in candidates.items() if why}
+    if requested != "auto":
+        reasons = candidates.get(requested, ("this operator has no such backend",))
+        if reasons:
+            raise BackendError(op, requested, {requested: reasons})
+        return requested, requested, rejected
+    chosen = next(name for name, why in candidates.items() if not why)
+    for name in candidates:
+        if name == chosen:
+            break
+        _log_once(op, f"{op}: {name} not used: {'; '.join(candidates[name])}; running {chosen}")
+    return requested, chosen, rejected
+
+
+def _log_once(op: str, message: str) -> None:
+    if torch.compiler.is_compiling() or (op, message) in _logged:
+        return
+    _logged.add((op, message))
+    logger.info(message)
+
+
+def wants_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd will ask for a gradient of any of these."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def explainer(op: str) -> Callable[[Callable[..., Decision]], Callable[..., Decision]]:
+    """Register the function that decides for operator `op`; it takes the operator's own arguments."""
+
+    def register(function: Callable[..., Decision]) -> Callable[..., Decision]:
+        _explainers[op] = function
+        return function
+
+    return register
+
+
+def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Decision:
+    """Which backend and form a call would run, and why; nothing is computed.
+
+    Args:
+        op: the operator or its name; `args` and `kwargs` are the operator's.
+
+    Raises:
+        ArgumentError: not an operator of this package.
+        BackendError: the requested backend cannot run this call.
+    """
+    name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
+    if name not in _explainers:
+        raise ArgumentError("op", name, "one of " + ", ".join(sorted(_explainers)))
+    return _explainers[name](*args, **kwargs)
