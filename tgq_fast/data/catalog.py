@@ -1,0 +1,273 @@
+"""The catalogue: a folder in the Hugging Face imagefolder convention, read into typed rows and checked."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tgq_fast.data.items import COLUMNS, KNOWN_KEYS, Item, RowError, parse_item
+from tgq_fast.data.pairs import (
+    MAX_TARGETS,
+    SPLITS,
+    UNSPLIT,
+    Pairs,
+    PairSet,
+    components,
+    group_pairs,
+    make_pairs,
+    read_pairs,
+    split_code,
+    split_of_components,
+)
+from tgq_fast.data.rows import SUFFIXES, read_rows
+from tgq_fast.data.validation import ValidationReport
+from tgq_fast.errors import ArgumentError, CatalogError
+
+__all__ = ["Catalog", "Policy", "stream_items"]
+
+Policy = Literal["raise", "skip"]
+
+
+def find_table(folder: Path, stem: str) -> Path | None:
+    """`<folder>/<stem>.jsonl|csv|parquet`; None if there is none, CatalogError if there are several."""
+    found = [path for suffix in SUFFIXES if (path := folder / f"{stem}{suffix}").is_file()]
+    if len(found) > 1:
+        raise CatalogError(folder, [f"several {stem} files: {', '.join(p.name for p in found)}"], "Keep one of them.")
+    return found[0] if found else None
+
+
+def metadata_file(path: str | Path) -> Path:
+    """The metadata file that `path` (a catalogue folder or the file itself) means; CatalogError if there is none."""
+    path = Path(path)
+    if path.is_dir():
+        found = find_table(path, "metadata")
+        if found is None:
+            names = ", ".join(f"metadata{suffix}" for suffix in SUFFIXES)
+            raise CatalogError(path, [f"no {names} in the folder"], "`tgq-fast import` converts public data sets.")
+        return found
+    if not path.is_file():
+        raise CatalogError(path, ["no such file or folder"])
+    return path
+
+
+def stream_items(path: str | Path, report: ValidationReport) -> Iterator[Item]:
+    """Read a metadata file row by row; refused rows and warnings go to `report`. Memory holds the ids seen, not the rows."""
+    first_row: dict[str, int] = {}
+    unknown: Counter[str] = Counter()
+    for number, raw in read_rows(Path(path), required=("id", "file_name")):
+        report.rows += 1
+        if isinstance(raw, RowError):
+            report.reject("metadata", number, None, raw.messages)
+            continue
+        try:
+            item, notes = parse_item(raw, number)
+        except RowError as error:
+            given = raw.get("id")
+            report.reject("metadata", number, str(given)[:80] if isinstance(given, (str, float)) else None, error.messages)
+            continue
+        seen = first_row.setdefault(item.id, number)
+        if seen != number:
+            report.reject("metadata", number, item.id, [f"id {item.id!r} was already used in row {seen}"])
+            continue
+        for note in notes:
+            report.warn(f"row {number}: {note}")
+        unknown.update(raw.keys() - KNOWN_KEYS)
+        report.items += 1
+        yield item
+    extra = sorted(str(name) for name in unknown if not str(name).startswith("attributes."))
+    if extra:
+        report.warn(f"column(s) {', '.join(extra[:20])} are not part of the schema and are ignored")
+
+
+@dataclass(frozen=True, eq=False)
+class Catalog:
+    """Items, pairs and what validation found.
+
+    Attributes:
+        root: folder that `file_name` is relative to.
+        items: every usable row, in file order; an item's position is its index everywhere else.
+        pairs: the pairs file, or None when there is none.
+        report: what was refused, altered or is missing.
+    """
+
+    root: Path
+    items: tuple[Item, ...]
+    pairs: Pairs | None
+    report: ValidationReport
+    _index: dict[str, int] = field(repr=False, default_factory=dict)
+    _cache: dict[str, NDArray[np.int64] | NDArray[np.int8]] = field(repr=False, default_factory=dict)
+
+    @classmethod
+    def load(cls, path: str | Path, *, policy: Policy = "raise") -> Catalog:
+        """Read and check a catalogue.
+
+        Args:
+            path: folder with metadata.jsonl|csv|parquet and optional pairs.jsonl|csv|parquet, or the metadata file.
+            policy: "raise" refuses a catalogue with any problem row; "skip" leaves those rows out and reports them.
+
+        Raises:
+            CatalogError: nothing usable, or problems under policy "raise"; lists them with row numbers.
+        """
+        if policy not in ("raise", "skip"):
+            raise ArgumentError("policy", repr(policy), "'raise' or 'skip'")
+        metadata = metadata_file(path)
+        report = ValidationReport(str(metadata))
+        items = list(stream_items(metadata, report))
+        index = {item.id: i for i, item in enumerate(items)}
+        pairs_file = find_table(metadata.parent, "pairs")
+        pairs = None
+        if pairs_file is not None:
+            rejected = frozenset(r.id for r in report.rejected if r.id is not None and r.id not in index)
+            pairs = _load_pairs(pairs_file, index, rejected, report)
+        if report.problem_count and policy == "raise":
+            hint = "Mend the rows, or load with policy 'skip' to leave them out."
+            raise CatalogError(metadata, report.problems, hint)
+        if not items:
+            raise CatalogError(metadata, report.problems or ["no rows"])
+        catalog = cls(metadata.parent, tuple(items), pairs, report, index)
+        catalog._count()
+        return catalog
+
+    @classmethod
+    def from_items(cls, items: Sequence[Item], *, root: str | Path = ".") -> Catalog:
+        """A catalogue of items in memory (no pairs file); CatalogError for duplicate ids."""
+        report = ValidationReport("<memory>", rows=len(items), items=len(items))
+        index = {item.id: i for i, item in enumerate(items)}
+        if len(index) != len(items):
+            twice = [item_id for item_id, count in Counter(item.id for item in items).items() if count > 1]
+            raise CatalogError("<memory>", [f"id {item_id!r} appears more than once" for item_id in twice])
+        catalog = cls(Path(root), tuple(items), None, report, index)
+        catalog._count()
+        return catalog
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __contains__(self, item_id: object) -> bool:
+        return item_id in self._index
+
+    @property
+    def ids(self) -> list[str]:
+        """Item ids in index order."""
+        return [item.id for item in self.items]
+
+    def index(self, item_id: str) -> int:
+        """Position of an item; ArgumentError if there is no such id."""
+        try:
+            return self._index[item_id]
+        except KeyError:
+            raise ArgumentError("item_id", repr(item_id), f"an id of the {len(self.items)} items in {self.root}") from None
+
+    def image_path(self, item: Item) -> Path:
+        """Where the item's picture lies; ArgumentError for an item without one."""
+        if item.file_name is None:
+            raise ArgumentError("item", repr(item.id), "an item with a file_name")
+        return self.root / item.file_name
+
+    def field_names(self) -> list[str]:
+        """Metadata fields that at least one item has: columns first, then attributes by name."""
+        names = [name for name in COLUMNS if any(item.field(name) is not None for item in self.items)]
+        attributes = {name for item in self.items for name in item.attributes} - set(COLUMNS)
+        return names + sorted(attributes)
+
+    def components(self) -> NDArray[np.int64]:
+        """[n] int64 connected component of each item over group ids and pairs; an item with neither is alone."""
+        if "components" not in self._cache:
+            none = np.empty(0, np.int64)
+            query, target = (none, none) if self.pairs is None else (self.pairs.query, self.pairs.target)
+            self._cache["components"] = components(len(self.items), [i.group_id for i in self.items], query, target)
+        return self._cache["components"].astype(np.int64, copy=True)
+
+    def split_pairs(self, split: str) -> PairSet:
+        """Positive pairs of "train", "validation" or "test".
+
+        Without a pairs file every ordered pair of a group counts (large groups: the next 32 members). Pairs that name no
+        split fall 80/10/10 by a hash of their component, so that no item is in two splits.
+        """
+        code = split_code(split)
+        pairs = self._all_pairs()
+        return pairs.select(pairs.split == code)
+
+    def digest(self) -> str:
+        """sha256 of the rows and pairs in canonical form; independent of the file format, not of the order."""
+        state = hashlib.sha256()
+        for item in self.items:
+            state.update(json.dumps(item.to_dict(), sort_keys=True, ensure_ascii=True).encode() + b"\n")
+        if self.pairs is not None:
+            for name in ("query", "target", "split", "weight"):
+                array = getattr(self.pairs, name)
+                state.update(np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<")).tobytes())
+        return state.hexdigest()
+
+    def _all_pairs(self) -> Pairs:
+        if self.pairs is not None:
+            pairs = self.pairs
+        else:
+            query, target = group_pairs([item.group_id for item in self.items])
+            pairs = Pairs(query, target, np.ones(len(query), np.float32), np.full(len(query), UNSPLIT, np.int8))
+        if not (pairs.split == UNSPLIT).any():
+            return pairs
+        if "splits" not in self._cache:
+            self._cache["splits"] = split_of_components(self.components(), self.ids)
+        split = np.where(pairs.split == UNSPLIT, self._cache["splits"][pairs.query], pairs.split).astype(np.int8)
+        return Pairs(pairs.query, pairs.target, pairs.weight, split)
+
+    def _count(self) -> None:
+        """Fill the report's counts: missing fields, splits, leakage."""
+        report, n = self.report, len(self.items)
+        present: Counter[str] = Counter(name for item in self.items for name in item.attributes)
+        for name in ("file_name", "group_id", *COLUMNS):
+            present[name] = sum(getattr(item, name) is not None for item in self.items)
+        report.missing = {name: n - count for name, count in sorted(present.items())}
+        pairs = self._all_pairs()
+        report.pairs = len(pairs)
+        in_split = np.zeros((len(SPLITS), n), bool)
+        for code, name in enumerate(SPLITS):
+            chosen = pairs.select(pairs.split == code)
+            in_split[code, chosen.query] = in_split[code, chosen.target] = True
+            queries = len(np.unique(chosen.query))
+            report.splits[name] = {"pairs": len(chosen), "queries": queries, "items": int(in_split[code].sum())}
+        items = int((in_split.sum(0) > 1).sum())
+        seen: dict[str, set[int]] = {}
+        for code, i in zip(*np.nonzero(in_split), strict=True):
+            group = self.items[i].group_id
+            if group is not None:
+                seen.setdefault(group, set()).add(int(code))
+        groups = sum(len(codes) > 1 for codes in seen.values())
+        report.leakage = {"items_in_several_splits": items, "groups_in_several_splits": groups}
+        if items:
+            report.warn(f"{items} item(s) occur in pairs of several splits: test figures will be too good")
+        if groups:
+            report.warn(f"{groups} group(s) have items in several splits: test products are seen in training")
+        if self.pairs is None:
+            sizes = Counter(item.group_id for item in self.items if item.group_id is not None)
+            for group, size in sizes.items():
+                if size > MAX_TARGETS + 1:
+                    report.warn(f"group {group!r} has {size} items: each query pairs with the next {MAX_TARGETS} only")
+
+
+def _load_pairs(path: Path, index: dict[str, int], rejected: frozenset[str], report: ValidationReport) -> Pairs:
+    rows: dict[tuple[int, int, int], tuple[int, int, float, int]] = {}
+    repeated = dropped = 0
+    for number, row in read_pairs(path, index, rejected):
+        if isinstance(row, RowError):
+            report.reject("pairs", number, None, row.messages)
+        elif row is None:
+            dropped += 1
+        else:
+            key = (row[0], row[1], row[3])
+            repeated += key in rows
+            rows.setdefault(key, row)
+    if repeated:
+        report.warn(f"{repeated} pair(s) repeat an earlier one and were left out")
+    if dropped:
+        report.warn(f"{dropped} pair(s) name an item whose row was refused and were left out")
+    return make_pairs(list(rows.values()))

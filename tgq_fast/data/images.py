@@ -1,0 +1,203 @@
+"""Loading product pictures: every way a file can be bad ends in a typed `ImageError`, every good one in RGB."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from tgq_fast.data.catalog import Catalog
+from tgq_fast.data.items import Item
+from tgq_fast.data.rejects import RejectLog
+from tgq_fast.errors import ImageError
+
+__all__ = ["REASONS", "ImageLimits", "load_image", "validate_images"]
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "MPO", "PPM", "AVIF")
+"""Formats that are decoded. Others (PSD, EPS, ICNS …) widen the attack surface and are no product pictures."""
+
+REASONS = (
+    "no_file_name",
+    "missing",
+    "unreadable",
+    "too_large",
+    "too_small",
+    "animated",
+    "unsupported",
+    "wrong_name",
+    "truncated",
+    "corrupt",
+)
+"""Reason codes of `ImageError`."""
+
+_SUFFIXES = {
+    "JPEG": (".jpg", ".jpeg", ".jfif", ".jpe"),
+    "MPO": (".jpg", ".jpeg", ".mpo"),
+    "PNG": (".png",),
+    "WEBP": (".webp",),
+    "GIF": (".gif",),
+    "BMP": (".bmp",),
+    "TIFF": (".tif", ".tiff"),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
+    "AVIF": (".avif",),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ImageLimits:
+    """What a picture may be.
+
+    Attributes:
+        max_pixels: width × height above which a file is refused before it is decoded (decompression bombs).
+        max_bytes: file size above which it is refused unread.
+        min_side: shorter side in pixels below which there is nothing to see.
+        animated: "error", or "first_frame" to use the first frame.
+        wrong_name: "accept" decodes by content whatever the suffix says, "error" refuses a suffix that contradicts it.
+    """
+
+    max_pixels: int = 64_000_000
+    max_bytes: int = 128 << 20
+    min_side: int = 8
+    animated: Literal["error", "first_frame"] = "error"
+    wrong_name: Literal["accept", "error"] = "accept"
+
+
+def load_image(path: str | Path, item_id: str, *, limits: ImageLimits = ImageLimits()) -> Image.Image:  # noqa: B008
+    """Decode one picture to RGB.
+
+    The format is told by content. EXIF orientation is applied; transparency is laid on white; CMYK, palette, greyscale,
+    16-bit and float pictures are converted (16 bits by their high byte).
+
+    Args:
+        path: the file.
+        item_id: item to name in errors.
+        limits: sizes and policies.
+
+    Returns:
+        an RGB picture that no longer needs the file.
+
+    Raises:
+        ImageError: with a reason of `REASONS`.
+    """
+
+    def refuse(reason: str, detail: str = "") -> ImageError:
+        return ImageError(item_id, path, reason, detail[:200])
+
+    try:
+        status = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        raise refuse("missing") from None
+    except (OSError, ValueError) as error:
+        raise refuse("unreadable", str(error)) from error
+    if not stat.S_ISREG(status.st_mode):  # opening a FIFO or a device would hang
+        raise refuse("unreadable", "not a regular file")
+    if status.st_size > limits.max_bytes:
+        raise refuse("too_large", f"{status.st_size} bytes, at most {limits.max_bytes}")
+    if status.st_size == 0:
+        raise refuse("truncated", "the file is empty")
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            _check_header(image, path, limits, refuse)
+            return _to_rgb(image)
+    except ImageError:
+        raise
+    except UnidentifiedImageError as error:
+        raise refuse("unsupported", "the content is none of " + ", ".join(FORMATS)) from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning, MemoryError) as error:
+        raise refuse("too_large", str(error)) from error
+    except PermissionError as error:
+        raise refuse("unreadable", str(error)) from error
+    except Exception as error:  # decoders raise nearly anything on hostile bytes
+        text = f"{type(error).__name__}: {error}"
+        short = isinstance(error, EOFError) or any(w in text.lower() for w in ("truncated", "unexpected end", "eof"))
+        raise refuse("truncated" if short else "corrupt", text) from error
+
+
+def _check_header(image: Image.Image, path: str | Path, limits: ImageLimits, refuse: Callable[..., ImageError]) -> None:
+    width, height = image.size
+    if width * height > limits.max_pixels:
+        raise refuse("too_large", f"{width}x{height} pixels, at most {limits.max_pixels} in all")
+    if min(width, height) < limits.min_side:
+        raise refuse("too_small", f"{width}x{height} pixels, at least {limits.min_side} on each side")
+    # MPO is a still photograph with a preview or a second eye behind it.
+    if limits.animated == "error" and image.format != "MPO" and getattr(image, "is_animated", False):
+        raise refuse("animated", f"{getattr(image, 'n_frames', 0)} frames; ImageLimits(animated='first_frame') takes one")
+    suffix = Path(path).suffix.lower()
+    if limits.wrong_name == "error" and suffix not in _SUFFIXES.get(image.format or "", (suffix,)):
+        raise refuse("wrong_name", f"the content is {image.format}")
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    image.load()
+    try:
+        upright = ImageOps.exif_transpose(image)
+    except Exception:  # a broken EXIF block is no reason to lose the picture
+        upright = image
+    image = upright if upright is not None else image
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image.copy()
+    if image.mode.startswith("I") or image.mode == "F":
+        return _from_wide(np.asarray(image, dtype=np.float64))
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        ground = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return Image.alpha_composite(ground, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _from_wide(values: np.ndarray) -> Image.Image:
+    """Greyscale of 16-bit, 32-bit or float samples: the range they use decides between 0–1, 0–255 and 0–65535."""
+    values = np.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
+    top = float(values.max())
+    scale = 255.0 if 0 < top <= 1 and not np.array_equal(values, np.round(values)) else 1.0
+    if top > 255:
+        scale = 255.0 / 65535.0 if top <= 65535 else 255.0 / top
+    grey = np.clip(np.round(values * scale), 0, 255).astype(np.uint8)
+    return Image.fromarray(grey).convert("RGB")
+
+
+def validate_images(
+    catalog: Catalog,
+    *,
+    limits: ImageLimits = ImageLimits(),  # noqa: B008
+    reject_log: RejectLog | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+    workers: int = 1,
+) -> Iterator[ImageError]:
+    """Decode every picture of a catalogue and yield what is wrong, in catalogue order.
+
+    Args:
+        catalog: items without a file_name are skipped: they are text-only on purpose.
+        limits: as in `load_image`.
+        reject_log: also write every problem there.
+        on_progress: called with (items done, items in all) after each item.
+        workers: decoding threads.
+    """
+
+    def check(item: Item) -> ImageError | None:
+        if item.file_name is None:
+            return None
+        try:
+            load_image(catalog.image_path(item), item.id, limits=limits)
+        except ImageError as error:
+            return error
+        return None
+
+    total = len(catalog.items)
+    with ThreadPoolExecutor(max(1, workers)) as executor:
+        for start in range(0, total, 256):  # in slices: a pool would queue a whole large catalogue at once
+            chunk = catalog.items[start : start + 256]
+            for offset, (item, problem) in enumerate(zip(chunk, executor.map(check, chunk), strict=True)):
+                if problem is not None:
+                    if reject_log is not None:
+                        reject_log.add(item.id, item.row, problem.path, problem.reason, str(problem))
+                    yield problem
+                if on_progress is not None:
+                    on_progress(start + offset + 1, total)

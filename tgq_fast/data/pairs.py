@@ -1,0 +1,227 @@
+"""Positive pairs: the pairs file, pairs implied by group ids, connected components and the split by component."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tgq_fast.data.items import RowError
+from tgq_fast.data.rows import read_rows
+from tgq_fast.errors import ArgumentError
+
+__all__ = ["SPLITS", "PairSet", "Pairs", "components", "group_pairs", "read_pairs", "split_of_components"]
+
+SPLITS = ("train", "validation", "test")
+_ALIASES = {"val": "validation", "valid": "validation", "dev": "validation"}
+UNSPLIT = -1
+MAX_TARGETS = 32
+"""A group of more than this many items gives each query its next 32 members, so that one huge group stays linear."""
+
+
+@dataclass(frozen=True)
+class PairSet:
+    """Pairs of one split.
+
+    Attributes:
+        query, target: [P] int64 item indices.
+        weight: [P] float32.
+    """
+
+    query: NDArray[np.int64]
+    target: NDArray[np.int64]
+    weight: NDArray[np.float32]
+
+    def __len__(self) -> int:
+        return len(self.query)
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Every pair of the pairs file.
+
+    Attributes:
+        query, target: [P] int64 item indices.
+        weight: [P] float32.
+        split: [P] int8, index into `SPLITS`, or -1 where the file names no split.
+    """
+
+    query: NDArray[np.int64]
+    target: NDArray[np.int64]
+    weight: NDArray[np.float32]
+    split: NDArray[np.int8]
+
+    def __len__(self) -> int:
+        return len(self.query)
+
+    def select(self, chosen: NDArray[np.bool_]) -> PairSet:
+        """Pairs where `chosen` [P] is True, in file order."""
+        return PairSet(self.query[chosen], self.target[chosen], self.weight[chosen])
+
+
+def make_pairs(rows: Sequence[tuple[int, int, float, int]]) -> Pairs:
+    """Pairs from (query, target, weight, split code) rows."""
+    query, target, weight, split = zip(*rows, strict=True) if rows else ((), (), (), ())
+    return Pairs(
+        np.asarray(query, np.int64),
+        np.asarray(target, np.int64),
+        np.asarray(weight, np.float32),
+        np.asarray(split, np.int8),
+    )
+
+
+def read_pairs(
+    path: Path, index: Mapping[str, int], rejected: frozenset[str] = frozenset()
+) -> Iterator[tuple[int, tuple[int, int, float, int] | RowError | None]]:
+    """Stream a pairs file: (row number, (query, target, weight, split code)), an error, or None.
+
+    None stands for a pair that names an item whose own row was refused: it goes with the item and is no second problem.
+    """
+    for number, raw in read_rows(path, required=("query", "target")):
+        if isinstance(raw, RowError):
+            yield number, raw
+            continue
+        try:
+            yield number, _parse_pair(raw, index, rejected)
+        except RowError as error:
+            yield number, error
+
+
+def _parse_pair(
+    raw: Mapping[str, Any], index: Mapping[str, int], rejected: frozenset[str]
+) -> tuple[int, int, float, int] | None:
+    problems: list[str] = []
+    ends: list[int] = []
+    dropped = False
+    for name in ("query", "target"):
+        value = raw.get(name)
+        if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 10**18:
+            value = str(value)
+        if not isinstance(value, str) or not value.strip():
+            problems.append(f"{name} is {str(value)[:40]!r}, expected an item id")
+            continue
+        found = index.get(value)
+        if found is None:
+            found = index.get(_normal(value))
+        if found is not None:
+            ends.append(found)
+        elif _normal(value) in rejected:
+            dropped = True
+        else:
+            problems.append(f"{name} {value[:80]!r} is not an item of the catalogue")
+    if len(ends) == 2 and ends[0] == ends[1]:
+        problems.append(f"query and target are the same item {raw['query']!r}")
+    split = _parse_split(raw.get("split"), problems)
+    weight = _parse_weight(raw.get("weight"), problems)
+    if problems:
+        raise RowError(problems)
+    return None if dropped else (ends[0], ends[1], weight, split)
+
+
+def _normal(identifier: str) -> str:
+    import unicodedata
+
+    return unicodedata.normalize("NFC", identifier.strip())
+
+
+def _parse_split(value: object, problems: list[str]) -> int:
+    if value is None or value == "":
+        return UNSPLIT
+    name = value.strip().lower() if isinstance(value, str) else value
+    name = _ALIASES.get(name, name) if isinstance(name, str) else name
+    if name not in SPLITS:
+        problems.append(f"split is {str(value)[:40]!r}, expected one of {', '.join(SPLITS)}")
+        return UNSPLIT
+    return SPLITS.index(str(name))
+
+
+def _parse_weight(value: object, problems: list[str]) -> float:
+    if value is None or value == "":
+        return 1.0
+    try:
+        if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+            raise TypeError
+        weight = float(value)
+        if not (math.isfinite(weight) and 0 < weight <= 1e30):
+            raise ValueError
+    except (TypeError, ValueError, OverflowError):
+        problems.append(f"weight is {str(value)[:40]!r}, expected a finite number above 0")
+        return 1.0
+    return weight
+
+
+def components(n: int, groups: Sequence[str | None], query: NDArray[np.int64], target: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Connected components of n items over shared group ids and pairs.
+
+    Returns:
+        [n] int64 labels, numbered by first appearance; an item with neither group nor pair is alone.
+    """
+    parent = list(range(n))
+
+    def root(i: int) -> int:
+        while parent[i] != i:
+            parent[i] = parent[parent[i]]
+            i = parent[i]
+        return i
+
+    def join(i: int, j: int) -> None:
+        i, j = root(i), root(j)
+        if i != j:  # the smaller index stays root, so that a root is its component's first item
+            parent[max(i, j)] = min(i, j)
+
+    first: dict[str, int] = {}
+    for i, group in enumerate(groups):
+        if group is not None:
+            join(i, first.setdefault(group, i))
+    for i, j in zip(query.tolist(), target.tolist(), strict=True):
+        join(i, j)
+    labels: dict[int, int] = {}
+    return np.fromiter((labels.setdefault(root(i), len(labels)) for i in range(n)), np.int64, n)
+
+
+def group_pairs(groups: Sequence[str | None]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Ordered pairs of the items that share a group id: (query [P], target [P])."""
+    members: dict[str, list[int]] = {}
+    for i, group in enumerate(groups):
+        if group is not None:
+            members.setdefault(group, []).append(i)
+    query: list[int] = []
+    target: list[int] = []
+    for indices in members.values():
+        size = len(indices)
+        for position, item in enumerate(indices):
+            others = [indices[(position + step) % size] for step in range(1, min(size - 1, MAX_TARGETS) + 1)]
+            query.extend([item] * len(others))
+            target.extend(others)
+    return np.asarray(query, np.int64), np.asarray(target, np.int64)
+
+
+def split_of_components(labels: NDArray[np.int64], ids: Sequence[str]) -> NDArray[np.int8]:
+    """[n] int8 split code of each item: 80/10/10 by a hash of its component's smallest id.
+
+    The hash, not a shuffle, so that adding products never moves an untouched component to another split.
+    """
+    smallest: dict[int, str] = {}
+    for label, item_id in zip(labels.tolist(), ids, strict=True):
+        if label not in smallest or item_id < smallest[label]:
+            smallest[label] = item_id
+
+    def code(item_id: str) -> int:
+        share = int.from_bytes(hashlib.sha256(item_id.encode()).digest()[:8], "big") / 2.0**64
+        return 0 if share < 0.8 else 1 if share < 0.9 else 2
+
+    codes = {label: code(item_id) for label, item_id in smallest.items()}
+    return np.fromiter((codes[label] for label in labels.tolist()), np.int8, len(labels))
+
+
+def split_code(split: str) -> int:
+    """Index of a split name in `SPLITS`; ArgumentError for any other name."""
+    if split not in SPLITS:
+        raise ArgumentError("split", repr(split), "one of " + ", ".join(map(repr, SPLITS)))
+    return SPLITS.index(split)
