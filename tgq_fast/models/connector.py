@@ -1,0 +1,273 @@
+"""The hybrid-query connector (HQC) with dual-gated vector modulation (DGVM), and the choice of a connector by name."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tgq_fast import ops, reference
+from tgq_fast.errors import ArgumentError
+from tgq_fast.models.baselines import MLPProjector, QFormerConnector, TextOnlyConnector
+from tgq_fast.models.configuration import TGQFormerConfig
+from tgq_fast.models.embeddings import (
+    AlignmentHead,
+    MetadataCompression,
+    MetadataEmbeddings,
+    RunningStandardiser,
+    prepare_features,
+)
+from tgq_fast.models.layers import QueryEncoder, StreamLayout, initialise_connector_module
+from tgq_fast.models.outputs import ConnectorOutput, FrozenFeatures
+from tgq_fast.reference import GateParameters, ModulationOutput
+
+__all__ = [
+    "DualGatedModulation",
+    "TGQFormerConnector",
+    "build_connector",
+    "count_parameters",
+    "match_budget",
+]
+
+
+class GateMLP(nn.Module):
+    """Bottleneck MLP of one gate; the last layer starts at zero, so the gate starts at the exact identity."""
+
+    def __init__(self, in_width: int, bottleneck: int, out_width: int) -> None:
+        super().__init__()
+        self.down = nn.Linear(in_width, bottleneck)
+        self.up = nn.Linear(bottleneck, out_width)
+
+    def initialise(self, std: float) -> None:
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def parameters_of_op(self) -> GateParameters:
+        return GateParameters(self.down.weight, self.down.bias, self.up.weight, self.up.bias)
+
+
+class DualGatedModulation(nn.Module):
+    """Scales every channel of each stream by 1 + α·gate, see :func:`tgq_fast.reference.dual_gated_modulation`.
+
+    Without queries of a stream (an ablation) its gate has no parameters.
+
+    Source: what each gate sees and the residual form, TGQ-Former's public digest; bottleneck, zero-initialised last
+    layer (as in AdaLN-zero) and scalar gates, ours.
+    """
+
+    def __init__(self, config: TGQFormerConfig) -> None:
+        super().__init__()
+        d, dg = config.hidden_size, config.global_width
+        self.alpha = config.gate_alpha
+        self.out_width = d if config.gate == "vector" else 1
+        self.in_widths = (2 + dg + 2 * d, dg + d)
+        counts = (config.num_anchored_queries, config.num_exploratory_queries)
+        self.anchored, self.exploratory = (
+            GateMLP(width, config.gate_bottleneck, self.out_width) if count else None
+            for width, count in zip(self.in_widths, counts, strict=True)
+        )
+
+    def forward(
+        self, anchored: Tensor, exploratory: Tensor, agreement: Tensor, has_metadata: Tensor, global_image: Tensor
+    ) -> ModulationOutput:
+        """[B, Na, d], [B, Ne, d], [B], [B], [B, dg] → both streams and both gates [B, d] or [B, 1]."""
+        gates = (self.anchored, self.exploratory)
+        parameters = [
+            gate.parameters_of_op() if gate is not None else self._no_gate(width, anchored)
+            for gate, width in zip(gates, self.in_widths, strict=True)
+        ]
+        # The fused operators want both streams; a single stream is an ablation and takes the definition.
+        modulate = reference.dual_gated_modulation if None in gates else ops.dual_gated_modulation
+        return modulate(
+            anchored, exploratory, agreement, has_metadata, global_image, parameters[0], parameters[1], alpha=self.alpha
+        )
+
+    def _no_gate(self, width: int, like: Tensor) -> GateParameters:
+        return GateParameters(
+            like.new_zeros(1, width),
+            like.new_zeros(1),
+            like.new_zeros(self.out_width, 1),
+            like.new_zeros(self.out_width),
+        )
+
+
+class TGQFormerConnector(nn.Module):
+    """Hybrid queries over frozen visual tokens, guided by metadata, modulated by two gates.
+
+    Metadata tokens are compressed to Na anchored queries; Ne exploratory queries are learned. Both pass the same
+    layers, attend to the same visual tokens, and in `block` mode never see each other: the exploratory stream before
+    the gates is then bit-identical whatever the metadata.
+
+    Source: hybrid queries and gates, TGQ-Former's abstract and public digest; layers, BLIP-2; block mask, ours.
+    """
+
+    def __init__(self, config: TGQFormerConfig) -> None:
+        super().__init__()
+        self.config = config
+        num_anchored, num_exploratory = config.num_anchored_queries, config.num_exploratory_queries
+        reads_text = num_anchored > 0 or config.explore_sees_text or config.stream_mixing == "full"
+        self.layout = StreamLayout(
+            num_anchored, num_exploratory, reads_text, config.stream_mixing, config.explore_sees_text
+        )
+        self.metadata = MetadataEmbeddings(config) if reads_text else None
+        self.compression = MetadataCompression(config) if num_anchored else None
+        if num_exploratory:
+            self.query_tokens = nn.Parameter(torch.zeros(1, num_exploratory, config.hidden_size))
+            self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.encoder = QueryEncoder(config, self.layout)
+        self.modulation = DualGatedModulation(config) if config.gate != "none" else None
+        # Only the anchored gate reads the agreement; without it there is nothing to compute it for.
+        scored = self.modulation is not None and num_anchored > 0 and config.agreement != "none"
+        self.standardiser = RunningStandardiser() if scored else None
+        self.alignment = AlignmentHead(config) if scored and config.agreement == "alignment" else None
+        self.apply(lambda module: initialise_connector_module(module, config.initializer_range))
+
+    def initialise(self, std: float) -> None:
+        if self.layout.num_exploratory:
+            nn.init.normal_(self.query_tokens, std=std)
+
+    def queries(self, text: Tensor | None, text_mask: Tensor, batch: int) -> Tensor:
+        """[A0; E0]: [B, N, d] the queries that enter the first layer."""
+        parts = []
+        if self.compression is not None and text is not None:
+            parts.append(self.compression(text, text_mask))
+        if self.layout.num_exploratory:
+            parts.append(self.layernorm(self.query_tokens).expand(batch, -1, -1))
+        return self.dropout(torch.cat(parts, dim=1))
+
+    def agreement_score(self, features: FrozenFeatures) -> tuple[Tensor, Tensor | None]:
+        """Standardised agreement s [B] fp32 and the alignment logits [B, B] of training.
+
+        Raises:
+            ArgumentError: agreement="dual_encoder" and the features carry none.
+        """
+        has_metadata = features.has_metadata
+        if self.standardiser is None:
+            return torch.zeros(has_metadata.shape, device=has_metadata.device), None
+        if self.alignment is not None:
+            raw, logits = self.alignment(features.global_image, features.metadata_tokens, features.metadata_mask)
+        elif features.agreement is not None:
+            raw, logits = features.agreement, None
+        else:
+            raise ArgumentError(
+                "features.agreement",
+                None,
+                "the image–metadata cosine of a dual encoder",
+                "Use a dual-encoder vision tower, or agreement='alignment' or 'none' in the configuration.",
+            )
+        return self.standardiser(raw, has_metadata), logits
+
+    def forward(self, features: FrozenFeatures, *, return_attention: bool = False) -> ConnectorOutput:
+        """Features of B items → :class:`ConnectorOutput` with tokens [B, Na + Ne, d], anchored first."""
+        dtype = self.encoder.layer[0].attention.output.dense.weight.dtype
+        features = prepare_features(features, self.config, dtype)
+        num_anchored = self.layout.num_anchored
+        text = None
+        if self.metadata is not None:
+            text = self.metadata(features.metadata_tokens, features.field_ids)
+        queries = self.queries(text, features.metadata_mask, features.visual_tokens.shape[0])
+        queries, attention = self.encoder(
+            queries,
+            text,
+            features.visual_tokens,
+            text_mask=features.metadata_mask,
+            visual_mask=features.visual_mask,
+            return_attention=return_attention,
+        )
+        anchored, exploratory = queries[:, :num_anchored], queries[:, num_anchored:]
+        agreement, alignment_logits = self.agreement_score(features)
+        both = bool(self.layout.num_anchored and self.layout.num_exploratory)
+        output = ConnectorOutput(
+            tokens=queries,
+            anchored_mean=anchored.mean(dim=1) if both else None,
+            exploratory_mean=exploratory.mean(dim=1) if both else None,
+            agreement=agreement,
+            attention=attention,
+            alignment_logits=alignment_logits,
+        )
+        if self.modulation is not None:
+            modulated = self.modulation(
+                anchored, exploratory, agreement, features.has_metadata, features.global_image
+            )
+            output.tokens = torch.cat((modulated.anchored, modulated.exploratory), dim=1)
+            output.anchored_gate = modulated.anchored_gate if self.modulation.anchored is not None else None
+            output.exploratory_gate = modulated.exploratory_gate if self.modulation.exploratory is not None else None
+        return output
+
+
+def build_connector(config: TGQFormerConfig) -> nn.Module:
+    """The connector that `config.connector` names.
+
+    All have ``forward(features: FrozenFeatures, *, return_attention=False) -> ConnectorOutput``. ``qformer`` and
+    ``image-only`` are the same plain Q-Former: the control differs in the reader, which gets no metadata either, so
+    that comparing the two shows what metadata in the prompt alone is worth. ``text-only`` has no parameters and emits
+    no token.
+
+    Raises:
+        ArgumentError: unknown name.
+    """
+    match config.connector:
+        case "tgq":
+            return TGQFormerConnector(config)
+        case "qformer" | "image-only":
+            return QFormerConnector(config, reads_text=False)
+        case "instructblip":
+            return QFormerConnector(config, reads_text=True)
+        case "mlp" | "avgpool":
+            return MLPProjector(config, num_cells=config.num_queries if config.connector == "mlp" else 1)
+        case "text-only":
+            return TextOnlyConnector(config)
+    raise ArgumentError("config.connector", repr(config.connector), "a name in tgq_fast.models.configuration.CONNECTORS")
+
+
+def count_parameters(config: TGQFormerConfig) -> int:
+    """Trainable parameters of the connector that `config` describes, without allocating it."""
+    with torch.device("meta"):
+        connector = build_connector(config)
+    return sum(p.numel() for p in connector.parameters() if p.requires_grad)
+
+
+def match_budget(config: TGQFormerConfig, connector: str, **overrides: Any) -> TGQFormerConfig:
+    """A copy of `config` with another connector and as many trainable connector parameters.
+
+    The feed-forward width (`intermediate_size`; for ``mlp`` and ``avgpool`` the projector's hidden width) is what is
+    adjusted; depth, width d and number of tokens stay. ``text-only`` has nothing to adjust and is returned as it is.
+
+    Args:
+        config: the budget is the parameter count of its own connector.
+        connector: name of the other connector.
+        overrides: further fields of the copy, e.g. ``gate="none"`` for an ungated connector of equal size.
+
+    Raises:
+        ArgumentError: no width gets within 5 % of the budget.
+    """
+    budget = count_parameters(config)
+    matched = copy.deepcopy(config)
+    for name, value in {"connector": connector, **overrides}.items():
+        if not hasattr(matched, name):
+            raise ArgumentError("overrides", name, "names of configuration fields")
+        setattr(matched, name, value)
+    if connector == "text-only":
+        return matched
+
+    def size(width: int) -> int:
+        matched.intermediate_size = width
+        return count_parameters(matched)
+
+    base, step = size(1), size(2) - size(1)  # the count is linear in the width
+    width = max(1, 1 + round((budget - base) / step))
+    rounded = max(8, 8 * round(width / 8))  # friendlier to matrix units, where that is near enough
+    for candidate in (rounded, width):
+        if abs(size(candidate) - budget) <= 0.01 * budget:
+            return matched
+    if abs(size(width) - budget) > 0.05 * budget:
+        raise ArgumentError(
+            "connector",
+            f"{connector!r} with at least {base:,} parameters",
+            f"one that fits the budget of {budget:,} within 5 %",
+            "Enlarge intermediate_size of the configuration that sets the budget.",
+        )
+    return matched

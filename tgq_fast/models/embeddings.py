@@ -1,0 +1,187 @@
+"""What enters the connectors: metadata tokens with field types, their compression to queries, and the agreement score."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from tgq_fast.errors import ArgumentError
+from tgq_fast.models.configuration import TGQFormerConfig
+from tgq_fast.models.layers import HybridCrossAttention
+from tgq_fast.models.outputs import FrozenFeatures
+
+__all__ = ["AlignmentHead", "MetadataCompression", "MetadataEmbeddings", "RunningStandardiser", "prepare_features"]
+
+
+def prepare_features(features: FrozenFeatures, config: TGQFormerConfig, dtype: torch.dtype) -> FrozenFeatures:
+    """Check widths, cast to the connector's dtype, blank padded metadata, and give an empty M one padding token.
+
+    Raises:
+        ArgumentError: a width differs from the configuration, or shapes disagree.
+    """
+    batch = features.visual_tokens.shape[0]
+    expected = {
+        "visual_tokens": (batch, features.visual_tokens.shape[1], config.visual_width),
+        "global_image": (batch, config.global_width),
+        "metadata_tokens": (*features.metadata_mask.shape, config.text_width),
+        "metadata_mask": (batch, features.metadata_tokens.shape[1]),
+        "field_ids": tuple(features.metadata_mask.shape),
+    }
+    for name, shape in expected.items():
+        given = tuple(getattr(features, name).shape)
+        if given != shape:
+            raise ArgumentError(name, f"shape {given}", f"shape {shape}", "Are these the towers of this configuration?")
+    mask, tokens, fields = features.metadata_mask, features.metadata_tokens.to(dtype), features.field_ids
+    if not mask.shape[1]:
+        mask = mask.new_zeros(batch, 1)
+        tokens = tokens.new_zeros(batch, 1, config.text_width)
+        fields = fields.new_zeros(batch, 1)
+    return FrozenFeatures(
+        visual_tokens=features.visual_tokens.to(dtype),
+        global_image=features.global_image.to(dtype),
+        metadata_tokens=tokens.masked_fill(~mask[..., None], 0.0),
+        metadata_mask=mask,
+        field_ids=fields.masked_fill(~mask, 0),
+        agreement=features.agreement,
+        visual_mask=features.visual_mask,
+    )
+
+
+class MetadataEmbeddings(nn.Module):
+    """T̂ = LN(W_t T + e_field): frozen text tokens in the connector's width, marked with their field.
+
+    The tokens of a field are contextual already, so no positions are added: order within M carries nothing.
+
+    Source: field-type embeddings, ours; LayerNorm before post-LN layers, InstructBLIP.
+    """
+
+    def __init__(self, config: TGQFormerConfig) -> None:
+        super().__init__()
+        self.projection = nn.Linear(config.text_width, config.hidden_size)
+        self.field_embeddings = nn.Embedding(len(config.fields) + 1, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, tokens: Tensor, field_ids: Tensor) -> Tensor:
+        """[B, M, dt], [B, M] → [B, M, d]."""
+        return self.dropout(self.LayerNorm(self.projection(tokens) + self.field_embeddings(field_ids)))
+
+
+class MetadataCompression(nn.Module):
+    """A0 = LN(S_a + MHA(S_a, T̂, T̂; mask)): metadata tokens compressed to Na anchored queries.
+
+    An item without metadata gets learned null anchors instead.
+
+    Source: compression of metadata tokens to Na queries, TGQ-Former's public digest; attention as its form and the
+    null anchors, ours.
+    """
+
+    def __init__(self, config: TGQFormerConfig) -> None:
+        super().__init__()
+        shape = (1, config.num_anchored_queries, config.hidden_size)
+        self.anchor_tokens = nn.Parameter(torch.zeros(shape))
+        self.null_tokens = nn.Parameter(torch.zeros(shape))
+        self.crossattention = HybridCrossAttention(config, config.hidden_size)
+
+    def initialise(self, std: float) -> None:
+        nn.init.normal_(self.anchor_tokens, std=std)
+        nn.init.normal_(self.null_tokens, std=std)
+
+    def forward(self, text: Tensor, text_mask: Tensor) -> Tensor:
+        """[B, M, d], [B, M] bool → [B, Na, d]."""
+        seeds = self.anchor_tokens.expand(text.shape[0], -1, -1)
+        anchored = self.crossattention(seeds, seeds.shape[1], text, text_mask)  # [B, Na, d]
+        null = self.crossattention.output.LayerNorm(self.null_tokens)
+        return torch.where(text_mask.any(dim=1)[:, None, None], anchored, null)
+
+
+class RunningStandardiser(nn.Module):
+    """(x − mean) / std with running statistics of the training items that have metadata, frozen at evaluation.
+
+    The statistics are exact over the first 1 / momentum batches and exponential after that, so that they follow a
+    learned score. An item without metadata scores 0, the mean.
+
+    Source: ours.
+    """
+
+    mean: Tensor
+    var: Tensor
+    batches: Tensor
+
+    def __init__(self, momentum: float = 0.01, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.momentum, self.eps = momentum, eps
+        self.register_buffer("mean", torch.zeros(()))
+        self.register_buffer("var", torch.ones(()))
+        self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
+
+    def initialise(self, std: float) -> None:
+        self.mean.zero_()
+        self.var.fill_(1.0)
+        self.batches.zero_()
+
+    @torch.no_grad()
+    def _update(self, values: Tensor, valid: Tensor) -> None:
+        weight = valid.to(values.dtype)
+        count = weight.sum()
+        mean = (values * weight).sum() / count.clamp_min(1)
+        var = ((values - mean).square() * weight).sum() / count.clamp_min(1)
+        enough = count > 1  # a batch of one has no variance; no branch, so that the graph stays whole
+        rate = enough * (1.0 / (self.batches + 1)).clamp_min(self.momentum)
+        shift = mean - self.mean
+        # Law of total variance: what the drift of the mean adds belongs to the spread of the scores.
+        self.var.copy_((1 - rate) * (self.var + rate * shift.square()) + rate * var)
+        self.mean.add_(rate * shift)
+        self.batches.add_(enough)
+
+    def forward(self, values: Tensor, valid: Tensor) -> Tensor:
+        """[B] floating, [B] bool → [B] fp32; values of invalid items may be anything."""
+        values = values.detach().float().masked_fill(~valid, 0.0)
+        if self.training:
+            self._update(values, valid)
+        return ((values - self.mean) * (self.var + self.eps).rsqrt()).masked_fill(~valid, 0.0)
+
+
+class AlignmentHead(nn.Module):
+    """Cosine of the global image feature and the mean metadata token in a learned common space.
+
+    Stands in for the dual encoder's image–title cosine where the towers are no dual encoder. It is trained by its own
+    contrastive loss only; the gates see its score without gradient, so they cannot bend it.
+
+    Source: ours.
+    """
+
+    def __init__(self, config: TGQFormerConfig) -> None:
+        super().__init__()
+        self.image = nn.Linear(config.global_width, config.alignment_size)
+        self.text = nn.Linear(config.text_width, config.alignment_size)
+        self.logit_scale = nn.Parameter(torch.zeros(()))
+
+    def initialise(self, std: float) -> None:
+        nn.init.constant_(self.logit_scale, math.log(1 / 0.07))  # CLIP's start
+
+    def forward(self, image: Tensor, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Args:
+            image: [B, dg]; tokens: [B, M, dt]; mask: [B, M] bool.
+
+        Returns:
+            cosine [B] and, in training, logits [B, B] (image rows, text columns) for a symmetric cross-entropy with
+            targets arange(B). Off the diagonal, pairs that are no negatives are -inf: an item without metadata on
+            either side, or metadata equal to the row's own. An item without metadata thus adds zero to that loss.
+        """
+        weight = mask.to(tokens.dtype)[..., None]
+        pooled = (tokens * weight).sum(dim=1) / weight.sum(dim=1).clamp_min(1)  # [B, dt]
+        v, t = normalize(self.image(image), dim=-1), normalize(self.text(pooled), dim=-1)  # [B, a]
+        cosine = (v * t).sum(dim=-1)
+        if not self.training:
+            return cosine, None
+        with torch.no_grad():
+            unit = normalize(pooled.float(), dim=-1)
+            some = mask.any(dim=1)
+            same = (unit @ unit.T > 1 - 1e-5) | ~some[:, None] | ~some[None, :]
+            same.fill_diagonal_(False)
+        logits = self.logit_scale.clamp(max=math.log(100.0)).exp() * (v @ t.T)
+        return cosine, logits.float().masked_fill(same, float("-inf"))
