@@ -1,0 +1,303 @@
+"""Cache of frozen features on disk: computed once per tower and catalogue, then memory-mapped.
+
+Two folders, each complete or resumable: visual features of a catalogue's images, and tokens of its unique metadata
+strings. Both are keyed by content (weights, preprocessing, image bytes, strings), so a cache can be stale in no way other
+than damage, which the checksums find.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tgq_fast.data.catalog import Catalog
+from tgq_fast.data.images import load_image
+from tgq_fast.data.items import Item
+from tgq_fast.data.rejects import RejectLog
+from tgq_fast.errors import ArgumentError, ImageError, NonFiniteError
+from tgq_fast.models.backbones import cache_root
+from tgq_fast.models.configuration import TGQFormerConfig
+from tgq_fast.models.feature_files import ChunkedArray
+from tgq_fast.models.field_tokens import field_strings, pack_fields, text_agreement
+from tgq_fast.models.outputs import FrozenFeatures
+from tgq_fast.models.towers import TextTower, VisionTower
+
+__all__ = ["FeatureStore", "image_digest"]
+
+OnError = Literal["raise", "skip"]
+Progress = Callable[[int, int], None]
+CHUNK = 32  # images per tower call and per journal entry; fixed, so that a resumed run has the same batches
+_STRINGS = 256  # strings per journal entry
+
+
+def _in_order(pool: ThreadPoolExecutor, work: Callable[[Any], Any], inputs: Sequence[Any], ahead: int) -> Iterator[Any]:
+    """`map` that keeps at most `ahead` results in flight, so that memory does not grow with the input."""
+    waiting: list[Future[Any]] = []
+    for start in range(0, len(inputs) + ahead):
+        if start < len(inputs):
+            waiting.append(pool.submit(work, inputs[start]))
+        if start >= ahead - 1 and waiting:
+            yield waiting.pop(0).result()
+    while waiting:
+        yield waiting.pop(0).result()
+
+
+def image_digest(catalog: Catalog, *, workers: int = 2) -> str:
+    """sha256 over the contents of the catalogue's image files in row order; a missing file counts as missing."""
+
+    def one(item: Item) -> bytes:
+        if item.file_name is None:
+            return b"none"
+        try:
+            with catalog.image_path(item).open("rb") as handle:
+                digest = hashlib.sha256()
+                while block := handle.read(1 << 20):
+                    digest.update(block)
+                return digest.digest()
+        except OSError:
+            return b"missing"
+
+    total = hashlib.sha256()
+    with ThreadPoolExecutor(workers) as pool:
+        for digest in _in_order(pool, one, catalog.items, 64):
+            total.update(digest + b"|")
+    return total.hexdigest()
+
+
+class FeatureStore:
+    """Frozen features of a whole catalogue; build or open one with :meth:`open_or_build`.
+
+    Attributes:
+        invalid: row index → (reason, detail) of items whose image could not be used (policy "skip").
+        visual: memory-mapped fp16 [n, L, dv]; global_image: [n, dg].
+        string_ids: [n, F] int32 index into `strings`, -1 where the item lacks the field.
+    """
+
+    def __init__(
+        self, catalog: Catalog, config: TGQFormerConfig, visual: ChunkedArray, tokens: ChunkedArray, strings: list[str]
+    ) -> None:
+        self.catalog, self.config = catalog, config
+        self._visual, self._tokens = visual, tokens
+        self.strings = strings
+        numbers = {s: i for i, s in enumerate(strings)}
+        rows = [[-1 if s is None else numbers[s] for s in field_strings(i, config.fields)] for i in catalog.items]
+        self.string_ids: NDArray[np.int32] = np.array(rows, dtype=np.int32).reshape(len(catalog), len(config.fields))
+        self.has_image = np.array([item.file_name is not None for item in catalog.items], dtype=bool)
+        self.invalid = {int(row): (reason, detail) for row, reason, detail in visual.notes}
+        self._has_image_everywhere = bool(self.has_image.all())
+
+    def __len__(self) -> int:
+        return len(self.catalog)
+
+    @property
+    def visual(self) -> NDArray[np.float16]:
+        return self._visual["visual"]
+
+    @property
+    def global_image(self) -> NDArray[np.float16]:
+        return self._visual["global"]
+
+    @property
+    def valid(self) -> NDArray[np.bool_]:
+        """[n] bool: rows that may be used."""
+        valid = np.ones(len(self), dtype=bool)
+        valid[list(self.invalid)] = False
+        return valid
+
+    @classmethod
+    def open_or_build(
+        cls,
+        catalog: Catalog,
+        vision: VisionTower,
+        text: TextTower,
+        config: TGQFormerConfig,
+        cache_dir: str | Path | None = None,
+        *,
+        progress: Progress | None = None,
+        on_error: OnError = "raise",
+        rejects: RejectLog | None = None,
+        workers: int = 2,
+        verify: bool = True,
+    ) -> FeatureStore:
+        """Open the cache, computing what is missing; a killed run goes on where its journal ends.
+
+        Args:
+            vision, text: frozen towers; their keys and the catalogue's image bytes and strings key the cache.
+            config: `fields` and the token caps are read.
+            cache_dir: where caches live; None: `$TGQ_CACHE` or ~/.cache/tgq_fast.
+            progress: called with (images done, images in all).
+            on_error: "raise" on the first unusable image, or "skip" it (see `invalid`).
+            rejects: gets one entry per skipped image.
+            workers: threads that decode images.
+            verify: check the sha256 of every chunk of a complete cache; damaged caches are made anew.
+
+        Raises:
+            ImageError: policy "raise" and an image cannot be used.
+            NonFiniteError: the tower gave NaN or infinity.
+        """
+        if on_error not in ("raise", "skip"):
+            raise ArgumentError("on_error", repr(on_error), "'raise' or 'skip'")
+        root = Path(cache_dir) if cache_dir is not None else cache_root()
+        visual = _visual_features(catalog, vision, root, progress, on_error, workers, verify)
+        if visual.notes and on_error == "raise":
+            row, reason, detail = visual.notes[0]
+            item = catalog.items[row]
+            raise ImageError(item.id, catalog.image_path(item), reason, detail)
+        if rejects is not None:
+            for row, reason, detail in visual.notes:
+                item = catalog.items[row]
+                rejects.add(item.id, item.row, catalog.image_path(item), reason, detail)
+        strings = sorted({s for item in catalog.items for s in field_strings(item, config.fields) if s is not None})
+        tokens = _string_tokens(strings, text, root, verify)
+        return cls(catalog, config, visual, tokens, strings)
+
+    def draw_keep(self, count: int, rng: np.random.Generator) -> NDArray[np.bool_]:
+        """[count, F] bool: which fields survive field dropout (each goes with `config.field_dropout`)."""
+        return rng.random((count, len(self.config.fields))) >= self.config.field_dropout
+
+    def batch(
+        self,
+        indices: Sequence[int] | NDArray[np.integer[Any]] | Tensor,
+        *,
+        drop_fields: np.random.Generator | None = None,
+        keep: NDArray[np.bool_] | None = None,
+        metadata_from: Sequence[int] | NDArray[np.integer[Any]] | None = None,
+    ) -> FrozenFeatures:
+        """Features of some rows, fp32 on the CPU.
+
+        Args:
+            indices: [B] row numbers.
+            drop_fields: generator for field dropout; None keeps all fields.
+            keep: [B, F] bool fields to keep, instead of drawing them.
+            metadata_from: [B] rows to take the metadata from, for the shuffled-metadata control.
+
+        Raises:
+            ArgumentError: a row is out of range or has no usable image.
+        """
+        rows = np.asarray(indices, dtype=np.int64).reshape(-1)
+        if rows.size and (rows.min() < 0 or rows.max() >= len(self)):
+            raise ArgumentError("indices", f"{rows.min()} … {rows.max()}", f"rows in 0 … {len(self) - 1}")
+        if bad := [int(r) for r in rows if int(r) in self.invalid][:5]:
+            raise ArgumentError("indices", bad, "rows with a usable image", "Leave out the rows of store.invalid.")
+        if keep is None:
+            keep = np.ones((len(rows), len(self.config.fields)), bool) if drop_fields is None else self.draw_keep(len(rows), drop_fields)
+        ids = np.where(keep, self.string_ids[rows if metadata_from is None else np.asarray(metadata_from)], -1)
+        flat, offsets = self._tokens["tokens"], self._tokens["offsets"]
+        unique = [int(i) for i in np.unique(ids) if i >= 0]
+        encoded = {i: torch.from_numpy(flat[offsets[i] : offsets[i + 1]].astype(np.float32)) for i in unique}
+        tokens, mask, field_ids = pack_fields(
+            [[encoded.get(int(i)) for i in row] for row in ids], flat.shape[1], self.config.max_metadata_tokens
+        )
+        global_image = torch.from_numpy(self.global_image[rows].astype(np.float32))
+        agreement = None
+        if "pooled" in self._tokens:
+            pooled = {i: torch.from_numpy(self._tokens["pooled"][i].astype(np.float32)) for i in unique}
+            agreement = text_agreement(global_image, [[pooled.get(int(i)) for i in row] for row in ids])
+        visual = torch.from_numpy(self.visual[rows].astype(np.float32))
+        visual_mask = None
+        if not self._has_image_everywhere:
+            visual_mask = torch.from_numpy(self.has_image[rows])[:, None].expand(-1, visual.shape[1]).contiguous()
+        return FrozenFeatures(visual, global_image, tokens, mask, field_ids, agreement, visual_mask)
+
+    def batch_strings(
+        self, indices: Sequence[int] | NDArray[np.integer[Any]], keep: NDArray[np.bool_] | None = None
+    ) -> list[list[str]]:
+        """Per row, the kept "name: value" strings in field order, for an LLM's prompt."""
+        ids = self.string_ids[np.asarray(indices, dtype=np.int64)]
+        ids = ids if keep is None else np.where(keep, ids, -1)
+        return [[self.strings[i] for i in row if i >= 0] for row in ids]
+
+
+def _visual_features(
+    catalog: Catalog,
+    vision: VisionTower,
+    root: Path,
+    progress: Progress | None,
+    on_error: OnError,
+    workers: int,
+    verify: bool,
+) -> ChunkedArray:
+    images = image_digest(catalog, workers=workers)
+    key = hashlib.sha256(f"visual-1|{vision.key}|{images}|{CHUNK}".encode()).hexdigest()
+    layout = {
+        "visual": ("<f2", [vision.num_tokens, vision.width]),
+        "global": ("<f2", [vision.global_width]),
+    }
+    facts = {"tower": vision.key, "images": images}
+    array = ChunkedArray(root / "features" / key[:32], layout, rows=len(catalog), chunk=CHUNK, facts=facts)
+    with array.building(verify=verify) as todo, ThreadPoolExecutor(workers) as pool:
+
+        def decode(item: Item) -> Tensor | ImageError | None:
+            if item.file_name is None:
+                return None
+            try:
+                return vision.image_processor([load_image(catalog.image_path(item), item.id)])[0]
+            except ImageError as error:
+                return error
+
+        rows = range(todo.start * CHUNK, len(catalog))
+        decoded = _in_order(pool, decode, catalog.items[rows.start :], 2 * CHUNK)
+        for number in todo:
+            size = min(CHUNK, len(catalog) - number * CHUNK)
+            batch = [next(decoded) for _ in range(size)]
+            notes = [(number * CHUNK + i, e.reason, e.detail) for i, e in enumerate(batch) if isinstance(e, ImageError)]
+            if notes and on_error == "raise":
+                raise next(e for e in batch if isinstance(e, ImageError))
+            array.append(_encode_chunk(vision, batch, catalog.items[number * CHUNK : number * CHUNK + size]), notes)
+            if progress is not None:
+                progress(number * CHUNK + size, len(catalog))
+    return array
+
+
+def _encode_chunk(vision: VisionTower, batch: list[Any], items: Sequence[Item]) -> dict[str, NDArray[Any]]:
+    visual = np.zeros((len(batch), vision.num_tokens, vision.width), np.float16)
+    pooled = np.zeros((len(batch), vision.global_width), np.float16)
+    good = [i for i, pixels in enumerate(batch) if isinstance(pixels, Tensor)]
+    if good:
+        tokens, global_image = vision(torch.stack([batch[i] for i in good]))
+        visual[good] = tokens.float().half().cpu().numpy()
+        pooled[good] = global_image.float().half().cpu().numpy()
+        finite = np.isfinite(visual).all(axis=(1, 2)) & np.isfinite(pooled).all(axis=1)
+        if not finite.all():
+            bad = np.flatnonzero(~finite)
+            raise NonFiniteError("vision tower (as fp16)", [items[i].id for i in bad[:20]], len(bad))
+    return {"visual": visual, "global": pooled}
+
+
+def _string_tokens(strings: list[str], text: TextTower, root: Path, verify: bool) -> ChunkedArray:
+    digest = hashlib.sha256(json.dumps(strings).encode()).hexdigest()
+    key = hashlib.sha256(f"text-1|{text.key}|{digest}|{_STRINGS}".encode()).hexdigest()
+    layout: dict[str, tuple[str, list[int]]] = {"lengths": ("<i4", [])}
+    if text.pooled_width:
+        layout["pooled"] = ("<f2", [text.pooled_width])
+    array = ChunkedArray(
+        root / "fields" / key[:32],
+        layout,
+        rows=len(strings),
+        chunk=_STRINGS,
+        ragged={"tokens": ("<f2", [text.width])},
+        facts={"tower": text.key, "strings": digest},
+    )
+    with array.building(verify=verify) as todo:
+        for number in todo:
+            chunk = strings[number * _STRINGS : (number + 1) * _STRINGS]
+            tokens = text.encode_fields(chunk)
+            values = {
+                "lengths": np.array([len(t) for t in tokens], np.int32),
+                "tokens": torch.cat(tokens).half().numpy(),
+            }
+            if text.pooled_width:
+                values["pooled"] = text.encode_pooled(chunk).half().numpy()
+            array.append(values, [])
+    array.set("offsets", np.concatenate([[0], np.cumsum(array["lengths"], dtype=np.int64)]))
+    return array
