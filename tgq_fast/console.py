@@ -1,0 +1,147 @@
+"""What the command line shares: results on stdout, progress on stderr, errors as one message and an exit code."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from tgq_fast.errors import CatalogError, ImageError, NonFiniteError, TGQError
+
+EXIT_OK, EXIT_INTERNAL, EXIT_USAGE, EXIT_DATA, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class State:
+    """Options given before the verb."""
+
+    debug: bool = False
+
+
+class Advance(Protocol):
+    """Progress callback: how much is done, and of how much where that is known."""
+
+    def __call__(self, done: int, total: int | None = None, /) -> None: ...
+
+
+def stderr() -> Console:
+    """A console on the current stderr."""
+    return Console(stderr=True, highlight=False)
+
+
+def stdout() -> Console:
+    """A console on the current stdout."""
+    return Console(highlight=False)
+
+
+def plain(value: Any) -> Any:
+    """JSON-ready copy: paths as text, arrays as lists, NaN and infinity as null."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(entry) for key, entry in value.items()}
+    if isinstance(value, str | bool | int) or value is None:
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "tolist"):
+        return plain(value.tolist())
+    if isinstance(value, Sequence | set | frozenset):
+        return [plain(entry) for entry in value]
+    return str(value)
+
+
+def print_json(document: Any) -> None:
+    """One JSON document on stdout and nothing else there."""
+    sys.stdout.write(json.dumps(plain(document), indent=2, ensure_ascii=False) + "\n")
+
+
+def note(message: str) -> None:
+    """One line for the person watching, on stderr."""
+    stderr().print(escape(message))
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], *, left: int = 1) -> None:
+    """Print a table on stdout; the first `left` columns are text, the others numbers."""
+    grid = Table(title=escape(title) if title else None, title_justify="left", header_style="bold")
+    for number, name in enumerate(columns):
+        grid.add_column(escape(name), justify="left" if number < left else "right", overflow="fold")
+    for row in rows:
+        grid.add_row(*(escape("" if cell is None else str(cell)) for cell in row))
+    stdout().print(grid)
+
+
+@contextmanager
+def progress(description: str) -> Iterator[Advance]:
+    """A progress bar on stderr, driven by calling the yielded function with (done, total)."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=stderr()) as bar:
+        task = bar.add_task(escape(description), total=None)
+
+        def advance(done: int, total: int | None = None, /) -> None:
+            bar.update(task, completed=done, total=total)
+
+        yield advance
+
+
+def exit_code(error: BaseException) -> int:
+    """The exit code an error ends the program with."""
+    if isinstance(error, KeyboardInterrupt):
+        return EXIT_INTERRUPTED
+    if isinstance(error, CatalogError | ImageError | NonFiniteError):
+        return EXIT_DATA
+    return EXIT_USAGE if isinstance(error, TGQError) else EXIT_INTERNAL
+
+
+def guarded(command: F) -> F:
+    """Turn errors of a verb into one message on stderr (and an error document under --json) plus an exit code."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except (typer.Exit, typer.Abort):
+            raise
+        except BrokenPipeError:
+            raise typer.Exit(EXIT_OK) from None
+        except (KeyboardInterrupt, Exception) as error:
+            raise typer.Exit(_tell(error, as_json=bool(kwargs.get("as_json")))) from None
+
+    return run  # type: ignore[return-value]
+
+
+def _tell(error: BaseException, *, as_json: bool) -> int:
+    code = exit_code(error)
+    console = stderr()
+    if State.debug:
+        console.print(escape("".join(traceback.format_exception(error))), soft_wrap=True)
+    if code == EXIT_INTERRUPTED:
+        message = "interrupted; finished parts are kept, the same command goes on from them"
+    elif code == EXIT_INTERNAL:
+        message = f"{type(error).__name__}: {error}"
+        message += "" if State.debug else "\nThis was not expected: run again with tgq-fast --debug to see where it happened."
+    else:
+        message = str(error)
+    console.print("[bold red]error:[/] " + escape(message), soft_wrap=True)
+    if as_json:
+        print_json({"error": {"type": type(error).__name__, "message": message, "exit_code": code}})
+    return code
