@@ -1,7 +1,7 @@
 """Builds tgq_fast; the extension `tgq_fast._C` comes from the one CMakeLists.txt.
 
 Environment:
-    TGQ_CUDA        auto (default: with CUDA when nvcc is found and the CUDA sources are there), 1 (require), 0 (without)
+    TGQ_CUDA        auto (default: with CUDA when nvcc and the CUDA sources are there), 1 (require), 0 (without)
     TGQ_CUDA_ARCHS  CUDA architectures, e.g. "80;90a"; default: the local GPU's, else 80 and 90a
     TGQ_JOBS        parallel compile jobs; default: bounded by cores and free memory
     CMAKE_ARGS      extra arguments for cmake
@@ -104,10 +104,10 @@ class StampedSdist(sdist):
 
 setup(
     packages=[
-        *find_packages(str(ROOT), include=["tgq_fast", "tgq_fast.*"]),
+        *find_packages(".", include=["tgq_fast", "tgq_fast.*"]),
         # kernels/ at the top of the tree is installed as tgq_fast.kernels, never as a global package `kernels`.
         "tgq_fast.kernels",
-        *(f"tgq_fast.kernels.{name}" for name in find_namespace_packages(str(ROOT / "kernels"), exclude=["__pycache__*"])),
+        *(f"tgq_fast.kernels.{name}" for name in find_namespace_packages("kernels", exclude=["__pycache__*"])),
     ],
     package_dir={"tgq_fast.kernels": "kernels"},
     package_data={"tgq_fast": ["py.typed"], "tgq_fast.report": ["*.html", "*.css", "*.js", "*.j2", "templates/*"]},

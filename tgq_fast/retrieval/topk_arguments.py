@@ -1,0 +1,152 @@
+"""Checks the arguments of `topk` and brings them into one form.
+
+Queries and pool arrive as torch tensors, numpy arrays (memory maps too) or anything with DLPack. Nothing is copied
+unless torch cannot express the memory (negative strides, foreign byte order).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tgq_fast.errors import ArgumentError
+from tgq_fast.reference import TopK
+
+MAX_K = 2048
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+PRECISIONS = ("exact", "native")
+_MAX_ROWS = 2**32 - 1  # an index is 32 bits of the order key
+
+
+def as_tensor(name: str, value: Any) -> Tensor:
+    """A tensor over the memory of `value`."""
+    if isinstance(value, Tensor):
+        return value.detach()
+    if isinstance(value, np.ndarray):
+        return _from_numpy(name, value)
+    if hasattr(value, "__dlpack__"):
+        try:
+            return torch.from_dlpack(value)
+        except (BufferError, RuntimeError, TypeError) as error:
+            raise ArgumentError(name, type(value).__name__, "memory that DLPack can share", str(error)) from error
+    raise ArgumentError(name, type(value).__name__, "a torch tensor, a numpy array or an object with __dlpack__")
+
+
+def _from_numpy(name: str, array: np.ndarray) -> Tensor:
+    bfloat16 = array.dtype.name == "bfloat16"
+    if bfloat16:
+        array = array.view(np.int16)
+    elif array.dtype.kind not in "fiu":
+        raise ArgumentError(name, f"numpy dtype {array.dtype}", "float32, float16 or bfloat16")
+    if not array.dtype.isnative or any(stride < 0 or stride % array.itemsize for stride in array.strides):
+        array = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("="))
+    with warnings.catch_warnings():
+        # Read-only memory (a memory map) is fine: the search only reads it.
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        tensor = torch.from_numpy(array)
+    return tensor.view(torch.bfloat16) if bfloat16 else tensor
+
+
+def check_matrices(queries: Any, pool: Any) -> tuple[Tensor, Tensor]:
+    """Queries [Q, D] and pool [N, D] as tensors of the accepted dtypes on one device."""
+    q, p = as_tensor("queries", queries), as_tensor("pool", pool)
+    for name, tensor in (("queries", q), ("pool", p)):
+        if tensor.layout != torch.strided:
+            raise ArgumentError(name, f"layout {tensor.layout}", "a dense (strided) tensor")
+        if tensor.ndim != 2:
+            raise ArgumentError(name, f"shape {tuple(tensor.shape)}", "a matrix [rows, D]")
+        if tensor.dtype not in DTYPES:
+            raise ArgumentError(
+                name, f"dtype {tensor.dtype}", "float32, float16 or bfloat16", f"Convert with {name}.float()."
+            )
+    if q.shape[1] != p.shape[1]:
+        raise ArgumentError("queries", f"width D = {q.shape[1]}", f"the pool's width {p.shape[1]}")
+    if q.device != p.device:
+        raise ArgumentError("queries", f"device {q.device}", f"the pool's device {p.device}")
+    if p.shape[0] > _MAX_ROWS:
+        raise ArgumentError("pool", f"{p.shape[0]} rows", f"at most {_MAX_ROWS} rows", "Search shards and merge them.")
+    return q, p
+
+
+def check_k(k: Any) -> int:
+    """k as an int in 1 … 2048."""
+    if isinstance(k, bool) or not isinstance(k, (int, np.integer)):
+        raise ArgumentError("k", repr(k), f"an integer from 1 to {MAX_K}")
+    if not 1 <= k <= MAX_K:
+        raise ArgumentError("k", int(k), f"an integer from 1 to {MAX_K}")
+    return int(k)
+
+
+def check_exclude(exclude: Any, num_queries: int, pool_size: int, device: torch.device) -> Tensor | None:
+    """Excluded pool rows as contiguous int64 [Q, X]; entries below zero mean none."""
+    if exclude is None:
+        return None
+    expected = f"[{num_queries}] or [{num_queries}, X] integers, or one list of integers per query"
+    if isinstance(exclude, Sequence) and not isinstance(exclude, str):
+        exclude = _ragged(exclude, expected)
+    rows = as_tensor("exclude", exclude)
+    if rows.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+        raise ArgumentError("exclude", f"dtype {rows.dtype}", "int64 pool rows")
+    if rows.ndim not in (1, 2) or rows.shape[0] != num_queries:
+        raise ArgumentError("exclude", f"shape {tuple(rows.shape)}", expected)
+    rows = rows[:, None] if rows.ndim == 1 else rows
+    rows = rows.to(device=device, dtype=torch.int64).contiguous()  # [Q, X]
+    # A comparison on a CUDA tensor would wait for the device: there the rows are only compared with hits.
+    if rows.numel() and device.type == "cpu" and int(rows.max()) >= pool_size:
+        raise ArgumentError("exclude", f"pool row {int(rows.max())}", f"rows below the pool size {pool_size}")
+    return rows
+
+
+def _ragged(rows: Sequence[Any], expected: str) -> np.ndarray:
+    lists = [[row] if isinstance(row, (int, np.integer)) else list(row) for row in rows]
+    width = max((len(row) for row in lists), default=0)
+    table = np.full((len(lists), width), -1, dtype=np.int64)
+    for i, row in enumerate(lists):
+        if not all(isinstance(value, (int, np.integer)) for value in row):
+            raise ArgumentError("exclude", f"{row!r} for query {i}", expected)
+        table[i, : len(row)] = row
+    return table
+
+
+def check_out(out: Any, num_queries: int, k: int, device: torch.device) -> TopK:
+    """The result tensors: fresh ones, or the caller's `(scores, indices)` after checking them."""
+    shape = (num_queries, k)
+    if out is None:
+        return TopK(
+            torch.empty(shape, dtype=torch.float32, device=device),
+            torch.empty(shape, dtype=torch.int64, device=device),
+        )
+    if not isinstance(out, (tuple, list)) or len(out) != 2:
+        raise ArgumentError("out", type(out).__name__, "a pair (scores, indices)")
+    checked = []
+    for name, value, dtype in (("out[0]", out[0], torch.float32), ("out[1]", out[1], torch.int64)):
+        if isinstance(value, np.ndarray) and not value.flags.writeable:
+            raise ArgumentError(name, "a read-only array", "writable memory")
+        tensor = as_tensor(name, value)
+        if tuple(tensor.shape) != shape or tensor.dtype != dtype or tensor.device != device:
+            given = f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
+            raise ArgumentError(name, given, f"{dtype} {shape} on {device}")
+        if isinstance(value, np.ndarray) and tensor.data_ptr() != value.ctypes.data:
+            raise ArgumentError(name, f"strides {value.strides}", "memory that can be written in place")
+        checked.append(tensor)
+    return TopK(*checked)
+
+
+def check_threads(num_threads: Any) -> int:
+    """Worker threads; None means as many as torch uses."""
+    if num_threads is None:
+        return torch.get_num_threads()
+    if isinstance(num_threads, bool) or not isinstance(num_threads, (int, np.integer)) or not 1 <= num_threads <= 1024:
+        raise ArgumentError("num_threads", repr(num_threads), "None or an integer from 1 to 1024")
+    return int(num_threads)
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> str:
+    if value not in choices:
+        raise ArgumentError(name, repr(value), " | ".join(repr(choice) for choice in choices))
+    return value
