@@ -1,0 +1,258 @@
+"""Figures of the report: inline SVG that follows the page's light or dark colours, and picture data URIs."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+import zlib
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from PIL import Image
+
+from tgq_fast.report.content import GateStudy, RunResult
+
+__all__ = ["attention_overlay", "curves", "data_uri", "gates_by_agreement", "gates_by_condition", "metric_dots"]
+
+# Colours of the drawing are replaced by style variables of the page, so that one figure serves both colour schemes.
+_INK, _FAINT = "#010101", "#020202"
+_SERIES = ("#0a0001", "#0a0002", "#0a0003", "#0a0004", "#0a0005", "#0a0006", "#0a0007")
+_VARIABLES = {_INK: "var(--ink)", _FAINT: "var(--line)"} | {c: f"var(--s{i + 1})" for i, c in enumerate(_SERIES)}
+ANCHORED, EXPLORATORY = _SERIES[0], _SERIES[1]
+
+_STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "tgq_fast",
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "text.color": _INK,
+    "axes.labelcolor": _INK,
+    "axes.titlecolor": _INK,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "axes.edgecolor": _FAINT,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": _FAINT,
+    "grid.linewidth": 0.6,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "legend.frameon": False,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+}
+
+
+def series_variable(number: int) -> str:
+    """CSS variable of the n-th run's colour."""
+    return _VARIABLES[_SERIES[number % len(_SERIES)]]
+
+
+def _svg(figure: Figure, label: str) -> str:
+    """Inline SVG with an accessible label, without fixed size."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", bbox_inches="tight", pad_inches=0.05, metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    head, rest = text.split(">", 1)
+    box = re.search(r'viewBox="[^"]+"', head)
+    safe = label.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
+    text = f'<svg role="img" aria-label="{safe}" {box.group(0) if box else ""} xmlns:xlink="http://www.w3.org/1999/xlink">{rest}'
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    for colour, variable in _VARIABLES.items():
+        text = text.replace(colour, variable)
+    # Ids must be unique over all figures of a page.
+    prefix = f"f{zlib.crc32(label.encode()):08x}-"
+    text = re.sub(r'id="([^"]+)"', rf'id="{prefix}\1"', text)
+    text = re.sub(r"url\(#([^)]+)\)", rf"url(#{prefix}\1)", text)
+    return re.sub(r'xlink:href="#([^"]+)"', rf'xlink:href="#{prefix}\1"', text)
+
+
+def metric_dots(runs: Sequence[RunResult], names: Sequence[str]) -> str:
+    """Dot plot of metrics with intervals, one row per run and metric."""
+    names = [name for name in names if any(name in run.metrics for run in runs)]
+    with rc_context(_STYLE):
+        rows = len(names) * (len(runs) + 0.9)
+        figure = Figure(figsize=(7.2, max(1.6, 0.24 * rows + 0.5)))
+        axes = figure.subplots()
+        ticks, labels, y = [], [], 0.0
+        for name in names:
+            first = y
+            for number, run in enumerate(runs):
+                metric = run.metrics.get(name)
+                if metric is not None:
+                    colour = _SERIES[number % len(_SERIES)]
+                    axes.plot([metric.low, metric.high], [y, y], color=colour, linewidth=2.2, solid_capstyle="round")
+                    axes.plot(metric.value, y, marker="o", color=colour, markersize=6)
+                    axes.text(metric.high + 0.012, y, f"{metric.value:.3f}", va="center", fontsize=8.5)
+                y += 1
+            ticks.append((first + y - 1) / 2)
+            labels.append(name)
+            y += 0.9
+        axes.set_yticks(ticks, labels)
+        axes.set_xlim(0, 1.08)
+        axes.set_xticks(np.linspace(0, 1, 6))
+        axes.invert_yaxis()
+        axes.grid(axis="y", visible=False)
+        return _svg(figure, "Metrics with intervals: " + ", ".join(names) + " for " + ", ".join(r.name for r in runs))
+
+
+def curves(runs: Sequence[RunResult], name: str, title: str) -> str | None:
+    """One logged quantity of every run against the step; None when no run logged it."""
+    drawn = [(number, run.curves[name]) for number, run in enumerate(runs) if name in run.curves]
+    if not drawn:
+        return None
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(4.6, 2.6))
+        axes = figure.subplots()
+        for number, (steps, values) in drawn:
+            colour = _SERIES[number % len(_SERIES)]
+            if len(steps) > 30:
+                axes.plot(steps, values, color=colour, linewidth=0.7, alpha=0.35)
+                axes.plot(steps, _smooth(values), color=colour, linewidth=1.8, label=runs[number].name)
+            else:
+                marker = "o" if len(steps) < 10 else None
+                axes.plot(steps, values, color=colour, linewidth=1.8, marker=marker, markersize=3.5, label=runs[number].name)
+        axes.set_title(title)
+        axes.set_xlabel("step")
+        return _svg(figure, f"{title} against training step for " + ", ".join(runs[n].name for n, _ in drawn))
+
+
+def _smooth(values: Sequence[float]) -> np.ndarray:
+    """Centred running mean over a tenth of the curve."""
+    array = np.asarray(values, dtype=float)
+    half = max(1, len(array) // 20)
+    sums = np.concatenate(([0.0], np.cumsum(array)))
+    at = np.arange(len(array))
+    low, high = np.maximum(at - half, 0), np.minimum(at + half + 1, len(array))
+    return (sums[high] - sums[low]) / (high - low)
+
+
+def gates_by_agreement(study: GateStudy) -> str | None:
+    """Histograms of per item mean gates by third of agreement, one panel per stream."""
+    panels = [("anchored gate", study.anchored, ANCHORED), ("exploratory gate", study.exploratory, EXPLORATORY)]
+    drawn = [(title, values, colour) for title, values, colour in panels if values is not None]
+    if not drawn:
+        return None
+    known = np.isfinite(study.agreement)
+    varied = bool(known.any()) and float(np.ptp(study.agreement[known])) > 1e-6
+    groups: list[tuple[str, np.ndarray]] = [("all items", np.ones(len(study.agreement), bool))]
+    if varied and known.sum() >= 9:
+        low, high = np.quantile(study.agreement[known], (1 / 3, 2 / 3))
+        groups = [
+            ("low agreement", known & (study.agreement <= low)),
+            ("middle", known & (study.agreement > low) & (study.agreement <= high)),
+            ("high agreement", known & (study.agreement > high)),
+        ]
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(4.6 * len(drawn), 2.8))
+        for axes, (title, values, colour) in zip(np.atleast_1d(figure.subplots(1, len(drawn))), drawn):
+            reach = max(0.02, float(np.abs(values).max()) * 1.05)
+            bins = np.linspace(-reach, reach, 33)
+            for alpha, style, (label, mask) in zip((1.0, 0.75, 0.5), ("-", "--", ":"), groups):
+                if mask.any():
+                    axes.hist(
+                        values[mask],
+                        bins=bins,
+                        histtype="step",
+                        color=colour,
+                        alpha=alpha,
+                        linestyle=style,
+                        linewidth=1.7,
+                        label=f"{label} (n={int(mask.sum())})",
+                    )
+            axes.axvline(0, color=_INK, linewidth=0.8)
+            axes.set_title(f"{title}, mean over channels")
+            axes.set_xlabel("closed ← gate → amplified")
+            axes.set_ylabel("items")
+            axes.legend(fontsize=8)
+        figure.tight_layout()
+        return _svg(figure, "Histograms of the mean gates by agreement")
+
+
+def gates_by_condition(study: GateStudy) -> str | None:
+    """Mean gates against overlay level and against true, missing or wrong metadata; None when neither was measured."""
+    panels = [kind for kind in ("overlay", "metadata") if getattr(study, kind)]
+    if not panels:
+        return None
+    colours = {"anchored": ANCHORED, "exploratory": EXPLORATORY}
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(4.6 * len(panels), 2.7))
+        for axes, kind in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels):
+            if kind == "overlay":
+                ticks = [f"{level:.0%}" for level in study.overlay_levels]
+                groups: Mapping[str, Sequence[np.ndarray]] = study.overlay
+                axes.set_title("overlay on the picture")
+                axes.set_xlabel("share of the picture covered")
+            else:
+                conditions = list(next(iter(study.metadata.values())))
+                ticks = conditions
+                groups = {stream: [values[c] for c in conditions] for stream, values in study.metadata.items()}
+                axes.set_title("metadata of the item")
+            for shift, (stream, values) in zip((-0.09, 0.09), groups.items()):
+                x = np.arange(len(values)) + shift
+                middle = np.array([np.median(v) for v in values])
+                low = np.array([np.quantile(v, 0.1) for v in values])
+                high = np.array([np.quantile(v, 0.9) for v in values])
+                axes.errorbar(
+                    x,
+                    middle,
+                    yerr=[middle - low, high - middle],
+                    color=colours[stream],
+                    marker="o",
+                    markersize=5,
+                    linewidth=1.6 if kind == "overlay" else 0,
+                    elinewidth=1.2,
+                    capsize=3,
+                    label=f"{stream} gate",
+                )
+            axes.axhline(0, color=_INK, linewidth=0.8)
+            axes.set_xticks(np.arange(len(ticks)), ticks)
+            axes.set_ylabel("mean gate (median, 10–90 %)")
+            axes.legend(fontsize=8)
+        figure.tight_layout()
+        return _svg(figure, "Mean gates under overlays and under missing or wrong metadata")
+
+
+def data_uri(image: Image.Image, *, side: int = 176, quality: int = 82) -> str:
+    """JPEG data URI of a picture whose longer side is at most `side` pixels; metadata of the file is not kept."""
+    small = image.convert("RGB")
+    small.thumbnail((side, side), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    small.save(buffer, format="JPEG", quality=quality, optimize=True)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def attention_overlay(image: Image.Image, weights: np.ndarray, *, side: int = 176) -> str:
+    """Data URI of a picture under a heat map.
+
+    Args:
+        image: RGB picture.
+        weights: [h, w] attention over the grid of visual tokens, of any scale.
+        side: longer side of the result in pixels.
+    """
+    small = image.convert("RGB")
+    small.thumbnail((side, side), Image.Resampling.LANCZOS)
+    top = np.quantile(weights, 0.99)
+    scaled = np.clip(weights / top, 0, 1) if top > 0 else np.zeros_like(weights)
+    heat = Image.fromarray((scaled * 255).astype(np.uint8)).resize(small.size, Image.Resampling.BICUBIC)
+    strength = np.asarray(heat, dtype=np.float32)[..., None] / 255  # [H, W, 1]
+    grey = np.asarray(small.convert("L"), dtype=np.float32)[..., None].repeat(3, axis=2)
+    ground = grey * 0.55 + 60
+    colour = _heat(strength[..., 0])
+    mixed = ground * (1 - 0.8 * strength) + colour * (0.8 * strength)
+    return data_uri(Image.fromarray(np.clip(mixed, 0, 255).astype(np.uint8)), side=side)
+
+
+def _heat(x: np.ndarray) -> np.ndarray:
+    """[H, W] in [0, 1] → [H, W, 3] of a perceptually even colour map."""
+    from matplotlib import colormaps
+
+    return np.asarray(colormaps["plasma"](0.15 + 0.85 * x))[..., :3] * 255
