@@ -1,0 +1,28 @@
+"""Item pool on disk, exact search, metrics and full-pool evaluation.
+
+`topk` and `evaluate` are functions here, and modules of the same names hold them.
+"""
+
+from tgq_fast.retrieval.embed import EmbedReport, embed_catalog, model_digest, zero_shot_embeddings
+from tgq_fast.retrieval.evaluate import Comparison, Evaluation, compare, evaluate, format_table
+from tgq_fast.retrieval.metrics import Interval
+from tgq_fast.retrieval.pool import ItemPool, PoolHits
+from tgq_fast.retrieval.topk import TopK, merge_topk, topk
+
+__all__ = [
+    "Comparison",
+    "EmbedReport",
+    "Evaluation",
+    "Interval",
+    "ItemPool",
+    "PoolHits",
+    "TopK",
+    "compare",
+    "embed_catalog",
+    "evaluate",
+    "format_table",
+    "merge_topk",
+    "model_digest",
+    "topk",
+    "zero_shot_embeddings",
+]

@@ -1,0 +1,145 @@
+"""Full-pool evaluation against brute force: exact ranks, self-exclusion, ties, missing items."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tgq_fast.data import Catalog, Item
+from tgq_fast.errors import ArgumentError, NonFiniteError
+from tgq_fast.retrieval.evaluate import compare, evaluate, format_table, positive_ranks
+from tgq_fast.retrieval.metrics import ABSENT
+from tgq_fast.retrieval.pool import ItemPool
+
+
+def make_catalog(groups: int = 40, size: int = 3) -> Catalog:
+    items = [
+        Item(
+            id=f"i{g:03d}-{v}",
+            file_name=f"{g}-{v}.png",
+            title=None,
+            brand=None,
+            category="thing",
+            attributes={},
+            price=None,
+            group_id=f"g{g}",
+            row=g * size + v + 1,
+        )
+        for g in range(groups)
+        for v in range(size)
+    ]
+    return Catalog.from_items(items)
+
+
+def brute_rank(embeddings: torch.Tensor, query: int, target: int) -> int:
+    scores = embeddings[query] @ embeddings.T
+    others = [j for j in range(len(scores)) if j != query]
+    others.sort(key=lambda j: (-float(scores[j]), j))
+    return others.index(target) + 1
+
+
+def integer_embeddings(n: int, width: int = 6, seed: int = 0) -> torch.Tensor:
+    """Small integers: products are exact and ties are frequent."""
+    return torch.randint(-2, 3, (n, width), generator=torch.Generator().manual_seed(seed)).float()
+
+
+@pytest.mark.parametrize("depth", [0, 1, 7, 200])
+def test_ranks_equal_brute_force(depth: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[positive_ranks.__module__], "_QUERY_BLOCK", 5)
+    embeddings = integer_embeddings(50)
+    rng = np.random.default_rng(0)
+    query, target = rng.integers(50, size=60), rng.integers(50, size=60)
+    ranks, hits = positive_ranks(embeddings, query, target, depth=depth)
+    assert hits.shape == (len(np.unique(query)), depth)
+    for q, p, rank in zip(query.tolist(), target.tolist(), ranks.tolist(), strict=True):
+        assert rank == (ABSENT if p == q else brute_rank(embeddings, q, p))
+
+
+def test_evaluate_from_tensor_and_pool_agree(tmp_path: Path) -> None:
+    catalog = make_catalog()
+    embeddings = torch.nn.functional.normalize(torch.randn(len(catalog.items), 8), dim=1)
+    whole = evaluate(catalog, embeddings, ks=(1, 10), samples=50)
+    order = torch.randperm(len(catalog.items)).tolist()  # a pool may hold the items in any order
+    with ItemPool.create(tmp_path / "pool", dims=8, shard_size=17) as pool:
+        pool.append([catalog.items[i].id for i in order], embeddings[order])
+    pooled = evaluate(catalog, ItemPool.open(tmp_path / "pool"), ks=(1, 10), samples=50)
+    assert pooled.to_dict() == whole.to_dict()
+    assert whole.pool_size == 120 and whole.missing_pairs == 0
+    pairs = catalog.split_pairs("test")
+    expected = np.mean([brute_rank(embeddings, q, p) <= 10 for q, p in zip(pairs.query, pairs.target, strict=True)])
+    assert whole["H@10"] == pytest.approx(expected)
+
+
+def test_perfect_embeddings_reach_one() -> None:
+    catalog = make_catalog()
+    one_hot = torch.nn.functional.one_hot(torch.arange(40).repeat_interleave(3), 40).float()
+    result = evaluate(catalog, one_hot, ks=(1, 2))
+    assert result["H@2"] == result["HR@1"] == result["MRR"] == result["NDCG@2"] == result["1-NN"] == 1.0
+    assert result["H@1"] == pytest.approx(0.5)  # two positives, one first place
+
+
+def test_items_missing_from_the_pool_count_as_misses(tmp_path: Path) -> None:
+    catalog = make_catalog()
+    one_hot = torch.nn.functional.one_hot(torch.arange(40).repeat_interleave(3), 40).float()
+    lost = int(catalog.split_pairs("test").target[0])
+    keep = [i for i in range(120) if i != lost]
+    with ItemPool.create(tmp_path / "pool", dims=40) as pool:
+        pool.append([catalog.items[i].id for i in keep], one_hot[keep])
+    result = evaluate(catalog, ItemPool.open(tmp_path / "pool"), ks=(2,))
+    pairs = catalog.split_pairs("test")
+    touched = int(((pairs.query == lost) | (pairs.target == lost)).sum())
+    assert result.missing_pairs == touched > 0
+    assert result["H@2"] == pytest.approx(1 - touched / len(pairs.query))
+    assert "outside the pool" in result.table()
+
+
+def test_outputs(tmp_path: Path) -> None:
+    catalog = make_catalog()
+    result = evaluate(catalog, torch.randn(120, 4), ks=(10, 1), samples=20)
+    saved = json.loads(Path(tmp_path / "e.json").read_text()) if result.to_json(tmp_path / "e.json") else None
+    assert saved == result.to_dict() and saved["ks"] == [1, 10]
+    assert set(saved["metrics"]) == {
+        *(f"{m}@{k}" for m in ("H", "HR", "Recall", "NDCG") for k in (1, 10)),
+        "MRR",
+        "1-NN",
+    }
+    table = result.table()
+    assert "K=10" in table and f"{result['H@10']:.4f}" in table
+    both = format_table({"first": result, "second": result})
+    assert both.count("Recall@K") == 2 and "first" in both and "second" in both
+
+
+def test_paired_comparison() -> None:
+    catalog = make_catalog()
+    good = torch.nn.functional.one_hot(torch.arange(40).repeat_interleave(3), 40).float()
+    first, second = evaluate(catalog, good, ks=(2,)), evaluate(catalog, torch.randn(120, 4), ks=(2,))
+    result = compare(first, second, "H@2").difference
+    assert result.value == pytest.approx(first["H@2"] - second["H@2"])
+    assert 0 < result.low <= result.value <= result.high
+    same = compare(first, first, "MRR").difference
+    assert (same.value, same.low, same.high) == (0.0, 0.0, 0.0)
+    with pytest.raises(ArgumentError, match="metric"):
+        compare(first, second, "H@3")
+    with pytest.raises(ArgumentError, match="pairs"):
+        compare(first, evaluate(catalog, good, ks=(2,), split="train"), "H@2")
+
+
+def test_bad_arguments(tmp_path: Path) -> None:
+    catalog = make_catalog()
+    with pytest.raises(ArgumentError, match="embeddings"):
+        evaluate(catalog, torch.randn(119, 4))
+    with pytest.raises(ArgumentError, match="ks"):
+        evaluate(catalog, torch.randn(120, 4), ks=(0,))
+    broken = torch.randn(120, 4)
+    broken[3, 1] = float("nan")
+    with pytest.raises(NonFiniteError, match="i001-0"):
+        evaluate(catalog, broken)
+    with ItemPool.create(tmp_path / "pool", dims=4) as pool:
+        pool.append(["stranger"], torch.randn(1, 4))
+    with pytest.raises(ArgumentError, match="catalogue"):
+        evaluate(catalog, ItemPool.open(tmp_path / "pool"))

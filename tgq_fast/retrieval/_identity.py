@@ -1,0 +1,48 @@
+"""What pools and run directories write about themselves: canonical JSON, checksums, and who wrote them."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+
+def canonical_json(value: Any) -> str:
+    """One spelling per value: sorted keys, no spaces, no NaN."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def sha256_file(path: Path) -> str:
+    """Hex SHA-256 of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as handle:
+        while piece := handle.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+@functools.cache
+def package_identity() -> dict[str, str]:
+    """Version and source commit of this package; "unknown" where the installation does not tell."""
+    from importlib import metadata
+
+    root = Path(__file__).resolve().parents[1]
+    try:
+        version = metadata.version("tgq-fast")
+    except metadata.PackageNotFoundError:
+        version = "unknown"
+    commit = "unknown"
+    if (root.parent / ".git").exists():  # a source checkout: build facts would be stale
+        try:
+            asked = subprocess.run(
+                ["git", "-C", str(root.parent), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10
+            )
+            commit = asked.stdout.strip() or commit
+        except (OSError, subprocess.TimeoutExpired):
+            pass
+    elif (root / "_build_info.json").exists():
+        commit = str(json.loads((root / "_build_info.json").read_text()).get("commit") or commit)
+    return {"version": version, "commit": commit}

@@ -1,0 +1,324 @@
+"""Full-pool evaluation: every item of the pool is a candidate, the query itself is excluded.
+
+Source: protocol, docs/method.md (H@K of TGQ-Former's public digest over the whole pool); intervals and the exact ranks
+beyond the search depth are ours.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tgq_fast.data.files import write_atomic
+from tgq_fast.errors import ArgumentError, NonFiniteError
+from tgq_fast.retrieval.metrics import ABSENT, Interval, bootstrap_interval, query_table, ranking_metrics
+from tgq_fast.retrieval.pool import ItemPool
+from tgq_fast.retrieval.topk import topk
+from tgq_fast.retrieval.topk_arguments import MAX_K
+
+if TYPE_CHECKING:
+    from tgq_fast.data import Catalog
+
+__all__ = ["Comparison", "Evaluation", "compare", "evaluate", "positive_ranks"]
+
+_SCORE_BYTES = 64 << 20  # score block of the exact rank count
+_QUERY_BLOCK = 4096
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Metrics of one embedding of a catalogue.
+
+    Attributes:
+        split: which pairs were tested.
+        pool_size: number of candidates, the query included.
+        queries, pairs: how many were tested.
+        missing_pairs: pairs whose query or target is not in the pool; they count as not found.
+        ks: cut-offs.
+        metrics: name → :class:`Interval`; names as in :mod:`tgq_fast.retrieval.metrics`, and "1-NN", the share of
+            queries whose nearest neighbour has the same `group_id` (only when every query has one).
+        confidence, samples, seed: of the bootstrap.
+        query, target, rank, weight: [P] catalogue rows, exact rank (ABSENT when missing) and weight of every pair.
+    """
+
+    split: str
+    pool_size: int
+    queries: int
+    pairs: int
+    missing_pairs: int
+    ks: tuple[int, ...]
+    metrics: dict[str, Interval]
+    confidence: float
+    samples: int
+    seed: int
+    query: np.ndarray = field(repr=False)
+    target: np.ndarray = field(repr=False)
+    rank: np.ndarray = field(repr=False)
+    weight: np.ndarray = field(repr=False)
+
+    def __getitem__(self, name: str) -> float:
+        """Value of a metric by name, such as "H@10"."""
+        if name not in self.metrics:
+            raise ArgumentError("metric", repr(name), "one of " + ", ".join(self.metrics))
+        return self.metrics[name].value
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready summary; undefined numbers (no test pairs) are null."""
+
+        def number(value: float) -> float | None:
+            return value if np.isfinite(value) else None
+
+        return {
+            "split": self.split,
+            "pool_size": self.pool_size,
+            "queries": self.queries,
+            "pairs": self.pairs,
+            "missing_pairs": self.missing_pairs,
+            "ks": list(self.ks),
+            "bootstrap": {"samples": self.samples, "confidence": self.confidence, "seed": self.seed},
+            "metrics": {
+                name: {"value": number(m.value), "low": number(m.low), "high": number(m.high)}
+                for name, m in self.metrics.items()
+            },
+        }
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """The summary as JSON text; also written to `path`, atomically, when given."""
+        text = json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"
+        if path is not None:
+            write_atomic(path, text.encode("utf-8"))
+        return text
+
+    def table(self) -> str:
+        """Plain text: one row per metric family, one column per K, intervals in brackets."""
+        return format_table({"": self})
+
+
+def format_table(evaluations: dict[str, Evaluation]) -> str:
+    """Several evaluations side by side, one row per model and metric family."""
+    if not evaluations:
+        return ""
+    first = next(iter(evaluations.values()))
+    rows = [["model", "metric", *(f"K={k}" for k in first.ks)]]
+    for name, evaluation in evaluations.items():
+
+        def cell(metric: str, source: Evaluation = evaluation) -> str:
+            m = source.metrics.get(metric)
+            if m is None:
+                return ""
+            return f"{m.value:.4f}" + (f" [{m.low:.4f}, {m.high:.4f}]" if source.samples else "")
+
+        for family in ("H", "HR", "Recall", "NDCG"):
+            rows.append([name, family + "@K", *(cell(f"{family}@{k}") for k in first.ks)])
+        for single in ("MRR", "1-NN"):
+            if single in evaluation.metrics:
+                rows.append([name, single, cell(single)])
+    if set(evaluations) == {""}:
+        rows = [row[1:] for row in rows]
+    widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(len(rows[0]))]
+    lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=False)).rstrip() for row in rows]
+    notes = f"{first.split}: {first.queries} queries, {first.pairs} pairs, pool of {first.pool_size}"
+    if first.missing_pairs:
+        notes += f", {first.missing_pairs} pairs with an item outside the pool count as not found"
+    return "\n".join([notes, lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+@torch.no_grad()
+def positive_ranks(
+    embeddings: Tensor,
+    query: np.ndarray,
+    target: np.ndarray,
+    *,
+    depth: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[np.ndarray, Tensor]:
+    """Exact 1-based rank of each target among all rows but the query, and the top `depth` rows per distinct query.
+
+    Ranks down to `depth` come from the search itself; deeper ones are counted: one plus the rows that score higher, or
+    score the same and have a lower index. Nothing of size queries × pool is kept.
+
+    Args:
+        embeddings: [N, D] fp32 rows; queries are rows too.
+        query, target: [P] row numbers.
+        depth: search depth k.
+        progress: called with (queries done, queries).
+
+    Returns:
+        ([P] int64 ranks; :data:`ABSENT` where target is the query itself, [U, depth] int64 hits of `np.unique(query)`).
+    """
+    size = embeddings.shape[0]
+    queries, label = np.unique(query, return_inverse=True)
+    order = np.argsort(label, kind="stable")
+    starts = np.searchsorted(label[order], np.arange(len(queries) + 1))
+    ranks = np.full(len(query), ABSENT, dtype=np.int64)
+    hits = torch.full((len(queries), depth), -1, dtype=torch.int64)
+    block = max(1, min(_QUERY_BLOCK, _SCORE_BYTES // max(1, 4 * size)))
+    columns = torch.arange(size)
+    for first in range(0, len(queries), block):
+        stop = min(first + block, len(queries))
+        rows = torch.from_numpy(queries[first:stop])
+        pairs = order[starts[first] : starts[stop]]  # pairs of this block of queries
+        pairs = pairs[target[pairs] != query[pairs]]
+        if depth:
+            hits[first:stop] = topk(embeddings[rows], embeddings, depth, exclude=rows).indices
+            found = hits[label[pairs]] == torch.from_numpy(target[pairs])[:, None]  # [pairs, depth]
+            inside = found.any(dim=1).numpy()
+            ranks[pairs[inside]] = found.to(torch.int8).argmax(dim=1).numpy()[inside] + 1
+            pairs = pairs[~inside]
+        if len(pairs):
+            deep = np.unique(label[pairs])  # queries with a positive beyond the search depth
+            scores = embeddings[torch.from_numpy(queries[deep])] @ embeddings.T  # [deep, N]
+            scores[torch.arange(len(deep)), torch.from_numpy(queries[deep])] = float("-inf")
+            for pair, row in zip(pairs.tolist(), np.searchsorted(deep, label[pairs]).tolist(), strict=True):
+                line, positive = scores[row], int(target[pair])
+                mine = line[positive]
+                above = int((line > mine).sum()) + int(((line == mine) & (columns < positive)).sum())
+                # Search and count may round a near tie differently; the search decided it is not among its hits.
+                ranks[pair] = max(above + 1, depth + 1)
+        if progress is not None:
+            progress(stop, len(queries))
+    return ranks, hits
+
+
+def evaluate(
+    catalog: Catalog,
+    embedded: ItemPool | Tensor | np.ndarray,
+    *,
+    ks: Sequence[int] = (1, 10, 100),
+    split: str = "test",
+    samples: int = 1000,
+    confidence: float = 0.95,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Evaluate embeddings on the pairs of one split; the pool is every embedded item.
+
+    Args:
+        catalog: the catalogue; its pairs name queries and targets.
+        embedded: an :class:`ItemPool` of the catalogue (items may be missing from it), or [n, D] in catalogue order.
+        ks: cut-offs.
+        split: "train", "validation" or "test".
+        samples: bootstrap draws over queries; 0 for none.
+
+    Returns:
+        :class:`Evaluation`.
+
+    Raises:
+        ArgumentError: wrong shape, no pairs in the split, or a pool of other items.
+        NonFiniteError: embeddings hold NaN or infinity.
+    """
+    cuts = tuple(sorted({int(k) for k in ks}))
+    if not cuts or cuts[0] < 1:
+        raise ArgumentError("ks", list(ks), "cut-offs of at least 1")
+    pairs = catalog.split_pairs(split)
+    if not len(pairs.query):
+        raise ArgumentError("split", repr(split), "a split with at least one pair", "check the catalogue's pairs file")
+    vectors, row_of = _vectors(catalog, embedded)
+    query_row, target_row = row_of[pairs.query], row_of[pairs.target]  # pool rows, -1 when not embedded
+    known = (query_row >= 0) & (target_row >= 0)
+    rank = np.full(len(pairs.query), ABSENT, dtype=np.int64)
+    found, hits = positive_ranks(
+        vectors, query_row[known], target_row[known], depth=min(cuts[-1], MAX_K), progress=progress
+    )
+    rank[known] = found
+    weight = np.asarray(pairs.weight, dtype=np.float64)
+    metrics = ranking_metrics(pairs.query, rank, cuts, weight=weight, samples=samples, confidence=confidence, seed=seed)
+    nearest = _nearest_neighbour(catalog, np.unique(query_row[known]), hits[:, 0].numpy(), row_of)
+    if nearest is not None:
+        value = float(nearest.mean())
+        low, high = value, value
+        if samples:
+            low, high = bootstrap_interval(
+                nearest, np.ones(len(nearest)), samples=samples, confidence=confidence, seed=seed
+            )
+        metrics["1-NN"] = Interval(value, low, high)
+    return Evaluation(
+        split=split,
+        pool_size=vectors.shape[0],
+        queries=len(np.unique(pairs.query)),
+        pairs=len(pairs.query),
+        missing_pairs=int((~known).sum()),
+        ks=cuts,
+        metrics=metrics,
+        confidence=confidence,
+        samples=samples,
+        seed=seed,
+        query=pairs.query,
+        target=pairs.target,
+        rank=rank,
+        weight=weight,
+    )
+
+
+def _vectors(catalog: Catalog, embedded: ItemPool | Tensor | np.ndarray) -> tuple[Tensor, np.ndarray]:
+    """fp32 [N, D] and, for each catalogue row, its row in them or -1."""
+    size = len(catalog.items)
+    if isinstance(embedded, ItemPool):
+        row_of = embedded.rows([item.id for item in catalog.items], missing="mark")
+        if (row_of >= 0).sum() != len(embedded):
+            raise ArgumentError(
+                "pool",
+                f"{len(embedded)} items, {(row_of >= 0).sum()} of them in the catalogue",
+                "a pool of this catalogue",
+            )
+        return embedded.embeddings().float(), row_of
+    vectors = torch.as_tensor(embedded).detach().cpu()
+    if vectors.ndim != 2 or vectors.shape[0] != size or not vectors.is_floating_point():
+        raise ArgumentError(
+            "embeddings", f"{tuple(vectors.shape)} {vectors.dtype}", f"floating [{size}, D], one row per item"
+        )
+    bad = (~torch.isfinite(vectors).all(dim=1)).nonzero()[:, 0].tolist()
+    if bad:
+        raise NonFiniteError("embeddings", [catalog.items[i].id for i in bad[:20]], len(bad))
+    return vectors.float(), np.arange(size, dtype=np.int64)
+
+
+def _nearest_neighbour(
+    catalog: Catalog, query_rows: np.ndarray, nearest: np.ndarray, row_of: np.ndarray
+) -> np.ndarray | None:
+    """[U] 1.0 where the nearest neighbour shares the query's `group_id`; None when a query has none."""
+    item_of = np.full(int(row_of.max(initial=-1)) + 1, -1, dtype=np.int64)
+    item_of[row_of[row_of >= 0]] = np.flatnonzero(row_of >= 0)
+    groups = [catalog.items[item_of[row]].group_id for row in query_rows.tolist()]
+    if not groups or any(group is None for group in groups):
+        return None
+    same = [
+        hit >= 0 and catalog.items[item_of[hit]].group_id == group
+        for hit, group in zip(nearest.tolist(), groups, strict=True)
+    ]
+    return np.asarray(same, dtype=np.float64)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Difference `first − second` of one metric over the same queries, with its paired bootstrap interval."""
+
+    metric: str
+    difference: Interval
+
+
+def compare(first: Evaluation, second: Evaluation, metric: str) -> Comparison:
+    """Paired comparison: both models are scored on the same bootstrap draws of queries.
+
+    Raises:
+        ArgumentError: the evaluations are not over the same pairs, or an unknown metric.
+    """
+    if not (np.array_equal(first.query, second.query) and np.array_equal(first.target, second.target)):
+        raise ArgumentError("second", "another set of pairs", "an evaluation over the same pairs as first")
+    tables = [query_table(e.query, e.rank, first.ks, weight=e.weight) for e in (first, second)]
+    if metric not in tables[0].numerator:
+        raise ArgumentError("metric", repr(metric), "one of " + ", ".join(tables[0].numerator))
+    numerator = tables[0].numerator[metric] - tables[1].numerator[metric]
+    denominator = tables[0].denominator[metric]
+    value = float(numerator.sum() / denominator.sum())
+    low, high = bootstrap_interval(
+        numerator, denominator, samples=first.samples or 1000, confidence=first.confidence, seed=first.seed
+    )
+    return Comparison(metric, Interval(value, low, high))

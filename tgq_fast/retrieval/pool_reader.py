@@ -1,0 +1,270 @@
+"""The reading half of an item pool: checks, memory-mapped shards, id look-up and exact search."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from tgq_fast.errors import ArgumentError, NonFiniteError, PoolError
+from tgq_fast.reference import TopK
+from tgq_fast.retrieval._identity import sha256_file
+from tgq_fast.retrieval.manifest import FileRecord, Manifest
+from tgq_fast.retrieval.topk import merge_topk, topk
+
+REJECTS_NAME = "rejects.jsonl"
+
+
+class PoolHits(NamedTuple):
+    """Neighbours found in a pool.
+
+    Attributes:
+        scores: [Q, k] fp32, descending; -inf where fewer than k items remain.
+        indices: [Q, k] int64 pool rows; -1 where fewer than k items remain.
+        ids: Q lists of k item ids; None where fewer than k items remain.
+    """
+
+    scores: Tensor
+    indices: Tensor
+    ids: list[list[str | None]]
+
+
+class PoolReader:
+    """Everything of a pool that only reads; use it through :class:`tgq_fast.retrieval.pool.ItemPool`.
+
+    Args:
+        path: the folder.
+        manifest: its manifest.
+        verify: check the SHA-256 of each shard when it is first read.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest, *, verify: bool) -> None:
+        self.path = path
+        self.manifest = manifest
+        self._verify = verify
+        self._tensors: dict[int, Tensor] = {}
+        self._checked: set[str] = set()  # files whose checksum has been confirmed
+
+    def __len__(self) -> int:
+        return self.manifest.rows
+
+    @property
+    def dims(self) -> int:
+        """D."""
+        return self.manifest.dims
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Storage type of the embeddings."""
+        return _torch_dtype(self.manifest.dtype)
+
+    def _file_records(self) -> list[FileRecord]:
+        records = [record for shard in self.manifest.shards for record in (shard.embeddings, shard.ids)]
+        return records + ([] if self.manifest.rejects is None else [self.manifest.rejects])
+
+    def _check_files(self) -> None:
+        for record in self._file_records():
+            path = self.path / record.name
+            size = path.stat().st_size if path.is_file() else None
+            if size is None:
+                raise PoolError(f"{path}: missing, the manifest names it; the pool is incomplete")
+            # A killed writer may leave the append-only reject log longer than committed.
+            if size < record.bytes or (size > record.bytes and record.name != REJECTS_NAME):
+                raise PoolError(f"{path}: {size} bytes, the manifest says {record.bytes}; truncated or replaced")
+
+    def _check_hash(self, record: FileRecord) -> None:
+        path = self.path / record.name
+        if sha256_file(path) != record.sha256:
+            raise PoolError(f"{path}: SHA-256 differs from the manifest; corrupt or replaced, embed again")
+        self._checked.add(record.name)
+
+    def verify(self) -> None:
+        """Check every byte: sizes, SHA-256 of all files, shapes, dtypes, finiteness and distinct ids.
+
+        Raises:
+            PoolError: with the file and the reason.
+        """
+        self._check_files()
+        seen: list[np.ndarray] = []
+        for number, shard in enumerate(self.manifest.shards):
+            self._check_hash(shard.embeddings)
+            self._check_hash(shard.ids)
+            if not torch.isfinite(self._shard(number)).all():
+                raise PoolError(f"{self.path / shard.embeddings.name}: holds NaN or infinity")
+            seen.append(np.fromiter(map(hash, self._shard_ids(number).to_pylist()), dtype=np.int64))
+        total = np.sort(np.concatenate([np.empty(0, np.int64), *seen]))
+        if (total[1:] == total[:-1]).any():
+            every = [item_id for _, part in self._id_shards() for item_id in part.to_pylist()]
+            if len(set(every)) != len(every):
+                raise PoolError(f"{self.path}: an id occurs more than once")
+        rejects = self.manifest.rejects
+        if rejects is not None and (self.path / rejects.name).stat().st_size == rejects.bytes:
+            self._check_hash(rejects)
+
+    def _shard(self, number: int) -> Tensor:
+        """Memory-mapped [n, D] embeddings of one shard."""
+        if number not in self._tensors:
+            record = self.manifest.shards[number]
+            path = self.path / record.embeddings.name
+            if self._verify and record.embeddings.name not in self._checked:
+                self._check_hash(record.embeddings)
+            try:
+                with safe_open(path, framework="pt") as handle:
+                    tensor = handle.get_tensor("embeddings")
+            except (SafetensorError, OSError) as error:
+                raise PoolError(f"{path}: not a readable safetensors shard ({error})") from None
+            if tuple(tensor.shape) != (record.rows, self.dims) or tensor.dtype != self.dtype:
+                raise PoolError(
+                    f"{path}: holds {tuple(tensor.shape)} {tensor.dtype}, "
+                    f"the manifest says ({record.rows}, {self.dims}) {self.manifest.dtype}"
+                )
+            self._tensors[number] = tensor
+        return self._tensors[number]
+
+    def _shard_ids(self, number: int) -> pa.Array:
+        record = self.manifest.shards[number]
+        path = self.path / record.ids.name
+        if self._verify and record.ids.name not in self._checked:
+            self._check_hash(record.ids)
+        try:
+            column = pq.read_table(path, columns=["id"]).column("id").combine_chunks()
+        except (pa.ArrowException, OSError, KeyError) as error:
+            raise PoolError(f"{path}: not a readable id file ({error})") from None
+        if len(column) != record.rows or column.null_count:
+            raise PoolError(f"{path}: {len(column)} ids, {record.rows} expected; corrupt")
+        return column
+
+    def _id_shards(self) -> Iterator[tuple[int, pa.Array]]:
+        start = 0
+        for number, record in enumerate(self.manifest.shards):
+            yield start, self._shard_ids(number)
+            start += record.rows
+
+    def shards(self) -> Iterator[tuple[int, Tensor]]:
+        """(first row, [n, D] memory-mapped embeddings) of each shard, in order. Do not write to them."""
+        start = 0
+        for number, record in enumerate(self.manifest.shards):
+            yield start, self._shard(number)
+            start += record.rows
+
+    def ids(self) -> list[str]:
+        """All ids in pool order."""
+        return [item_id for _, part in self._id_shards() for item_id in part.to_pylist()]
+
+    def embeddings(self) -> Tensor:
+        """[len(pool), D]; memory-mapped for a single shard, copied into memory for several."""
+        parts = [tensor for _, tensor in self.shards()]
+        if len(parts) == 1:
+            return parts[0]
+        return torch.cat(parts) if parts else torch.empty(0, self.dims, dtype=self.dtype)
+
+    def rows(self, ids: Sequence[str], *, missing: Literal["raise", "mark"] = "raise") -> np.ndarray:
+        """[n] int64 pool rows of ids; unknown ids raise ArgumentError, or give -1 with missing="mark"."""
+        wanted = pa.array(list(ids), type=pa.string())
+        found = np.full(len(wanted), -1, dtype=np.int64)
+        for start, part in self._id_shards():
+            hit = pc.index_in(wanted, value_set=part)
+            mask = hit.is_valid().to_numpy(zero_copy_only=False)
+            found[mask] = start + hit.drop_null().to_numpy(zero_copy_only=False)
+        if missing == "raise" and (found < 0).any():
+            raise ArgumentError(
+                "ids", repr(ids[int((found < 0).argmax())]), f"ids of the {len(self)} items in {self.path}"
+            )
+        return found
+
+    def get(self, ids: Sequence[str]) -> Tensor:
+        """[n, D] embeddings of ids, copied."""
+        rows = self.rows(ids)
+        out = torch.empty(len(rows), self.dims, dtype=self.dtype)
+        for start, tensor in self.shards():
+            here = np.flatnonzero((rows >= start) & (rows < start + tensor.shape[0]))
+            out[here] = tensor[rows[here] - start]
+        return out
+
+    def ids_at(self, indices: Tensor) -> list[list[str | None]]:
+        """Ids of [Q, k] pool rows; None for negative rows. Reads the id files of the shards that are hit only."""
+        flat = indices.cpu().numpy().reshape(-1)
+        out: list[str | None] = [None] * flat.size
+        start = 0
+        for number, record in enumerate(self.manifest.shards):
+            here = np.flatnonzero((flat >= start) & (flat < start + record.rows))
+            if here.size:
+                names = self._shard_ids(number).take(pa.array(flat[here] - start)).to_pylist()
+                for position, name in zip(here.tolist(), names, strict=True):
+                    out[position] = name
+            start += record.rows
+        width = indices.shape[1]
+        return [out[row * width : (row + 1) * width] for row in range(indices.shape[0])]
+
+    def search(
+        self,
+        queries: Tensor | np.ndarray,
+        k: int,
+        *,
+        exclude_ids: Sequence[str | None] | Sequence[Sequence[str]] | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> PoolHits:
+        """Exact maximum inner product search, shard by shard from the memory map.
+
+        Args:
+            queries: [Q, D] floating.
+            k: hits per query, 1 … 2048.
+            exclude_ids: per query one id (or None), or a list of ids, that it must not return. Ids that are not in the
+                pool exclude nothing.
+            progress: called with (rows searched, rows in the pool) after each shard.
+
+        Returns:
+            :class:`PoolHits`; ties go to the lower pool row, whatever the sharding.
+
+        Raises:
+            ArgumentError: wrong shape, k < 1 or a wrong number of exclusions.
+            NonFiniteError: a query holds NaN or infinity.
+        """
+        wanted = torch.as_tensor(queries)
+        if wanted.ndim != 2 or wanted.shape[1] != self.dims or not wanted.is_floating_point():
+            raise ArgumentError("queries", f"{tuple(wanted.shape)} {wanted.dtype}", f"floating [Q, {self.dims}]")
+        wanted = wanted.detach().cpu()
+        if wanted.dtype == torch.float64:
+            wanted = wanted.float()
+        bad = (~torch.isfinite(wanted).all(dim=1)).nonzero()[:, 0].tolist()
+        if bad:
+            raise NonFiniteError("queries", bad[:20], len(bad))
+        excluded = self._excluded_rows(exclude_ids, wanted.shape[0])
+        best = TopK(torch.empty(wanted.shape[0], 0), torch.empty(wanted.shape[0], 0, dtype=torch.int64))
+        for start, tensor in self.shards():
+            local = None
+            if excluded is not None:
+                inside = (excluded >= start) & (excluded < start + tensor.shape[0])
+                local = torch.where(inside, excluded - start, -1)
+            best = merge_topk([best, topk(wanted, tensor, k, exclude=local)], k, offsets=[0, start])
+            if progress is not None:
+                progress(start + tensor.shape[0], len(self))
+        best = merge_topk([best], k)  # pads an empty pool's answer
+        return PoolHits(best.scores, best.indices, self.ids_at(best.indices))
+
+    def _excluded_rows(self, exclude_ids: Sequence[Any] | None, queries: int) -> Tensor | None:
+        if exclude_ids is None:
+            return None
+        if isinstance(exclude_ids, str) or len(exclude_ids) != queries:
+            raise ArgumentError("exclude_ids", f"{len(exclude_ids)} entries", f"{queries}, one per query")
+        lists = [[] if e is None else [e] if isinstance(e, str) else list(e) for e in exclude_ids]
+        width = max((len(entry) for entry in lists), default=0)
+        if not width:
+            return None
+        rows = iter(self.rows([item_id for entry in lists for item_id in entry], missing="mark").tolist())
+        table = [[next(rows) for _ in entry] + [-1] * (width - len(entry)) for entry in lists]
+        return torch.tensor(table, dtype=torch.int64)
+
+
+def _torch_dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
