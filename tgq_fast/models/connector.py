@@ -162,8 +162,7 @@ class TGQFormerConnector(nn.Module):
 
     def forward(self, features: FrozenFeatures, *, return_attention: bool = False) -> ConnectorOutput:
         """Features of B items → :class:`ConnectorOutput` with tokens [B, Na + Ne, d], anchored first."""
-        dtype = self.encoder.layer[0].attention.output.dense.weight.dtype
-        features = prepare_features(features, self.config, dtype)
+        features = prepare_features(features, self.config, next(self.parameters()).dtype)
         num_anchored = self.layout.num_anchored
         text = None
         if self.metadata is not None:
@@ -189,9 +188,7 @@ class TGQFormerConnector(nn.Module):
             alignment_logits=alignment_logits,
         )
         if self.modulation is not None:
-            modulated = self.modulation(
-                anchored, exploratory, agreement, features.has_metadata, features.global_image
-            )
+            modulated = self.modulation(anchored, exploratory, agreement, features.has_metadata, features.global_image)
             output.tokens = torch.cat((modulated.anchored, modulated.exploratory), dim=1)
             output.anchored_gate = modulated.anchored_gate if self.modulation.anchored is not None else None
             output.exploratory_gate = modulated.exploratory_gate if self.modulation.exploratory is not None else None
@@ -220,7 +217,9 @@ def build_connector(config: TGQFormerConfig) -> nn.Module:
             return MLPProjector(config, num_cells=config.num_queries if config.connector == "mlp" else 1)
         case "text-only":
             return TextOnlyConnector(config)
-    raise ArgumentError("config.connector", repr(config.connector), "a name in tgq_fast.models.configuration.CONNECTORS")
+    raise ArgumentError(
+        "config.connector", repr(config.connector), "a name in tgq_fast.models.configuration.CONNECTORS"
+    )
 
 
 def count_parameters(config: TGQFormerConfig) -> int:

@@ -1,4 +1,4 @@
-"""What enters the connectors: metadata tokens with field types, their compression to queries, and the agreement score."""
+"""What enters the connectors: metadata tokens with field types, their compression to queries, the agreement."""
 
 from __future__ import annotations
 

@@ -68,8 +68,8 @@ class StreamLayout:
 
     @property
     def explores_alone(self) -> bool:
-        """Whether no exploratory query sees anything but exploratory queries."""
-        return not self.reads_text or (self.mixing == "block" and not self.explore_sees_text)
+        """Whether there are exploratory queries and they see nothing but each other."""
+        return self.num_exploratory > 0 and self.mixing == "block" and not self.explore_sees_text
 
 
 class AttentionProjections(nn.Module):
@@ -139,32 +139,32 @@ class StreamSelfAttention(nn.Module):
             [B, N, d] and [B, M, d] (None without text or when not wanted).
         """
         layout, p = self.layout, self.attention
-        num_anchored, num_queries = layout.num_anchored, queries.shape[1]
+        num_anchored, num_exploratory, num_queries = layout.num_anchored, layout.num_exploratory, queries.shape[1]
         q, k, v = (p.heads(linear(queries)) for linear in (p.query, p.key, p.value))  # [B, N, H, dh]
         if text is None:
-            lengths = (layout.num_anchored, layout.num_exploratory, 0)
-            if layout.explores_alone and layout.mixing == "block":
-                context = torch.cat(self._block(q, k, v), dim=1)
-            else:
-                context = ops.stream_self_attention(q, k, v, lengths, mixing=layout.mixing)
+            context = ops.stream_self_attention(q, k, v, (num_anchored, num_exploratory, 0), mixing=layout.mixing)
             return self.output(context.flatten(2), queries), None
 
         text_k, text_v = p.heads(p.key(text)), p.heads(p.value(text))  # [B, M, H, dh]
-        # Unwanted text rows still have to be passed to the operator, but not projected: any query will do.
+        # Text rows that nobody wants still enter the operator, but need no projection: any query will do.
         text_q = p.heads(p.query(text)) if text_wanted else torch.zeros_like(text_k)
         if layout.explores_alone:
-            anchored = [torch.cat((x[:, :num_anchored], t), dim=1) for x, t in ((q, text_q), (k, text_k), (v, text_v))]
-            mixed = ops.stream_self_attention(*anchored, (num_anchored, 0, text.shape[1]), text_mask=text_mask)
-            parts = [mixed[:, :num_anchored]]
-            if layout.num_exploratory:
-                alone = (x[:, num_anchored:] for x in (q, k, v))
-                parts.append(ops.stream_self_attention(*alone, (0, layout.num_exploratory, 0)))
-            context, text_context = torch.cat(parts, dim=1), mixed[:, num_anchored:]
-        else:
-            whole = [torch.cat(pair, dim=1) for pair in ((q, text_q), (k, text_k), (v, text_v))]
+            a, e = slice(0, num_anchored), slice(num_anchored, None)
             mixed = ops.stream_self_attention(
-                *whole,
-                (layout.num_anchored, layout.num_exploratory, text.shape[1]),
+                torch.cat((q[:, a], text_q), dim=1),
+                torch.cat((k[:, a], text_k), dim=1),
+                torch.cat((v[:, a], text_v), dim=1),
+                (num_anchored, 0, text.shape[1]),
+                text_mask=text_mask,
+            )
+            alone = ops.stream_self_attention(q[:, e], k[:, e], v[:, e], (0, num_exploratory, 0))
+            context, text_context = torch.cat((mixed[:, a], alone), dim=1), mixed[:, num_anchored:]
+        else:
+            mixed = ops.stream_self_attention(
+                torch.cat((q, text_q), dim=1),
+                torch.cat((k, text_k), dim=1),
+                torch.cat((v, text_v), dim=1),
+                (num_anchored, num_exploratory, text.shape[1]),
                 mixing=layout.mixing,
                 explore_sees_text=layout.explore_sees_text,
                 text_mask=text_mask,
@@ -172,16 +172,6 @@ class StreamSelfAttention(nn.Module):
             context, text_context = mixed[:, :num_queries], mixed[:, num_queries:]
         updated = self.output(context.flatten(2), queries)
         return updated, self.output(text_context.flatten(2), text) if text_wanted else None
-
-    def _block(self, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
-        """Both streams without text, each attending to itself."""
-        layout, parts, start = self.layout, [], 0
-        for lengths in ((layout.num_anchored, 0, 0), (0, layout.num_exploratory, 0)):
-            rows = slice(start, start + sum(lengths))
-            if sum(lengths):
-                parts.append(ops.stream_self_attention(q[:, rows], k[:, rows], v[:, rows], lengths))
-            start = rows.stop
-        return parts
 
 
 class HybridCrossAttention(nn.Module):
@@ -240,9 +230,7 @@ class QueryLayer(nn.Module):
         self.layout = layout
         self.attention = StreamSelfAttention(config, layout)
         self.crossattention = (
-            HybridCrossAttention(config, config.visual_width)
-            if index % config.cross_attention_frequency == 0
-            else None
+            HybridCrossAttention(config, config.visual_width) if index % config.cross_attention_frequency == 0 else None
         )
         self.intermediate_query = Intermediate(config)
         self.output_query = ResidualOutput(config.intermediate_size, config)
