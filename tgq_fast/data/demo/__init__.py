@@ -1,0 +1,166 @@
+"""The embedded default catalogue: several hundred products drawn by the program, so that a demo needs no download."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tgq_fast.data.demo.products import COLORS, KINDS, Palette, Style, random_palette, random_style
+from tgq_fast.data.demo.scene import photograph
+from tgq_fast.data.files import write_atomic
+from tgq_fast.errors import ArgumentError
+
+__all__ = ["write_demo_catalog"]
+
+BRANDS = ("Alder & Co", "Bellweather", "Corvane", "Dunmore", "Elkhorn", "Fairlight")
+SERIES = ("Aria", "Basin", "Cove", "Dune", "Echo", "Fjord", "Glade", "Harbor", "Isle", "Juno")
+DEPARTMENTS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "handbag": ("Accessories", ("leather", "canvas", "nylon")),
+    "backpack": ("Accessories", ("canvas", "nylon", "leather")),
+    "sneaker": ("Footwear", ("mesh", "suede", "leather")),
+    "boot": ("Footwear", ("leather", "suede", "rubber")),
+    "bottle": ("Home", ("steel", "glass", "plastic")),
+    "mug": ("Home", ("ceramic", "enamel", "glass")),
+    "lamp": ("Home", ("linen", "paper", "metal")),
+    "chair": ("Home", ("oak", "beech", "metal")),
+    "t-shirt": ("Apparel", ("cotton", "linen", "polyester")),
+    "watch": ("Accessories", ("steel", "leather", "resin")),
+    "sunglasses": ("Accessories", ("acetate", "metal", "nylon")),
+    "cap": ("Apparel", ("cotton", "wool", "polyester")),
+}
+WORN = frozenset(kind for kind, (department, _) in DEPARTMENTS.items() if department != "Home")
+SEASONS = ("spring", "summer", "autumn", "winter")
+GENDERS = ("women", "men", "unisex")
+USAGES = ("casual", "work", "outdoor", "party")
+SPLIT_SHARES = (0.6, 0.1)
+"""Shares of groups in train and validation; the rest is test, large enough for intervals that say something."""
+
+
+def write_demo_catalog(
+    out: str | Path, *, groups: int = 120, variants: int = 4, seed: int = 0, image_size: int = 224
+) -> Path:
+    """Draw the demo catalogue: metadata.jsonl, pairs.jsonl and images/.
+
+    A group is one product style seen as several variants: other colourways, other photos. Overlays, ground and clutter are
+    drawn independently of the group; brand, category and attributes are shared by many groups and partly missing, so that
+    neither metadata nor the background finds the group.
+
+    Args:
+        out: folder to create; an earlier demo catalogue there is replaced file by file.
+        groups, variants: number of styles and of items per style (at least 2 variants make pairs).
+        seed: the same seed gives the same bytes with the same Pillow and numpy.
+        image_size: side of the square JPEG pictures in pixels.
+
+    Returns:
+        the folder, ready for `Catalog.load`.
+
+    Raises:
+        ArgumentError: a size is out of range.
+    """
+    for name, value, low in (("groups", groups, 1), ("variants", variants, 1), ("image_size", image_size, 32)):
+        if value < low:
+            raise ArgumentError(name, value, f"at least {low}")
+    folder = Path(out)
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    rows: list[dict[str, Any]] = []
+    for group in range(groups):
+        rng = np.random.default_rng([seed, 1, group])
+        style = random_style(KINDS[group % len(KINDS)], rng)
+        facts = _facts(style, rng)
+        base = random_palette(rng)
+        for variant in range(variants):
+            rng = np.random.default_rng([seed, 2, group, variant])
+            # every other variant keeps the group's colour, the others are colourways of their own
+            palette = random_palette(rng, base.name) if variant % 2 == 0 else _other_palette(base, rng)
+            row = _metadata(style, palette, facts, rng)
+            row["group_id"] = f"style-{group:03d}"
+            useful = str(facts["material"]).upper() if rng.random() < 0.5 else str(facts["brand"]).upper()
+            image, _ = photograph(style, palette, rng, image_size, useful)
+            row["_image"] = image
+            rows.append(row)
+    # Neither order nor id may tell which items belong together.
+    order = np.random.default_rng([seed, 3]).permutation(len(rows))
+    ids = [""] * len(rows)
+    lines: list[bytes] = []
+    for place, i in enumerate(order.tolist()):
+        ids[i] = f"demo-{place:04d}"
+        row = rows[i]
+        buffer = io.BytesIO()
+        row.pop("_image").save(buffer, "JPEG", quality=90)
+        file_name = f"images/{ids[i]}.jpg"
+        (folder / file_name).write_bytes(buffer.getvalue())
+        lines.append(_line({"id": ids[i], "file_name": file_name, **row}))
+    write_atomic(folder / "pairs.jsonl", b"".join(_pair_lines(ids, groups, variants, seed)))
+    write_atomic(folder / "metadata.jsonl", b"".join(lines))
+    return folder
+
+
+def _line(row: dict[str, Any]) -> bytes:
+    return json.dumps(row, ensure_ascii=False).encode() + b"\n"
+
+
+def _other_palette(base: Palette, rng: np.random.Generator) -> Palette:
+    names = [name for name in COLORS if name != base.name]
+    return random_palette(rng, names[int(rng.integers(len(names)))])
+
+
+def _facts(style: Style, rng: np.random.Generator) -> dict[str, str | float]:
+    """What is true of every variant of a style. Few values each, so that many styles share them."""
+    department, materials = DEPARTMENTS[style.kind]
+    return {
+        "brand": BRANDS[int(rng.integers(len(BRANDS)))],
+        "category": style.kind,
+        "department": department,
+        "series": SERIES[int(rng.integers(len(SERIES)))],
+        "material": materials[int(rng.integers(len(materials)))],
+        "gender": GENDERS[int(rng.integers(3))] if style.kind in WORN else "",
+        "usage": USAGES[int(rng.integers(4))],
+        "price": float(np.round(rng.uniform(1, 12)) * 10),
+    }
+
+
+def _metadata(style: Style, palette: Palette, facts: dict[str, str | float], rng: np.random.Generator) -> dict[str, Any]:
+    """One item's row: what its seller bothered to fill in."""
+    careless = rng.random() < 0.05  # no metadata at all
+    words = [facts["brand"], palette.name.title(), str(facts["material"]).title(), style.kind.title()]
+    if rng.random() < 0.3:
+        words.insert(1, facts["series"])
+    keep = (rng.random(9) > (0.1, 0.2, 0.1, 0.3, 0.3, 0.35, 0.35, 0.3, 0.25)) & (not careless)
+    attributes = {
+        "department": facts["department"],
+        "material": facts["material"],
+        "colour": palette.name,
+        "season": SEASONS[int(rng.integers(4))],
+        "gender": facts["gender"],
+        "usage": facts["usage"],
+    }
+    kept = {name: value for (name, value), has in zip(attributes.items(), keep[3:9], strict=True) if has and value}
+    row: dict[str, Any] = {}
+    if keep[0]:
+        row["title"] = " ".join(str(word) for word in words)
+    if keep[1]:
+        row["brand"] = facts["brand"]
+    if keep[2]:
+        row["category"] = facts["category"]
+    row["attributes"] = kept
+    if not careless and rng.random() > 0.3:
+        row["price"] = round(float(facts["price"]) * float(rng.choice([0.7, 0.8, 0.9, 1.0])) - 0.01, 2)
+    return row
+
+
+def _pair_lines(ids: list[str], groups: int, variants: int, seed: int) -> list[bytes]:
+    """Ordered pairs within each group; whole groups go to one split."""
+    shuffled = np.random.default_rng([seed, 4]).permutation(groups).tolist()
+    train, validation = (round(share * groups) for share in SPLIT_SHARES)
+    lines: list[bytes] = []
+    for rank, group in enumerate(shuffled):
+        split = "train" if rank < train else "validation" if rank < train + validation else "test"
+        members = ids[group * variants : (group + 1) * variants]
+        lines.extend(
+            _line({"query": query, "target": target, "split": split}) for query in members for target in members if query != target
+        )
+    return lines
