@@ -1,0 +1,86 @@
+"""Tile choices: which block sizes, warps and pipeline depth a kernel is launched with.
+
+A table `tiles/<gpu>.json` maps kernel → element class ("16" or "32" bit) → rows tried in order; a row fits when every
+`max_…` bound of it holds, and the last row always fits. Bounds are shape classes, never exact lengths, so that a new
+length does not compile a new kernel. A table named after the device ("NVIDIA_H100_80GB_HBM3") comes before the one of
+its architecture ("sm_90"). `TGQ_TILES` names a folder that is searched first. "measured" in a table tells whether its
+rows were timed on that GPU or only follow from the performance model.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FOLDER = Path(__file__).parent / "tiles"
+INTERPRETER = "interpreter"
+
+
+def interpreting() -> bool:
+    """Whether Triton runs kernels in its interpreter (the variable must be set before Triton is imported)."""
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+@functools.cache
+def gpu_names(index: int) -> tuple[str, ...]:
+    """Names under which tables of CUDA device `index` are looked up, most specific first."""
+    properties = torch.cuda.get_device_properties(index)
+    return re.sub(r"[^A-Za-z0-9]+", "_", properties.name).strip("_"), f"sm_{properties.major}{properties.minor}"
+
+
+@functools.cache
+def table(name: str) -> dict[str, Any] | None:
+    """The table of one GPU or architecture, None where there is none."""
+    folders = [Path(os.environ["TGQ_TILES"])] if os.environ.get("TGQ_TILES") else []
+    for folder in (*folders, FOLDER):
+        path = folder / f"{name}.json"
+        if path.is_file():
+            return json.loads(path.read_text(encoding="utf-8"))
+    return None
+
+
+def _nearest(name: str) -> str:
+    """The shipped architecture with the highest number not above this one (sm_86 → sm_80)."""
+    wanted = int(name.removeprefix("sm_"))
+    shipped = sorted(int(p.stem.removeprefix("sm_")) for p in FOLDER.glob("sm_*.json"))
+    return f"sm_{max((s for s in shipped if s <= wanted), default=shipped[0])}"
+
+
+def pick(kernel: str, names: tuple[str, ...], bits: int, **sizes: int) -> dict[str, int]:
+    """Launch options of one kernel: block sizes plus num_warps and num_stages.
+
+    Args:
+        kernel: kernel name.
+        names: tables to look in, most specific first.
+        bits: 16 or 32, width of an element.
+        sizes: what the rows' `max_…` bounds are compared with, for example keys=197.
+    """
+    for name in (*names, _nearest(names[-1])) if names[-1].startswith("sm_") else names:
+        found = (table(name) or {}).get("kernels", {}).get(kernel, {}).get(str(bits))
+        if not found:
+            continue
+        for row in found:
+            if all(sizes[key.removeprefix("max_")] <= bound for key, bound in row.items() if key.startswith("max_")):
+                break
+        return {key: value for key, value in row.items() if not key.startswith("max_")}
+    raise KeyError(f"no tiles for {kernel} ({bits} bit) in tables {names}")
+
+
+def tile(kernel: str, like: Tensor, **sizes: int) -> dict[str, int]:
+    """:func:`pick` for the device and element width of a tensor."""
+    names = (INTERPRETER,) if like.device.type != "cuda" else gpu_names(like.device.index or 0)
+    return pick(kernel, names, 32 if like.element_size() >= 4 else 16, **sizes)
+
+
+def precision(like: Tensor) -> str:
+    """How fp32 products are computed: TF32 only where PyTorch's own switch allows it."""
+    return "tf32" if like.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
