@@ -97,7 +97,6 @@ class GateStudy:
         run: name of the run.
         agreement: [n] standardised agreement s of each clean item; NaN where the model has none.
         anchored, exploratory: [n] mean gate per clean item, or None without that gate.
-        channels: stream → all channel values of the clean items, flattened.
         overlay_levels: share of the picture under a promotional badge; 0 is the clean picture.
         overlay: stream → one [m] array of mean gates per level, over the same items.
         metadata: stream → {"true", "none", "wrong"} → [m] mean gates, over the same items.
@@ -107,7 +106,6 @@ class GateStudy:
     agreement: np.ndarray
     anchored: np.ndarray | None
     exploratory: np.ndarray | None
-    channels: Mapping[str, np.ndarray]
     overlay_levels: Sequence[float] = ()
     overlay: Mapping[str, Sequence[np.ndarray]] = field(default_factory=dict)
     metadata: Mapping[str, Mapping[str, np.ndarray]] = field(default_factory=dict)

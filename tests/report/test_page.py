@@ -1,0 +1,153 @@
+"""The report page: self-contained, escaped, complete, well-formed."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tgq_fast.report import figures
+from tgq_fast.report.content import (
+    AttentionMap,
+    Example,
+    GateStudy,
+    Metric,
+    Neighbour,
+    ReportContent,
+    RunResult,
+)
+from tgq_fast.report.page import render
+
+HOSTILE = '<script>alert("1")</script><img src=x onerror=alert(2)>'
+
+
+def run(name: str, value: float, *, baseline: bool = False) -> RunResult:
+    metrics = {m: Metric(value, value - 0.05, value + 0.05) for m in ("H@1", "H@10", "NDCG@10", "MRR")}
+    curve = {} if baseline else {"loss": (range(50), np.linspace(3, 1, 50)), "eval": ((0, 25, 50), (0.1, 0.2, 0.3))}
+    return RunResult(name, metrics, {} if baseline else {"connector": name}, curve, baseline)
+
+
+@pytest.fixture(scope="module")
+def content() -> ReportContent:
+    rng = np.random.default_rng(0)
+    picture = figures.data_uri(Image.new("RGB", (300, 200), (10, 120, 30)))
+    overlay = figures.attention_overlay(Image.new("RGB", (64, 64), (200, 10, 10)), rng.random((7, 7)))
+    neighbours = [
+        Neighbour("n1", picture, HOSTILE, HOSTILE, 0.9, True),
+        Neighbour("n2", None, "no picture", "", 0.1, False),
+    ]
+    gates = GateStudy(
+        "tgq",
+        rng.normal(size=60),
+        rng.normal(size=60) / 10,
+        rng.normal(size=60) / 10,
+        (0.0, 0.3),
+        {name: [rng.normal(size=9), rng.normal(size=9)] for name in ("anchored", "exploratory")},
+        {name: {c: rng.normal(size=9) for c in ("true", "none", "wrong")} for name in ("anchored", "exploratory")},
+    )
+    return ReportContent(
+        title=f"Report {HOSTILE}",
+        facts={"catalogue": HOSTILE},
+        runs=[run("tgq", 0.5), run(HOSTILE, 0.4), run("zero-shot image", 0.3, baseline=True)],
+        examples=[Example("q", picture, HOSTILE, HOSTILE, 1, [("tgq", 1, neighbours), ("other", None, [])])],
+        example_note="two queries",
+        attention=[AttentionMap("q", HOSTILE, HOSTILE, picture, overlay, overlay, [("A1", overlay)], 0.5)],
+        gates=gates,
+        catalogue={"items": "2"},
+        notes=[HOSTILE],
+        made_by="tgq_fast",
+    )
+
+
+@pytest.fixture(scope="module")
+def page(content: ReportContent) -> str:
+    return render(content)
+
+
+class Tags(HTMLParser):
+    VOID = frozenset({"meta", "img", "br", "link", "input", "hr"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open and self.open[-1] == tag, (tag, self.open[-3:])
+        self.open.pop()
+
+
+def parse(page: str) -> Tags:
+    parser = Tags()
+    parser.feed(page)
+    parser.close()
+    assert not parser.open
+    return parser
+
+
+def test_nothing_is_loaded_from_anywhere(page: str) -> None:
+    for tag, attributes in parse(page).tags:
+        for name in ("src", "href", "xlink:href", "srcset", "data", "action", "poster"):
+            value = attributes.get(name)
+            assert value is None or value.startswith(("data:image/jpeg;base64,", "#")), (tag, name, value)
+    assert "@import" not in page
+    assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)\)", page))
+    assert "default-src 'none'" in page
+
+
+def test_catalogue_text_is_escaped(page: str) -> None:
+    tags = parse(page).tags
+    assert not [tag for tag, _ in tags if tag == "script"]
+    assert not [name for _, attributes in tags for name in attributes if name.startswith("on")]
+    assert page.count("&lt;script&gt;alert(") >= 6
+
+
+def test_ids_are_unique_and_pictures_described(page: str) -> None:
+    tags = parse(page).tags
+    ids = [attributes["id"] for _, attributes in tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    assert all("alt" in attributes for tag, attributes in tags if tag == "img")
+    assert all(attributes.get("aria-label") for tag, attributes in tags if tag == "svg")
+    links = {attributes["href"] for tag, attributes in tags if tag == "a"}
+    assert links <= {f"#{name}" for name in ids}
+
+
+def test_hits_and_misses_are_marked_in_words(page: str) -> None:
+    assert page.count("✓ hit") == 1 and page.count("✗ miss") == 1
+    assert "first positive at rank 1" in page and "no positive" in page
+
+
+def test_best_value_is_marked_once_per_metric(page: str, content: ReportContent) -> None:
+    assert page.count('class="best"') == len(content.runs[0].metrics)
+
+
+def test_the_same_content_gives_the_same_bytes(page: str, content: ReportContent) -> None:
+    assert render(content) == page
+
+
+def test_empty_sections_are_left_out() -> None:
+    page = render(ReportContent("t", {}, [RunResult("r", {})]))
+    parse(page)
+    assert 'id="attention"' not in page and 'id="gates"' not in page and 'id="neighbours"' not in page
+
+
+def test_overlay_is_bright_where_the_weight_is() -> None:
+    import base64
+    import io
+
+    weights = np.zeros((4, 4))
+    weights[:2, :2] = 1.0
+    uri = figures.attention_overlay(Image.new("RGB", (80, 80), (90, 90, 90)), weights)
+    shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1]))), dtype=float)
+    assert shown[:30, :30, 0].mean() > shown[50:, 50:, 0].mean() + 60
