@@ -59,7 +59,7 @@ def metadata_file(path: str | Path) -> Path:
 
 
 def stream_items(path: str | Path, report: ValidationReport) -> Iterator[Item]:
-    """Read a metadata file row by row; refused rows and warnings go to `report`. Memory holds the ids seen, not the rows."""
+    """Read a metadata file row by row; refused rows and warnings go to `report`. Memory holds the ids, not the rows."""
     first_row: dict[str, int] = {}
     unknown: Counter[str] = Counter()
     for number, raw in read_rows(Path(path), required=("id", "file_name")):
@@ -71,7 +71,9 @@ def stream_items(path: str | Path, report: ValidationReport) -> Iterator[Item]:
             item, notes = parse_item(raw, number)
         except RowError as error:
             given = raw.get("id")
-            report.reject("metadata", number, str(given)[:80] if isinstance(given, (str, float)) else None, error.messages)
+            report.reject(
+                "metadata", number, str(given)[:80] if isinstance(given, (str, float)) else None, error.messages
+            )
             continue
         seen = first_row.setdefault(item.id, number)
         if seen != number:
@@ -164,7 +166,9 @@ class Catalog:
         try:
             return self._index[item_id]
         except KeyError:
-            raise ArgumentError("item_id", repr(item_id), f"an id of the {len(self.items)} items in {self.root}") from None
+            raise ArgumentError(
+                "item_id", repr(item_id), f"an id of the {len(self.items)} items in {self.root}"
+            ) from None
 
     def image_path(self, item: Item) -> Path:
         """Where the item's picture lies; ArgumentError for an item without one."""
@@ -189,8 +193,8 @@ class Catalog:
     def split_pairs(self, split: str) -> PairSet:
         """Positive pairs of "train", "validation" or "test".
 
-        Without a pairs file every ordered pair of a group counts (large groups: the next 32 members). Pairs that name no
-        split fall 80/10/10 by a hash of their component, so that no item is in two splits.
+        Without a pairs file every ordered pair of a group counts (large groups: the next 32 members). Pairs that name
+        no split fall 80/10/10 by a hash of their component, so that no item is in two splits.
         """
         code = split_code(split)
         pairs = self._all_pairs()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
+from itertools import pairwise
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,7 +36,20 @@ METADATA_KINDS: tuple[MetadataKind, ...] = ("wrong", "partial", "empty")
 AREAS = (0.05, 0.15, 0.30, 0.50)
 """Shares of the picture that the evaluation protocol covers."""
 
-PHRASES = ("SALE", "-30%", "NEW", "BEST SELLER", "FREE SHIPPING", "2 FOR 1", "HOT DEAL", "LAST CHANCE", "-50%", "TOP RATED", "ONLY 9.99", "LIMITED")
+PHRASES = (
+    "SALE",
+    "-30%",
+    "NEW",
+    "BEST SELLER",
+    "FREE SHIPPING",
+    "2 FOR 1",
+    "HOT DEAL",
+    "LAST CHANCE",
+    "-50%",
+    "TOP RATED",
+    "ONLY 9.99",
+    "LIMITED",
+)
 _INKS = (
     ((208, 32, 40), (255, 255, 255)),
     ((255, 214, 10), (30, 30, 30)),
@@ -145,7 +159,9 @@ def corrupt_metadata(
     else:
         for name in names:
             changes[name] = _liar(item, name, donors, rng) if kind == "wrong" else None
-    columns = {name: None if donor is None else getattr(donor, name) for name, donor in changes.items() if name in COLUMNS}
+    columns: dict[str, Any] = {
+        name: None if donor is None else getattr(donor, name) for name, donor in changes.items() if name in COLUMNS
+    }
     attributes = dict(item.attributes)
     for name, donor in changes.items():
         if name not in COLUMNS:
@@ -153,7 +169,7 @@ def corrupt_metadata(
                 del attributes[name]
             else:
                 attributes[name] = donor.attributes[name]
-    return replace(item, **columns, attributes=attributes)
+    return replace(item, attributes=attributes, **columns)
 
 
 def _liar(item: Item, name: str, donors: Sequence[Item], rng: np.random.Generator) -> Item | None:
@@ -172,7 +188,9 @@ def _font(height: float) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(max(6.0, height))
 
 
-def _write(overlay: Image.Image, box: tuple[float, float, float, float], phrase: str, ink: tuple[int, int, int]) -> None:
+def _write(
+    overlay: Image.Image, box: tuple[float, float, float, float], phrase: str, ink: tuple[int, int, int]
+) -> None:
     """Text as large as fits, in the middle of the box; nothing where the box is too small to read."""
     x0, y0, x1, y1 = box
     height = (y1 - y0) * 0.7
@@ -183,7 +201,13 @@ def _write(overlay: Image.Image, box: tuple[float, float, float, float], phrase:
     width = draw.textlength(phrase, font=font)
     if width > (x1 - x0) * 0.92:
         font = _font(height * (x1 - x0) * 0.92 / width)
-    draw.text(((x0 + x1) / 2, (y0 + y1) / 2), phrase, fill=ink, font=font, anchor="mm" if isinstance(font, ImageFont.FreeTypeFont) else None)
+    draw.text(
+        ((x0 + x1) / 2, (y0 + y1) / 2),
+        phrase,
+        fill=ink,
+        font=font,
+        anchor="mm" if isinstance(font, ImageFont.FreeTypeFont) else None,
+    )
 
 
 def _inks(rng: np.random.Generator) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
@@ -273,7 +297,7 @@ def _collage(
     count = max(1, round(along / max(thick, along / 5)))
     edges = [round(i * along / count) for i in range(count + 1)]
     offset = across - thick if side in (1, 3) else 0
-    for start, end in zip(edges, edges[1:], strict=False):
+    for start, end in pairwise(edges):
         box = (offset, start, offset + thick, end) if side < 2 else (start, offset, end, offset + thick)
         w, h = box[2] - box[0], box[3] - box[1]
         if others:
@@ -304,7 +328,10 @@ def background_mask(image: Image.Image, tolerance: float = 28.0) -> NDArray[np.b
     height, width = pixels.shape[:2]
     # Four corner colours interpolated over the picture follow the usual soft vignette of a studio ground.
     k = max(1, min(height, width) // 12)
-    tl, tr, bl, br = (np.median(p.reshape(-1, 3), axis=0) for p in (pixels[:k, :k], pixels[:k, -k:], pixels[-k:, :k], pixels[-k:, -k:]))
+    tl, tr, bl, br = (
+        np.median(p.reshape(-1, 3), axis=0)
+        for p in (pixels[:k, :k], pixels[:k, -k:], pixels[-k:, :k], pixels[-k:, -k:])
+    )
     v = np.linspace(0, 1, height, dtype=np.float32)[:, None, None]
     u = np.linspace(0, 1, width, dtype=np.float32)[None, :, None]
     ground = (tl * (1 - u) + tr * u) * (1 - v) + (bl * (1 - u) + br * u) * v

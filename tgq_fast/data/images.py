@@ -69,7 +69,7 @@ class ImageLimits:
     wrong_name: Literal["accept", "error"] = "accept"
 
 
-def load_image(path: str | Path, item_id: str, *, limits: ImageLimits = ImageLimits()) -> Image.Image:  # noqa: B008
+def load_image(path: str | Path, item_id: str, *, limits: ImageLimits = ImageLimits()) -> Image.Image:
     """Decode one picture to RGB.
 
     The format is told by content. EXIF orientation is applied; transparency is laid on white; CMYK, palette, greyscale,
@@ -128,7 +128,9 @@ def _check_header(image: Image.Image, path: str | Path, limits: ImageLimits, ref
         raise refuse("too_small", f"{width}x{height} pixels, at least {limits.min_side} on each side")
     # MPO is a still photograph with a preview or a second eye behind it.
     if limits.animated == "error" and image.format != "MPO" and getattr(image, "is_animated", False):
-        raise refuse("animated", f"{getattr(image, 'n_frames', 0)} frames; ImageLimits(animated='first_frame') takes one")
+        raise refuse(
+            "animated", f"{getattr(image, 'n_frames', 0)} frames; ImageLimits(animated='first_frame') takes one"
+        )
     suffix = Path(path).suffix.lower()
     if limits.wrong_name == "error" and suffix not in _SUFFIXES.get(image.format or "", (suffix,)):
         raise refuse("wrong_name", f"the content is {image.format}")
@@ -166,7 +168,7 @@ def _from_wide(values: np.ndarray) -> Image.Image:
 def validate_images(
     catalog: Catalog,
     *,
-    limits: ImageLimits = ImageLimits(),  # noqa: B008
+    limits: ImageLimits = ImageLimits(),
     reject_log: RejectLog | None = None,
     on_progress: Callable[[int, int], None] | None = None,
     workers: int = 1,

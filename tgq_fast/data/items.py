@@ -127,7 +127,9 @@ def parse_item(raw: Mapping[str, Any], row: int = 0) -> tuple[Item, list[str]]:
     group_id = _identifier("group_id", raw.get("group_id"), problems)
     if problems or identifier is None:
         raise RowError(problems)
-    item = Item(identifier, file_name, texts["title"], texts["brand"], texts["category"], attributes, price, group_id, row)
+    item = Item(
+        identifier, file_name, texts["title"], texts["brand"], texts["category"], attributes, price, group_id, row
+    )
     return item, notes
 
 

@@ -156,7 +156,9 @@ def _parse_weight(value: object, problems: list[str]) -> float:
     return weight
 
 
-def components(n: int, groups: Sequence[str | None], query: NDArray[np.int64], target: NDArray[np.int64]) -> NDArray[np.int64]:
+def components(
+    n: int, groups: Sequence[str | None], query: NDArray[np.int64], target: NDArray[np.int64]
+) -> NDArray[np.int64]:
     """Connected components of n items over shared group ids and pairs.
 
     Returns:

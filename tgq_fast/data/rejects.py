@@ -28,8 +28,8 @@ class Reject:
 class RejectLog:
     """Append-only log.
 
-    Each entry is one write of one line to a file opened for appending, followed by fsync: a kill leaves at most one torn
-    last line, which reading skips and the next opening closes off. Nothing is created before the first entry.
+    Each entry is one write of one line to a file opened for appending, followed by fsync: a kill leaves at most one
+    torn last line, which reading skips and the next opening closes off. Nothing is created before the first entry.
 
     Args:
         path: the JSONL file.

@@ -1,4 +1,4 @@
-"""Streaming readers of .jsonl, .csv and .parquet files: (row number, columns or the reason why the row is unreadable)."""
+"""Streaming readers of .jsonl, .csv and .parquet: (row number, columns or the reason why the row is unreadable)."""
 
 from __future__ import annotations
 
@@ -97,7 +97,10 @@ def _read_csv(path: Path, required: tuple[str, ...]) -> Iterator[tuple[int, dict
             if not fields:
                 continue
             if len(fields) != len(columns):
-                yield number, RowError([f"{len(fields)} fields, the header has {len(columns)}; quote commas and quotes"])
+                yield (
+                    number,
+                    RowError([f"{len(fields)} fields, the header has {len(columns)}; quote commas and quotes"]),
+                )
             elif any(not text.isascii() and any("\udc80" <= c <= "\udcff" for c in text) for text in fields):
                 yield number, RowError(["not valid UTF-8"])
             else:

@@ -34,7 +34,7 @@ class ValidationReport:
         pairs: pairs kept (of the pairs file, or implied by group ids).
         problems: "row N: …" / "pairs row N: …", one per row that was refused; at most 1,000 are kept, `problem_count`
             counts all.
-        warnings: rows that were kept but altered, or facts that deserve a look (truncated text, groups in several splits).
+        warnings: rows that were kept but altered, or facts that deserve a look (cut text, groups in several splits).
         image_problems: one line per picture that cannot be used; filled by `with_images`.
         missing: field name → items that lack it, for id-bearing columns and every attribute that occurs.
         splits: split → {"pairs", "queries", "items"}.

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from tgq_fast.data.demo.products import COLORS, KINDS, Palette, Style, random_palette, random_style
+from tgq_fast.data.demo.products import KINDS
 from tgq_fast.data.demo.scene import photograph
+from tgq_fast.data.demo.styles import COLORS, Palette, Style, random_palette, random_style
 from tgq_fast.data.files import write_atomic
 from tgq_fast.errors import ArgumentError
 
@@ -45,9 +46,9 @@ def write_demo_catalog(
 ) -> Path:
     """Draw the demo catalogue: metadata.jsonl, pairs.jsonl and images/.
 
-    A group is one product style seen as several variants: other colourways, other photos. Overlays, ground and clutter are
-    drawn independently of the group; brand, category and attributes are shared by many groups and partly missing, so that
-    neither metadata nor the background finds the group.
+    A group is one product style seen as several variants: other colourways, other photos. Overlays, ground and clutter
+    are drawn independently of the group; brand, category and attributes are shared by many groups and partly missing,
+    so that neither metadata nor the background finds the group.
 
     Args:
         out: folder to create; an earlier demo catalogue there is replaced file by file.
@@ -123,7 +124,9 @@ def _facts(style: Style, rng: np.random.Generator) -> dict[str, str | float]:
     }
 
 
-def _metadata(style: Style, palette: Palette, facts: dict[str, str | float], rng: np.random.Generator) -> dict[str, Any]:
+def _metadata(
+    style: Style, palette: Palette, facts: dict[str, str | float], rng: np.random.Generator
+) -> dict[str, Any]:
     """One item's row: what its seller bothered to fill in."""
     careless = rng.random() < 0.05  # no metadata at all
     words = [facts["brand"], palette.name.title(), str(facts["material"]).title(), style.kind.title()]
@@ -161,6 +164,9 @@ def _pair_lines(ids: list[str], groups: int, variants: int, seed: int) -> list[b
         split = "train" if rank < train else "validation" if rank < train + validation else "test"
         members = ids[group * variants : (group + 1) * variants]
         lines.extend(
-            _line({"query": query, "target": target, "split": split}) for query in members for target in members if query != target
+            _line({"query": query, "target": target, "split": split})
+            for query in members
+            for target in members
+            if query != target
         )
     return lines

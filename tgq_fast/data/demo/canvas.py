@@ -119,7 +119,10 @@ def emblem_points(kind: str, x: float, y: float, r: float) -> list[Point]:
     """Outline of an emblem of radius r around (x, y); empty for the round ones and for "none"."""
     if kind == "star":
         return [
-            (x + r * (1 if i % 2 == 0 else 0.42) * math.sin(i * math.pi / 5), y - r * (1 if i % 2 == 0 else 0.42) * math.cos(i * math.pi / 5))
+            (
+                x + r * (1 if i % 2 == 0 else 0.42) * math.sin(i * math.pi / 5),
+                y - r * (1 if i % 2 == 0 else 0.42) * math.cos(i * math.pi / 5),
+            )
             for i in range(10)
         ]
     if kind == "triangle":

@@ -3,80 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
-from tgq_fast.data.demo.canvas import EMBLEMS, PATTERNS, Canvas, Color, darker, draw_emblem, lighter, mix, texture
+from tgq_fast.data.demo.canvas import Canvas, darker, draw_emblem, lighter, mix, texture
+from tgq_fast.data.demo.styles import Palette, Style
 
-__all__ = ["COLORS", "KINDS", "Palette", "Style", "draw_product", "random_palette", "random_style"]
-
-COLORS: dict[str, Color] = {
-    "black": (42, 42, 48),
-    "white": (236, 234, 228),
-    "grey": (140, 144, 150),
-    "red": (196, 44, 48),
-    "orange": (228, 126, 44),
-    "yellow": (238, 200, 66),
-    "green": (58, 132, 78),
-    "teal": (38, 140, 148),
-    "blue": (52, 92, 178),
-    "navy": (34, 48, 96),
-    "purple": (122, 74, 158),
-    "pink": (226, 128, 160),
-    "brown": (124, 82, 54),
-    "beige": (208, 184, 148),
-}
-METALS: tuple[Color, ...] = ((188, 190, 196), (196, 160, 92), (70, 72, 78))
-
-
-@dataclass(frozen=True, slots=True)
-class Style:
-    """What all variants of a product share: kind, four proportions in [0, 1], a detail choice, pattern and emblem."""
-
-    kind: str
-    a: float
-    b: float
-    c: float
-    d: float
-    detail: int
-    pattern: str
-    period: float
-    thin: bool
-    emblem: str
-
-
-@dataclass(frozen=True, slots=True)
-class Palette:
-    """A colourway; `name` is the main colour's."""
-
-    name: str
-    main: Color
-    second: Color
-    accent: Color
-    metal: Color
-
-
-def random_style(kind: str, rng: np.random.Generator) -> Style:
-    """A style of one kind."""
-    a, b, c, d = (float(v) for v in rng.random(4))
-    pattern = PATTERNS[rng.choice(len(PATTERNS), p=[0.3] + [0.1] * (len(PATTERNS) - 1))]
-    emblem = EMBLEMS[int(rng.integers(len(EMBLEMS)))]
-    period = float(rng.uniform(0.05, 0.13))
-    return Style(kind, a, b, c, d, int(rng.integers(3)), pattern, period, bool(rng.integers(2)), emblem)
-
-
-def random_palette(rng: np.random.Generator, name: str | None = None) -> Palette:
-    """A colourway, of the given main colour if any."""
-    names = list(COLORS)
-    name = name or names[int(rng.integers(len(names)))]
-    second, accent = (names[int(i)] for i in rng.choice(len(names), 2, replace=False))
-    second = second if second != name else "white" if name != "white" else "navy"
-    accent = accent if accent != name else "yellow" if name != "yellow" else "red"
-    jitter = rng.uniform(-10, 10, 3)
-    main: Color = tuple(int(np.clip(v + j, 0, 255)) for v, j in zip(COLORS[name], jitter, strict=True))  # type: ignore[assignment]
-    return Palette(name, main, COLORS[second], COLORS[accent], METALS[int(rng.integers(len(METALS)))])
+__all__ = ["KINDS", "draw_product"]
 
 
 def _bag(c: Canvas, s: Style, p: Palette, fill: Image.Image) -> None:
@@ -90,7 +24,15 @@ def _bag(c: Canvas, s: Style, p: Palette, fill: Image.Image) -> None:
     c.box(0.5 - w1 - 0.005, 0.81, 0.5 + w1 + 0.005, 0.87, 0.02, darker(p.main, 0.35))
     if s.detail == 0:
         flap = top + 0.2 + 0.1 * s.a
-        c.polygon([(0.5 - w0 - 0.01, top - 0.01), (0.5 + w0 + 0.01, top - 0.01), (0.5 + w0 * 0.9, flap), (0.5 - w0 * 0.9, flap)], mix(p.main, p.second, 0.5))
+        c.polygon(
+            [
+                (0.5 - w0 - 0.01, top - 0.01),
+                (0.5 + w0 + 0.01, top - 0.01),
+                (0.5 + w0 * 0.9, flap),
+                (0.5 - w0 * 0.9, flap),
+            ],
+            mix(p.main, p.second, 0.5),
+        )
         c.box(0.46, flap - 0.04, 0.54, flap + 0.03, 0.01, p.metal)
     elif s.detail == 2:
         c.box(0.5 - w0 * 0.75, 0.6, 0.5 + w0 * 0.75, 0.78, 0.02, p.second)
@@ -101,7 +43,11 @@ def _backpack(c: Canvas, s: Style, p: Palette, fill: Image.Image) -> None:
     w, top = 0.22 + 0.08 * s.a, 0.18 + 0.06 * s.b
     c.arc(0.5, top + 0.02, 0.08, 0.08, 180, 360, 0.025, darker(p.main))
     for side in (-1, 1):
-        c.line([(0.5 + side * w * 0.8, top + 0.1), (0.5 + side * (w + 0.07), 0.5), (0.5 + side * w * 0.9, 0.8)], 0.045, p.second)
+        c.line(
+            [(0.5 + side * w * 0.8, top + 0.1), (0.5 + side * (w + 0.07), 0.5), (0.5 + side * w * 0.9, 0.8)],
+            0.045,
+            p.second,
+        )
     c.box(0.5 - w, top, 0.5 + w, 0.88, 0.08 + 0.1 * s.c, fill)
     pocket = 0.54 + 0.1 * s.d
     c.box(0.5 - w * 0.78, pocket, 0.5 + w * 0.78, 0.84, 0.04, mix(p.main, p.second, 0.75))
@@ -113,7 +59,17 @@ def _backpack(c: Canvas, s: Style, p: Palette, fill: Image.Image) -> None:
 
 def _sneaker(c: Canvas, s: Style, p: Palette, fill: Image.Image) -> None:
     collar, sole = 0.34 - 0.1 * s.a, 0.05 + 0.05 * s.b
-    body = [(0.12, 0.66), (0.13, collar + 0.1), (0.18, collar), (0.36, collar + 0.02), (0.46, 0.45), (0.62, 0.52 + 0.03 * s.c), (0.82, 0.57), (0.91, 0.68), (0.5, 0.7)]
+    body = [
+        (0.12, 0.66),
+        (0.13, collar + 0.1),
+        (0.18, collar),
+        (0.36, collar + 0.02),
+        (0.46, 0.45),
+        (0.62, 0.52 + 0.03 * s.c),
+        (0.82, 0.57),
+        (0.91, 0.68),
+        (0.5, 0.7),
+    ]
     c.polygon(body, fill, smooth=True)
     c.polygon([(0.7, 0.55), (0.84, 0.58), (0.92, 0.69), (0.68, 0.7)], p.second, smooth=True)
     c.box(0.1, 0.68, 0.93, 0.68 + sole, sole / 2, lighter(p.second, 0.7) if s.detail else darker(p.main, 0.5))
@@ -130,7 +86,10 @@ def _sneaker(c: Canvas, s: Style, p: Palette, fill: Image.Image) -> None:
 
 def _boot(c: Canvas, s: Style, p: Palette, fill: Image.Image) -> None:
     top, w, heel = 0.16 + 0.16 * s.a, 0.13 + 0.05 * s.b, 0.04 + 0.08 * s.c
-    c.polygon([(0.3, top), (0.3 + 2 * w, top), (0.32 + 2 * w, 0.56), (0.7, 0.6), (0.84, 0.7), (0.84, 0.76), (0.29, 0.76)], fill)
+    c.polygon(
+        [(0.3, top), (0.3 + 2 * w, top), (0.32 + 2 * w, 0.56), (0.7, 0.6), (0.84, 0.7), (0.84, 0.76), (0.29, 0.76)],
+        fill,
+    )
     c.ellipse(0.77, 0.7, 0.09, 0.07, fill if s.detail else p.second)
     c.box(0.28, 0.75, 0.86, 0.79, 0.015, darker(p.main, 0.55))
     c.box(0.28, 0.76, 0.42, 0.79 + heel, 0.01, darker(p.main, 0.6))
@@ -147,7 +106,19 @@ def _boot(c: Canvas, s: Style, p: Palette, fill: Image.Image) -> None:
 
 def _bottle(c: Canvas, s: Style, p: Palette, fill: Image.Image) -> None:
     w, neck, shoulder = 0.1 + 0.08 * s.a, 0.04 + 0.03 * s.b, 0.3 + 0.12 * s.c
-    c.polygon([(0.5 - neck, 0.16), (0.5 + neck, 0.16), (0.5 + neck, shoulder - 0.06), (0.5 + w, shoulder + 0.04), (0.5 + w, 0.88), (0.5 - w, 0.88), (0.5 - w, shoulder + 0.04), (0.5 - neck, shoulder - 0.06)], fill)
+    c.polygon(
+        [
+            (0.5 - neck, 0.16),
+            (0.5 + neck, 0.16),
+            (0.5 + neck, shoulder - 0.06),
+            (0.5 + w, shoulder + 0.04),
+            (0.5 + w, 0.88),
+            (0.5 - w, 0.88),
+            (0.5 - w, shoulder + 0.04),
+            (0.5 - neck, shoulder - 0.06),
+        ],
+        fill,
+    )
     c.box(0.5 - w, 0.84, 0.5 + w, 0.9, 0.03, darker(p.main, 0.2))
     cap = 0.07 + 0.06 * s.d
     c.box(0.5 - neck * 1.35, 0.18 - cap, 0.5 + neck * 1.35, 0.19, 0.012, p.metal if s.detail else p.accent)
@@ -176,7 +147,9 @@ def _lamp(c: Canvas, s: Style, p: Palette, fill: Image.Image) -> None:
     t, b, low = 0.08 + 0.12 * s.a, 0.2 + 0.1 * s.b, 0.42 + 0.08 * s.c
     stem = p.metal if s.detail != 1 else darker(p.second)
     if s.detail == 2:
-        c.polygon([(0.5, low), (0.58 + 0.05 * s.d, 0.66), (0.5, 0.84), (0.42 - 0.05 * s.d, 0.66)], p.second, smooth=True)
+        c.polygon(
+            [(0.5, low), (0.58 + 0.05 * s.d, 0.66), (0.5, 0.84), (0.42 - 0.05 * s.d, 0.66)], p.second, smooth=True
+        )
     else:
         c.line([(0.5, low), (0.5, 0.86)], 0.022 + 0.02 * s.d, stem)
     c.ellipse(0.5, 0.87, 0.12 + 0.05 * s.d, 0.03, darker(stem, 0.15))
@@ -204,15 +177,27 @@ def _chair(c: Canvas, s: Style, p: Palette, fill: Image.Image) -> None:
     else:
         c.ellipse(0.5, (top + seat) / 2, w, (seat - top) / 2, fill)
     c.box(0.5 - w - 0.04, seat - 0.03, 0.5 + w + 0.04, seat + 0.05, 0.03, fill if s.detail else p.main)
-    draw_emblem(c, s.emblem, 0.5, (top + seat) / 2 if s.detail != 1 else top + 0.06, 0.06 if s.detail != 1 else 0.045, p.accent)
+    draw_emblem(
+        c, s.emblem, 0.5, (top + seat) / 2 if s.detail != 1 else top + 0.06, 0.06 if s.detail != 1 else 0.045, p.accent
+    )
 
 
 def _shirt(c: Canvas, s: Style, p: Palette, fill: Image.Image) -> None:
     w, sleeve, hem = 0.18 + 0.05 * s.a, 0.14 + 0.26 * s.b, 0.8 + 0.08 * s.c
     for side in (-1, 1):
         x = 0.5 + side * w
-        c.polygon([(x - side * 0.05, 0.2), (x + side * (0.05 + 0.3 * sleeve), 0.26 + sleeve * 0.9), (x + side * (0.05 + 0.3 * sleeve) - side * 0.11, 0.3 + sleeve * 0.9), (x - side * 0.02, 0.42)], fill if s.detail != 2 else p.second)
-    c.polygon([(0.5 - w, 0.2), (0.5 - 0.08, 0.16), (0.5 + 0.08, 0.16), (0.5 + w, 0.2), (0.5 + w, hem), (0.5 - w, hem)], fill)
+        c.polygon(
+            [
+                (x - side * 0.05, 0.2),
+                (x + side * (0.05 + 0.3 * sleeve), 0.26 + sleeve * 0.9),
+                (x + side * (0.05 + 0.3 * sleeve) - side * 0.11, 0.3 + sleeve * 0.9),
+                (x - side * 0.02, 0.42),
+            ],
+            fill if s.detail != 2 else p.second,
+        )
+    c.polygon(
+        [(0.5 - w, 0.2), (0.5 - 0.08, 0.16), (0.5 + 0.08, 0.16), (0.5 + w, 0.2), (0.5 + w, hem), (0.5 - w, hem)], fill
+    )
     if s.detail == 1:
         c.polygon([(0.42, 0.15), (0.58, 0.15), (0.5, 0.3 + 0.05 * s.d)], darker(p.main, 0.6))
         c.line([(0.42, 0.16), (0.5, 0.3 + 0.05 * s.d), (0.58, 0.16)], 0.02, p.second)
@@ -221,7 +206,14 @@ def _shirt(c: Canvas, s: Style, p: Palette, fill: Image.Image) -> None:
         c.arc(0.5, 0.16, 0.095, 0.06 + 0.03 * s.d, 0, 180, 0.018, p.second)
     if s.thin:
         c.box(0.5 - w, hem - 0.03, 0.5 + w, hem, 0.0, p.second)
-    draw_emblem(c, s.emblem, 0.5 if s.d < 0.6 else 0.5 + w * 0.5, 0.48 if s.d < 0.6 else 0.36, 0.1 if s.d < 0.6 else 0.05, p.accent)
+    draw_emblem(
+        c,
+        s.emblem,
+        0.5 if s.d < 0.6 else 0.5 + w * 0.5,
+        0.48 if s.d < 0.6 else 0.36,
+        0.1 if s.d < 0.6 else 0.05,
+        p.accent,
+    )
 
 
 def _watch(c: Canvas, s: Style, p: Palette, fill: Image.Image) -> None:
@@ -254,7 +246,9 @@ def _sunglasses(c: Canvas, s: Style, p: Palette, fill: Image.Image) -> None:
     lens = mix(darker(p.second, 0.45), p.accent, 0.3 * s.d)
     for side in (-1, 1):
         x = 0.5 + side * gap
-        c.line([(x + side * rx * 0.95, 0.46), (x + side * (rx + 0.06), 0.42), (x + side * (rx + 0.06), 0.6)], 0.026, p.main)
+        c.line(
+            [(x + side * rx * 0.95, 0.46), (x + side * (rx + 0.06), 0.42), (x + side * (rx + 0.06), 0.6)], 0.026, p.main
+        )
         if s.detail == 0:
             c.ellipse(x, 0.5, rx, ry, fill)
             c.ellipse(x, 0.5, rx - 0.025, ry - 0.025, lens)
@@ -262,8 +256,26 @@ def _sunglasses(c: Canvas, s: Style, p: Palette, fill: Image.Image) -> None:
             c.box(x - rx, 0.5 - ry, x + rx, 0.5 + ry, 0.04, fill)
             c.box(x - rx + 0.025, 0.525 - ry, x + rx - 0.025, 0.475 + ry, 0.025, lens)
         else:
-            c.polygon([(x - rx, 0.5 - ry), (x + rx, 0.5 - ry), (x + rx * 0.6, 0.5 + ry * 1.2), (x - rx * 0.6, 0.5 + ry * 1.2)], fill, smooth=True)
-            c.polygon([(x - rx * 0.8, 0.52 - ry), (x + rx * 0.8, 0.52 - ry), (x + rx * 0.45, 0.48 + ry), (x - rx * 0.45, 0.48 + ry)], lens, smooth=True)
+            c.polygon(
+                [
+                    (x - rx, 0.5 - ry),
+                    (x + rx, 0.5 - ry),
+                    (x + rx * 0.6, 0.5 + ry * 1.2),
+                    (x - rx * 0.6, 0.5 + ry * 1.2),
+                ],
+                fill,
+                smooth=True,
+            )
+            c.polygon(
+                [
+                    (x - rx * 0.8, 0.52 - ry),
+                    (x + rx * 0.8, 0.52 - ry),
+                    (x + rx * 0.45, 0.48 + ry),
+                    (x - rx * 0.45, 0.48 + ry),
+                ],
+                lens,
+                smooth=True,
+            )
         c.line([(x - rx * 0.4, 0.5 - ry * 0.4), (x - rx * 0.1, 0.5 - ry * 0.55)], 0.014, lighter(lens, 0.6))
         draw_emblem(c, s.emblem, x + side * rx * 0.55, 0.5 - ry * 0.05, 0.03, p.accent)
     c.arc(0.5, 0.5, gap - rx + 0.04, 0.06, 200, 340, 0.024, p.metal if s.thin else p.main)
@@ -272,13 +284,38 @@ def _sunglasses(c: Canvas, s: Style, p: Palette, fill: Image.Image) -> None:
 def _cap(c: Canvas, s: Style, p: Palette, fill: Image.Image) -> None:
     h, w = 0.26 + 0.12 * s.a, 0.24 + 0.05 * s.b
     base = 0.6
-    c.polygon([(0.44 - w, base), (0.45 - w, base - h * 0.6), (0.44, base - h), (0.43 + w, base - h * 0.6), (0.44 + w, base), (0.44, base + 0.04)], fill, smooth=True)
+    c.polygon(
+        [
+            (0.44 - w, base),
+            (0.45 - w, base - h * 0.6),
+            (0.44, base - h),
+            (0.43 + w, base - h * 0.6),
+            (0.44 + w, base),
+            (0.44, base + 0.04),
+        ],
+        fill,
+        smooth=True,
+    )
     brim = 0.16 + 0.1 * s.c
-    c.polygon([(0.44 + w * 0.2, base - 0.04), (0.44 + w, base - 0.05), (0.44 + w + brim, base + 0.05), (0.42 + w + brim, base + 0.09), (0.44 + w * 0.3, base + 0.04)], p.second if s.detail else darker(p.main, 0.2), smooth=True)
+    c.polygon(
+        [
+            (0.44 + w * 0.2, base - 0.04),
+            (0.44 + w, base - 0.05),
+            (0.44 + w + brim, base + 0.05),
+            (0.42 + w + brim, base + 0.09),
+            (0.44 + w * 0.3, base + 0.04),
+        ],
+        p.second if s.detail else darker(p.main, 0.2),
+        smooth=True,
+    )
     c.ellipse(0.44, base - h * 1.03, 0.025, 0.018, p.accent)
     if s.detail != 1:
         for k in (-0.5, 0.35):
-            c.line([(0.44, base - h), (0.44 + k * w, base - h * 0.5), (0.44 + k * w * 1.15, base)], 0.008, darker(p.main, 0.35))
+            c.line(
+                [(0.44, base - h), (0.44 + k * w, base - h * 0.5), (0.44 + k * w * 1.15, base)],
+                0.008,
+                darker(p.main, 0.35),
+            )
     if s.d > 0.5:
         c.line([(0.45 - w, base - 0.02), (0.42 + w, base - 0.02)], 0.03, p.second)
     draw_emblem(c, s.emblem, 0.48, base - h * 0.48, 0.075, p.accent)

@@ -10,7 +10,8 @@ from PIL import Image, ImageChops, ImageFilter
 
 from tgq_fast.data.corruption import OVERLAY_KINDS, corrupt_image
 from tgq_fast.data.demo.canvas import shaded
-from tgq_fast.data.demo.products import KINDS, Palette, Style, draw_product, random_palette, random_style
+from tgq_fast.data.demo.products import KINDS, draw_product
+from tgq_fast.data.demo.styles import Palette, Style, random_palette, random_style
 
 __all__ = ["Shot", "photograph"]
 
@@ -85,7 +86,9 @@ def _ground(kind: str, size: int, rng: np.random.Generator) -> Image.Image:
     return Image.fromarray(np.clip(np.broadcast_to(pixels, (size, size, 3)), 0, 255).astype(np.uint8))
 
 
-def _place(scene: Image.Image, layer: Image.Image, spot: tuple[float, float], scale: float, rng: np.random.Generator) -> None:
+def _place(
+    scene: Image.Image, layer: Image.Image, spot: tuple[float, float], scale: float, rng: np.random.Generator
+) -> None:
     """Paste a product layer, turned, sheared and scaled, with a soft shadow."""
     big = scene.size[0]
     turn = math.radians(float(rng.normal(0, 7)))
@@ -110,5 +113,5 @@ def _expose(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     """Exposure, white balance and sensor noise."""
     gain = rng.uniform(0.86, 1.1) * (1 + rng.uniform(-0.05, 0.05, 3))
     pixels = np.asarray(image, np.float32) * gain
-    noise = rng.standard_normal(pixels.shape[:2] + (1,), dtype=np.float32) * rng.uniform(1, 4)
+    noise = rng.standard_normal((*pixels.shape[:2], 1), dtype=np.float32) * rng.uniform(1, 4)
     return Image.fromarray(np.clip(pixels + noise, 0, 255).astype(np.uint8))
