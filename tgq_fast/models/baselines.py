@@ -8,29 +8,30 @@ from transformers.activations import ACT2FN
 
 from tgq_fast.models.configuration import TGQFormerConfig
 from tgq_fast.models.embeddings import MetadataEmbeddings, prepare_features
-from tgq_fast.models.layers import QueryEncoder, StreamLayout, initialise_connector_module
+from tgq_fast.models.layers import QueryEncoder, initialise_connector_module, stream_layout
 from tgq_fast.models.outputs import ConnectorOutput, FrozenFeatures
 
 __all__ = ["MLPProjector", "QFormerConnector", "TextOnlyConnector"]
 
 
 class QFormerConnector(nn.Module):
-    """BLIP-2's Q-Former; with `reads_text`, InstructBLIP's: metadata tokens take part in its self-attention.
+    """BLIP-2's Q-Former (``qformer``, ``image-only``) and InstructBLIP's (``instructblip``).
 
-    The metadata tokens are the frozen text tower's (projected, marked with their field) in place of InstructBLIP's
-    own word embeddings, so that every connector sees the same text.
+    In the latter the metadata tokens take part in self-attention. They are the frozen text tower's (projected,
+    marked with their field) in place of InstructBLIP's own word embeddings, so that every connector sees the same text.
 
     Source: BLIP-2; InstructBLIP.
     """
 
-    def __init__(self, config: TGQFormerConfig, *, reads_text: bool) -> None:
+    def __init__(self, config: TGQFormerConfig) -> None:
         super().__init__()
         self.config = config
         self.query_tokens = nn.Parameter(torch.zeros(1, config.num_queries, config.hidden_size))
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        self.metadata = MetadataEmbeddings(config) if reads_text else None
-        self.encoder = QueryEncoder(config, StreamLayout(0, config.num_queries, reads_text, "full"))
+        layout = stream_layout(config)
+        self.metadata = MetadataEmbeddings(config) if layout.reads_text else None
+        self.encoder = QueryEncoder(config, layout)
         self.apply(lambda module: initialise_connector_module(module, config.initializer_range))
 
     def initialise(self, std: float) -> None:

@@ -19,7 +19,7 @@ from tgq_fast.models.embeddings import (
     RunningStandardiser,
     prepare_features,
 )
-from tgq_fast.models.layers import QueryEncoder, StreamLayout, initialise_connector_module
+from tgq_fast.models.layers import QueryEncoder, initialise_connector_module, stream_layout
 from tgq_fast.models.outputs import ConnectorOutput, FrozenFeatures
 from tgq_fast.reference import GateParameters, ModulationOutput
 
@@ -106,12 +106,9 @@ class TGQFormerConnector(nn.Module):
     def __init__(self, config: TGQFormerConfig) -> None:
         super().__init__()
         self.config = config
-        num_anchored, num_exploratory = config.num_anchored_queries, config.num_exploratory_queries
-        reads_text = num_anchored > 0 or config.explore_sees_text or config.stream_mixing == "full"
-        self.layout = StreamLayout(
-            num_anchored, num_exploratory, reads_text, config.stream_mixing, config.explore_sees_text
-        )
-        self.metadata = MetadataEmbeddings(config) if reads_text else None
+        self.layout = stream_layout(config)
+        num_anchored, num_exploratory = self.layout.num_anchored, self.layout.num_exploratory
+        self.metadata = MetadataEmbeddings(config) if self.layout.reads_text else None
         self.compression = MetadataCompression(config) if num_anchored else None
         if num_exploratory:
             self.query_tokens = nn.Parameter(torch.zeros(1, num_exploratory, config.hidden_size))
@@ -209,10 +206,8 @@ def build_connector(config: TGQFormerConfig) -> nn.Module:
     match config.connector:
         case "tgq":
             return TGQFormerConnector(config)
-        case "qformer" | "image-only":
-            return QFormerConnector(config, reads_text=False)
-        case "instructblip":
-            return QFormerConnector(config, reads_text=True)
+        case "qformer" | "image-only" | "instructblip":
+            return QFormerConnector(config)
         case "mlp" | "avgpool":
             return MLPProjector(config, num_cells=config.num_queries if config.connector == "mlp" else 1)
         case "text-only":

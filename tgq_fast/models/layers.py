@@ -31,6 +31,7 @@ __all__ = [
     "StreamLayout",
     "StreamSelfAttention",
     "initialise_connector_module",
+    "stream_layout",
 ]
 
 
@@ -70,6 +71,16 @@ class StreamLayout:
     def explores_alone(self) -> bool:
         """Whether there are exploratory queries and they see nothing but each other."""
         return self.num_exploratory > 0 and self.mixing == "block" and not self.explore_sees_text
+
+
+def stream_layout(config: TGQFormerConfig) -> StreamLayout:
+    """The layout of a connector with query layers: two streams for ``tgq``, one for the plain Q-Formers."""
+    if config.connector != "tgq":
+        return StreamLayout(0, config.num_queries, config.connector == "instructblip", "full")
+    anchored, mixing = config.num_anchored_queries, config.stream_mixing
+    # Without anchored queries in block mode nobody would look at the text.
+    reads_text = anchored > 0 or config.explore_sees_text or mixing == "full"
+    return StreamLayout(anchored, config.num_exploratory_queries, reads_text, mixing, config.explore_sees_text)
 
 
 class AttentionProjections(nn.Module):

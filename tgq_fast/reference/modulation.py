@@ -71,10 +71,13 @@ def dual_gated_modulation(
         exploratory_parameters: gate MLP with input width dg + d.
         alpha: residual scale α.
 
+    Either stream may be empty; its mean then counts as zero.
+
     Source: what each gate sees and the residual form, TGQ-Former's public digest; bottleneck and factor 2, ours.
     """
     dtype = anchored.dtype
-    mean_a, mean_e = anchored.mean(dim=1), exploratory.mean(dim=1)  # [B, d]
+    # The mean of an empty stream (an ablation) is zero, not NaN.
+    mean_a, mean_e = (x.sum(dim=1) / max(1, x.shape[1]) for x in (anchored, exploratory))  # [B, d]
     flags = torch.stack((agreement.to(dtype), has_metadata.to(dtype)), dim=-1)  # [B, 2]
     v_g = global_image.to(dtype)
     gate_a = centred_sigmoid(anchored_parameters.logits(torch.cat((flags, v_g, mean_a, mean_e), dim=-1)))

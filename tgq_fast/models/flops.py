@@ -1,0 +1,125 @@
+"""Multiply-accumulates and trainable parameters of a connector, from its configuration alone.
+
+Only matrix products are counted (projections, attention, feed-forwards, gates, pooling), once per item and forward
+pass, at the full length M of the metadata; softmax, LayerNorm and activations are not. One MAC is two FLOPs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from tgq_fast.models.configuration import TGQFormerConfig
+from tgq_fast.models.connector import count_parameters
+from tgq_fast.models.layers import StreamLayout, stream_layout
+from tgq_fast.ops.cost import form_cost
+
+__all__ = ["ConnectorCost", "connector_cost"]
+
+Form = Literal["auto", "projected", "absorbed"]
+
+
+@dataclass(frozen=True)
+class ConnectorCost:
+    """Cost of one connector.
+
+    Attributes:
+        connector: its name.
+        parameters: trainable parameters, without the projection to the reader's width.
+        macs: multiply-accumulates per item, forward.
+        tokens: visual tokens N that the reader then has to read.
+    """
+
+    connector: str
+    parameters: int
+    macs: int
+    tokens: int
+
+    @property
+    def gflops(self) -> float:
+        """10⁹ floating point operations per item."""
+        return 2e-9 * self.macs
+
+
+def connector_cost(
+    config: TGQFormerConfig,
+    *,
+    num_visual_tokens: int | None = None,
+    num_metadata_tokens: int | None = None,
+    form: Form = "auto",
+    device: str = "cpu",
+) -> ConnectorCost:
+    """Cost of `build_connector(config)`.
+
+    Args:
+        num_visual_tokens: L; None: `config.num_visual_tokens`.
+        num_metadata_tokens: M, at least 1; None: `config.max_metadata_tokens`.
+        form: how cross-attention is computed; "auto" is what inference on `device` chooses.
+        device: "cpu" or "cuda", for "auto".
+    """
+    length = config.num_visual_tokens if num_visual_tokens is None else num_visual_tokens
+    text = max(1, config.max_metadata_tokens if num_metadata_tokens is None else num_metadata_tokens)
+    name, n, d = config.connector, config.num_queries, config.hidden_size
+    if name == "text-only":
+        return ConnectorCost(name, 0, 0, 0)
+    if name in ("mlp", "avgpool"):
+        cells = n if name == "mlp" else 1
+        hidden = config.intermediate_size
+        macs = cells * (length * config.visual_width + config.visual_width * hidden + hidden * d)
+        return ConnectorCost(name, count_parameters(config), macs, n)
+
+    def cross(queries: int, keys: int, width: int) -> int:
+        """Query and output projections, and attention in the form asked for."""
+        chosen: str = form
+        if form == "auto":
+            chosen = form_cost(
+                queries=queries,
+                length=keys,
+                visual_width=width,
+                width=d,
+                num_heads=config.num_attention_heads,
+                device=device,
+            ).best
+        if chosen == "absorbed":
+            attention = 2 * queries * config.num_attention_heads * keys * width + 2 * queries * d * width
+        else:
+            attention = 2 * keys * width * d + 2 * queries * keys * d
+        return 2 * queries * d * d + attention
+
+    layout = stream_layout(config)
+    m = text if layout.reads_text else 0
+    macs = m * config.text_width * d
+    if layout.num_anchored:
+        macs += cross(layout.num_anchored, m, d)
+    for index in range(config.num_hidden_layers):
+        wanted = index < config.num_hidden_layers - 1  # the last layer's text rows are keys and values only
+        macs += 4 * n * d * d + (4 if wanted else 2) * m * d * d
+        macs += 2 * d * visible_pairs(layout, m)
+        if index % config.cross_attention_frequency == 0:
+            macs += cross(n, length, config.visual_width)
+        macs += 2 * d * config.intermediate_size * (n + (m if wanted else 0))
+    if name == "tgq":
+        macs += _modulation_macs(config)
+    return ConnectorCost(name, count_parameters(config), macs, n)
+
+
+def visible_pairs(layout: StreamLayout, num_text: int) -> int:
+    """Query–key pairs that self-attention over [A; E; T] computes."""
+    na, ne, m = layout.num_anchored, layout.num_exploratory, num_text
+    if layout.mixing == "full":
+        return (na + ne + m) ** 2
+    anchored = na * (na + m + (ne if layout.mixing == "one_way" else 0))
+    return anchored + ne * (ne + (m if layout.explore_sees_text else 0)) + m * m
+
+
+def _modulation_macs(config: TGQFormerConfig) -> int:
+    if config.gate == "none":
+        return 0
+    d, dg, r = config.hidden_size, config.global_width, config.gate_bottleneck
+    out = d if config.gate == "vector" else 1
+    macs = r * (dg + d + out) if config.num_exploratory_queries else 0
+    if config.num_anchored_queries:
+        macs += r * (2 + dg + 2 * d + out)
+        if config.agreement == "alignment":
+            macs += config.alignment_size * (dg + config.text_width)
+    return macs
