@@ -4,6 +4,7 @@ from tgq_fast.data.catalog import Catalog, Policy
 from tgq_fast.data.corruption import corrupt_image, corrupt_metadata, item_seed, useful_text
 from tgq_fast.data.demo import write_demo_catalog
 from tgq_fast.data.images import ImageLimits, load_image, validate_images
+from tgq_fast.data.importers import ImportReport, import_catalog
 from tgq_fast.data.items import Item, clean_text, parse_item
 from tgq_fast.data.pairs import SPLITS, Pairs, PairSet
 from tgq_fast.data.rejects import Reject, RejectLog
@@ -13,6 +14,7 @@ __all__ = [
     "SPLITS",
     "Catalog",
     "ImageLimits",
+    "ImportReport",
     "Item",
     "PairSet",
     "Pairs",
@@ -23,6 +25,7 @@ __all__ = [
     "clean_text",
     "corrupt_image",
     "corrupt_metadata",
+    "import_catalog",
     "item_seed",
     "load_image",
     "parse_item",
