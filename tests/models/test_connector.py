@@ -6,10 +6,10 @@ import dataclasses
 
 import pytest
 import torch
+from connector_inputs import DT, random_features, randomise, small_config
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from tests.models.connector_inputs import DT, random_features, randomise, small_config
 from tgq_fast.errors import ArgumentError
 from tgq_fast.models.configuration import CONNECTORS, TGQFormerConfig
 from tgq_fast.models.connector import TGQFormerConnector, build_connector
