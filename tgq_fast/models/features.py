@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -30,9 +29,10 @@ from tgq_fast.models.configuration import TGQFormerConfig
 from tgq_fast.models.feature_files import ChunkedArray
 from tgq_fast.models.field_tokens import field_strings, pack_fields, text_agreement
 from tgq_fast.models.outputs import FrozenFeatures
+from tgq_fast.models.processing import TGQFormerProcessor
 from tgq_fast.models.towers import TextTower, VisionTower
 
-__all__ = ["FeatureStore", "image_digest"]
+__all__ = ["FeatureStore", "image_digest", "in_order"]
 
 OnError = Literal["raise", "skip"]
 Progress = Callable[[int, int], None]
@@ -40,7 +40,7 @@ CHUNK = 32  # images per tower call and per journal entry; fixed, so that a resu
 _STRINGS = 256  # strings per journal entry
 
 
-def _in_order(pool: ThreadPoolExecutor, work: Callable[[Any], Any], inputs: Sequence[Any], ahead: int) -> Iterator[Any]:
+def in_order(pool: ThreadPoolExecutor, work: Callable[[Any], Any], inputs: Sequence[Any], ahead: int) -> Iterator[Any]:
     """`map` that keeps at most `ahead` results in flight, so that memory does not grow with the input."""
     waiting: list[Future[Any]] = []
     for start in range(0, len(inputs) + ahead):
@@ -69,7 +69,7 @@ def image_digest(catalog: Catalog, *, workers: int = 2) -> str:
 
     total = hashlib.sha256()
     with ThreadPoolExecutor(workers) as pool:
-        for digest in _in_order(pool, one, catalog.items, 64):
+        for digest in in_order(pool, one, catalog.items, 64):
             total.update(digest + b"|")
     return total.hexdigest()
 
@@ -149,17 +149,27 @@ class FeatureStore:
             raise ArgumentError("on_error", repr(on_error), "'raise' or 'skip'")
         root = Path(cache_dir) if cache_dir is not None else cache_root()
         visual = _visual_features(catalog, vision, root, progress, on_error, workers, verify)
-        if visual.notes and on_error == "raise":
-            row, reason, detail = visual.notes[0]
-            item = catalog.items[row]
-            raise ImageError(item.id, catalog.image_path(item), reason, detail)
         if rejects is not None:
             for row, reason, detail in visual.notes:
                 item = catalog.items[row]
                 rejects.add(item.id, item.row, catalog.image_path(item), reason, detail)
         strings = sorted({s for item in catalog.items for s in field_strings(item, config.fields) if s is not None})
         tokens = _string_tokens(strings, text, root, verify)
-        return cls(catalog, config, visual, tokens, strings)
+        store = cls(catalog, config, visual, tokens, strings)
+        if on_error == "raise":
+            store.require_valid(store.invalid)
+        return store
+
+    def require_valid(self, rows: Iterable[int]) -> None:
+        """Check that rows may be used.
+
+        Raises:
+            ImageError: of the first row whose image could not be used.
+        """
+        for row in rows:
+            if int(row) in self.invalid:
+                item = self.catalog.items[int(row)]
+                raise ImageError(item.id, self.catalog.image_path(item), *self.invalid[int(row)])
 
     def draw_keep(self, count: int, rng: np.random.Generator) -> NDArray[np.bool_]:
         """[count, F] bool: which fields survive field dropout (each goes with `config.field_dropout`)."""
@@ -182,13 +192,13 @@ class FeatureStore:
             metadata_from: [B] rows to take the metadata from, for the shuffled-metadata control.
 
         Raises:
-            ArgumentError: a row is out of range or has no usable image.
+            ArgumentError: a row is out of range.
+            ImageError: a row has no usable image (see `invalid`).
         """
         rows = np.asarray(indices, dtype=np.int64).reshape(-1)
         if rows.size and (rows.min() < 0 or rows.max() >= len(self)):
             raise ArgumentError("indices", f"{rows.min()} … {rows.max()}", f"rows in 0 … {len(self) - 1}")
-        if bad := [int(r) for r in rows if int(r) in self.invalid][:5]:
-            raise ArgumentError("indices", bad, "rows with a usable image", "Leave out the rows of store.invalid.")
+        self.require_valid(rows)
         if keep is None:
             keep = np.ones((len(rows), len(self.config.fields)), bool) if drop_fields is None else self.draw_keep(len(rows), drop_fields)
         ids = np.where(keep, self.string_ids[rows if metadata_from is None else np.asarray(metadata_from)], -1)
@@ -208,6 +218,26 @@ class FeatureStore:
         if not self._has_image_everywhere:
             visual_mask = torch.from_numpy(self.has_image[rows])[:, None].expand(-1, visual.shape[1]).contiguous()
         return FrozenFeatures(visual, global_image, tokens, mask, field_ids, agreement, visual_mask)
+
+    def inputs(
+        self,
+        indices: Sequence[int] | NDArray[np.integer[Any]] | Tensor,
+        *,
+        processor: TGQFormerProcessor | None = None,
+        drop_fields: np.random.Generator | None = None,
+        metadata_from: Sequence[int] | NDArray[np.integer[Any]] | None = None,
+    ) -> dict[str, Any]:
+        """Keyword arguments of the model's forward for some rows: `features`, and `prompt` where there is an LLM.
+
+        The arguments are those of :meth:`batch`; the prompt (made by `processor`) tells the same fields.
+        """
+        rows = np.asarray(indices, dtype=np.int64).reshape(-1)
+        keep = None if drop_fields is None else self.draw_keep(len(rows), drop_fields)
+        inputs: dict[str, Any] = {"features": self.batch(rows, keep=keep, metadata_from=metadata_from)}
+        if processor is not None and processor.uses_llm:
+            text_rows = rows if metadata_from is None else np.asarray(metadata_from)
+            inputs["prompt"] = processor.prompt(self.batch_strings(text_rows, keep))
+        return inputs
 
     def batch_strings(
         self, indices: Sequence[int] | NDArray[np.integer[Any]], keep: NDArray[np.bool_] | None = None
@@ -246,7 +276,7 @@ def _visual_features(
                 return error
 
         rows = range(todo.start * CHUNK, len(catalog))
-        decoded = _in_order(pool, decode, catalog.items[rows.start :], 2 * CHUNK)
+        decoded = in_order(pool, decode, catalog.items[rows.start :], 2 * CHUNK)
         for number in todo:
             size = min(CHUNK, len(catalog) - number * CHUNK)
             batch = [next(decoded) for _ in range(size)]

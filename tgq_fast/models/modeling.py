@@ -1,0 +1,423 @@
+"""TGQ-Former as one model: frozen towers, connector, reader and losses."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedModel
+
+from tgq_fast import ops
+from tgq_fast.data.catalog import Catalog
+from tgq_fast.data.items import Item
+from tgq_fast.data.rejects import RejectLog
+from tgq_fast.errors import ArgumentError
+from tgq_fast.models import checkpoint
+from tgq_fast.models.configuration import TGQFormerConfig
+from tgq_fast.models.connector import build_connector
+from tgq_fast.models.encoding import Example, FeatureExtractor, as_examples
+from tgq_fast.models.features import FeatureStore
+from tgq_fast.models.gather import gather, rank
+from tgq_fast.models.outputs import ConnectorOutput, FrozenFeatures, TGQFormerOutput
+from tgq_fast.models.processing import PromptInputs, TGQFormerProcessor
+from tgq_fast.models.readers import LightReader, LLMReader, ReaderOutput, build_reader
+from tgq_fast.models.towers import TextTower, VisionTower, load_text_tower, load_vision_tower
+
+__all__ = ["TGQFormerModel"]
+
+logger = logging.getLogger(__name__)
+_MAX_LOG_SCALE = 4.6052  # ln 100, CLIP's cap
+
+
+class TGQFormerModel(PreTrainedModel):
+    """Items → embeddings.
+
+    The frozen towers are no submodules: they are loaded by name on first use, never trained and never saved. A model
+    that only sees cached features never loads them.
+
+    Args:
+        config: with the towers' widths filled in; see :meth:`from_config_with_towers`.
+
+    Raises:
+        CheckpointError, DependencyError: the configured LLM cannot be loaded.
+    """
+
+    config_class = TGQFormerConfig
+    config: TGQFormerConfig
+    base_model_prefix = ""
+    main_input_name = "features"
+    accepts_loss_kwargs = False
+    _no_split_modules: list[str] = []  # noqa: RUF012 (transformers' own declaration)
+
+    def __init__(self, config: TGQFormerConfig) -> None:
+        super().__init__(config)
+        # Before the parts exist: their initialisation is their own, and an LLM brings its weights.
+        self.post_init()
+        self.connector = build_connector(config)
+        self.reader: LightReader | LLMReader = build_reader(config)
+        self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init)))
+        self._extractor: FeatureExtractor | None = None
+        self._towers: tuple[VisionTower | None, TextTower | None] = (None, None)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Nothing: every part initialises itself."""
+
+    # ------------------------------------------------------------------ assembling
+
+    @classmethod
+    def from_config_with_towers(
+        cls,
+        config: TGQFormerConfig,
+        *,
+        vision: VisionTower | None = None,
+        text: TextTower | None = None,
+    ) -> TGQFormerModel:
+        """A new model whose configuration carries the towers' widths.
+
+        Args:
+            config: left unchanged; a copy is completed.
+            vision, text: towers that are already loaded; None: loaded as the configuration names them.
+        """
+        config = copy.deepcopy(config)
+        vision = vision or load_vision_tower(config.vision_tower)
+        text = text or load_text_tower(
+            config.text_tower, vision=vision, llm=config.llm, max_field_tokens=config.max_field_tokens
+        )
+        config.visual_width, config.global_width = vision.width, vision.global_width
+        config.num_visual_tokens, config.text_width = vision.num_tokens, text.width
+        if config.agreement == "dual_encoder" and text.pooled_width is None:
+            raise ArgumentError("agreement", "'dual_encoder'", "'alignment' or 'none', as the towers are no dual encoder")
+        model = cls(config)
+        model.set_towers(vision, text)
+        return model
+
+    def set_towers(self, vision: VisionTower, text: TextTower) -> None:
+        """Use these loaded towers.
+
+        Raises:
+            ArgumentError: their widths are not the configuration's.
+        """
+        given = {
+            "visual_width": vision.width,
+            "global_width": vision.global_width,
+            "text_width": text.width,
+        }
+        for name, value in given.items():
+            if getattr(self.config, name) != value:
+                raise ArgumentError(name, value, f"{getattr(self.config, name)}, as in the model's configuration")
+        self._towers, self._extractor = (vision, text), None
+
+    @property
+    def vision_tower(self) -> VisionTower:
+        """The frozen vision tower, loaded on first use."""
+        return self._loaded_towers()[0]
+
+    @property
+    def text_tower(self) -> TextTower:
+        """The frozen text tower, loaded on first use."""
+        return self._loaded_towers()[1]
+
+    def _loaded_towers(self) -> tuple[VisionTower, TextTower]:
+        vision, text = self._towers
+        if vision is None or text is None:
+            config = self.config
+            vision = vision or load_vision_tower(config.vision_tower)
+            text = text or load_text_tower(
+                config.text_tower, vision=vision, llm=config.llm, max_field_tokens=config.max_field_tokens
+            )
+            self.set_towers(vision, text)
+        return vision, text
+
+    @property
+    def processor(self) -> TGQFormerProcessor:
+        """A processor of this configuration."""
+        return self.extractor.processor
+
+    @property
+    def extractor(self) -> FeatureExtractor:
+        """Items → frozen features."""
+        if self._extractor is None:
+            self._extractor = FeatureExtractor(self.config, self._loaded_towers)
+        return self._extractor
+
+    # ------------------------------------------------------------------ parameters
+
+    def trainable_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Named parameters that train."""
+        return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
+
+    def freeze(self) -> None:
+        """No parameter trains."""
+        self.requires_grad_(False)
+
+    def unfreeze(self) -> None:
+        """What the configuration trains, trains: all but the LLM's own weights."""
+        for name, parameter in self.named_parameters():
+            if not name.startswith("reader.llm.") or "lora_" in name:
+                parameter.requires_grad_(True)
+
+    # ------------------------------------------------------------------ forward
+
+    def forward(
+        self,
+        features: FrozenFeatures | None = None,
+        prompt: PromptInputs | None = None,
+        *,
+        positives: Tensor | None = None,
+        groups: Tensor | None = None,
+        return_attention: bool = False,
+        return_dict: bool = True,
+        **fields: Tensor,
+    ) -> TGQFormerOutput | tuple[Any, ...]:
+        """Embed M items, and with `positives` compute the training loss.
+
+        Args:
+            features: of M items; or give its fields as keywords.
+            prompt: LLM prompts, needed with an LLM.
+            positives: [M] row of each item's positive in this batch, -1 for an item that is no anchor.
+            groups: [M] labels of known co-positives (negative: none), left out of the denominator.
+            return_attention: also return the connector's attention [M, N, L].
+            return_dict: False gives a tuple.
+
+        Returns:
+            :class:`TGQFormerOutput`; embeddings are fp32 and L2-normalised.
+        """
+        if features is None:
+            if not fields:
+                raise ArgumentError("features", None, "a FrozenFeatures")
+            features = FrozenFeatures(**fields)  # type: ignore[arg-type]
+        device = self.logit_scale.device
+        features = self._control(features.to(device))
+        connected: ConnectorOutput = self.connector(features, return_attention=return_attention)
+        prompt = None if prompt is None else prompt.to(device)
+        assert connected.tokens is not None  # every connector sets it
+        read: ReaderOutput = self.reader(connected.tokens, features, prompt)
+        output = TGQFormerOutput(
+            embedding=read.embedding, visual_embedding=read.visual_embedding, connector=connected
+        )
+        if positives is not None:
+            terms = self._losses(read, connected, positives.to(device), None if groups is None else groups.to(device))
+            output.loss = torch.stack([weight * term for weight, term in terms.values()]).sum()
+            output.losses = {name: term.detach() for name, (_, term) in terms.items()}
+        return output if return_dict else output.to_tuple()
+
+    def _control(self, features: FrozenFeatures) -> FrozenFeatures:
+        """The controls: "image-only" has no metadata anywhere, "text-only" no picture anywhere."""
+        if self.config.connector == "image-only":
+            features = copy.copy(features)
+            features.metadata_tokens = features.metadata_tokens[:, :1] * 0
+            features.metadata_mask = torch.zeros_like(features.metadata_mask[:, :1])
+            features.field_ids = torch.zeros_like(features.field_ids[:, :1])
+            features.agreement = None
+        return features
+
+    def _losses(
+        self, read: ReaderOutput, connected: ConnectorOutput, positives: Tensor, groups: Tensor | None
+    ) -> dict[str, tuple[float, Tensor]]:
+        """Weighted terms: InfoNCE on both embeddings, redundancy, alignment.
+
+        Source: 0.9 / 0.1 and the learned scale, NoteLLM-2; redundancy, public digest; alignment, ours.
+        """
+        config = self.config
+        offset = rank() * len(positives)
+        rows = torch.nonzero(positives >= 0)[:, 0]
+        targets = positives[rows] + offset
+        everyone = None if groups is None else gather(groups)
+        scale = self.logit_scale.clamp(max=_MAX_LOG_SCALE)
+
+        def contrast(embeddings: Tensor) -> Tensor:
+            return ops.info_nce(gather(embeddings), targets, scale, groups=everyone, rows=rows + offset)
+
+        # Without pictures v_emb is a constant: nothing to contrast.
+        share = 0.0 if config.connector == "text-only" else config.visual_loss_weight
+        terms = {"item": (1.0 - share, contrast(read.embedding))}
+        if share:
+            terms["visual"] = (share, contrast(read.visual_embedding))
+        anchored, exploratory = connected.anchored_mean, connected.exploratory_mean
+        if config.redundancy_weight and anchored is not None and exploratory is not None:
+            term = ops.redundancy_loss(gather(anchored), gather(exploratory))
+            terms["redundancy"] = (config.redundancy_weight, term)
+        logits = connected.alignment_logits
+        if config.alignment_weight and logits is not None:
+            answer = torch.arange(len(logits), device=logits.device)
+            term = (F.cross_entropy(logits, answer) + F.cross_entropy(logits.T, answer)) / 2
+            terms["alignment"] = (config.alignment_weight, term)
+        return terms
+
+    # ------------------------------------------------------------------ encoding
+
+    @torch.inference_mode()
+    def encode(
+        self,
+        items: Catalog | Sequence[Item | Mapping[str, Any] | Image.Image | str | Path] | Image.Image | Mapping[str, Any],
+        *,
+        batch_size: int = 64,
+        show_progress_bar: bool = False,
+        fields: Sequence[Mapping[str, object] | None] | Mapping[str, object] | None = None,
+        root: str | Path | None = None,
+        on_error: Literal["raise", "skip"] = "raise",
+        convert_to_numpy: bool = False,
+        features: FeatureStore | None = None,
+        rejects: RejectLog | None = None,
+        workers: int = 2,
+    ) -> Tensor | np.ndarray:
+        """Embeddings of items, in the order given.
+
+        The model is evaluated without dropout whatever its mode; the same items in the same batches give the same bytes.
+
+        Args:
+            items: a catalogue; or a list of catalogue items, of rows as in a metadata file ("file_name"; or "image" with a
+                picture or a path), of pictures or of paths of pictures; or a single one.
+            batch_size: items per batch.
+            show_progress_bar: draw one on stderr.
+            fields: metadata of each picture (name → value), where `items` are pictures or paths.
+            root: folder that relative file names refer to; a catalogue brings its own.
+            on_error: "raise" on an unusable image, or "skip": its row is NaN, which every consumer refuses, so that rows
+                stay aligned with `items`.
+            convert_to_numpy: return an array.
+            features: cached features; rows of a catalogue that the store was built on are read from there.
+            rejects: gets one entry per skipped image.
+            workers: threads that decode images.
+
+        Returns:
+            [n, D] fp32 on the CPU ([D] for a single item).
+
+        Raises:
+            ImageError: policy "raise" and an image cannot be used.
+            ArgumentError: something is not an item, or `batch_size` < 1.
+        """
+        if batch_size < 1:
+            raise ArgumentError("batch_size", batch_size, "at least 1")
+        if on_error not in ("raise", "skip"):
+            raise ArgumentError("on_error", repr(on_error), "'raise' or 'skip'")
+        single = isinstance(items, (Image.Image, Mapping, str, Path, Item))
+        examples = as_examples([items] if single else items, fields=fields, root=root)  # type: ignore[list-item]
+        result = torch.full((len(examples), self.config.embedding_size), float("nan"))
+        training = self.training
+        self.eval()
+        try:
+            with _progress(len(examples), show_progress_bar) as advance:
+                for rows, inputs in self._encoder_batches(examples, batch_size, on_error, features, rejects, workers):
+                    if rows:
+                        output = self(**inputs)
+                        result[rows] = output.embedding.float().cpu()
+                    advance(min(batch_size, len(examples)))
+        finally:
+            self.train(training)
+        result = result[0] if single else result
+        return result.numpy() if convert_to_numpy else result
+
+    def _encoder_batches(
+        self,
+        examples: Sequence[Example],
+        batch_size: int,
+        on_error: str,
+        features: FeatureStore | None,
+        rejects: RejectLog | None,
+        workers: int,
+    ) -> Iterator[tuple[list[int], dict[str, Any]]]:
+        if features is None:
+            yield from self.extractor.batches(examples, batch_size, on_error=on_error, rejects=rejects, workers=workers)
+            return
+        for start in range(0, len(examples), batch_size):
+            chunk = examples[start : start + batch_size]
+            stored = [features.catalog.index(example.id) for example in chunk]
+            if on_error == "raise":
+                features.require_valid(stored)
+            good = [i for i, row in enumerate(stored) if row not in features.invalid]
+            inputs = features.inputs([stored[i] for i in good], processor=self._prompt_processor) if good else {}
+            yield [start + i for i in good], inputs
+
+    @property
+    def _prompt_processor(self) -> TGQFormerProcessor | None:
+        return self.processor if self.config.llm is not None else None
+
+    # ------------------------------------------------------------------ saving
+
+    def saved_state(self, state_dict: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """What a checkpoint holds: every parameter and buffer but an LLM's own weights."""
+        state = dict(self.state_dict() if state_dict is None else state_dict)
+        if isinstance(self.reader, LLMReader):
+            kept = {f"reader.{name}" for name in self.reader.saved_names()}
+            state = {name: value for name, value in state.items() if not name.startswith("reader.") or name in kept}
+        return state
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
+        **_: Any,
+    ) -> None:
+        """Write config.json, model.safetensors and processor_config.json; frozen weights are left out.
+
+        Each file appears atomically; the weights carry a digest that :meth:`from_pretrained` checks.
+        """
+        if is_main_process:
+            folder = Path(save_directory)
+            checkpoint.save_model(folder, self.config, self.saved_state(state_dict), architecture=type(self).__name__)
+            TGQFormerProcessor(self.config).save_pretrained(folder)
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path: str | Path, *_: Any, config: TGQFormerConfig | None = None, **kwargs: Any
+    ) -> TGQFormerModel:
+        """Load a model that :meth:`save_pretrained` wrote, in eval mode. Nothing is executed on load.
+
+        Args:
+            pretrained_model_name_or_path: local folder.
+            config: instead of the folder's own.
+            **kwargs: configuration fields to override, e.g. `vision_tower="/models/clip"`; `dtype` casts the model; other
+                arguments of transformers' from_pretrained are accepted and have no effect.
+
+        Raises:
+            CheckpointError: missing, corrupt, foreign or incompatible files.
+        """
+        folder = Path(pretrained_model_name_or_path)
+        config = copy.deepcopy(config) if config is not None else checkpoint.load_config(folder)
+        for name, value in kwargs.items():
+            if name in config.to_dict() and name not in ("dtype", "torch_dtype"):
+                setattr(config, name, value)
+        state = checkpoint.load_state(folder)
+        model = cls(config)
+        checkpoint.load_into(model, state, wanted=set(model.saved_state()), folder=folder)
+        if isinstance(dtype := kwargs.get("dtype", kwargs.get("torch_dtype")), torch.dtype):
+            model.to(dtype)
+        model.name_or_path = str(folder)
+        model.eval()
+        return model
+
+
+class _progress:
+    """A rich progress bar on stderr, or nothing."""
+
+    def __init__(self, total: int, show: bool) -> None:
+        self.total, self.show = total, show
+
+    def __enter__(self) -> Any:
+        if not self.show:
+            return lambda count: None
+        from rich.console import Console
+        from rich.progress import Progress
+
+        self.bar = Progress(console=Console(stderr=True))
+        self.bar.start()
+        task = self.bar.add_task("Embedding", total=self.total)
+        return lambda count: self.bar.advance(task, count)
+
+    def __exit__(self, *_: object) -> None:
+        if self.show:
+            self.bar.stop()
+
+
+AutoConfig.register(TGQFormerConfig.model_type, TGQFormerConfig, exist_ok=True)
+AutoModel.register(TGQFormerConfig, TGQFormerModel, exist_ok=True)
+AutoProcessor.register(TGQFormerConfig, TGQFormerProcessor, exist_ok=True)

@@ -1,0 +1,239 @@
+"""The processor: product pictures and metadata fields → pixel values, field strings and LLM prompt."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from tgq_fast.data.files import write_atomic
+from tgq_fast.data.items import Item
+from tgq_fast.errors import ArgumentError, CheckpointError
+from tgq_fast.models import backbones
+from tgq_fast.models.configuration import TGQFormerConfig
+from tgq_fast.models.field_tokens import field_strings
+from tgq_fast.models.towers import ImageProcessor, hub_load, load_image_processor
+
+__all__ = ["DEFAULT_PROMPT", "ProcessedItems", "PromptInputs", "TGQFormerProcessor"]
+
+# NoteLLM-2's in-context compression: the visual embedding is read where the first word would be written, after the image
+# only; the item embedding where the last would be, after image and metadata. The wording is ours.
+DEFAULT_PROMPT = (
+    'Product image: {image}. Compress this image into one word: "{image_word}". '
+    'Product metadata: {metadata}. Compress this product into one word: "{word}'
+)
+_SLOTS = ("{image}", "{image_word}", "{metadata}", "{word}")
+_FILE = "processor_config.json"
+
+
+@dataclass
+class PromptInputs:
+    """Tokens of B prompts.
+
+    Attributes:
+        input_ids: [B, T] int64; the ids in image slots are placeholders.
+        attention_mask: [B, T] int64, 0 for padding.
+        image_mask: [B, T] bool, True at the N image slots (none for "text-only").
+        image_word_position: [B] where v_emb is read.
+        word_position: [B] where mm_emb is read: the last real token.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    image_mask: Tensor
+    image_word_position: Tensor
+    word_position: Tensor
+
+    def to(self, device: torch.device | str) -> PromptInputs:
+        """All tensors on a device."""
+        return PromptInputs(**{f.name: getattr(self, f.name).to(device) for f in dataclasses.fields(self)})
+
+
+@dataclass
+class ProcessedItems:
+    """B items ready for the frozen towers.
+
+    Attributes:
+        pixel_values: [B', 3, H, W] of the items that have an image, or None if none has.
+        has_image: [B] bool.
+        fields: per item, "name: value" or None per guiding field.
+        prompt: only with an LLM.
+    """
+
+    pixel_values: Tensor | None
+    has_image: Tensor
+    fields: list[list[str | None]]
+    prompt: PromptInputs | None = None
+
+
+class _Fields:
+    """A plain mapping of field values with the interface of an item."""
+
+    def __init__(self, values: Mapping[str, object]) -> None:
+        self.values = values
+
+    def field(self, name: str) -> str | None:
+        value = self.values.get(name)
+        text = "" if value is None else " ".join(str(value).split())
+        return text or None
+
+
+class TGQFormerProcessor:
+    """Turns pictures and metadata into model inputs.
+
+    Args:
+        config: `fields`, towers, prompt and token caps are read.
+        padding_side: of prompts, "right" or "left".
+
+    Raises:
+        ArgumentError: the prompt template lacks a slot or has them in another order than
+            {image}, {image_word}, {metadata}, {word}.
+    """
+
+    attributes: tuple[str, ...] = ()  # AutoProcessor looks for it
+
+    def __init__(self, config: TGQFormerConfig, *, padding_side: str = "right") -> None:
+        if padding_side not in ("left", "right"):
+            raise ArgumentError("padding_side", repr(padding_side), "'left' or 'right'")
+        self.config, self.padding_side = config, padding_side
+        template = config.prompt or DEFAULT_PROMPT
+        places = [template.find(slot) for slot in _SLOTS]
+        if -1 in places or places != sorted(places) or any(template.count(slot) != 1 for slot in _SLOTS):
+            raise ArgumentError("prompt", repr(template), "each of " + " ".join(_SLOTS) + " once, in this order")
+        if not template.endswith("{word}"):
+            raise ArgumentError("prompt", repr(template), "a template that ends with {word}: mm_emb is read there")
+        self._pieces: list[str] = []
+        for slot in _SLOTS:
+            piece, template = template.split(slot, 1)
+            self._pieces.append(piece)
+
+    @property
+    def uses_llm(self) -> bool:
+        """Whether prompts are needed."""
+        return self.config.llm is not None
+
+    @cached_property
+    def image_processor(self) -> ImageProcessor:
+        """The vision tower's image processor (its weights are not loaded)."""
+        return load_image_processor(self.config.vision_tower)[0]
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The LLM's tokenizer.
+
+        Raises:
+            ArgumentError: the configuration has no LLM.
+        """
+        if self.config.llm is None:
+            raise ArgumentError("config.llm", None, "an LLM; the light reader needs no prompt")
+        from transformers import AutoTokenizer
+
+        name = self.config.llm
+        path = str(backbones.backbone_dir(name)) if backbones.is_backbone(name) else name
+        return hub_load(AutoTokenizer.from_pretrained, path, "tokenizer of LLM")
+
+    def __call__(
+        self,
+        images: Sequence[Image.Image | None],
+        metadata: Sequence[Item | Mapping[str, object]],
+    ) -> ProcessedItems:
+        """Process B items.
+
+        Args:
+            images: RGB pictures; None for an item without one.
+            metadata: items, or mappings of field name to value; unknown names are ignored.
+        """
+        if len(images) != len(metadata):
+            raise ArgumentError("metadata", f"{len(metadata)} items", f"as many as images, {len(images)}")
+        processed = self.metadata(metadata)
+        present = [image for image in images if image is not None]
+        processed.pixel_values = self.image_processor(present) if present else None
+        processed.has_image = torch.tensor([image is not None for image in images], dtype=torch.bool)
+        return processed
+
+    def metadata(self, metadata: Sequence[Item | Mapping[str, object]]) -> ProcessedItems:
+        """Field strings and prompt of B items, without pictures."""
+        fields = [
+            field_strings(item if isinstance(item, Item) else _Fields(item), self.config.fields) for item in metadata
+        ]
+        prompt = self.prompt([[s for s in row if s is not None] for row in fields]) if self.uses_llm else None
+        return ProcessedItems(None, torch.zeros(len(fields), dtype=torch.bool), fields, prompt)
+
+    def prompt(self, strings: Sequence[Sequence[str]]) -> PromptInputs:
+        """Prompts that tell each item's "name: value" strings; "image-only" tells none, "text-only" has no image."""
+        if self.config.connector == "image-only":
+            strings = [[] for _ in strings]
+        slots = 0 if self.config.connector == "text-only" else self.config.num_queries
+        encode = self.tokenizer.encode
+        pieces = [encode(piece, add_special_tokens=False) for piece in self._pieces]
+        start = [self.tokenizer.bos_token_id] if self._adds_bos else []
+        placeholder = self._pad_id
+        rows: list[list[int]] = []
+        image_words: list[int] = []
+        for row in strings:
+            text = encode("; ".join(row) or "none", add_special_tokens=False)[: self.config.max_metadata_tokens]
+            head = start + pieces[0] + [placeholder] * slots + pieces[1]
+            image_words.append(len(head) - 1)
+            rows.append(head + pieces[2] + text + pieces[3])
+        longest = max(map(len, rows), default=1)
+        ids = torch.full((len(rows), longest), placeholder, dtype=torch.int64)
+        attention = torch.zeros_like(ids)
+        image = torch.zeros_like(ids, dtype=torch.bool)
+        first = len(start) + len(pieces[0])
+        shifts = [longest - len(row) if self.padding_side == "left" else 0 for row in rows]
+        for i, (row, shift) in enumerate(zip(rows, shifts, strict=True)):
+            ids[i, shift : shift + len(row)] = torch.tensor(row)
+            attention[i, shift : shift + len(row)] = 1
+            image[i, shift + first : shift + first + slots] = True
+        moved = torch.tensor(shifts, dtype=torch.int64)
+        lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64)
+        return PromptInputs(ids, attention, image, torch.tensor(image_words, dtype=torch.int64) + moved, lengths + moved - 1)
+
+    @cached_property
+    def _adds_bos(self) -> bool:
+        bos = self.tokenizer.bos_token_id
+        return bos is not None and self.tokenizer("a")["input_ids"][:1] == [bos]
+
+    @cached_property
+    def _pad_id(self) -> int:
+        for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, self.tokenizer.unk_token_id):
+            if token is not None:
+                return int(token)
+        return 0
+
+    def save_pretrained(self, save_directory: str | Path, **_: Any) -> None:
+        """Write `processor_config.json` beside the model's own configuration."""
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        values = {
+            "processor_class": type(self).__name__,
+            "padding_side": self.padding_side,
+            "config": self.config.to_diff_dict(),
+        }
+        write_atomic(folder / _FILE, json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False).encode())
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **_: Any) -> TGQFormerProcessor:
+        """Read what :meth:`save_pretrained` wrote to a local folder.
+
+        Raises:
+            CheckpointError: no processor there, or one of another kind.
+        """
+        path = Path(pretrained_model_name_or_path) / _FILE
+        try:
+            values = json.loads(path.read_text())
+            if values["processor_class"] != cls.__name__:
+                raise CheckpointError(f"{path}: holds a {values['processor_class']}, expected a {cls.__name__}")
+            return cls(TGQFormerConfig.from_dict(values["config"]), padding_side=values["padding_side"])
+        except FileNotFoundError:
+            raise CheckpointError(f"{path}: no such file; save a processor there with save_pretrained") from None
+        except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise CheckpointError(f"{path}: not a processor configuration ({type(error).__name__}: {error})") from error

@@ -1,0 +1,231 @@
+"""Readers: connector tokens and metadata → visual and item embedding, by a small transformer or by an LLM."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tgq_fast.errors import ArgumentError, CheckpointError, DependencyError
+from tgq_fast.models import backbones
+from tgq_fast.models.configuration import TGQFormerConfig
+from tgq_fast.models.outputs import FrozenFeatures
+from tgq_fast.models.processing import PromptInputs
+from tgq_fast.models.towers import hub_load
+
+__all__ = ["LLMReader", "LightReader", "ReaderOutput", "build_reader"]
+
+
+@dataclass
+class ReaderOutput:
+    """mm_emb and v_emb, [B, D] each, L2-normalised in fp32."""
+
+    embedding: Tensor
+    visual_embedding: Tensor
+
+
+class _Readout(nn.Module):
+    """Bias-free heads for v_emb and mm_emb, with optional late fusion.
+
+    Source: heads and fusion z ⊙ v + (1 − z) ⊙ h with z = σ(W[h; v]), NoteLLM-2; one head per embedding, ours.
+    """
+
+    def __init__(self, width: int, config: TGQFormerConfig) -> None:
+        super().__init__()
+        self.visual = nn.Linear(width, config.embedding_size, bias=False)
+        self.item = nn.Linear(width, config.embedding_size, bias=False)
+        self.fusion = nn.Linear(2 * width, width) if config.late_fusion else None
+
+    def forward(self, item: Tensor, visual: Tensor) -> ReaderOutput:
+        """Hidden states [B, width] at the two read positions."""
+        if self.fusion is not None:
+            z = torch.sigmoid(self.fusion(torch.cat((item, visual), dim=-1)))
+            item = z * visual + (1 - z) * item
+        return ReaderOutput(*(F.normalize(e.float(), dim=-1) for e in (self.item(item), self.visual(visual))))
+
+
+class OutputProjection(nn.Sequential):
+    """W_o: a two-layer GELU MLP from the connector's width to the reader's [neighbour: LLaVA-1.5]."""
+
+    def __init__(self, in_width: int, out_width: int) -> None:
+        super().__init__(nn.Linear(in_width, out_width), nn.GELU(), nn.Linear(out_width, out_width))
+
+
+class ReaderLayer(nn.Module):
+    """Pre-LN transformer layer with a boolean mask of who sees whom."""
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.norm_attention, self.norm_mlp = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Dropout(dropout), nn.Linear(2 * width, width))
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """x [B, S, d], mask [B, S, S] bool (True: the row sees the column) → [B, S, d]."""
+        batch, length, width = x.shape
+        q, k, v = self.qkv(self.norm_attention(x)).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        seen = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None])  # [B, H, S, d/H]
+        x = x + self.drop(self.out(seen.transpose(1, 2).reshape(batch, length, width)))
+        return x + self.drop(self.mlp(self.norm_mlp(x)))
+
+
+class LightReader(nn.Module):
+    """Reader without an LLM: pre-LN layers over [readout_v; W_o tokens; metadata; readout_mm] [ours].
+
+    The visual side (readout_v and W_o tokens) sees itself only, so v_emb is free of metadata whatever the depth;
+    metadata tokens see both sides; readout_mm sees everything. Each readout starts from its learned vector plus the mean
+    of the tokens that it may see, so that the embedding is an average at first and learns to attend from there.
+    """
+
+    def __init__(self, config: TGQFormerConfig) -> None:
+        super().__init__()
+        d = config.hidden_size
+        self.config = config
+        self.project = OutputProjection(d, d)
+        self.metadata = nn.Linear(config.text_width, d)
+        self.field_embeddings = nn.Embedding(len(config.fields) + 1, d)
+        self.readouts = nn.Parameter(torch.zeros(2, d))  # visual, item
+        heads, dropout = config.num_attention_heads, config.hidden_dropout_prob
+        self.layers = nn.ModuleList(ReaderLayer(d, heads, dropout) for _ in range(config.reader_layers))
+        self.norm = nn.LayerNorm(d)
+        self.readout = _Readout(d, config)
+        std = config.initializer_range
+        nn.init.normal_(self.readouts, std=std)
+        nn.init.normal_(self.field_embeddings.weight, std=std)
+
+    def forward(self, tokens: Tensor, features: FrozenFeatures, prompt: PromptInputs | None = None) -> ReaderOutput:
+        """Connector tokens [B, N, d] and the items' metadata tokens → embeddings. `prompt` is not used."""
+        visual = self.project(tokens)  # [B, N, d]
+        mask = features.metadata_mask
+        text = self.metadata(features.metadata_tokens.to(visual.dtype)) + self.field_embeddings(features.field_ids)
+        text = text * mask[..., None]
+        batch, num_visual, num_text = visual.shape[0], visual.shape[1], text.shape[1]
+        visual_sum, text_sum = visual.sum(dim=1), text.sum(dim=1)
+        visual_mean = visual_sum / max(1, num_visual)
+        text_mean = text_sum / mask.sum(dim=1, keepdim=True).clamp_min(1)
+        x = torch.cat(
+            (
+                (self.readouts[0] + visual_mean)[:, None],
+                visual,
+                text,
+                (self.readouts[1] + visual_mean + text_mean)[:, None],
+            ),
+            dim=1,
+        )  # [B, 1 + N + M + 1, d]
+        # 0: visual side, 1: metadata, 2: item readout; a row sees columns of its own rank or lower.
+        rank = torch.tensor([0] * (1 + num_visual) + [1] * num_text + [2], device=x.device)
+        real = torch.cat((mask.new_ones(batch, 1 + num_visual), mask, mask.new_ones(batch, 1)), dim=1)
+        sees = (rank[None, :] <= rank[:, None]) & real[:, None, :]  # [B, S, S]
+        for layer in self.layers:
+            x = layer(x, sees)
+        x = self.norm(x[:, [0, -1]])
+        return self.readout(x[:, 1], x[:, 0])
+
+
+class LLMReader(nn.Module):
+    """Reader through a causal language or embedding model, as NoteLLM-2 reads a note.
+
+    The N projected tokens replace the embeddings of the prompt's image slots; v_emb is read at the image-compress
+    position, before any metadata, mm_emb at the last token. The model must be causal for v_emb to be free of metadata.
+
+    Raises:
+        CheckpointError: the LLM cannot be loaded.
+        DependencyError: LoRA is asked for (`lora_rank` > 0) and peft is not installed.
+        ArgumentError: `llm_layers` is larger than the model is deep.
+    """
+
+    def __init__(self, config: TGQFormerConfig) -> None:
+        super().__init__()
+        from transformers import AutoModel
+
+        if config.llm is None:
+            raise ArgumentError("llm", None, "a causal or embedding model by name or path")
+        name = config.llm
+        path = str(backbones.backbone_dir(name)) if backbones.is_backbone(name) else name
+        llm = hub_load(AutoModel.from_pretrained, path, "LLM", use_safetensors=True, dtype=torch.float32)
+        llm.config.use_cache = False
+        if config.llm_layers is not None:
+            _truncate(llm, config.llm_layers)
+        llm.requires_grad_(False)
+        width = llm.get_input_embeddings().embedding_dim
+        if config.lora_rank:
+            llm = _with_lora(llm, config)
+        self.llm = llm
+        self.frozen = not config.lora_rank
+        self.project = OutputProjection(config.hidden_size, width)
+        self.readout = _Readout(width, config)
+
+    def train(self, mode: bool = True) -> LLMReader:
+        super().train(mode)
+        if self.frozen:
+            self.llm.eval()
+        return self
+
+    def saved_names(self) -> Iterator[str]:
+        """Names of the parameters that belong into a checkpoint: all but the LLM's own weights."""
+        trainable = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        for name in self.state_dict():
+            if not name.startswith("llm.") or name in trainable or "lora_" in name:
+                yield name
+
+    def forward(self, tokens: Tensor, features: FrozenFeatures, prompt: PromptInputs | None = None) -> ReaderOutput:
+        """Connector tokens [B, N, d] into the image slots of `prompt` → embeddings.
+
+        Raises:
+            ArgumentError: no prompt, or its number of image slots is not N.
+        """
+        if prompt is None:
+            raise ArgumentError("prompt", None, "a PromptInputs from TGQFormerProcessor.prompt, as this model has an LLM")
+        embeddings = self.llm.get_input_embeddings()(prompt.input_ids)  # [B, T, width]
+        visual = self.project(tokens).to(embeddings.dtype)
+        if not bool((prompt.image_mask.sum(dim=1) == tokens.shape[1]).all()):
+            raise ArgumentError("prompt.image_mask", "another number of image slots", f"{tokens.shape[1]} per item")
+        embeddings = embeddings.masked_scatter(prompt.image_mask[..., None], visual)
+        # Positions count real tokens, so that left and right padding mean the same.
+        positions = (prompt.attention_mask.cumsum(dim=1) - 1).clamp_min(0)
+        hidden = self.llm(
+            inputs_embeds=embeddings, attention_mask=prompt.attention_mask, position_ids=positions
+        ).last_hidden_state
+        rows = torch.arange(hidden.shape[0], device=hidden.device)
+        dtype = self.readout.item.weight.dtype
+        item, image = (hidden[rows, p].to(dtype) for p in (prompt.word_position, prompt.image_word_position))
+        return self.readout(item, image)
+
+
+def _truncate(llm: Any, layers: int) -> None:
+    owner, name = next(((llm, n) for n in ("layers", "h", "blocks") if isinstance(getattr(llm, n, None), nn.ModuleList)), (None, ""))
+    if owner is None:
+        raise CheckpointError(f"cannot truncate a {type(llm).__name__}: it has no list of layers named layers, h or blocks")
+    depth = len(getattr(owner, name))
+    if not 1 <= layers <= depth:
+        raise ArgumentError("llm_layers", layers, f"1 … {depth}, the depth of the LLM")
+    setattr(owner, name, getattr(owner, name)[:layers])
+    llm.config.num_hidden_layers = layers
+    if getattr(llm.config, "layer_types", None):
+        llm.config.layer_types = llm.config.layer_types[:layers]
+
+
+def _with_lora(llm: Any, config: TGQFormerConfig) -> Any:
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise DependencyError("lora_rank > 0 needs the package 'peft': pip install 'tgq_fast[train]'") from error
+    lora = LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules="all-linear",
+        bias="none",
+    )
+    return inject_adapter_in_model(lora, llm)
+
+
+def build_reader(config: TGQFormerConfig) -> LightReader | LLMReader:
+    """The reader that `config.llm` asks for."""
+    return LightReader(config) if config.llm is None else LLMReader(config)
