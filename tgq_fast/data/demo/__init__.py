@@ -19,19 +19,19 @@ __all__ = ["write_demo_catalog"]
 
 BRANDS = ("Alder & Co", "Bellweather", "Corvane", "Dunmore", "Elkhorn", "Fairlight")
 SERIES = ("Aria", "Basin", "Cove", "Dune", "Echo", "Fjord", "Glade", "Harbor", "Isle", "Juno")
-DEPARTMENTS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "handbag": ("Accessories", ("leather", "canvas", "nylon")),
-    "backpack": ("Accessories", ("canvas", "nylon", "leather")),
-    "sneaker": ("Footwear", ("mesh", "suede", "leather")),
-    "boot": ("Footwear", ("leather", "suede", "rubber")),
-    "bottle": ("Home", ("steel", "glass", "plastic")),
-    "mug": ("Home", ("ceramic", "enamel", "glass")),
-    "lamp": ("Home", ("linen", "paper", "metal")),
-    "chair": ("Home", ("oak", "beech", "metal")),
-    "t-shirt": ("Apparel", ("cotton", "linen", "polyester")),
-    "watch": ("Accessories", ("steel", "leather", "resin")),
-    "sunglasses": ("Accessories", ("acetate", "metal", "nylon")),
-    "cap": ("Apparel", ("cotton", "wool", "polyester")),
+DEPARTMENTS: dict[str, tuple[str, tuple[str, str]]] = {
+    "handbag": ("Accessories", ("leather", "canvas")),
+    "backpack": ("Accessories", ("canvas", "nylon")),
+    "sneaker": ("Footwear", ("mesh", "suede")),
+    "boot": ("Footwear", ("leather", "suede")),
+    "bottle": ("Home", ("steel", "glass")),
+    "mug": ("Home", ("ceramic", "enamel")),
+    "lamp": ("Home", ("linen", "metal")),
+    "chair": ("Home", ("oak", "metal")),
+    "t-shirt": ("Apparel", ("cotton", "linen")),
+    "watch": ("Accessories", ("steel", "leather")),
+    "sunglasses": ("Accessories", ("acetate", "metal")),
+    "cap": ("Apparel", ("cotton", "wool")),
 }
 WORN = frozenset(kind for kind, (department, _) in DEPARTMENTS.items() if department != "Home")
 SEASONS = ("spring", "summer", "autumn", "winter")
@@ -113,13 +113,13 @@ def _facts(style: Style, rng: np.random.Generator) -> dict[str, str | float]:
     """What is true of every variant of a style. Few values each, so that many styles share them."""
     department, materials = DEPARTMENTS[style.kind]
     return {
-        "brand": BRANDS[int(rng.integers(len(BRANDS)))],
+        # a brand keeps to some kinds: half of the six sell each
+        "brand": BRANDS[(2 * int(rng.integers(3)) + KINDS.index(style.kind)) % len(BRANDS)],
         "category": style.kind,
         "department": department,
         "series": SERIES[int(rng.integers(len(SERIES)))],
-        "material": materials[int(rng.integers(len(materials)))],
-        "gender": GENDERS[int(rng.integers(3))] if style.kind in WORN else "",
-        "usage": USAGES[int(rng.integers(4))],
+        "material": materials[int(rng.integers(2))],
+        "gender": GENDERS[int(rng.choice(3, p=[0.2, 0.2, 0.6]))] if style.kind in WORN else "",
         "price": float(np.round(rng.uniform(1, 12)) * 10),
     }
 
@@ -133,13 +133,14 @@ def _metadata(
     if rng.random() < 0.3:
         words.insert(1, facts["series"])
     keep = (rng.random(9) > (0.1, 0.2, 0.1, 0.3, 0.3, 0.35, 0.35, 0.3, 0.25)) & (not careless)
+    # season and usage are the seller's opinion of one item, and gender is often left at its neutral value
     attributes = {
         "department": facts["department"],
         "material": facts["material"],
         "colour": palette.name,
         "season": SEASONS[int(rng.integers(4))],
-        "gender": facts["gender"],
-        "usage": facts["usage"],
+        "gender": "unisex" if facts["gender"] and rng.random() < 0.4 else facts["gender"],
+        "usage": USAGES[int(rng.integers(4))],
     }
     kept = {name: value for (name, value), has in zip(attributes.items(), keep[3:9], strict=True) if has and value}
     row: dict[str, Any] = {}
