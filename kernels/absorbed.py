@@ -98,6 +98,7 @@ def absorbed_forward(
     q_rows = _row_offsets(row, num_queries, q_h, q_n)
     o_rows = _row_offsets(row, num_queries, o_h, o_n)
 
+    # Triton's frontend has tuple addition but no star in a tuple, hence the noqa below.
     weights = ()  # P of each segment relative to the segment's own maximum
     maxima = ()
     top = tl.full([BLOCK_R], float("-inf"), tl.float32)
@@ -113,8 +114,8 @@ def absorbed_forward(
         peak = tl.max(s, 1)
         peak = tl.where(peak == float("-inf"), 0.0, peak)  # a segment without visible keys: p = exp2(-inf) = 0
         p = tl.exp2(s - peak[:, None])
-        weights = weights + (p.to(x.dtype.element_ty),)
-        maxima = maxima + (peak,)
+        weights = weights + (p.to(x.dtype.element_ty),)  # noqa: RUF005
+        maxima = maxima + (peak,)  # noqa: RUF005
         partial = tl.sum(p, 1)
         new_top = tl.maximum(top, tl.where(partial > 0, peak, float("-inf")))
         shift = tl.where(new_top == float("-inf"), 0.0, new_top)
@@ -192,7 +193,7 @@ def absorbed_backward_rows(
         )  # fmt: skip
         visible = _visible(key, length, key_mask, mask_l, HAS_MASK)[None, :] & some[:, None]
         p = tl.where(visible, tl.exp2(s * (scale * LOG2E) - log_sum[:, None]), 0.0)
-        gradients = gradients + ((p * (d_p - dot_out[:, None]) * scale).to(x.dtype.element_ty),)
+        gradients = gradients + ((p * (d_p - dot_out[:, None]) * scale).to(x.dtype.element_ty),)  # noqa: RUF005
 
     for start in range(0, width, BLOCK_O):
         col = start + tl.arange(0, BLOCK_O)
@@ -246,8 +247,8 @@ def absorbed_backward_tokens(
         s = _scores(x, q, width, x_rows, q_rows, key_ok, row_ok, BLOCK_L, BLOCK_R, BLOCK_C, PRECISION)
         p = tl.where(visible[:, None] & some[None, :], tl.exp2(s * (scale * LOG2E) - log_sum[None, :]), 0.0)
         d_p = _scores(x, d_out, width, x_rows, g_rows, key_ok, row_ok, BLOCK_L, BLOCK_R, BLOCK_C, PRECISION)
-        weights = weights + (p.to(x.dtype.element_ty),)
-        gradients = gradients + ((p * (d_p - dot_out[None, :]) * scale).to(x.dtype.element_ty),)
+        weights = weights + (p.to(x.dtype.element_ty),)  # noqa: RUF005
+        gradients = gradients + ((p * (d_p - dot_out[None, :]) * scale).to(x.dtype.element_ty),)  # noqa: RUF005
 
     for start in range(0, width, BLOCK_O):
         col = start + tl.arange(0, BLOCK_O)
@@ -287,7 +288,7 @@ def forward(
         group mass [B, H, N] fp32 (None where not asked for).
     """
     q, x = unit_stride(q), unit_stride(x)
-    batch, heads, queries, width = q.shape
+    heads, queries = q.shape[1:3]
     length = x.shape[1]
     options = tile("absorbed_forward", q, keys=length, rows=heads * queries)
     resident = options["SEGMENTS"] * options["BLOCK_L"]

@@ -24,7 +24,7 @@ INTERPRETER = "interpreter"
 
 
 def interpreting() -> bool:
-    """Whether Triton runs kernels in its interpreter (the variable must be set before Triton is imported)."""
+    """Whether Triton runs kernels in its interpreter (TRITON_INTERPRET=1 when the kernels are first imported)."""
     import triton
 
     return bool(triton.knobs.runtime.interpret)

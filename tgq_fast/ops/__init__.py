@@ -4,7 +4,7 @@ Same names and signatures as :mod:`tgq_fast.reference`, plus `backend=None`. Whi
 :func:`explain`; :func:`use_backend` and the environment variable ``TGQ_BACKEND`` override the choice.
 """
 
-from tgq_fast.ops.attention import hybrid_cross_attention
+from tgq_fast.ops.attention import hybrid_cross_attention, shared_keys_values
 from tgq_fast.ops.dispatch import BACKENDS, Decision, explain, use_backend
 from tgq_fast.ops.losses import info_nce, redundancy_loss
 from tgq_fast.ops.modulation import dual_gated_modulation
@@ -23,6 +23,7 @@ __all__ = [
     "hybrid_cross_attention",
     "info_nce",
     "redundancy_loss",
+    "shared_keys_values",
     "stream_self_attention",
     "use_backend",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,12 +11,22 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 
 from tgq_fast.errors import ArgumentError
 from tgq_fast.ops.cost import form_cost
-from tgq_fast.ops.dispatch import Decision, choose, explainer, wants_grad
+from tgq_fast.ops.dispatch import (
+    Decision,
+    choose,
+    explainer,
+    flash_attn_importable,
+    requested_backend,
+    triton_reasons,
+    wants_grad,
+)
+from tgq_fast.ops.triton_attention import absorbed_attention, stream_attention
 from tgq_fast.reference.attention import AttentionStats, Form, HybridAttentionOutput
 
-__all__ = ["hybrid_cross_attention"]
+__all__ = ["hybrid_cross_attention", "shared_keys_values"]
 
 _OP = "hybrid_cross_attention"
+MAX_HEAD = 256  # widest head of the per-head kernels
 
 
 def hybrid_cross_attention(
@@ -34,6 +45,7 @@ def hybrid_cross_attention(
     key_group: Tensor | None = None,
     return_stats: bool = False,
     form: Form = "auto",
+    keys_values: tuple[Tensor, Tensor] | None = None,
     backend: str | None = None,
 ) -> HybridAttentionOutput:
     """Both query streams attend to the same visual tokens with shared projections.
@@ -42,6 +54,8 @@ def hybrid_cross_attention(
 
     Args:
         form: "auto" (the cost model of :mod:`tgq_fast.ops.cost` decides), "projected" or "absorbed".
+        keys_values: [B, L, d] keys and values that were projected already (:func:`shared_keys_values`); implies the
+            projected form. `k_weight` and `v_weight` are then not used; neither holds a bias.
         backend: "auto", "triton", "flash_attn" or "torch"; None: the one in force, see :mod:`tgq_fast.ops.dispatch`.
 
     Raises:
@@ -63,14 +77,20 @@ def hybrid_cross_attention(
         key_group=key_group,
         return_stats=return_stats,
         form=form,
+        keys_values=keys_values,
         backend=backend,
     )
     num_anchored, width = anchored.shape[1:]
     head = width // num_heads
     queries = torch.cat((anchored, exploratory), dim=1)  # [B, N, d]
     q = linear(queries, q_weight, q_bias).unflatten(-1, (num_heads, head))  # [B, N, H, dh]
-    run = _absorbed if decision.form == "absorbed" else _projected
-    context, stats = run(q, visual, k_weight, v_weight, key_mask, key_group, return_stats)
+    if decision.form == "absorbed":
+        run = _absorbed_triton if decision.backend == "triton" else _absorbed
+        context, stats = run(q, visual, k_weight, v_weight, key_mask, key_group, return_stats)
+    else:
+        k, v = keys_values or (linear(visual, k_weight), linear(visual, v_weight))
+        k, v = (x.unflatten(-1, (num_heads, head)) for x in (k, v))  # [B, L, H, dh]
+        context, stats = _PROJECTED[decision.backend](q, k, v, key_mask, key_group, return_stats)
     if v_bias is not None:  # the weights of a row sum to one, or to zero when no key is visible
         some = visual.shape[1] > 0 if key_mask is None else key_mask.any(dim=1)[:, None, None]
         context = context + v_bias.to(context.dtype) * some
@@ -107,11 +127,18 @@ def _decide(
     key_group: Tensor | None = None,
     return_stats: bool = False,
     form: str = "auto",
+    keys_values: tuple[Tensor, Tensor] | None = None,
     backend: str | None = None,
 ) -> Decision:
     _check(anchored, exploratory, visual, num_heads, form)
     notes: tuple[str, ...] = ("form asked for by the caller",)
-    if form == "auto":
+    if keys_values is not None:
+        if form == "absorbed":
+            raise ArgumentError("form", repr(form), "'auto' or 'projected' when keys and values are given")
+        form, notes = "projected", ("keys and values were given",)
+    elif form == "auto" and requested_backend(backend) == "flash_attn":
+        form, notes = "projected", ("the only form of flash_attn",)
+    elif form == "auto":
         cost = form_cost(
             queries=anchored.shape[1] + exploratory.shape[1],
             length=visual.shape[1],
@@ -125,27 +152,109 @@ def _decide(
         )
         form = cost.best
         notes = ("form by the cost model",) if torch.compiler.is_compiling() else (f"form by the cost model: {cost}",)
-    requested, chosen, rejected = choose(_OP, backend, {"torch": ()})
+    tensors = (anchored, exploratory, visual, q_weight, k_weight, v_weight, key_mask, key_group)
+    head = anchored.shape[2] // num_heads
+    forced = requested_backend(backend) != "auto"
+    reasons = triton_reasons(*tensors, forced=forced)
+    if form == "projected" and head > MAX_HEAD:
+        reasons.append(f"heads of width {head} exceed {MAX_HEAD} in the projected form")
+    candidates = {
+        "triton": reasons,
+        "flash_attn": _flash_attn_reasons(visual, head, form, key_mask, return_stats),
+        "torch": (),
+    }
+    requested, chosen, rejected = choose(_OP, backend, candidates)
     return Decision(_OP, requested, chosen, form, rejected, notes)
 
 
+def _flash_attn_reasons(visual: Tensor, head: int, form: str, key_mask: Tensor | None, return_stats: bool) -> list[str]:
+    reasons = []
+    if not flash_attn_importable():
+        reasons.append("flash-attn is not installed")
+    if not visual.is_cuda:
+        reasons.append(f"tensors are on {visual.device.type}, not on a CUDA device")
+    if form != "projected":
+        reasons.append("it has no absorbed form")
+    if key_mask is not None:
+        reasons.append("it takes no key mask")
+    if return_stats:
+        reasons.append("it returns no statistics")
+    if head > MAX_HEAD:
+        reasons.append(f"heads of width {head} exceed {MAX_HEAD}")
+    autocast = torch.is_autocast_enabled("cuda")
+    if not autocast and visual.dtype not in (torch.float16, torch.bfloat16):
+        reasons.append(f"it does not compute in {visual.dtype}")
+    return reasons
+
+
+def shared_keys_values(
+    visual: Tensor, k_weights: Sequence[Tensor], v_weights: Sequence[Tensor]
+) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values of several layers over the same visual tokens through one matrix product.
+
+    Args:
+        visual: [B, L, dv]; k_weights, v_weights: one [d, dv] per layer.
+
+    Returns:
+        (keys, values) per layer, views [B, L, d] for the `keys_values` argument of :func:`hybrid_cross_attention`.
+    """
+    together = linear(visual, torch.cat([w for pair in zip(k_weights, v_weights) for w in pair]))
+    parts = together.split([w.shape[0] for pair in zip(k_weights, v_weights) for w in pair], dim=-1)
+    return list(zip(parts[::2], parts[1::2]))
+
+
+_Context = tuple[Tensor, AttentionStats | None]
+
+
 def _projected(
-    q: Tensor, visual: Tensor, wk: Tensor, wv: Tensor, key_mask: Tensor | None, key_group: Tensor | None, stats: bool
-) -> tuple[Tensor, AttentionStats | None]:
-    """[B, N, H, dh] queries → [B, N, d] through projected keys and values."""
-    num_heads, head = q.shape[2:]
-    k = linear(visual, wk).unflatten(-1, (num_heads, head)).transpose(1, 2)  # [B, H, L, dh]
-    v = linear(visual, wv).unflatten(-1, (num_heads, head)).transpose(1, 2)
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, key_group: Tensor | None, stats: bool
+) -> _Context:
+    """[B, N, H, dh] over [B, L, H, dh] → [B, N, d]."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     mask = None if key_mask is None else key_mask[:, None, None, :]
-    q = q.transpose(1, 2)
     context = scaled_dot_product_attention(q, k, v, attn_mask=mask)  # [B, H, N, dh]
-    found = _statistics(q, k, head**-0.5, key_mask, key_group) if stats else None
+    found = _statistics(q, k, q.shape[-1] ** -0.5, key_mask, key_group) if stats else None
     return context.transpose(1, 2).flatten(2), found
+
+
+def _projected_triton(
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, key_group: Tensor | None, stats: bool
+) -> _Context:
+    k, v = k.to(q.dtype), v.to(q.dtype)
+    group = key_group if stats else None
+    context, *found = stream_attention(q, k, v, key_mask, group, (q.shape[1], 0, 0), "full", False, 0, stats)
+    return context.flatten(2), _stats(found, group) if stats else None
+
+
+def _projected_flash(
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, key_group: Tensor | None, stats: bool
+) -> _Context:
+    from flash_attn import flash_attn_func
+
+    return flash_attn_func(q, k.to(q.dtype), v.to(q.dtype)).flatten(2), None
+
+
+_PROJECTED = {"torch": _projected, "triton": _projected_triton, "flash_attn": _projected_flash}
+
+
+def _absorbed_triton(
+    q: Tensor, visual: Tensor, wk: Tensor, wv: Tensor, key_mask: Tensor | None, key_group: Tensor | None, stats: bool
+) -> _Context:
+    dtype, heads = q.dtype, q.shape[2]
+    group = key_group if stats else None
+    context, *found = absorbed_attention(
+        q.flatten(2), visual.to(dtype), wk.to(dtype), wv.to(dtype), key_mask, group, heads, stats
+    )
+    return context, _stats(found, group) if stats else None
+
+
+def _stats(found: list[Tensor], key_group: Tensor | None) -> AttentionStats:
+    return AttentionStats(found[0], found[1], None if key_group is None else found[2])
 
 
 def _absorbed(
     q: Tensor, visual: Tensor, wk: Tensor, wv: Tensor, key_mask: Tensor | None, key_group: Tensor | None, stats: bool
-) -> tuple[Tensor, AttentionStats | None]:
+) -> _Context:
     """[B, N, H, dh] queries → [B, N, d]; the raw tokens are keys and values of all H * N rows at once."""
     batch, queries, num_heads, head = q.shape
     rows, visual_width = queries * num_heads, visual.shape[2]
@@ -163,7 +272,7 @@ def _absorbed(
     found = None
     if stats:
         found = _statistics(absorbed, tokens, head**-0.5, key_mask, key_group)
-        found = AttentionStats(*(None if s is None else s.view(batch, num_heads, queries) for s in found))
+        found = AttentionStats(*(None if s is None else s.view(batch, num_heads, queries) for s in found))  # type: ignore[arg-type]
     return context.permute(1, 2, 0, 3).reshape(batch, queries, num_heads * head), found
 
 

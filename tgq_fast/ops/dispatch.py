@@ -7,6 +7,7 @@ takes the first backend that can and logs once per operator why an earlier one c
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -130,6 +131,63 @@ def _log_once(op: str, message: str) -> None:
         return
     _logged.add((op, message))
     logger.info(message)
+
+
+def triton_reasons(*tensors: Tensor | None, forced: bool) -> list[str]:
+    """Why the Triton kernels cannot take these tensors; empty when they can.
+
+    Args:
+        forced: the backend was asked for by name, which is what makes the (slow) interpreter eligible.
+    """
+    if not triton_importable():
+        return ["triton is not installed"]
+    given = [t for t in tensors if t is not None]
+    floating = [t for t in given if t.is_floating_point()]
+    reasons = []
+    devices = {t.device for t in given}
+    kinds = {device.type for device in devices}
+    if len(devices) > 1:
+        reasons.append("tensors are on several devices")
+    if kinds == {"cuda"}:
+        major, minor = _capability(given[0].device.index or 0)
+        if major < 8:
+            reasons.append(f"compute capability {major}.{minor} is below 8.0")
+    elif kinds != {"cpu"} or not triton_interprets():
+        reasons.append(f"tensors are on {', '.join(sorted(kinds))}, not on a CUDA device")
+    elif not forced:
+        reasons.append("on the CPU only Triton's interpreter could run, which must be asked for by name")
+    dtypes = {t.dtype for t in floating}
+    for dtype in sorted(dtypes - {torch.float32, torch.float16, torch.bfloat16}, key=str):
+        reasons.append(f"no kernels for {dtype}")
+    if kinds == {"cpu"} and torch.bfloat16 in dtypes:
+        reasons.append("bfloat16 is wrong in Triton's interpreter")
+    return reasons
+
+
+# Facts of the machine and process: constant while a compiled graph lives, so the tracer need not look inside.
+@torch.compiler.assume_constant_result
+def triton_importable() -> bool:
+    """Whether the triton package is installed."""
+    return importlib.util.find_spec("triton") is not None
+
+
+@torch.compiler.assume_constant_result
+def triton_interprets() -> bool:
+    """Whether Triton was imported with TRITON_INTERPRET=1 and so runs on CPU tensors."""
+    from tgq_fast.kernels.tiling import interpreting
+
+    return interpreting()
+
+
+@torch.compiler.assume_constant_result
+def flash_attn_importable() -> bool:
+    """Whether the flash-attn package is installed."""
+    return importlib.util.find_spec("flash_attn") is not None
+
+
+@torch.compiler.assume_constant_result
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
 
 
 def wants_grad(*tensors: Tensor | None) -> bool:

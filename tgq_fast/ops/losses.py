@@ -10,9 +10,7 @@ from tgq_fast.ops.dispatch import Decision, choose, explainer
 __all__ = ["info_nce", "redundancy_loss"]
 
 
-def redundancy_loss(
-    anchored: Tensor, exploratory: Tensor, *, eps: float = 1e-6, backend: str | None = None
-) -> Tensor:
+def redundancy_loss(anchored: Tensor, exploratory: Tensor, *, eps: float = 1e-6, backend: str | None = None) -> Tensor:
     """mean_i C_ii² with C the batch correlation matrix of ā against ē; see the reference for arguments.
 
     Raises:

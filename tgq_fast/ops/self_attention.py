@@ -7,7 +7,9 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from tgq_fast.errors import ArgumentError
-from tgq_fast.ops.dispatch import Decision, choose, explainer
+from tgq_fast.ops.attention import MAX_HEAD
+from tgq_fast.ops.dispatch import Decision, choose, explainer, requested_backend, triton_reasons
+from tgq_fast.ops.triton_attention import stream_attention
 from tgq_fast.reference.attention import Mixing
 
 __all__ = ["stream_self_attention"]
@@ -36,7 +38,14 @@ def stream_self_attention(
         ArgumentError: lengths do not sum to S, or an unknown mixing or backend.
         BackendError: a backend that was asked for by name cannot run this call.
     """
-    _decide(q, k, v, lengths, mixing=mixing, explore_sees_text=explore_sees_text, text_mask=text_mask, backend=backend)
+    decision = _decide(
+        q, k, v, lengths, mixing=mixing, explore_sees_text=explore_sees_text, text_mask=text_mask, backend=backend
+    )
+    if decision.backend == "triton":
+        first_text = lengths[0] + lengths[1]
+        rows = (sum(lengths), 0, 0) if mixing == "full" else lengths
+        k, v = k.to(q.dtype), v.to(q.dtype)
+        return stream_attention(q, k, v, text_mask, None, rows, mixing, explore_sees_text, first_text, False)[0]
     return _torch(q, k, v, lengths, mixing, explore_sees_text, text_mask)
 
 
@@ -56,7 +65,10 @@ def _decide(
         raise ArgumentError("lengths", lengths, f"three lengths that sum to the sequence length {q.shape[1]}")
     if mixing not in ("block", "one_way", "full"):
         raise ArgumentError("mixing", repr(mixing), "'block', 'one_way' or 'full'")
-    requested, chosen, rejected = choose(_OP, backend, {"torch": ()})
+    reasons = triton_reasons(q, k, v, text_mask, forced=requested_backend(backend) != "auto")
+    if q.shape[3] > MAX_HEAD:
+        reasons.append(f"heads of width {q.shape[3]} exceed {MAX_HEAD}")
+    requested, chosen, rejected = choose(_OP, backend, {"triton": reasons, "torch": ()})
     return Decision(_OP, requested, chosen, None, rejected)
 
 

@@ -1,0 +1,414 @@
+"""Attention of short row segments over key ranges: projected cross-attention and stream self-attention.
+
+One kernel family serves both. Rows and keys of a sequence come in up to three segments [A; E; T] whose lengths are
+run-time numbers; which key ranges a row segment sees follows from the mode:
+
+    ALL      one row segment, every key (projected cross-attention, or fully mixed self-attention)
+    BLOCK    A sees A, T; E sees E; T sees T
+    ONE_WAY  as BLOCK, and A also sees E
+
+and SEES_TEXT lets E see T. A program handles rows of one segment only and reads only the keys that segment sees, packed
+into one or two ranges: no dense mask exists and the exploratory rows never touch metadata. Keys from `mask_first` on
+obey the key mask. Softmax is computed online in base 2; statistics come from the same pass.
+
+The backward is two kernels without atomics: one per row tile (dQ, and δ = Σ dO ∘ O on the way), one per key
+tile (dK, dV). Tensors are [B, S, H, dh] with any strides, the last one 1.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tgq_fast.kernels.launch import on_device, placeholder, unit_stride
+from tgq_fast.kernels.tiling import precision, tile
+
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
+ALL: tl.constexpr = tl.constexpr(0)
+BLOCK: tl.constexpr = tl.constexpr(1)
+ONE_WAY: tl.constexpr = tl.constexpr(2)
+MODES = {"full": 0, "block": 1, "one_way": 2}
+
+_SIZES = ["heads", "n_a", "n_e", "n_t", "length", "mask_first", "mask_b", "mask_l"]
+
+
+@triton.jit
+def _segment(index, n_a, n_e, n_t, TILE: tl.constexpr, MODE: tl.constexpr):
+    """Tile number → (segment 0 A, 1 E, 2 T; first element of the segment, its length, tile number within it)."""
+    tiles_a = tl.cdiv(n_a, TILE)
+    tiles_ae = tiles_a + tl.cdiv(n_e, TILE)
+    segment = 0
+    first = 0
+    count = n_a
+    local = index
+    if MODE != ALL:
+        if index >= tiles_ae:
+            segment = 2
+            first = n_a + n_e
+            count = n_t
+            local = index - tiles_ae
+        elif index >= tiles_a:
+            segment = 1
+            first = n_a
+            count = n_e
+            local = index - tiles_a
+    return segment, first, count, local
+
+
+@triton.jit
+def _seen_keys(segment, n_a, n_e, n_t, length, MODE: tl.constexpr, SEES_TEXT: tl.constexpr):
+    """Key ranges [start0, start0 + size0) and [start1, start1 + size1) that a row segment attends to."""
+    start0 = 0
+    size0 = length
+    start1 = 0
+    size1 = 0
+    if MODE != ALL:
+        start1 = n_a + n_e
+        if segment == 0:
+            size0 = n_a
+            if MODE == ONE_WAY:
+                size0 = n_a + n_e
+            size1 = n_t
+        elif segment == 1:
+            start0 = n_a
+            size0 = n_e
+            if SEES_TEXT:
+                size1 = n_t
+        else:
+            start0 = n_a + n_e
+            size0 = n_t
+    return start0, size0, start1, size1
+
+
+@triton.jit
+def _seeing_rows(segment, n_a, n_e, n_t, MODE: tl.constexpr, SEES_TEXT: tl.constexpr):
+    """Row ranges that attend to a key segment: the transpose of :func:`_seen_keys`."""
+    start0 = 0
+    size0 = n_a
+    start1 = 0
+    size1 = 0
+    if MODE != ALL:
+        if segment == 1:
+            if MODE == ONE_WAY:
+                size0 = n_a + n_e
+            else:
+                start0 = n_a
+                size0 = n_e
+        elif segment == 2:
+            start1 = n_a + n_e
+            size1 = n_t
+            if SEES_TEXT:
+                size0 = n_a + n_e
+    return start0, size0, start1, size1
+
+
+@triton.jit
+def _member(index, start0, size0, start1):
+    """Position of the index-th element of two ranges laid end to end."""
+    return tl.where(index < size0, start0 + index, start1 + index - size0)
+
+
+@triton.jit
+def _key_visible(key, inside, key_mask, mask_first, stride, HAS_MASK: tl.constexpr):
+    if HAS_MASK:
+        masked = inside & (key >= mask_first)
+        seen = tl.load(key_mask + (key - mask_first).to(tl.int64) * stride, mask=masked, other=0) != 0
+        inside = inside & (seen | (key < mask_first))
+    return inside
+
+
+@triton.jit(do_not_specialize=[*_SIZES, "group_b", "group_l"])
+def stream_forward(
+    q, k, v, key_mask, key_group, out, lse, entropy, mass,
+    scale, heads, n_a, n_e, n_t, length, mask_first, head_width,
+    q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, mask_b, mask_l, group_b, group_l, o_b, o_s, o_h,
+    MODE: tl.constexpr, SEES_TEXT: tl.constexpr, HAS_MASK: tl.constexpr, HAS_GROUP: tl.constexpr,
+    WANT_ENTROPY: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One tile of rows of one segment, head and item; lse, entropy and mass are contiguous [B, H, rows] fp32."""
+    tiles = tl.cdiv(n_a, BLOCK_S)
+    rows = n_a
+    if MODE != ALL:
+        tiles += tl.cdiv(n_e, BLOCK_S) + tl.cdiv(n_t, BLOCK_S)
+        rows = n_a + n_e + n_t
+    pair = tl.program_id(0) // tiles
+    item = (pair // heads).to(tl.int64)
+    head = (pair % heads).to(tl.int64)
+    segment, first, count, local = _segment(tl.program_id(0) % tiles, n_a, n_e, n_t, BLOCK_S, MODE)
+    start0, size0, start1, size1 = _seen_keys(segment, n_a, n_e, n_t, length, MODE, SEES_TEXT)
+    key_mask += item * mask_b
+    key_group += item * group_b
+    within = local * BLOCK_S + tl.arange(0, BLOCK_S)
+    row_ok = within < count
+    row = (first + within).to(tl.int64)
+    col = tl.arange(0, BLOCK_D)
+    in_head = col[None, :] < head_width
+    queries = tl.load(
+        q + item * q_b + head * q_h + row[:, None] * q_s + col[None, :], mask=row_ok[:, None] & in_head, other=0.0
+    )
+    k += item * k_b + head * k_h
+    v += item * v_b + head * v_h
+
+    acc = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
+    top = tl.full([BLOCK_S], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_S], tl.float32)
+    spread = tl.zeros([BLOCK_S], tl.float32)
+    marked = tl.zeros([BLOCK_S], tl.float32)
+    for begin in range(0, size0 + size1, BLOCK_K):
+        index = begin + tl.arange(0, BLOCK_K)
+        inside = index < size0 + size1
+        key = _member(index, start0, size0, start1)
+        there = inside[:, None] & in_head
+        keys = tl.load(k + key.to(tl.int64)[:, None] * k_s + col[None, :], mask=there, other=0.0)
+        values = tl.load(v + key.to(tl.int64)[:, None] * v_s + col[None, :], mask=there, other=0.0)
+        visible = _key_visible(key, inside, key_mask, mask_first, mask_l, HAS_MASK)[None, :]
+        s = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * (scale * LOG2E)
+        s = tl.where(visible, s, float("-inf"))
+        new_top = tl.maximum(top, tl.max(s, 1))
+        shift = tl.where(new_top == float("-inf"), 0.0, new_top)  # nothing visible yet: p = exp2(-inf) = 0
+        p = tl.exp2(s - shift[:, None])
+        keep = tl.exp2(top - shift)
+        total = total * keep + tl.sum(p, 1)
+        if WANT_ENTROPY:
+            spread = spread * keep + tl.sum(p * tl.where(visible, s, 0.0), 1)
+        if HAS_GROUP:
+            group = tl.load(key_group + key.to(tl.int64) * group_l, mask=inside, other=0) != 0
+            marked = marked * keep + tl.sum(tl.where(group[None, :], p, 0.0), 1)
+        acc = tl.dot(p.to(values.dtype), values, acc * keep[:, None], input_precision=PRECISION)
+        top = new_top
+
+    some = total > 0
+    inverse = tl.where(some, 1.0 / tl.where(some, total, 1.0), 0.0)
+    log_sum = tl.where(some, (tl.where(some, top, 0.0) + tl.log2(tl.where(some, total, 1.0))) * LN2, float("-inf"))
+    stats = (item * heads + head) * rows + row
+    tl.store(lse + stats, log_sum, mask=row_ok)
+    if WANT_ENTROPY:
+        tl.store(entropy + stats, tl.where(some, log_sum - spread * inverse * LN2, 0.0), mask=row_ok)
+    if HAS_GROUP:
+        tl.store(mass + stats, marked * inverse, mask=row_ok)
+    tl.store(
+        out + item * o_b + head * o_h + row[:, None] * o_s + col[None, :],
+        (acc * inverse[:, None]).to(out.dtype.element_ty),
+        mask=row_ok[:, None] & in_head,
+    )
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def stream_backward_rows(
+    q, k, v, key_mask, out, d_out, lse, delta, d_q,
+    scale, heads, n_a, n_e, n_t, length, mask_first, head_width,
+    q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, mask_b, mask_l, o_b, o_s, o_h, g_b, g_s, g_h, d_b, d_s, d_h,
+    MODE: tl.constexpr, SEES_TEXT: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """dQ of one tile of rows; also writes δ for the key side."""
+    tiles = tl.cdiv(n_a, BLOCK_S)
+    rows = n_a
+    if MODE != ALL:
+        tiles += tl.cdiv(n_e, BLOCK_S) + tl.cdiv(n_t, BLOCK_S)
+        rows = n_a + n_e + n_t
+    pair = tl.program_id(0) // tiles
+    item = (pair // heads).to(tl.int64)
+    head = (pair % heads).to(tl.int64)
+    segment, first, count, local = _segment(tl.program_id(0) % tiles, n_a, n_e, n_t, BLOCK_S, MODE)
+    start0, size0, start1, size1 = _seen_keys(segment, n_a, n_e, n_t, length, MODE, SEES_TEXT)
+    key_mask += item * mask_b
+    within = local * BLOCK_S + tl.arange(0, BLOCK_S)
+    row_ok = within < count
+    row = (first + within).to(tl.int64)
+    col = tl.arange(0, BLOCK_D)
+    in_head = col[None, :] < head_width
+    there = row_ok[:, None] & in_head
+    queries = tl.load(q + item * q_b + head * q_h + row[:, None] * q_s + col[None, :], mask=there, other=0.0)
+    gradient = tl.load(d_out + item * g_b + head * g_h + row[:, None] * g_s + col[None, :], mask=there, other=0.0)
+    result = tl.load(out + item * o_b + head * o_h + row[:, None] * o_s + col[None, :], mask=there, other=0.0)
+    dot_out = tl.sum(result.to(tl.float32) * gradient.to(tl.float32), 1)
+    stats = (item * heads + head) * rows + row
+    tl.store(delta + stats, dot_out, mask=row_ok)
+    log_sum = tl.load(lse + stats, mask=row_ok, other=float("-inf"))
+    some = log_sum > float("-inf")
+    log_sum = tl.where(some, log_sum, 0.0) * LOG2E
+    k += item * k_b + head * k_h
+    v += item * v_b + head * v_h
+
+    acc = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
+    for begin in range(0, size0 + size1, BLOCK_K):
+        index = begin + tl.arange(0, BLOCK_K)
+        inside = index < size0 + size1
+        key = _member(index, start0, size0, start1)
+        loaded = inside[:, None] & in_head
+        keys = tl.load(k + key.to(tl.int64)[:, None] * k_s + col[None, :], mask=loaded, other=0.0)
+        values = tl.load(v + key.to(tl.int64)[:, None] * v_s + col[None, :], mask=loaded, other=0.0)
+        visible = _key_visible(key, inside, key_mask, mask_first, mask_l, HAS_MASK)[None, :] & some[:, None]
+        s = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * (scale * LOG2E)
+        p = tl.where(visible, tl.exp2(s - log_sum[:, None]), 0.0)
+        d_p = tl.dot(gradient, tl.trans(values), input_precision=PRECISION)
+        d_s_tile = (p * (d_p - dot_out[:, None]) * scale).to(keys.dtype)
+        acc = tl.dot(d_s_tile, keys, acc, input_precision=PRECISION)
+    tl.store(
+        d_q + item * d_b + head * d_h + row[:, None] * d_s + col[None, :], acc.to(d_q.dtype.element_ty), mask=there
+    )
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def stream_backward_keys(
+    q, k, v, key_mask, d_out, lse, delta, d_k, d_v,
+    scale, heads, n_a, n_e, n_t, length, mask_first, head_width,
+    q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, mask_b, mask_l, g_b, g_s, g_h, dk_b, dk_s, dk_h, dv_b, dv_s, dv_h,
+    MODE: tl.constexpr, SEES_TEXT: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """dK and dV of one tile of keys of one segment, summed over the rows that see it in a fixed order."""
+    rows = n_a
+    tiles = tl.cdiv(length, BLOCK_K)
+    if MODE != ALL:
+        tiles = tl.cdiv(n_a, BLOCK_K) + tl.cdiv(n_e, BLOCK_K) + tl.cdiv(n_t, BLOCK_K)
+        rows = n_a + n_e + n_t
+    pair = tl.program_id(0) // tiles
+    item = (pair // heads).to(tl.int64)
+    head = (pair % heads).to(tl.int64)
+    segment, first, count, local = _segment(tl.program_id(0) % tiles, n_a, n_e, n_t, BLOCK_K, MODE)
+    if MODE == ALL:
+        count = length
+    start0, size0, start1, size1 = _seeing_rows(segment, n_a, n_e, n_t, MODE, SEES_TEXT)
+    key_mask += item * mask_b
+    within = local * BLOCK_K + tl.arange(0, BLOCK_K)
+    inside = within < count
+    key = first + within
+    col = tl.arange(0, BLOCK_D)
+    in_head = col[None, :] < head_width
+    there = inside[:, None] & in_head
+    position = key.to(tl.int64)[:, None]
+    keys = tl.load(k + item * k_b + head * k_h + position * k_s + col[None, :], mask=there, other=0.0)
+    values = tl.load(v + item * v_b + head * v_h + position * v_s + col[None, :], mask=there, other=0.0)
+    visible = _key_visible(key, inside, key_mask, mask_first, mask_l, HAS_MASK)[:, None]
+    q += item * q_b + head * q_h
+    d_out += item * g_b + head * g_h
+    base = (item * heads + head) * rows
+
+    acc_k = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    acc_v = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    for begin in range(0, size0 + size1, BLOCK_S):
+        index = begin + tl.arange(0, BLOCK_S)
+        row_ok = index < size0 + size1
+        row = _member(index, start0, size0, start1).to(tl.int64)
+        loaded = row_ok[:, None] & in_head
+        queries = tl.load(q + row[:, None] * q_s + col[None, :], mask=loaded, other=0.0)
+        gradient = tl.load(d_out + row[:, None] * g_s + col[None, :], mask=loaded, other=0.0)
+        log_sum = tl.load(lse + base + row, mask=row_ok, other=float("-inf"))
+        dot_out = tl.load(delta + base + row, mask=row_ok, other=0.0)
+        some = log_sum > float("-inf")
+        log_sum = tl.where(some, log_sum, 0.0) * LOG2E
+        s = tl.dot(keys, tl.trans(queries), input_precision=PRECISION) * (scale * LOG2E)  # [keys, rows]
+        p = tl.where(visible & some[None, :], tl.exp2(s - log_sum[None, :]), 0.0)
+        acc_v = tl.dot(p.to(gradient.dtype), gradient, acc_v, input_precision=PRECISION)
+        d_p = tl.dot(values, tl.trans(gradient), input_precision=PRECISION)
+        d_s_tile = (p * (d_p - dot_out[None, :]) * scale).to(queries.dtype)
+        acc_k = tl.dot(d_s_tile, queries, acc_k, input_precision=PRECISION)
+    tl.store(
+        d_k + item * dk_b + head * dk_h + position * dk_s + col[None, :], acc_k.to(d_k.dtype.element_ty), mask=there
+    )
+    tl.store(
+        d_v + item * dv_b + head * dv_h + position * dv_s + col[None, :], acc_v.to(d_v.dtype.element_ty), mask=there
+    )
+
+
+def _tiles(lengths: tuple[int, int, int], block: int) -> int:
+    return sum(triton.cdiv(n, block) for n in lengths)
+
+
+def _options(kernel: str, q: Tensor, k: Tensor, lengths: tuple[int, int, int]) -> dict[str, int]:
+    options = tile(kernel, q, rows=max(lengths), keys=k.shape[1], head=q.shape[3])
+    return options | {"BLOCK_D": max(16, triton.next_power_of_2(q.shape[3]))}
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: tuple[int, int, int],
+    mode: str,
+    sees_text: bool,
+    key_mask: Tensor | None,
+    mask_first: int,
+    key_group: Tensor | None,
+    scale: float,
+    want_entropy: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Attention output [B, S, H, dh] and lse, entropy, group mass [B, H, S] fp32.
+
+    Args:
+        q: [B, S, H, dh]; k, v: [B, L, H, dh], L = S unless mode is "full".
+        lengths: the row segments; (S, 0, 0) for mode "full".
+        key_mask: [B, L - mask_first] bool for the keys from `mask_first` on, or None.
+        key_group: [B, L] bool or None.
+    """
+    q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
+    batch, rows, heads, head = q.shape
+    out = torch.empty(batch, rows, heads, head, dtype=q.dtype, device=q.device)
+    lse = torch.empty(batch, heads, rows, dtype=torch.float32, device=q.device)
+    entropy = torch.empty_like(lse) if want_entropy else None
+    mass = torch.empty_like(lse) if key_group is not None else None
+    none = placeholder(q.device)
+    mask, group = (none if m is None else m for m in (key_mask, key_group))
+    options = _options("stream_forward", q, k, lengths)
+    grid = (batch * heads * _tiles(lengths, options["BLOCK_S"]),)
+    if grid[0]:
+        with on_device(q):
+            stream_forward[grid](
+                q, k, v, mask, group, out, lse, lse if entropy is None else entropy, lse if mass is None else mass,
+                scale, heads, *lengths, k.shape[1], mask_first, head,
+                *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *mask.stride()[:2], *group.stride()[:2],
+                *out.stride()[:3],
+                MODE=MODES[mode], SEES_TEXT=sees_text, HAS_MASK=key_mask is not None, HAS_GROUP=key_group is not None,
+                WANT_ENTROPY=want_entropy, PRECISION=precision(q), **options,
+            )  # fmt: skip
+    return out, lse, entropy, mass
+
+
+def backward(
+    d_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    lengths: tuple[int, int, int],
+    mode: str,
+    sees_text: bool,
+    key_mask: Tensor | None,
+    mask_first: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, contiguous."""
+    q, k, v, out, d_out = (unit_stride(t) for t in (q, k, v, out, d_out))
+    batch, rows, heads, head = q.shape
+    d_q = torch.empty(batch, rows, heads, head, dtype=q.dtype, device=q.device)
+    d_k = torch.empty(batch, k.shape[1], heads, head, dtype=k.dtype, device=k.device)
+    d_v = torch.empty(batch, k.shape[1], heads, head, dtype=v.dtype, device=v.device)
+    delta = torch.empty_like(lse)
+    mask = placeholder(q.device) if key_mask is None else key_mask
+    flags = {"MODE": MODES[mode], "SEES_TEXT": sees_text, "HAS_MASK": key_mask is not None, "PRECISION": precision(q)}
+    sizes = (scale, heads, *lengths, k.shape[1], mask_first, head)
+    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *mask.stride()[:2])
+    key_lengths = (k.shape[1], 0, 0) if mode == "full" else lengths
+    with on_device(q):
+        options = _options("stream_backward_rows", q, k, lengths)
+        grid = (batch * heads * _tiles(lengths, options["BLOCK_S"]),)
+        if grid[0]:
+            stream_backward_rows[grid](
+                q, k, v, mask, out, d_out, lse, delta, d_q, *sizes, *strides,
+                *out.stride()[:3], *d_out.stride()[:3], *d_q.stride()[:3], **flags, **options,
+            )  # fmt: skip
+        options = _options("stream_backward_keys", q, k, lengths)
+        grid = (batch * heads * _tiles(key_lengths, options["BLOCK_K"]),)
+        if grid[0]:
+            stream_backward_keys[grid](
+                q, k, v, mask, d_out, lse, delta, d_k, d_v, *sizes, *strides,
+                *d_out.stride()[:3], *d_k.stride()[:3], *d_v.stride()[:3], **flags, **options,
+            )  # fmt: skip
+    return d_q, d_k, d_v

@@ -1,0 +1,259 @@
+"""Attention kernels as torch operators: schema, fake function and autograd of each in one place.
+
+* ``tgq_fast::absorbed_attention``: projected queries and raw visual tokens → context, heads merged. The absorbed
+  queries and pooled tokens exist for one chunk of items at a time and are rebuilt in the backward: training saves
+  nothing larger than the queries.
+* ``tgq_fast::stream_attention``: queries, keys and values per head → context; block structure from lengths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["absorbed_attention", "stream_attention"]
+
+# Absorbed queries and pooled tokens of one chunk of items take at most this many bytes each.
+CHUNK_BYTES = 128 * 2**20
+
+
+def _chunks(batch: int, row_bytes: int) -> Iterator[slice]:
+    step = max(1, CHUNK_BYTES // max(1, row_bytes))
+    for first in range(0, batch, step):
+        yield slice(first, min(first + step, batch))
+
+
+def _per_head(x: Tensor, num_heads: int) -> Tensor:
+    """[b, N, d] → [H, b * N, dh]"""
+    return x.unflatten(-1, (num_heads, x.shape[-1] // num_heads)).permute(2, 0, 1, 3).flatten(1, 2)
+
+
+def _absorb(x: Tensor, weight: Tensor, shape: tuple[int, int]) -> Tensor:
+    """[H, b * N, dh] times [H, dh, dv] → [b, H, N, dv], heads outermost in memory."""
+    return torch.bmm(x, weight).unflatten(1, shape).transpose(0, 1)
+
+
+def _rows(mask: Tensor | None, items: slice) -> Tensor | None:
+    return None if mask is None else mask[items]
+
+
+@torch.library.custom_op("tgq_fast::absorbed_attention", mutates_args=())
+def absorbed_attention(
+    q: Tensor,
+    visual: Tensor,
+    k_weight: Tensor,
+    v_weight: Tensor,
+    key_mask: Tensor | None,
+    key_group: Tensor | None,
+    num_heads: int,
+    want_stats: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """[B, N, d] projected queries over [B, L, dv] → context [B, N, d]; lse, entropy, group mass [B, H, N] fp32.
+
+    Entropy and mass are empty where not asked for. The value bias is the caller's.
+    """
+    from tgq_fast.kernels import absorbed
+
+    batch, queries, width = q.shape
+    head = width // num_heads
+    wk, wv = k_weight.unflatten(0, (num_heads, head)), v_weight.unflatten(0, (num_heads, head))
+    context = q.new_empty(batch, queries, num_heads, head)
+    lse = q.new_empty(batch, num_heads, queries, dtype=torch.float32)
+    entropy = torch.empty_like(lse) if want_stats else lse.new_empty(0)
+    mass = torch.empty_like(lse) if key_group is not None else lse.new_empty(0)
+    for items in _chunks(batch, num_heads * queries * visual.shape[2] * q.element_size()):
+        shape = (items.stop - items.start, queries)
+        absorbed_q = _absorb(_per_head(q[items], num_heads), wk, shape)
+        pooled, lse[items], item_entropy, item_mass = absorbed.forward(
+            absorbed_q, visual[items], _rows(key_mask, items), _rows(key_group, items), head**-0.5, want_stats
+        )
+        if item_entropy is not None:
+            entropy[items] = item_entropy
+        if item_mass is not None:
+            mass[items] = item_mass
+        out = torch.bmm(pooled.transpose(0, 1).flatten(1, 2), wv.transpose(1, 2))  # [H, b * N, dh]
+        context[items] = out.unflatten(1, shape).permute(1, 2, 0, 3)
+    return context.flatten(2), lse, entropy, mass
+
+
+@absorbed_attention.register_fake
+def _(q, visual, k_weight, v_weight, key_mask, key_group, num_heads, want_stats):  # type: ignore[no-untyped-def]
+    lse = q.new_empty(q.shape[0], num_heads, q.shape[1], dtype=torch.float32)
+    none = lse.new_empty(0)
+    entropy = torch.empty_like(lse) if want_stats else none
+    mass = torch.empty_like(lse) if key_group is not None else torch.empty_like(none)
+    return q.new_empty(q.shape), lse, entropy, mass
+
+
+@torch.library.custom_op("tgq_fast::absorbed_attention_backward", mutates_args=())
+def absorbed_attention_backward(
+    d_context: Tensor,
+    q: Tensor,
+    visual: Tensor,
+    k_weight: Tensor,
+    v_weight: Tensor,
+    key_mask: Tensor | None,
+    context: Tensor,
+    lse: Tensor,
+    num_heads: int,
+    need_visual: bool,
+    need_k_weight: bool,
+    need_v_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, visual, k_weight and v_weight; empty where not needed. Sums over chunks run in order, in fp32."""
+    from tgq_fast.kernels import absorbed
+
+    batch, queries, width = q.shape
+    head, visual_width = width // num_heads, visual.shape[2]
+    scale = head**-0.5
+    wk, wv = k_weight.unflatten(0, (num_heads, head)), v_weight.unflatten(0, (num_heads, head))
+    d_q = q.new_empty(batch, queries, num_heads, head)
+    d_visual = visual.new_empty(visual.shape) if need_visual else visual.new_empty(0)
+    d_wk, d_wv = (
+        weight.new_zeros(num_heads, head, visual_width, dtype=torch.float32) if need else weight.new_empty(0)
+        for weight, need in ((k_weight, need_k_weight), (v_weight, need_v_weight))
+    )
+    for items in _chunks(batch, num_heads * queries * visual_width * q.element_size()):
+        shape = (items.stop - items.start, queries)
+        tokens, mask = visual[items], _rows(key_mask, items)
+        q_heads, g_heads = _per_head(q[items], num_heads), _per_head(d_context[items], num_heads)
+        absorbed_q = _absorb(q_heads, wk, shape)
+        if need_v_weight:
+            pooled = absorbed.forward(absorbed_q, tokens, mask, None, scale, False)[0]
+            d_wv += torch.bmm(g_heads.transpose(1, 2), pooled.transpose(0, 1).flatten(1, 2))
+            del pooled
+        d_pooled = _absorb(g_heads, wv, shape)
+        # dO' · O' of a row equals d_context · context of its head, which is dh wide instead of dv.
+        product = d_context[items].float() * context[items].float()
+        delta = product.unflatten(-1, (num_heads, head)).sum(-1).transpose(1, 2).contiguous()
+        item_lse = lse[items]
+        d_absorbed = absorbed.backward_rows(absorbed_q, tokens, mask, d_pooled, item_lse, delta, scale)
+        if need_visual:
+            d_visual[items] = absorbed.backward_tokens(absorbed_q, tokens, mask, d_pooled, item_lse, delta, scale)
+        d_heads = d_absorbed.transpose(0, 1).flatten(1, 2)  # [H, b * N, dv]
+        d_q[items] = torch.bmm(d_heads, wk.transpose(1, 2)).unflatten(1, shape).permute(1, 2, 0, 3)
+        if need_k_weight:
+            d_wk += torch.bmm(q_heads.transpose(1, 2), d_heads)
+    d_wk = d_wk.view(k_weight.shape).to(k_weight.dtype) if need_k_weight else d_wk
+    d_wv = d_wv.view(v_weight.shape).to(v_weight.dtype) if need_v_weight else d_wv
+    return d_q.flatten(2), d_visual, d_wk, d_wv
+
+
+@absorbed_attention_backward.register_fake
+def _(d_context, q, visual, k_weight, v_weight, key_mask, context, lse, num_heads, *needs):  # type: ignore[no-untyped-def]
+    grads = (t.new_empty(t.shape) if need else t.new_empty(0) for t, need in zip((visual, k_weight, v_weight), needs))
+    return (q.new_empty(q.shape), *grads)
+
+
+def _absorbed_setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    q, visual, k_weight, v_weight, key_mask, _, num_heads, _ = inputs
+    context, lse, entropy, mass = output
+    ctx.mark_non_differentiable(lse, entropy, mass)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, visual, k_weight, v_weight, key_mask, context, lse)
+    ctx.num_heads = num_heads
+
+
+def _absorbed_backward(ctx, d_context, *_):  # type: ignore[no-untyped-def]
+    if d_context is None:
+        return (None,) * 8
+    q, visual, k_weight, v_weight, key_mask, context, lse = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    grads = absorbed_attention_backward(
+        d_context, q, visual, k_weight, v_weight, key_mask, context, lse, ctx.num_heads, needs[1], needs[2], needs[3]
+    )
+    return (*(g if need else None for g, need in zip(grads, needs)), None, None, None, None)
+
+
+absorbed_attention.register_autograd(_absorbed_backward, setup_context=_absorbed_setup)
+
+
+@torch.library.custom_op("tgq_fast::stream_attention", mutates_args=())
+def stream_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_mask: Tensor | None,
+    key_group: Tensor | None,
+    lengths: Sequence[int],
+    mode: str,
+    sees_text: bool,
+    mask_first: int,
+    want_stats: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """[B, S, H, dh] over [B, L, H, dh] → output [B, S, H, dh]; lse, entropy, group mass [B, H, S] fp32.
+
+    Args:
+        key_mask: [B, L - mask_first] bool for the keys from `mask_first` on.
+        lengths, mode, sees_text: block structure, see :mod:`tgq_fast.kernels.streams`.
+    """
+    from tgq_fast.kernels import streams
+
+    a, e, t = lengths
+    scale = q.shape[3] ** -0.5
+    out, lse, entropy, mass = streams.forward(
+        q, k, v, (a, e, t), mode, sees_text, key_mask, mask_first, key_group, scale, want_stats
+    )
+    return (
+        out,
+        lse,
+        lse.new_empty(0) if entropy is None else entropy,
+        lse.new_empty(0) if mass is None else mass,
+    )
+
+
+@stream_attention.register_fake
+def _(q, k, v, key_mask, key_group, lengths, mode, sees_text, mask_first, want_stats):  # type: ignore[no-untyped-def]
+    lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
+    entropy = torch.empty_like(lse) if want_stats else lse.new_empty(0)
+    mass = torch.empty_like(lse) if key_group is not None else lse.new_empty(0)
+    return q.new_empty(q.shape), lse, entropy, mass
+
+
+@torch.library.custom_op("tgq_fast::stream_attention_backward", mutates_args=())
+def stream_attention_backward(
+    d_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    key_mask: Tensor | None,
+    lengths: Sequence[int],
+    mode: str,
+    sees_text: bool,
+    mask_first: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v."""
+    from tgq_fast.kernels import streams
+
+    a, e, t = lengths
+    return streams.backward(
+        d_out, q, k, v, out, lse, (a, e, t), mode, sees_text, key_mask, mask_first, q.shape[3] ** -0.5
+    )
+
+
+@stream_attention_backward.register_fake
+def _(d_out, q, k, v, out, lse, key_mask, lengths, mode, sees_text, mask_first):  # type: ignore[no-untyped-def]
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _stream_setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    q, k, v, key_mask, _, lengths, mode, sees_text, mask_first, _ = inputs
+    out, lse, entropy, mass = output
+    ctx.mark_non_differentiable(lse, entropy, mass)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, out, lse, key_mask)
+    ctx.structure = (lengths, mode, sees_text, mask_first)
+
+
+def _stream_backward(ctx, d_out, *_):  # type: ignore[no-untyped-def]
+    if d_out is None:
+        return (None,) * 10
+    grads = stream_attention_backward(d_out, *ctx.saved_tensors, *ctx.structure)
+    return (*grads, *(None,) * 7)
+
+
+stream_attention.register_autograd(_stream_backward, setup_context=_stream_setup)
