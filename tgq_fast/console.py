@@ -138,7 +138,7 @@ def _tell(error: BaseException, *, as_json: bool) -> int:
         message = "interrupted; finished parts are kept, the same command goes on from them"
     elif code == EXIT_INTERNAL:
         message = f"{type(error).__name__}: {error}"
-        message += "" if State.debug else "\nThis was not expected: run again with tgq-fast --debug to see where it happened."
+        message += "" if State.debug else "\nThis was not expected; tgq-fast --debug VERB … shows where it happened."
     else:
         message = str(error)
     console.print("[bold red]error:[/] " + escape(message), soft_wrap=True)

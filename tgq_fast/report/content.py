@@ -1,4 +1,4 @@
-"""What a report shows, as typed values: gathered by :mod:`tgq_fast.report.collect`, drawn by :mod:`tgq_fast.report.page`.
+"""What a report shows, as typed values: gathered by `tgq_fast.report.collect`, drawn by `tgq_fast.report.page`.
 
 All text is plain (escaped by the page), all pictures are data URIs, all figures are inline SVG made here.
 """

@@ -7,6 +7,7 @@ import io
 import re
 import zlib
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
@@ -23,7 +24,7 @@ _SERIES = ("#0a0001", "#0a0002", "#0a0003", "#0a0004", "#0a0005", "#0a0006", "#0
 _VARIABLES = {_INK: "var(--ink)", _FAINT: "var(--line)"} | {c: f"var(--s{i + 1})" for i, c in enumerate(_SERIES)}
 ANCHORED, EXPLORATORY = _SERIES[0], _SERIES[1]
 
-_STYLE = {
+_STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "tgq_fast",
     "font.family": "sans-serif",
@@ -119,7 +120,9 @@ def curves(runs: Sequence[RunResult], name: str, title: str) -> str | None:
                 axes.plot(steps, _smooth(values), color=colour, linewidth=1.8, label=runs[number].name)
             else:
                 marker = "o" if len(steps) < 10 else None
-                axes.plot(steps, values, color=colour, linewidth=1.8, marker=marker, markersize=3.5, label=runs[number].name)
+                axes.plot(
+                    steps, values, color=colour, linewidth=1.8, marker=marker, markersize=3.5, label=runs[number].name
+                )
         axes.set_title(title)
         axes.set_xlabel("step")
         return _svg(figure, f"{title} against training step for " + ", ".join(runs[n].name for n, _ in drawn))

@@ -1,0 +1,307 @@
+"""Gather what a report shows: evaluate runs, sample neighbours, ask the main run where it looks and how it gates."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from tgq_fast import __version__, workflow
+from tgq_fast.data import Catalog, Item, load_image
+from tgq_fast.data.files import write_atomic
+from tgq_fast.errors import ArgumentError, ImageError
+from tgq_fast.report import figures
+from tgq_fast.report.content import Example, Metric, Neighbour, ReportContent, RunResult
+from tgq_fast.report.page import render
+from tgq_fast.report.probes import attention_maps, gate_study
+from tgq_fast.retrieval import Evaluation, ItemPool, evaluate, topk, zero_shot_embeddings
+
+if TYPE_CHECKING:
+    from tgq_fast.models import FeatureStore, TGQFormerModel
+
+__all__ = ["write_report"]
+
+_NEIGHBOURS = 8
+_HIT_DEPTH = 10
+
+
+@dataclass
+class Gathered:
+    """One run with its model, features, [n, D] embeddings in catalogue order and evaluation."""
+
+    name: str
+    path: Path
+    model: TGQFormerModel
+    store: FeatureStore
+    vectors: torch.Tensor
+    evaluation: Evaluation
+
+
+def write_report(
+    catalog: Catalog,
+    runs: Sequence[Path],
+    out: Path,
+    *,
+    pools: Sequence[Path] | None = None,
+    ks: Sequence[int] = (1, 10, 100),
+    split: str = "test",
+    examples: int = 8,
+    seed: int = 0,
+    cache: Path | None = None,
+    on_error: workflow.Policy = "raise",
+) -> dict[str, Any]:
+    """Write the page atomically; returns a summary of what it says.
+
+    Args:
+        runs: run folders, the main one first.
+        pools: their pools in the same order; None embeds now.
+        examples: sampled test queries, half of them found in the first ten by the main run and half not.
+
+    Raises:
+        ArgumentError: numbers of runs and pools differ.
+    """
+    if pools and len(pools) != len(runs):
+        raise ArgumentError("--pool", f"{len(pools)} pools", f"{len(runs)}, one per --model, in the same order")
+    gathered = []
+    for number, path in enumerate(runs):
+        model = workflow.open_run(path)
+        store = workflow.open_store(catalog, model.config, cache=cache, on_error=on_error)
+        vectors = _from_pool(catalog, pools[number]) if pools else workflow.embed_in_memory(catalog, model, store)
+        evaluation = evaluate(catalog, vectors, ks=ks, split=split)
+        gathered.append(Gathered(_name(path, runs), path, model, store, vectors, evaluation))
+    main = gathered[0]
+    floor = evaluate(catalog, zero_shot_embeddings(catalog, main.store), ks=ks, split=split)
+
+    results = [
+        RunResult(g.name, _metrics(g.evaluation), _run_facts(g), training_curves(g.path / "training_log.jsonl"))
+        for g in gathered
+    ]
+    results.append(RunResult(workflow.FLOOR, _metrics(floor), baseline=True))
+    pictures = Pictures(catalog)
+    queries = sample_queries(main.evaluation, examples, seed)
+    shown = _examples(catalog, gathered, queries, pictures)
+    rng = np.random.default_rng(seed)
+    valid = main.store.valid & main.store.has_image
+    pool = np.unique(main.evaluation.query)
+    pool = pool[valid[pool]]
+    maps, reason = attention_maps(main.model, main.store, [int(q) for q in queries if valid[q]][:6], pictures)
+    study = gate_study(main.name, main.model, main.store, rng.permutation(pool), pictures, seed=seed)
+    notes = ([reason] if reason else []) + pictures.notes()
+    if main.store.invalid:
+        notes.append(f"{len(main.store.invalid)} item(s) have no usable picture and were left out or scored 0.")
+    content = ReportContent(
+        title=f"{Path(catalog.root).resolve().name}: {split} split",
+        facts={
+            "catalogue": Path(catalog.root).resolve().name,
+            "items in the pool": f"{main.evaluation.pool_size:,}",
+            "queries": f"{main.evaluation.queries:,}",
+            "pairs": f"{main.evaluation.pairs:,}",
+            "intervals": f"{main.evaluation.confidence:.0%} bootstrap over queries, {main.evaluation.samples} draws",
+        },
+        runs=results,
+        examples=shown,
+        example_note=_example_note(main, len(queries), seed),
+        attention=maps,
+        gates=study,
+        catalogue=_catalogue_facts(catalog),
+        notes=notes,
+        made_by=f"Written by tgq_fast {__version__}: tgq-fast report … --split {split} --seed {seed}",
+    )
+    page = render(content).encode("utf-8")
+    write_atomic(out, page)
+    return {
+        "file": str(out),
+        "bytes": len(page),
+        "runs": {g.name: g.evaluation.to_dict() for g in gathered},
+        workflow.FLOOR: floor.to_dict(),
+        "examples": len(shown),
+        "attention_maps": len(maps),
+        "gates": study is not None,
+        "notes": notes,
+    }
+
+
+class Pictures:
+    """Product pictures of a catalogue; remembers what could not be read."""
+
+    def __init__(self, catalog: Catalog) -> None:
+        self.catalog = catalog
+        self.failed: dict[str, str] = {}
+
+    def load(self, item: Item) -> Image.Image | None:
+        """RGB picture, or None when it cannot be read."""
+        if item.file_name is None:
+            return None
+        try:
+            return load_image(self.catalog.image_path(item), item.id)
+        except ImageError as error:
+            self.failed[item.id] = error.reason
+            return None
+
+    def uri(self, row: int, *, side: int) -> str | None:
+        """Data URI of an item's picture, or None."""
+        image = self.load(self.catalog.items[row])
+        return None if image is None else figures.data_uri(image, side=side)
+
+    def notes(self) -> list[str]:
+        """What the reader should know about unreadable pictures."""
+        return [f"picture of item {item_id} is not shown: {reason}" for item_id, reason in sorted(self.failed.items())]
+
+
+def sample_queries(evaluation: Evaluation, count: int, seed: int) -> list[int]:
+    """Catalogue rows of sampled queries: half found within ten, half not, as far as there are enough of both."""
+    rows, label = np.unique(evaluation.query, return_inverse=True)
+    best = np.full(len(rows), np.iinfo(np.int64).max)
+    np.minimum.at(best, label, evaluation.rank)
+    rng = np.random.default_rng(seed)
+    hits, misses = (rng.permutation(rows[mask]).tolist() for mask in (best <= _HIT_DEPTH, best > _HIT_DEPTH))
+    from_misses = min(len(misses), count // 2)
+    from_hits = min(len(hits), count - from_misses)
+    from_misses = min(len(misses), count - from_hits)
+    return [int(row) for row in hits[:from_hits] + misses[:from_misses]]
+
+
+def training_curves(log: Path) -> dict[str, tuple[list[float], list[float]]]:
+    """Every number that a training log has against "step"; unreadable lines are skipped."""
+    curves: dict[str, tuple[list[float], list[float]]] = {}
+    if not log.is_file():
+        return curves
+    for line in log.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+            step = float(row["step"])
+        except (ValueError, KeyError, TypeError):
+            continue
+        for name, value in _numbers(row):
+            if name not in ("step", "epoch"):
+                steps, values = curves.setdefault(name, ([], []))
+                steps.append(step)
+                values.append(value)
+    return curves
+
+
+def _numbers(row: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]]:
+    found: list[tuple[str, float]] = []
+    for name, value in row.items():
+        if isinstance(value, Mapping):
+            found += _numbers(value, f"{prefix}{name}/")
+        elif isinstance(value, int | float) and not isinstance(value, bool) and np.isfinite(value):
+            found.append((prefix + name, float(value)))
+    return found
+
+
+def _name(path: Path, runs: Sequence[Path]) -> str:
+    """Folder name, with its parent where two runs share it."""
+    path = path.resolve()
+    twins = [other for other in runs if other.resolve().name == path.name]
+    return path.name if len(twins) == 1 else f"{path.parent.name}/{path.name}"
+
+
+def _from_pool(catalog: Catalog, path: Path) -> torch.Tensor:
+    pool = ItemPool.open(path)
+    rows = pool.rows(catalog.ids, missing="mark")
+    vectors = torch.zeros(len(catalog), pool.dims)
+    vectors[rows >= 0] = pool.embeddings()[torch.from_numpy(rows[rows >= 0])].float()
+    return vectors
+
+
+def _metrics(evaluation: Evaluation) -> dict[str, Metric]:
+    shown = ("H@", "Recall@", "MRR", "NDCG@", "1-NN")
+    return {
+        name: Metric(interval.value, interval.low, interval.high)
+        for name, interval in evaluation.metrics.items()
+        if name.startswith(shown)
+    }
+
+
+def _run_facts(gathered: Gathered) -> dict[str, str]:
+    config = gathered.model.config
+    trainable = sum(parameter.numel() for _, parameter in gathered.model.trainable_parameters())
+    connector = sum(parameter.numel() for parameter in gathered.model.connector.parameters())
+    facts = {
+        "connector": config.connector,
+        "guiding fields": ", ".join(config.fields) or "none",
+        "vision tower": config.vision_tower,
+        "text tower": config.text_tower,
+        "reader": config.llm or "light reader",
+        "queries (anchored + exploratory)": f"{config.num_anchored_queries} + {config.num_exploratory_queries}",
+        "width / heads / layers": f"{config.hidden_size} / {config.num_attention_heads} / {config.num_hidden_layers}",
+        "trainable parameters": f"{trainable:,}",
+        "of these in the connector": f"{connector:,}",
+    }
+    manifest = gathered.path / "run.json"
+    if manifest.is_file():
+        values = json.loads(manifest.read_text(encoding="utf-8"))
+        for name in ("epochs", "steps", "batch_size", "lr", "seed", "commit"):
+            if isinstance(values.get(name), int | float | str):
+                facts[name.replace("_", " ")] = str(values[name])[:12]
+    return facts
+
+
+def _examples(
+    catalog: Catalog, gathered: Sequence[Gathered], queries: Sequence[int], pictures: Pictures
+) -> list[Example]:
+    if not queries:
+        return []
+    rows = torch.tensor(queries, dtype=torch.int64)
+    found = [topk(g.vectors[rows], g.vectors, _NEIGHBOURS, exclude=rows) for g in gathered]
+    main = gathered[0].evaluation
+    shown = []
+    for position, query in enumerate(queries):
+        positives = set(main.target[main.query == query].tolist()) - {query}
+        neighbours = []
+        for g, hits in zip(gathered, found):
+            ranks = g.evaluation.rank[g.evaluation.query == query]
+            best = int(ranks.min()) if len(ranks) and ranks.min() <= len(catalog) else None
+            cells = [
+                _neighbour(catalog, row, score, row in positives, pictures)
+                for row, score in zip(hits.indices[position].tolist(), hits.scores[position].tolist())
+                if row >= 0
+            ]
+            neighbours.append((g.name, best, cells))
+        item = catalog.items[query]
+        shown.append(
+            Example(item.id, pictures.uri(query, side=240), _title(item), _detail(item), len(positives), neighbours)
+        )
+    return shown
+
+
+def _neighbour(catalog: Catalog, row: int, score: float, hit: bool, pictures: Pictures) -> Neighbour:
+    item = catalog.items[row]
+    return Neighbour(item.id, pictures.uri(row, side=150), _title(item), item.category or "", score, hit)
+
+
+def _title(item: Item) -> str:
+    return item.title or item.category or item.id
+
+
+def _detail(item: Item) -> str:
+    values = [item.brand, item.category, *item.attributes.values()]
+    return " · ".join(value for value in values if value)
+
+
+def _example_note(main: Gathered, count: int, seed: int) -> str:
+    share = main.evaluation.metrics.get(f"HR@{_HIT_DEPTH}")
+    overall = f" Over all queries that share is {share.value:.1%}." if share is not None else ""
+    return (
+        f"{count} queries sampled with seed {seed}: half of those for which {main.name} finds a positive within the "
+        f"first {_HIT_DEPTH}, half of those for which it does not, so misses are over-represented here.{overall} A hit "
+        "is a positive of the query in this split; a miss may still be a sensible neighbour."
+    )
+
+
+def _catalogue_facts(catalog: Catalog) -> dict[str, str]:
+    report = catalog.report
+    facts = {"items": f"{len(catalog):,}", "pairs": f"{report.pairs:,}", "rows refused": str(report.problem_count)}
+    for name, split in report.splits.items():
+        facts[f"{name} pairs / queries"] = f"{split['pairs']:,} / {split['queries']:,}"
+    for name, missing in report.missing.items():
+        if missing:
+            facts[f"without {name}"] = f"{missing:,}"
+    return facts
