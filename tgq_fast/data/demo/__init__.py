@@ -11,7 +11,7 @@ import numpy as np
 
 from tgq_fast.data.demo.products import KINDS
 from tgq_fast.data.demo.scene import photograph
-from tgq_fast.data.demo.styles import COLORS, Palette, Style, random_palette, random_style
+from tgq_fast.data.demo.styles import COLORS, Palette, Style, random_palette, random_style, sibling_style
 from tgq_fast.data.files import write_atomic
 from tgq_fast.errors import ArgumentError
 
@@ -68,9 +68,14 @@ def write_demo_catalog(
     folder = Path(out)
     (folder / "images").mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
+    styles: list[Style] = []
     for group in range(groups):
         rng = np.random.default_rng([seed, 1, group])
         style = random_style(KINDS[group % len(KINDS)], rng)
+        earlier = styles[group % len(KINDS) :: len(KINDS)]
+        if earlier and rng.random() < 0.5:
+            style = sibling_style(earlier[int(rng.integers(len(earlier)))], rng)
+        styles.append(style)
         facts = _facts(style, rng)
         base = random_palette(rng)
         for variant in range(variants):

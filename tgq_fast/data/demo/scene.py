@@ -37,25 +37,25 @@ def photograph(
         useful: true text about the product that one overlay in four carries instead of a slogan.
     """
     big = 2 * size
-    ground = ("studio", "colour", "table", "room")[int(rng.choice(4, p=[0.35, 0.2, 0.2, 0.25]))]
+    ground = ("studio", "colour", "table", "room")[int(rng.choice(4, p=[0.22, 0.2, 0.22, 0.36]))]
     scene = _ground(ground, size, rng).resize((big, big), Image.Resampling.BILINEAR)
-    clutter = int(rng.integers(1, 4)) if ground == "room" else int(rng.random() < 0.35)
+    clutter = int(rng.integers(1, 4)) if ground == "room" else int(rng.integers(0, 3))
     light = float(rng.uniform(-1, 1))
-    x, y = float(rng.uniform(0.4, 0.6)), float(rng.uniform(0.45, 0.56))
+    x, y = float(rng.uniform(0.36, 0.64)), float(rng.uniform(0.42, 0.6))
     for _ in range(clutter):
         kinds = [kind for kind in KINDS if kind != style.kind]
         kind = kinds[int(rng.integers(len(kinds)))]
         other = draw_product(random_style(kind, rng), random_palette(rng), size)
         away = float(rng.uniform(0, 2 * math.pi))
-        spot = (x + 0.36 * math.cos(away), y + 0.32 * math.sin(away))
-        _place(scene, shaded(other, light), spot, float(rng.uniform(0.35, 0.55)), rng)
+        spot = (x + 0.4 * math.cos(away), y + 0.36 * math.sin(away))
+        _place(scene, shaded(other, light), spot, float(rng.uniform(0.35, 0.6)), rng)
     layer = shaded(draw_product(style, palette, big), light)
-    _place(scene, layer, (x, y), float(rng.uniform(0.72, 0.98)), rng)
+    _place(scene, layer, (x, y), float(rng.uniform(0.6, 0.95)), rng)
     image = _expose(scene.resize((size, size), Image.Resampling.BOX), rng)
     overlays: list[str] = []
-    for _ in range(int(rng.choice(3, p=[0.5, 0.4, 0.1]))):
+    for _ in range(int(rng.choice(3, p=[0.35, 0.45, 0.2]))):
         overlay = OVERLAY_KINDS[int(rng.integers(len(OVERLAY_KINDS)))]
-        area = float(rng.uniform(0.04, 0.16 if overlay in ("border", "collage") else 0.14))
+        area = float(rng.uniform(0.04, 0.22))
         text = useful if useful is not None and rng.random() < 0.25 else None
         image, _ = corrupt_image(image, overlay, area, int(rng.integers(1 << 31)), text=text)
         overlays.append(overlay)
@@ -91,9 +91,9 @@ def _place(
 ) -> None:
     """Paste a product layer, turned, sheared and scaled, with a soft shadow."""
     big = scene.size[0]
-    turn = math.radians(float(rng.normal(0, 7)))
-    squeeze = float(rng.uniform(0.82, 1.0)) * (-1 if rng.random() < 0.3 else 1)
-    shear = float(rng.uniform(-0.12, 0.12))
+    turn = math.radians(float(rng.normal(0, 10)))
+    squeeze = float(rng.uniform(0.72, 1.0)) * (-1 if rng.random() < 0.3 else 1)
+    shear = float(rng.uniform(-0.18, 0.18))
     # forward map: centred layer → shear and squeeze → rotation → scale; the inverse goes to PIL
     rotation = np.array([[math.cos(turn), -math.sin(turn)], [math.sin(turn), math.cos(turn)]])
     forward = rotation @ np.array([[squeeze, shear], [0.0, 1.0]]) * (scale * big / layer.size[0])

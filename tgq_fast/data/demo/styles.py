@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from tgq_fast.data.demo.canvas import EMBLEMS, PATTERNS, Color
 
-__all__ = ["COLORS", "Palette", "Style", "random_palette", "random_style"]
+__all__ = ["COLORS", "Palette", "Style", "random_palette", "random_style", "sibling_style"]
 
 COLORS: dict[str, Color] = {
     "black": (42, 42, 48),
@@ -63,6 +63,15 @@ def random_style(kind: str, rng: np.random.Generator) -> Style:
     emblem = EMBLEMS[int(rng.integers(len(EMBLEMS)))]
     period = float(rng.uniform(0.05, 0.13))
     return Style(kind, a, b, c, d, int(rng.integers(3)), pattern, period, bool(rng.integers(2)), emblem)
+
+
+def sibling_style(style: Style, rng: np.random.Generator) -> Style:
+    """A style of the same collection: the same pattern, other proportions, and another emblem or detail."""
+    other = random_style(style.kind, rng)
+    emblem, detail = (other.emblem, style.detail) if rng.random() < 0.5 else (style.emblem, other.detail)
+    if (emblem, detail) == (style.emblem, style.detail):
+        emblem = EMBLEMS[(EMBLEMS.index(style.emblem) + 1) % len(EMBLEMS)]
+    return replace(other, emblem=emblem, detail=detail, pattern=style.pattern, period=style.period, thin=style.thin)
 
 
 def random_palette(rng: np.random.Generator, name: str | None = None) -> Palette:
