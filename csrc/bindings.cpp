@@ -1,23 +1,118 @@
 // Python bindings: the only file that knows Python.
+#include <pybind11/functional.h>
 #include <pybind11/pybind11.h>
 
+#include <string>
+
 #include "tgq/build_info.h"
+#include "tgq/search.h"
 
 namespace py = pybind11;
 
+namespace {
+
+// A matrix as tgq_fast/retrieval/topk_native.py passes it: (address, rows, cols, row stride, column stride, dtype code).
+tgq::Matrix matrix(const py::tuple& fields) {
+  return {reinterpret_cast<const void*>(fields[0].cast<std::uintptr_t>()), fields[1].cast<std::int64_t>(),
+          fields[2].cast<std::int64_t>(), fields[3].cast<std::int64_t>(), fields[4].cast<std::int64_t>(),
+          static_cast<tgq::DType>(fields[5].cast<int>())};
+}
+
+tgq::Tuning tuning_of(const py::dict& options) {
+  tgq::Tuning tuning;
+  for (const auto& [key, value] : options) {
+    const std::string name = py::str(key);
+    if (name == "use_filter") tuning.use_filter = value.cast<int>();
+    else if (name == "sample_stride") tuning.sample_stride = value.cast<int>();
+    else if (name == "query_tile") tuning.query_tile = value.cast<std::int64_t>();
+    else if (name == "row_chunk") tuning.row_chunk = value.cast<std::int64_t>();
+    else if (name == "spare_candidates") tuning.spare_candidates = value.cast<std::int64_t>();
+    else if (name == "forced_floor") {
+      tuning.forced_floor = value.cast<float>();
+      tuning.has_forced_floor = true;
+    } else {
+      throw py::key_error("unknown tuning option " + name);
+    }
+  }
+  return tuning;
+}
+
+// Returns the status; raises what a signal handler or the progress function raised.
+int search_cpu(const py::tuple& queries, const py::tuple& pool, std::uint32_t k, std::uintptr_t exclude,
+               std::int64_t exclude_width, std::uintptr_t scores, std::uintptr_t rows, int threads, bool self_join,
+               const py::object& progress, const py::object& isa, const py::dict& tuning, const py::object& counters) {
+  tgq::Request request;
+  request.queries = matrix(queries);
+  request.pool = matrix(pool);
+  request.k = k;
+  request.exclude = reinterpret_cast<const std::int64_t*>(exclude);
+  request.exclude_width = exclude_width;
+  request.scores = reinterpret_cast<float*>(scores);
+  request.rows = reinterpret_cast<std::int64_t*>(rows);
+  request.threads = threads;
+  request.self_join = self_join;
+  const std::string isa_name = isa.is_none() ? std::string() : isa.cast<std::string>();
+  request.isa = isa.is_none() ? nullptr : isa_name.c_str();
+  request.tuning = tuning_of(tuning);
+  tgq::Counters counted;
+  request.counters = &counted;
+  bool raised = false;
+  request.poll = [&](double share) {
+    const py::gil_scoped_acquire gil;
+    if (PyErr_CheckSignals() != 0) {
+      raised = true;
+    } else if (!progress.is_none()) {
+      PyObject* answer = PyObject_CallFunction(progress.ptr(), "d", share);
+      raised = answer == nullptr;
+      Py_XDECREF(answer);
+    }
+    // The exception waits in the thread state, which releasing the lock does not clear.
+    return !raised;
+  };
+  tgq::Status status;
+  {
+    const py::gil_scoped_release unlocked;
+    status = tgq::search_cpu(request);
+  }
+  if (raised) throw py::error_already_set();
+  if (!counters.is_none()) {
+    counters["filtered"] = py::int_(counted.filtered);
+    counters["direct"] = py::int_(counted.direct);
+    counters["rescored"] = py::int_(counted.rescored);
+    counters["rescanned"] = py::int_(counted.rescanned);
+  }
+  return static_cast<int>(status);
+}
+
+py::dict build_info() {
+  const tgq::BuildInfo& info = tgq::build_info();
+  py::dict facts;
+  facts["version"] = info.version;
+  facts["commit"] = info.commit;
+  facts["compiler"] = info.compiler;
+  facts["build_type"] = info.build_type;
+  facts["cuda_version"] = info.cuda_version;
+  facts["cuda_archs"] = info.cuda_archs;
+  facts["cuda_reason"] = info.cuda_reason;
+  facts["sanitizers"] = info.sanitizers;
+  py::list isas;
+  for (const char* const* isa = tgq::available_isas(); *isa != nullptr; ++isa) isas.append(*isa);
+  facts["isas"] = isas;
+  const char* isa = tgq::resolve_isa(nullptr);
+  facts["isa"] = isa == nullptr ? "unknown" : isa;
+  return facts;
+}
+
+}  // namespace
+
 PYBIND11_MODULE(_C, module) {
-  module.doc() = "Exact top-k search core of tgq_fast.";
-  module.def("build_info", [] {
-    const tgq::BuildInfo& info = tgq::build_info();
-    py::dict facts;
-    facts["version"] = info.version;
-    facts["commit"] = info.commit;
-    facts["compiler"] = info.compiler;
-    facts["build_type"] = info.build_type;
-    facts["cuda_version"] = info.cuda_version;
-    facts["cuda_archs"] = info.cuda_archs;
-    facts["cuda_reason"] = info.cuda_reason;
-    facts["sanitizers"] = info.sanitizers;
-    return facts;
+  module.doc() = "Exact top-k search core of tgq_fast. Internal: call tgq_fast.topk.";
+  module.def("build_info", &build_info);
+  module.def("resolve_isa", [](const std::string& name) -> py::object {
+    const char* found = tgq::resolve_isa(name.c_str());
+    return found == nullptr ? py::object(py::none()) : py::object(py::str(found));
   });
+  module.def("search_cpu", &search_cpu, py::arg("queries"), py::arg("pool"), py::arg("k"), py::arg("exclude"),
+             py::arg("exclude_width"), py::arg("scores"), py::arg("rows"), py::arg("threads"), py::arg("self_join"),
+             py::arg("progress"), py::arg("isa"), py::arg("tuning"), py::arg("counters"));
 }

@@ -14,6 +14,7 @@ from torch import Tensor
 from tgq_fast.errors import ArgumentError, BackendError
 from tgq_fast.reference import TopK
 from tgq_fast.retrieval import topk_arguments as arguments
+from tgq_fast.retrieval import topk_native
 from tgq_fast.retrieval.topk_torch import topk_torch
 
 __all__ = ["TopK", "merge_topk", "topk"]
@@ -73,9 +74,12 @@ def topk(
     result = arguments.check_out(out, q.shape[0], k, q.device)
     if precision == "native" and q.dtype != p.dtype:
         q = q.to(p.dtype)
-    del threads
-    if backend == "cpp":
-        raise BackendError("topk", "cpp", {"cpp": ["not built"]})
+    if backend != "torch":
+        reasons = topk_native.why_not(q)
+        if not reasons:
+            return topk_native.search(q, p, k, excluded, result, threads, progress)
+        if backend == "cpp":
+            raise BackendError("topk", "cpp", {"cpp": reasons})
     return topk_torch(q, p, k, excluded, result, progress)
 
 

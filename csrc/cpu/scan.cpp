@@ -1,0 +1,267 @@
+// The scan: exact tiles, or the certified filter with exact scores for what passes it.
+#include "cpu/scan.h"
+
+#include <algorithm>
+#include <cfloat>
+#include <cmath>
+
+namespace tgq {
+namespace {
+
+constexpr int kDirectRows = 64;     // rows of one exact tile
+constexpr int kDirectQueries = 16;  // at most
+constexpr int kRetryAfter = 15;     // blocks scored exactly after a block that the filter did not thin out
+
+std::int64_t round_up(std::int64_t value, std::int64_t unit) { return (value + unit - 1) / unit * unit; }
+
+const std::uint16_t* halves(const Matrix& m, std::int64_t row, std::int64_t col) {
+  return static_cast<const std::uint16_t*>(m.data) + row * m.row_stride + col * m.col_stride;
+}
+
+}  // namespace
+
+MarginConstants margin_constants(std::int64_t dimensions) {
+  const auto relative = [](double roundings) { return roundings * 0x1p-24 / (1.0 - roundings * 0x1p-24) * 1.01; };
+  MarginConstants c;
+  c.filter_error = static_cast<float>(relative(2.0 * dimensions + 64));
+  c.exact_error = static_cast<float>(relative(dimensions / 16.0 + 8));
+  c.absolute = static_cast<float>((8.0 * dimensions + 512) * 0x1p-126);
+  return c;
+}
+
+void RowReader::read_row(std::int64_t row, float* to) const {
+  const std::int64_t cols = matrix_.cols;
+  if (matrix_.dtype == DType::f32) {
+    const float* from = static_cast<const float*>(matrix_.data) + row * matrix_.row_stride;
+    for (std::int64_t d = 0; d < cols; ++d) to[d] = from[d * matrix_.col_stride];
+  } else {
+    const auto convert = matrix_.dtype == DType::f16 ? kernels_.half_to_float : kernels_.bfloat_to_float;
+    if (matrix_.col_stride == 1) {
+      convert(halves(matrix_, row, 0), cols, to);
+    } else {
+      for (std::int64_t d = 0; d < cols; ++d) convert(halves(matrix_, row, d), 1, to + d);
+    }
+  }
+  std::fill(to + cols, to + width_, 0.0f);
+}
+
+const float* RowReader::read(std::int64_t first, std::int64_t count, float* scratch, std::int64_t* stride) const {
+  if (in_place_) {
+    *stride = matrix_.row_stride;
+    return static_cast<const float*>(matrix_.data) + first * matrix_.row_stride;
+  }
+  for (std::int64_t i = 0; i < count; ++i) read_row(first + i, scratch + i * width_);
+  *stride = width_;
+  return scratch;
+}
+
+Scanner::Scanner(const ScanPlan& plan)
+    : plan_(plan),
+      pool_(plan.pool, *plan.kernels, plan.width),
+      query_reader_(plan.queries, *plan.kernels, plan.width),
+      padded_tile_(round_up(plan.max_tile, kPanel)),
+      queries_(static_cast<std::size_t>(padded_tile_ * plan.width)),
+      row_scratch_(static_cast<std::size_t>(plan.block_rows * plan.width)),
+      scores_(static_cast<std::size_t>(kPanel * kDirectRows)),
+      positions_(kDirectRows),
+      keys_(static_cast<std::size_t>(plan.max_tile) * plan.capacity),
+      candidates_(static_cast<std::size_t>(plan.max_tile)),
+      floor_(static_cast<std::size_t>(padded_tile_)),
+      nan_(static_cast<std::size_t>(padded_tile_)),
+      margin_(margin_constants(plan.pool.cols)),
+      panels_(plan.filter == nullptr ? 0 : static_cast<std::size_t>(padded_tile_ * plan.depth)),
+      tiles_(plan.filter == nullptr ? 0 : static_cast<std::size_t>(plan.block_rows * plan.depth)),
+      hits_(plan.filter == nullptr
+                ? 0
+                : static_cast<std::size_t>(plan.block_rows / kPanel * kDense + kPanel * kPanel)) {
+  for (std::size_t q = 0; q < candidates_.size(); ++q)
+    candidates_[q] = {keys_.data() + q * plan.capacity, plan.capacity, plan.k, 0, kNoKey};
+  if (plan.filter != nullptr) {
+    for (auto* values : {&slope_, &lift_}) values->resize(static_cast<std::size_t>(padded_tile_));
+    for (auto* values : {&norm_, &error_}) values->resize(static_cast<std::size_t>(std::max<int>(plan.block_rows, kPanel)));
+    for (auto* values : {&group_norm_, &group_error_}) values->resize(static_cast<std::size_t>(plan.block_rows / kPanel));
+    dense_.resize(static_cast<std::size_t>(plan.block_rows / kPanel));
+  }
+}
+
+void Scanner::load_queries(std::int64_t begin, std::int64_t count) {
+  begin_ = begin;
+  num_queries_ = count;
+  scanned_ = 0;
+  direct_blocks_ = 0;
+  const std::int64_t padded = round_up(count, kPanel);
+  std::fill(queries_.data() + count * plan_.width, queries_.data() + padded * plan_.width, 0.0f);
+  for (std::int64_t q = 0; q < padded; ++q) {
+    const auto i = static_cast<std::size_t>(q);
+    floor_[i] = FLT_MAX;  // padding finds nothing
+    nan_[i] = 0;
+    if (q >= count) continue;
+    float* query = queries_.data() + q * plan_.width;
+    query_reader_.read_row(plan_.query_id(begin + q), query);
+    nan_[i] = std::any_of(query, query + plan_.width, [](float v) { return is_nan(v); });
+    candidates_[i].reset(plan_.floors == nullptr ? kNoKey : plan_.floors[begin + q]);
+    if (nan_[i]) {  // all its scores are NaN
+      std::fill(query, query + plan_.width, 0.0f);
+      candidates_[i].reset(~kNoKey);
+    }
+  }
+  update_floors(0, count, 0);
+  if (plan_.filter == nullptr) return;
+  Buffer<std::uint16_t> rounded(static_cast<std::size_t>(kPanel * plan_.depth));
+  for (std::int64_t p = 0; p < padded; p += kPanel) {
+    plan_.filter->round_rows(queries_.data() + p * plan_.width, plan_.width, kPanel, plan_.width, plan_.depth,
+                             rounded.data(), norm_.data(), error_.data());
+    plan_.filter->pack_panel(rounded.data(), plan_.depth, panels_.data() + p * plan_.depth);
+    for (int i = 0; i < kPanel; ++i) {
+      const auto u = static_cast<std::size_t>(i), q = static_cast<std::size_t>(p + i);
+      const float whole = norm_[u] + error_[u];  // >= norm of the query
+      slope_[q] = error_[u] + margin_.exact_error * whole + margin_.filter_error * norm_[u];
+      lift_[q] = whole * (1.0f + margin_.exact_error);
+    }
+  }
+}
+
+void Scanner::update_floors(std::int64_t begin, std::int64_t end, std::int64_t next_row) {
+  for (std::int64_t q = begin; q < std::min(end, num_queries_); ++q) {
+    const auto i = static_cast<std::size_t>(q);
+    floor_[i] = nan_[i] ? FLT_MAX : floor_score(candidates_[i].floor, static_cast<std::uint32_t>(next_row));
+  }
+}
+
+bool Scanner::excluded(std::int64_t q, std::int64_t row) const {
+  const std::int64_t* rows = plan_.exclude + plan_.query_id(begin_ + q) * plan_.exclude_width;
+  return std::find(rows, rows + plan_.exclude_width, row) != rows + plan_.exclude_width;
+}
+
+inline void Scanner::offer(std::int64_t q, std::int64_t row, float score) {
+  Candidates& best = candidates_[static_cast<std::size_t>(q)];
+  const Key key = make_key(score, static_cast<std::uint32_t>(row));
+  if (key <= best.floor) return;
+  if (plan_.exclude != nullptr && excluded(q, row)) return;
+  best.push(key);
+}
+
+void Scanner::raise_all_floors() {
+  for (std::int64_t q = 0; q < num_queries_; ++q) {
+    Candidates& best = candidates_[static_cast<std::size_t>(q)];
+    if (best.count >= best.k) best.compact();
+  }
+}
+
+void Scanner::scan_block(std::int64_t first, int count) {
+  std::int64_t stride = 0;
+  const float* rows = pool_.read(first, count, row_scratch_.data(), &stride);
+  // Without a sampled floor everything passes until k rows are seen: the filter would only be in the way.
+  const bool cold = plan_.floors == nullptr && scanned_ < 2 * static_cast<std::int64_t>(plan_.k);
+  if (plan_.filter == nullptr || cold || direct_blocks_ > 0) {
+    if (direct_blocks_ > 0) --direct_blocks_;
+    scan_direct(rows, stride, first, count);
+  } else {
+    scan_filtered(rows, stride, first, count);
+  }
+  scanned_ += count;
+  if (cold) {
+    raise_all_floors();
+    update_floors(0, num_queries_, first + count);
+  }
+}
+
+void Scanner::scan_direct(const float* rows, std::int64_t stride, std::int64_t first, int count) {
+  // As many queries as half of the first-level cache holds.
+  const auto fit = static_cast<int>(24 * 1024 / (plan_.width * static_cast<std::int64_t>(sizeof(float)) + 1));
+  const int group = std::clamp(fit / 4 * 4, 4, kDirectQueries);
+  for (std::int64_t q = 0; q < num_queries_; q += group) {
+    const int queries = static_cast<int>(std::min<std::int64_t>(group, num_queries_ - q));
+    for (int r = 0; r < count; r += kDirectRows) {
+      const int part = std::min(kDirectRows, count - r);
+      plan_.kernels->score_tile(queries_.data() + q * plan_.width, plan_.width, queries, rows + r * stride, stride, part,
+                                plan_.width, scores_.data(), kDirectRows);
+      for (int i = 0; i < queries; ++i) {
+        const float* scores = scores_.data() + i * kDirectRows;
+        const int hits = plan_.kernels->collect(scores, part, floor_[static_cast<std::size_t>(q + i)], positions_.data());
+        if (hits == 0) continue;
+        for (int h = 0; h < hits; ++h) {
+          const std::uint32_t at = positions_[static_cast<std::size_t>(h)];
+          offer(q + i, first + r + at, scores[at]);
+        }
+        update_floors(q + i, q + i + 1, first + r + part);
+      }
+    }
+  }
+  counters_.direct += num_queries_ * count;
+}
+
+void Scanner::scan_filtered(const float* rows, std::int64_t stride, std::int64_t first, int count) {
+  plan_.filter->round_rows(rows, stride, count, plan_.width, plan_.depth, tiles_.data(), norm_.data(), error_.data());
+  const int groups = (count + kPanel - 1) / kPanel;
+  for (int g = 0; g < groups; ++g) {
+    const auto at = static_cast<std::size_t>(g);
+    group_norm_[at] = *std::max_element(norm_.begin() + g * kPanel, norm_.begin() + (g + 1) * kPanel);
+    group_error_[at] = *std::max_element(error_.begin() + g * kPanel, error_.begin() + (g + 1) * kPanel);
+  }
+  int dense_tiles = 0, tiles = 0;
+  for (std::int64_t p = 0; p < num_queries_; p += kPanel) {
+    const auto at = static_cast<std::size_t>(p);
+    const int hits = plan_.filter->filter_block(tiles_.data(), groups, plan_.depth, panels_.data() + p * plan_.depth,
+                                                floor_.data() + at, slope_.data() + at, lift_.data() + at,
+                                                margin_.absolute, group_norm_.data(), group_error_.data(), nullptr,
+                                                hits_.data(), dense_.data());
+    if (hits > 0) rescore(p, hits, rows, stride, first, count);
+    for (int g = 0; g < groups; ++g) {
+      if (!dense_[static_cast<std::size_t>(g)]) continue;
+      score_dense(p, g, rows, stride, first, count);
+      ++dense_tiles;
+    }
+    tiles += groups;
+    update_floors(p, p + kPanel, first + count);
+  }
+  counters_.filtered += num_queries_ * count;
+  if (2 * dense_tiles > tiles) direct_blocks_ = kRetryAfter;
+}
+
+void Scanner::rescore(std::int64_t panel, int hits, const float* rows, std::int64_t stride, std::int64_t first, int count) {
+  constexpr int kBatch = 64;
+  const float *queries[kBatch], *candidates[kBatch];
+  float scores[kBatch];
+  int taken[kBatch], size = 0;
+  for (int h = 0; h < hits; ++h) {
+    const FilterHit& hit = hits_[static_cast<std::size_t>(h)];
+    if (hit.row < count && panel + hit.query < num_queries_) {  // not padding
+      if (plan_.approximate) {
+        offer(panel + hit.query, first + hit.row, hit.score);
+      } else {
+        queries[size] = queries_.data() + (panel + hit.query) * plan_.width;
+        candidates[size] = rows + hit.row * stride;
+        taken[size++] = h;
+      }
+    }
+    if (size == kBatch || (h + 1 == hits && size > 0)) {
+      plan_.kernels->score_pairs(queries, candidates, size, plan_.width, scores);
+      for (int i = 0; i < size; ++i) {
+        const FilterHit& done = hits_[static_cast<std::size_t>(taken[i])];
+        offer(panel + done.query, first + done.row, scores[i]);
+      }
+      counters_.rescored += size;
+      size = 0;
+    }
+  }
+}
+
+void Scanner::score_dense(std::int64_t panel, int group, const float* rows, std::int64_t stride, std::int64_t first,
+                          int count) {
+  const int begin = group * kPanel, part = std::min(kPanel, count - begin);
+  const int queries = static_cast<int>(std::min<std::int64_t>(kPanel, num_queries_ - panel));
+  plan_.kernels->score_tile(queries_.data() + panel * plan_.width, plan_.width, queries, rows + begin * stride, stride,
+                            part, plan_.width, scores_.data(), kDirectRows);
+  for (int q = 0; q < queries; ++q) {
+    const float* scores = scores_.data() + q * kDirectRows;
+    const int hits = plan_.kernels->collect(scores, part, floor_[static_cast<std::size_t>(panel + q)], positions_.data());
+    for (int h = 0; h < hits; ++h) {
+      const std::uint32_t at = positions_[static_cast<std::size_t>(h)];
+      offer(panel + q, first + begin + at, scores[at]);
+    }
+  }
+  counters_.direct += static_cast<std::int64_t>(queries) * part;
+}
+
+}  // namespace tgq

@@ -1,0 +1,72 @@
+// Exact maximum inner product search: the C++ interface. docs/topk.md holds the contract.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+
+namespace tgq {
+
+enum class DType : int { f32 = 0, f16 = 1, bf16 = 2 };
+
+// A strided matrix in memory that the caller owns. Strides count elements; they may be zero or negative.
+struct Matrix {
+  const void* data;
+  std::int64_t rows;
+  std::int64_t cols;
+  std::int64_t row_stride;
+  std::int64_t col_stride;
+  DType dtype;
+};
+
+enum class Status : int { ok = 0, bad_argument = 1, out_of_memory = 2, cancelled = 3, unsupported = 4 };
+
+// Switches for tests and measurements; the defaults are right everywhere else. Answers never depend on them.
+struct Tuning {
+  int use_filter = -1;              // certified low-precision filter: 1 on, 0 off, -1 where it pays
+  int sample_stride = -1;           // one row in so many is sampled for a first floor; 0 off, -1 where it pays
+  float forced_floor = 0.0f;        // with has_forced_floor: taken instead of the sampled floor (a failed sample)
+  bool has_forced_floor = false;
+  std::int64_t query_tile = 0;      // queries scanned together; 0: chosen
+  std::int64_t row_chunk = 0;       // rows a thread claims at a time; 0: chosen
+  std::int64_t spare_candidates = 0;  // candidate buffer beyond k; 0: chosen
+};
+
+// What a search did; counters for tests and measurements.
+struct Counters {
+  std::int64_t filtered = 0;   // scores that only the low-precision filter saw
+  std::int64_t direct = 0;     // scores computed exactly in tiles
+  std::int64_t rescored = 0;   // filter survivors scored exactly one by one
+  std::int64_t rescanned = 0;  // queries whose sampled floor failed
+};
+
+struct Request {
+  Matrix queries;               // [Q, D]
+  Matrix pool;                  // [N, D], N < 2^32
+  std::uint32_t k = 0;          // 1 … 2048
+  const std::int64_t* exclude = nullptr;  // [Q, exclude_width], rows < 0 mean none
+  std::int64_t exclude_width = 0;
+  float* scores = nullptr;      // [Q, k]
+  std::int64_t* rows = nullptr;  // [Q, k]
+  int threads = 1;
+  bool self_join = false;       // queries and pool are the same memory
+  const char* isa = nullptr;    // forces an instruction set; null: TGQ_ISA, else the best
+  // Called on the calling thread a few times per second with the share done; returning false cancels.
+  std::function<bool(double)> poll;
+  Tuning tuning;
+  Counters* counters = nullptr;
+};
+
+Status search_cpu(const Request& request);
+
+// Fixed-order fp32 inner product of two vectors, the one number that every path of the CPU search returns for a pair:
+// sixteen partial sums by fused multiply-add (element i goes to sum i mod 16, in rising order of i), added as a binary
+// tree (j + 8, j + 4, j + 2, j + 1).
+float fixed_order_dot(const float* a, const float* b, std::int64_t size);
+
+// Instruction sets that this build and this machine can run, best last; null-terminated.
+const char* const* available_isas();
+
+// Name of the instruction set a search would use, null when `isa` (or TGQ_ISA) names an unknown or missing one.
+const char* resolve_isa(const char* isa);
+
+}  // namespace tgq

@@ -1,0 +1,85 @@
+"""Calls the compiled search core. Arguments are checked already; memory passes by address and is never copied."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tgq_fast import _native
+from tgq_fast.errors import ArgumentError, BackendError, TGQError
+from tgq_fast.reference import TopK
+
+_DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_OK, _OUT_OF_MEMORY = 0, 2
+
+
+def why_not(queries: Tensor) -> list[str]:
+    """Why the compiled core cannot search here; empty when it can."""
+    module = _native.extension()
+    if module is None:
+        return [_native.why_missing()]
+    if queries.device.type != "cpu":
+        return [f"built for the CPU only, the tensors are on {queries.device}"]
+    isa = os.environ.get("TGQ_ISA", "")
+    if isa and module.resolve_isa(isa) is None:
+        known = " | ".join(module.build_info()["isas"])
+        raise ArgumentError("TGQ_ISA", repr(isa), f"an instruction set that this machine runs: {known}")
+    return []
+
+
+def search(
+    queries: Tensor,
+    pool: Tensor,
+    k: int,
+    exclude: Tensor | None,
+    out: TopK,
+    threads: int,
+    progress: Callable[[float], None] | None,
+    *,
+    isa: str | None = None,
+    tuning: dict[str, Any] | None = None,
+    counters: dict[str, int] | None = None,
+) -> TopK:
+    """Runs the core. `isa`, `tuning` and `counters` are for tests and measurements; answers do not depend on them."""
+    module = _native.extension()
+    if module is None:
+        raise BackendError("topk", "cpp", {"cpp": [_native.why_missing()]})
+    # The core writes dense rows; a strided output is filled afterwards.
+    scores = out.scores if out.scores.is_contiguous() else torch.empty(out.scores.shape, dtype=torch.float32)
+    rows = out.indices if out.indices.is_contiguous() else torch.empty(out.indices.shape, dtype=torch.int64)
+    status = module.search_cpu(
+        _matrix(queries),
+        _matrix(pool),
+        k,
+        0 if exclude is None else exclude.data_ptr(),
+        0 if exclude is None else exclude.shape[1],
+        scores.data_ptr(),
+        rows.data_ptr(),
+        threads,
+        False,
+        progress,
+        isa,
+        tuning or {},
+        counters,
+    )
+    if status == _OUT_OF_MEMORY:
+        raise BackendError("topk", "cpp", {"cpp": ["out of memory: search fewer queries at a time or use fewer threads"]})
+    if status != _OK:
+        raise TGQError(f"topk: the search core refused checked arguments (status {status}); please report this")
+    if scores is not out.scores:
+        out.scores.copy_(scores)
+    if rows is not out.indices:
+        out.indices.copy_(rows)
+    if progress is not None:
+        progress(1.0)
+    return out
+
+
+def _matrix(tensor: Tensor) -> tuple[int, int, int, int, int, int]:
+    """(address, rows, columns, row stride, column stride, dtype code), strides in elements."""
+    rows, columns = tensor.shape
+    return (tensor.data_ptr(), rows, columns, tensor.stride(0), tensor.stride(1), _DTYPE_CODES[tensor.dtype])
