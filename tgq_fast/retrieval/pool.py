@@ -97,11 +97,11 @@ class ItemPool(PoolReader):
             raise ArgumentError("shard_size", shard_size, "at least 1 row per shard")
         wanted = Manifest(dims, dtype, shard_size, model, source)
         path.mkdir(parents=True, exist_ok=True)
-        foreign = sorted(name for name in os.listdir(path) if name != LOCK_NAME and not _LEFTOVER.fullmatch(name))
-        if foreign:
-            raise PoolError(
-                f"{path}: holds files that are no pool's ({', '.join(foreign[:3])}); choose an empty folder"
-            )
+        if not (path / MANIFEST_NAME).exists():
+            foreign = sorted(n for n in os.listdir(path) if n != LOCK_NAME and not _LEFTOVER.fullmatch(n))
+            if foreign:
+                listed = ", ".join(foreign[:3])
+                raise PoolError(f"{path}: holds files that are no pool's ({listed}); choose an empty folder")
         lock = _acquire(path)
         try:
             if (path / MANIFEST_NAME).exists():

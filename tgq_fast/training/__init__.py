@@ -1,0 +1,7 @@
+"""Training: pairs of items, the trainer, and a run in a folder."""
+
+from tgq_fast.training.pairs import DistinctBatchSampler, PairCollator, PairDataset
+from tgq_fast.training.run import TrainResult, train
+from tgq_fast.training.trainer import TGQTrainer
+
+__all__ = ["DistinctBatchSampler", "PairCollator", "PairDataset", "TGQTrainer", "TrainResult", "train"]

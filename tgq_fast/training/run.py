@@ -1,0 +1,390 @@
+"""One training run in one folder: configuration, weights, log and a manifest; resumable.
+
+run.json               what was run: arguments, seeds, versions, catalogue digest, status, checksums
+config.json, model.safetensors, processor_config.json
+                       the chosen model, once the run is finished
+training_log.jsonl     one line per log entry and per validation
+checkpoints/           only while the run is unfinished
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import platform
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from filelock import FileLock, Timeout
+from transformers import TrainingArguments, set_seed
+
+from tgq_fast.data import Catalog, RejectLog
+from tgq_fast.data.files import write_atomic
+from tgq_fast.errors import ArgumentError, CheckpointError
+from tgq_fast.models.configuration import TGQFormerConfig
+from tgq_fast.models.features import FeatureStore
+from tgq_fast.models.modeling import TGQFormerModel
+from tgq_fast.models.processing import TGQFormerProcessor
+from tgq_fast.models.towers import TextTower, VisionTower, load_text_tower, load_vision_tower
+from tgq_fast.retrieval._identity import package_identity, sha256_file
+from tgq_fast.training.pairs import DistinctBatchSampler, PairCollator, PairDataset
+from tgq_fast.training.trainer import BEST_METRIC, Event, TGQTrainer, last_complete_checkpoint
+
+__all__ = ["TrainResult", "train"]
+
+logger = logging.getLogger(__name__)
+
+_RUN, _LOG, _CHECKPOINTS = "run.json", "training_log.jsonl", "checkpoints"
+_REJECTS, _LOCK = "rejects.jsonl", ".lock"
+_MODEL_FILES = ("config.json", "model.safetensors", "processor_config.json")
+# Keys of a configuration that a resumed run may differ in.
+_FREE_KEYS = ("transformers_version", "_name_or_path", "architectures", "dtype", "torch_dtype")
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """A finished run.
+
+    Attributes:
+        path: the run's folder; `TGQFormerModel.from_pretrained(path)` loads the chosen model.
+        steps: optimiser steps in all.
+        best_step: step of the chosen checkpoint (the last one without validation pairs).
+        best_metric: its validation H@10, or None.
+        resumed_from: step that this call went on from, 0 for a fresh start.
+        manifest: content of run.json.
+    """
+
+    path: Path
+    steps: int
+    best_step: int
+    best_metric: float | None
+    resumed_from: int
+    manifest: dict[str, Any]
+
+
+def train(
+    catalog: Catalog,
+    config: TGQFormerConfig,
+    *,
+    out: str | Path,
+    epochs: int = 3,
+    seed: int = 0,
+    batch_size: int = 64,
+    lr: float = 5e-4,
+    weight_decay: float = 0.01,
+    warmup: float = 0.1,
+    bf16: bool = False,
+    max_steps: int | None = None,
+    checkpoint_steps: int | None = None,
+    log_steps: int = 10,
+    resume: bool = False,
+    on_error: Literal["raise", "skip"] = "raise",
+    cache_dir: str | Path | None = None,
+    towers: tuple[VisionTower, TextTower] | None = None,
+    store: FeatureStore | None = None,
+    on_event: Callable[[Event], None] | None = None,
+) -> TrainResult:
+    """Train a connector and reader over frozen towers on the training pairs of a catalogue.
+
+    The checkpoint with the best validation H@10 (after every epoch, over the full pool) becomes the run's model.
+    A run that was killed resumes from its last complete checkpoint to the same weights, bit for bit on the CPU.
+
+    Args:
+        catalog: items, images and pairs.
+        config: the model; tower widths are filled in here.
+        out: the run's folder.
+        epochs: passes over the unordered training pairs.
+        seed: of initialisation, batch order, dropout and field dropout.
+        batch_size: pairs B per step and rank; 2B items. Lowered when the pairs cannot fill it with distinct items.
+        lr: peak learning rate of AdamW; cosine to zero after a linear warm-up.
+        weight_decay: of matrices.
+        warmup: share of the steps.
+        bf16: mixed precision.
+        max_steps: stop after so many steps instead of after `epochs`.
+        checkpoint_steps: also write a checkpoint every so many steps, besides the one after each epoch.
+        log_steps: steps per log entry.
+        resume: go on with an unfinished run of the same arguments; a finished one is returned as it is.
+        on_error: unusable images: "raise", or "skip" them (listed in the run's rejects.jsonl).
+        cache_dir: of the frozen features.
+        towers: towers that are already loaded.
+        store: features that are already computed; the towers are then not needed.
+        on_event: progress; gets mappings with "event": features, start, step, log, evaluation, checkpoint, end.
+
+    Raises:
+        ArgumentError: a bad value, or no usable training pair.
+        CheckpointError: `out` holds another or an unfinished run, a run with other arguments, or damaged files.
+        ImageError: an unusable image, policy "raise".
+    """
+    for name, value, least in (("epochs", epochs, 1), ("batch_size", batch_size, 1), ("log_steps", log_steps, 1)):
+        if value < least:
+            raise ArgumentError(name, value, f"at least {least}")
+    if not lr > 0:
+        raise ArgumentError("lr", lr, "a learning rate above 0")
+    if not 0 <= warmup < 1:
+        raise ArgumentError("warmup", warmup, "a share in [0, 1)")
+    folder = Path(out).resolve()
+    send = on_event or (lambda event: None)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(str(folder / _LOCK), timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise CheckpointError(f"{folder}: another process is training in this folder") from None
+    try:
+        arguments = {
+            "epochs": epochs,
+            "seed": seed,
+            "batch_size": batch_size,
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "warmup": warmup,
+            "bf16": bf16,
+            "max_steps": max_steps,
+            "log_steps": log_steps,
+        }
+        if store is None:
+            towers = towers or _load_towers(config)
+            config = _with_widths(config, *towers)
+            store = FeatureStore.open_or_build(
+                catalog,
+                *towers,
+                config,
+                cache_dir,
+                on_error=on_error,
+                rejects=RejectLog(folder / _REJECTS),
+                progress=lambda done, total: send({"event": "features", "done": done, "total": total}),
+            )
+        manifest = _claim(folder, config, arguments, catalog, resume)
+        if manifest["status"] == "finished":
+            return _result(folder, manifest, resumed_from=manifest["result"]["steps"])
+        return _run(
+            folder,
+            catalog,
+            config,
+            store,
+            manifest,
+            arguments,
+            towers=towers,
+            checkpoint_steps=checkpoint_steps,
+            send=send,
+        )
+    finally:
+        lock.release()
+
+
+def _load_towers(config: TGQFormerConfig) -> tuple[VisionTower, TextTower]:
+    vision = load_vision_tower(config.vision_tower)
+    text = load_text_tower(config.text_tower, vision=vision, llm=config.llm, max_field_tokens=config.max_field_tokens)
+    return vision, text
+
+
+def _with_widths(config: TGQFormerConfig, vision: VisionTower, text: TextTower) -> TGQFormerConfig:
+    config = copy.deepcopy(config)
+    config.visual_width, config.global_width = vision.width, vision.global_width
+    config.num_visual_tokens, config.text_width = vision.num_tokens, text.width
+    return config
+
+
+def _claim(
+    folder: Path, config: TGQFormerConfig, arguments: dict[str, Any], catalog: Catalog, resume: bool
+) -> dict[str, Any]:
+    """Read or write run.json; refuse a folder that is not this run's."""
+    wanted = {
+        "arguments": arguments,
+        "config": _plain(config),
+        "catalog": {"digest": catalog.digest(), "items": len(catalog.items)},
+    }
+    path = folder / _RUN
+    if not path.exists():
+        foreign = [p.name for p in sorted(folder.iterdir()) if p.name not in (_LOCK, _REJECTS)]
+        foreign = [name for name in foreign if not (name.startswith(".") and name.endswith(".tmp"))]
+        if foreign:
+            raise CheckpointError(f"{folder}: holds other files ({', '.join(foreign[:3])}); choose an empty folder")
+        manifest = {"status": "running", **wanted, "versions": _versions()}
+        _write_manifest(folder, manifest)
+        return manifest
+    try:
+        manifest = dict(json.loads(path.read_bytes()))
+        held = {name: manifest[name] for name in wanted}
+        status = manifest["status"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: not a run of tgq_fast ({type(error).__name__}: {error})") from None
+    if not resume:
+        raise CheckpointError(f"{folder}: already holds a {status} run; resume it or choose another folder")
+    differences = _differences(held, json.loads(json.dumps(wanted)))
+    if differences:
+        raise CheckpointError(
+            f"{folder}: cannot resume, this run was started differently: " + "; ".join(differences[:5])
+        )
+    if status == "finished":
+        for name, digest in manifest["files"].items():
+            if not (folder / name).is_file() or sha256_file(folder / name) != digest:
+                raise CheckpointError(f"{folder / name}: missing or damaged (SHA-256 differs from {_RUN})")
+    return manifest
+
+
+def _run(
+    folder: Path,
+    catalog: Catalog,
+    config: TGQFormerConfig,
+    store: FeatureStore,
+    manifest: dict[str, Any],
+    arguments: dict[str, Any],
+    *,
+    towers: tuple[VisionTower, TextTower] | None,
+    checkpoint_steps: int | None,
+    send: Callable[[Event], None],
+) -> TrainResult:
+    seed = arguments["seed"]
+    pairs = PairDataset(catalog, "train", valid=store.valid)
+    sampler = DistinctBatchSampler(pairs, arguments["batch_size"], seed)
+    if sampler.batch_size < arguments["batch_size"]:
+        logger.warning(
+            "batches of %d pairs instead of %d: the training pairs cannot fill more with distinct items",
+            sampler.batch_size,
+            arguments["batch_size"],
+        )
+    has_validation = len(catalog.split_pairs("validation").query) > 0
+    steps = arguments["max_steps"] or len(sampler) * arguments["epochs"]
+    args = TrainingArguments(
+        output_dir=str(folder / _CHECKPOINTS),
+        per_device_train_batch_size=sampler.batch_size,
+        per_device_eval_batch_size=max(64, sampler.batch_size),
+        num_train_epochs=arguments["epochs"],
+        max_steps=arguments["max_steps"] or -1,
+        learning_rate=arguments["lr"],
+        weight_decay=arguments["weight_decay"],
+        lr_scheduler_type="cosine",
+        warmup_steps=round(arguments["warmup"] * steps),
+        bf16=arguments["bf16"],
+        use_cpu=not torch.cuda.is_available(),
+        seed=seed,
+        data_seed=seed,
+        logging_steps=arguments["log_steps"],
+        logging_nan_inf_filter=False,
+        eval_strategy="epoch" if has_validation else "no",
+        save_strategy="epoch",
+        save_total_limit=2,
+        load_best_model_at_end=has_validation,
+        metric_for_best_model=f"eval_{BEST_METRIC}" if has_validation else None,
+        greater_is_better=True if has_validation else None,
+        remove_unused_columns=False,
+        report_to="none",
+        disable_tqdm=True,
+    )
+    checkpoint = last_complete_checkpoint(folder / _CHECKPOINTS)
+    start = 0 if checkpoint is None else int(checkpoint.name.rsplit("-", 1)[1])
+    log = _Log(folder / _LOG, start)
+
+    def on_event(event: Event) -> None:
+        if event["event"] == "log":
+            log.add({name: value for name, value in event.items() if name != "event"})
+        send(event)
+
+    set_seed(seed)
+    if towers is None:
+        model = TGQFormerModel(config)
+    else:
+        model = TGQFormerModel.from_config_with_towers(config, vision=towers[0], text=towers[1])
+    trainer = TGQTrainer(
+        model,
+        args,
+        catalog=catalog,
+        store=store,
+        pairs=pairs,
+        sampler=sampler,
+        collator=PairCollator(
+            store,
+            pairs.components,
+            seed=seed,
+            processor=TGQFormerProcessor(config) if config.llm is not None else None,
+        ),
+        validation="validation" if has_validation else None,
+        on_event=on_event,
+        checkpoint_steps=checkpoint_steps,
+    )
+    send({"event": "start", "step": start, "steps": steps, "batch_size": sampler.batch_size, "pairs": len(pairs)})
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    state = trainer.state
+    if not trainer.is_world_process_zero():
+        return TrainResult(
+            folder, state.global_step, state.best_global_step or state.global_step, state.best_metric, start, manifest
+        )
+    model.save_pretrained(folder)
+    finished = {
+        **manifest,
+        "status": "finished",
+        "result": {
+            "steps": state.global_step,
+            "best_step": state.best_global_step or state.global_step,
+            "best_metric": state.best_metric,
+            "metric": f"validation {BEST_METRIC}" if has_validation else None,
+            "batch_size": sampler.batch_size,
+            "trainable_parameters": sum(p.numel() for _, p in model.trainable_parameters()),
+        },
+        "files": {name: sha256_file(folder / name) for name in _MODEL_FILES},
+    }
+    _write_manifest(folder, finished)
+    shutil.rmtree(folder / _CHECKPOINTS, ignore_errors=True)
+    send({"event": "end", **finished["result"]})
+    return _result(folder, finished, resumed_from=start)
+
+
+class _Log:
+    """training_log.jsonl; entries beyond the checkpoint that a run resumes from are dropped first."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        self.path = path
+        kept = []
+        if step and path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    entry = json.loads(line)
+                except ValueError:
+                    continue  # torn by a kill
+                if entry["step"] <= step:
+                    kept.append(line + "\n")
+        write_atomic(path, "".join(kept).encode())
+
+    def add(self, entry: dict[str, Any]) -> None:
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+
+def _plain(config: TGQFormerConfig) -> dict[str, Any]:
+    values = {name: value for name, value in config.to_dict().items() if name not in _FREE_KEYS}
+    return dict(json.loads(json.dumps(values, default=str)))
+
+
+def _differences(held: Any, wanted: Any, name: str = "") -> list[str]:
+    if isinstance(held, dict) and isinstance(wanted, dict):
+        keys = sorted(held.keys() | wanted.keys())
+        return [
+            line for key in keys for line in _differences(held.get(key), wanted.get(key), f"{name}.{key}".strip("."))
+        ]
+    return [] if held == wanted else [f"{name} was {held!r}, now {wanted!r}"]
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version(), **{f"tgq_fast {k}": v for k, v in package_identity().items()}}
+    for name in ("torch", "transformers", "accelerate", "numpy"):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "absent"
+    return versions
+
+
+def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    write_atomic(folder / _RUN, (json.dumps(manifest, indent=1) + "\n").encode())
+
+
+def _result(folder: Path, manifest: dict[str, Any], *, resumed_from: int) -> TrainResult:
+    result = manifest["result"]
+    return TrainResult(folder, result["steps"], result["best_step"], result["best_metric"], resumed_from, manifest)

@@ -1,0 +1,244 @@
+"""`transformers.Trainer` for pairs of items: distinct items, named loss terms, validation by full-pool retrieval.
+
+Source: AdamW with a cosine schedule and the choice of the checkpoint by validation H@10 are ours.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from tgq_fast.data import Catalog
+from tgq_fast.data.files import write_atomic
+from tgq_fast.errors import CheckpointError
+from tgq_fast.models.checkpoint import load_into, load_state
+from tgq_fast.models.features import FeatureStore
+from tgq_fast.models.modeling import TGQFormerModel
+from tgq_fast.retrieval import Evaluation, evaluate
+from tgq_fast.retrieval._identity import sha256_file
+from tgq_fast.training.pairs import DistinctBatchSampler, PairCollator, PairDataset
+
+__all__ = ["BEST_METRIC", "TGQTrainer", "last_complete_checkpoint"]
+
+BEST_METRIC = "H@10"
+_COMPLETE = "complete.json"
+Event = Mapping[str, Any]
+
+
+class TGQTrainer(Trainer):
+    """Trains a :class:`TGQFormerModel` on cached features.
+
+    Differences from `Trainer`: batches come from :class:`DistinctBatchSampler`; every loss term is logged as
+    "loss/<term>"; evaluation embeds the whole catalogue and measures retrieval on one split; a checkpoint counts only
+    once a file with the checksums of all its files is in place; nothing pickled is written or read but tensors
+    (`weights_only`).
+
+    Args:
+        model: the model.
+        args: training arguments.
+        catalog, store: the catalogue and its feature cache.
+        pairs: training pairs.
+        sampler: batches of them.
+        collator: pairs → inputs.
+        validation: split to evaluate, or None.
+        ks: cut-offs of the evaluation.
+        on_event: gets "step", "log", "evaluation" and "checkpoint" events as mappings with an "event" key.
+    """
+
+    def __init__(
+        self,
+        model: TGQFormerModel,
+        args: TrainingArguments,
+        *,
+        catalog: Catalog,
+        store: FeatureStore,
+        pairs: PairDataset,
+        sampler: DistinctBatchSampler,
+        collator: PairCollator,
+        validation: str | None = "validation",
+        ks: tuple[int, ...] = (1, 10, 100),
+        on_event: Callable[[Event], None] | None = None,
+        checkpoint_steps: int | None = None,
+    ) -> None:
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=pairs,
+            eval_dataset=None if validation is None else pairs,  # evaluate() takes its pairs from the catalogue
+            data_collator=collator,
+            callbacks=[_Events(sampler, on_event, checkpoint_steps)],
+        )
+        for callback in (PrinterCallback, ProgressCallback):  # progress is the caller's, through events
+            self.remove_callback(callback)
+        self.catalog, self.store, self.sampler = catalog, store, sampler
+        self.validation, self.ks = validation, ks
+        self.on_event = on_event or (lambda event: None)
+        self.evaluations: list[tuple[int, Evaluation]] = []
+        self._terms: dict[str, Tensor] = {}
+        self._term_steps = 0
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Batches of distinct items; with several ranks each takes every so-manieth batch."""
+        loader = DataLoader(
+            self.train_dataset,  # type: ignore[arg-type]
+            batch_sampler=self.sampler,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
+        )
+        prepared: DataLoader[Any] = self.accelerator.prepare(loader)
+        return prepared
+
+    def compute_loss(  # type: ignore[override]
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, Any]:
+        """The model's own loss; its terms are collected for the next log entry."""
+        output = model(**inputs)
+        for name, term in output.losses.items():
+            self._terms[name] = self._terms.get(name, torch.zeros((), device=term.device)) + term.float()
+        self._term_steps += 1
+        return (output.loss, output) if return_outputs else output.loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the mean of every loss term since the last entry, and the learned scale."""
+        if "loss" in logs and self._term_steps:
+            for name, total in self._terms.items():
+                logs[f"loss/{name}"] = float(total) / self._term_steps
+            logs["logit_scale"] = float(self.accelerator.unwrap_model(self.model).logit_scale.detach())
+            self._terms, self._term_steps = {}, 0
+        super().log(logs, start_time)
+
+    def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:  # type: ignore[override]
+        """Embed the catalogue and evaluate the validation pairs over the full pool."""
+        assert self.validation is not None
+        model: TGQFormerModel = self.accelerator.unwrap_model(self.model)
+        size = max(64, 2 * self.args.per_device_eval_batch_size)
+        embeddings = torch.as_tensor(
+            model.encode(self.catalog, features=self.store, batch_size=size, on_error="skip")
+        ).clone()
+        embeddings[list(self.store.invalid)] = 0.0  # an item without a usable picture scores 0 against all
+        result = evaluate(self.catalog, embeddings, ks=self.ks, split=self.validation, samples=0)
+        self.evaluations.append((self.state.global_step, result))
+        metrics = {f"{metric_key_prefix}_{name}": m.value for name, m in result.metrics.items()}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Not estimated from token counts, which say little about this model; see `tgq_fast.models.flops`."""
+        return 0
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Weight decay for matrices only: no biases, norms or scales."""
+        shapes = {name: parameter.ndim for name, parameter in model.named_parameters()}
+        return [name for name in super().get_decay_parameter_names(model) if shapes.get(name, 0) >= 2]
+
+    # ------------------------------------------------------------ checkpoints
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        self.accelerator.unwrap_model(self.model).save_pretrained(folder, state_dict=state_dict)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            seal_checkpoint(folder)
+            self.on_event({"event": "checkpoint", "step": self.state.global_step, "path": str(folder)})
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self._restore(Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        best = self.state.best_model_checkpoint
+        assert best is not None
+        self._restore(Path(self.args.output_dir) / Path(best).name)  # the run may have been moved
+
+    def _restore(self, folder: Path) -> None:
+        model: TGQFormerModel = self.accelerator.unwrap_model(self.model)
+        load_into(model, load_state(folder), wanted=set(model.saved_state()), folder=folder)
+
+
+class _Events(TrainerCallback):
+    """Tells the sampler the epoch, asks for extra checkpoints and passes progress on."""
+
+    def __init__(
+        self, sampler: DistinctBatchSampler, on_event: Callable[[Event], None] | None, checkpoint_steps: int | None
+    ) -> None:
+        self.sampler, self.on_event, self.checkpoint_steps = sampler, on_event, checkpoint_steps
+
+    def _send(self, event: Event) -> None:
+        if self.on_event is not None:
+            self.on_event(event)
+
+    def on_epoch_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        self.sampler.set_epoch(int((state.epoch or 0.0) + 1e-6))
+
+    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.checkpoint_steps and state.global_step % self.checkpoint_steps == 0:
+            control.should_save = True
+        self._send({"event": "step", "step": state.global_step, "steps": state.max_steps, "epoch": state.epoch})
+
+    def on_log(self, args: TrainingArguments, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if state.is_world_process_zero and logs:
+            self._send({"event": "log", "step": state.global_step, **log_entry(logs)})
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: Any, control: Any, metrics: Any = None, **kwargs: Any
+    ) -> None:
+        self._send({"event": "evaluation", "step": state.global_step, **log_entry(metrics or {})})
+
+
+def log_entry(logs: Mapping[str, Any]) -> dict[str, Any]:
+    """Trainer's names → ours: "eval_H@10" becomes "eval/H@10"; what only tells the time is left out."""
+    timing = ("runtime", "per_second", "total_flos")
+    return {
+        (f"eval/{name[5:]}" if name.startswith("eval_") else name): value
+        for name, value in logs.items()
+        if not any(word in name for word in timing)
+    }
+
+
+def seal_checkpoint(folder: Path) -> None:
+    """Write the checksums of a checkpoint's files; only then does it count as complete."""
+    files = {path.name: sha256_file(path) for path in sorted(folder.iterdir()) if path.name != _COMPLETE}
+    write_atomic(folder / _COMPLETE, (json.dumps(files, indent=1) + "\n").encode())
+
+
+def last_complete_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint whose files all fit their checksums; half-written ones are removed.
+
+    Raises:
+        CheckpointError: a checkpoint that was complete is damaged now.
+    """
+    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rsplit("-", 1)[1]), reverse=True)
+    best: Path | None = None
+    for path in found:
+        if not (path / _COMPLETE).exists():
+            shutil.rmtree(path)  # the writer was killed inside it
+        elif best is None:
+            best = path
+    if best is not None:
+        try:
+            files = dict(json.loads((best / _COMPLETE).read_bytes()))
+        except ValueError as error:
+            raise CheckpointError(f"{best / _COMPLETE}: not readable ({error}); remove this checkpoint") from None
+        for name, digest in files.items():
+            if not (best / name).is_file() or sha256_file(best / name) != digest:
+                raise CheckpointError(
+                    f"{best / name}: missing or damaged (SHA-256 differs); remove {best} to resume from an earlier one"
+                )
+    return best
