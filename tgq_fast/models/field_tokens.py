@@ -35,8 +35,8 @@ def pack_fields(items: Sequence[Sequence[Tensor | None]], width: int, max_tokens
         max_tokens: the cap M; later tokens are cut.
 
     Returns:
-        tokens [B, M', dt] fp32, mask [B, M'] bool and field ids [B, M'] int64 (1 … F, 0 for padding), where M' ≥ 1 is the
-        longest item's length.
+        tokens [B, M', dt] fp32, mask [B, M'] bool and field ids [B, M'] int64 (1 … F, 0 for padding), where M' ≥ 1 is
+        the longest item's length.
     """
     lengths = [min(max_tokens, sum(len(t) for t in row if t is not None)) for row in items]
     longest = max([1, *lengths])

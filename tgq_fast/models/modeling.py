@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -33,7 +32,7 @@ from tgq_fast.models.towers import TextTower, VisionTower, load_text_tower, load
 
 __all__ = ["TGQFormerModel"]
 
-logger = logging.getLogger(__name__)
+Encodable = Item | Mapping[str, Any] | Image.Image | str | Path
 _MAX_LOG_SCALE = 4.6052  # ln 100, CLIP's cap
 
 
@@ -94,7 +93,7 @@ class TGQFormerModel(PreTrainedModel):
         config.visual_width, config.global_width = vision.width, vision.global_width
         config.num_visual_tokens, config.text_width = vision.num_tokens, text.width
         if config.agreement == "dual_encoder" and text.pooled_width is None:
-            raise ArgumentError("agreement", "'dual_encoder'", "'alignment' or 'none', as the towers are no dual encoder")
+            raise ArgumentError("agreement", "'dual_encoder'", "'alignment' or 'none': the towers are no dual encoder")
         model = cls(config)
         model.set_towers(vision, text)
         return model
@@ -200,9 +199,7 @@ class TGQFormerModel(PreTrainedModel):
         prompt = None if prompt is None else prompt.to(device)
         assert connected.tokens is not None  # every connector sets it
         read: ReaderOutput = self.reader(connected.tokens, features, prompt)
-        output = TGQFormerOutput(
-            embedding=read.embedding, visual_embedding=read.visual_embedding, connector=connected
-        )
+        output = TGQFormerOutput(embedding=read.embedding, visual_embedding=read.visual_embedding, connector=connected)
         if positives is not None:
             terms = self._losses(read, connected, positives.to(device), None if groups is None else groups.to(device))
             output.loss = torch.stack([weight * term for weight, term in terms.values()]).sum()
@@ -257,7 +254,7 @@ class TGQFormerModel(PreTrainedModel):
     @torch.inference_mode()
     def encode(
         self,
-        items: Catalog | Sequence[Item | Mapping[str, Any] | Image.Image | str | Path] | Image.Image | Mapping[str, Any],
+        items: Catalog | Sequence[Encodable] | Encodable,
         *,
         batch_size: int = 64,
         show_progress_bar: bool = False,
@@ -271,17 +268,17 @@ class TGQFormerModel(PreTrainedModel):
     ) -> Tensor | np.ndarray:
         """Embeddings of items, in the order given.
 
-        The model is evaluated without dropout whatever its mode; the same items in the same batches give the same bytes.
+        The model is evaluated without dropout whatever its mode; the same batches give the same bytes.
 
         Args:
-            items: a catalogue; or a list of catalogue items, of rows as in a metadata file ("file_name"; or "image" with a
-                picture or a path), of pictures or of paths of pictures; or a single one.
+            items: a catalogue; or a list of catalogue items, of rows as in a metadata file ("file_name"; or "image"
+                with a picture or a path), of pictures or of paths of pictures; or a single one.
             batch_size: items per batch.
             show_progress_bar: draw one on stderr.
             fields: metadata of each picture (name → value), where `items` are pictures or paths.
             root: folder that relative file names refer to; a catalogue brings its own.
-            on_error: "raise" on an unusable image, or "skip": its row is NaN, which every consumer refuses, so that rows
-                stay aligned with `items`.
+            on_error: "raise" on an unusable image, or "skip": its row is NaN, which every consumer refuses, so that
+                rows stay aligned with `items`.
             convert_to_numpy: return an array.
             features: cached features; rows of a catalogue that the store was built on are read from there.
             rejects: gets one entry per skipped image.
@@ -298,8 +295,9 @@ class TGQFormerModel(PreTrainedModel):
             raise ArgumentError("batch_size", batch_size, "at least 1")
         if on_error not in ("raise", "skip"):
             raise ArgumentError("on_error", repr(on_error), "'raise' or 'skip'")
-        single = isinstance(items, (Image.Image, Mapping, str, Path, Item))
-        examples = as_examples([items] if single else items, fields=fields, root=root)  # type: ignore[list-item]
+        single = isinstance(items, Encodable)
+        several: Any = [items] if single else items
+        examples = as_examples(several, fields=fields, root=root)
         result = torch.full((len(examples), self.config.embedding_size), float("nan"))
         training = self.training
         self.eval()
@@ -350,7 +348,7 @@ class TGQFormerModel(PreTrainedModel):
             state = {name: value for name, value in state.items() if not name.startswith("reader.") or name in kept}
         return state
 
-    def save_pretrained(
+    def save_pretrained(  # type: ignore[override]
         self,
         save_directory: str | Path,
         is_main_process: bool = True,
@@ -375,8 +373,8 @@ class TGQFormerModel(PreTrainedModel):
         Args:
             pretrained_model_name_or_path: local folder.
             config: instead of the folder's own.
-            **kwargs: configuration fields to override, e.g. `vision_tower="/models/clip"`; `dtype` casts the model; other
-                arguments of transformers' from_pretrained are accepted and have no effect.
+            **kwargs: configuration fields to override, e.g. `vision_tower="/models/clip"`; `dtype` casts the model;
+                other arguments of transformers' from_pretrained are accepted and have no effect.
 
         Raises:
             CheckpointError: missing, corrupt, foreign or incompatible files.
@@ -390,7 +388,7 @@ class TGQFormerModel(PreTrainedModel):
         model = cls(config)
         checkpoint.load_into(model, state, wanted=set(model.saved_state()), folder=folder)
         if isinstance(dtype := kwargs.get("dtype", kwargs.get("torch_dtype")), torch.dtype):
-            model.to(dtype)
+            nn.Module.to(model, dtype=dtype)
         model.name_or_path = str(folder)
         model.eval()
         return model

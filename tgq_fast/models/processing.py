@@ -24,8 +24,8 @@ from tgq_fast.models.towers import ImageProcessor, hub_load, load_image_processo
 
 __all__ = ["DEFAULT_PROMPT", "ProcessedItems", "PromptInputs", "TGQFormerProcessor"]
 
-# NoteLLM-2's in-context compression: the visual embedding is read where the first word would be written, after the image
-# only; the item embedding where the last would be, after image and metadata. The wording is ours.
+# NoteLLM-2's in-context compression: the visual embedding is read where the first word would be written, after the
+# image only; the item embedding where the last would be, after image and metadata. The wording is ours.
 DEFAULT_PROMPT = (
     'Product image: {image}. Compress this image into one word: "{image_word}". '
     'Product metadata: {metadata}. Compress this product into one word: "{word}'
@@ -177,11 +177,9 @@ class TGQFormerProcessor:
         start = [self.tokenizer.bos_token_id] if self._adds_bos else []
         placeholder = self._pad_id
         rows: list[list[int]] = []
-        image_words: list[int] = []
+        head = start + pieces[0] + [placeholder] * slots + pieces[1]
         for row in strings:
             text = encode("; ".join(row) or "none", add_special_tokens=False)[: self.config.max_metadata_tokens]
-            head = start + pieces[0] + [placeholder] * slots + pieces[1]
-            image_words.append(len(head) - 1)
             rows.append(head + pieces[2] + text + pieces[3])
         longest = max(map(len, rows), default=1)
         ids = torch.full((len(rows), longest), placeholder, dtype=torch.int64)
@@ -189,13 +187,13 @@ class TGQFormerProcessor:
         image = torch.zeros_like(ids, dtype=torch.bool)
         first = len(start) + len(pieces[0])
         shifts = [longest - len(row) if self.padding_side == "left" else 0 for row in rows]
-        for i, (row, shift) in enumerate(zip(rows, shifts, strict=True)):
-            ids[i, shift : shift + len(row)] = torch.tensor(row)
-            attention[i, shift : shift + len(row)] = 1
+        for i, (tokens, shift) in enumerate(zip(rows, shifts, strict=True)):
+            ids[i, shift : shift + len(tokens)] = torch.tensor(tokens)
+            attention[i, shift : shift + len(tokens)] = 1
             image[i, shift + first : shift + first + slots] = True
         moved = torch.tensor(shifts, dtype=torch.int64)
-        lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64)
-        return PromptInputs(ids, attention, image, torch.tensor(image_words, dtype=torch.int64) + moved, lengths + moved - 1)
+        last = torch.tensor([len(tokens) for tokens in rows], dtype=torch.int64) + moved - 1
+        return PromptInputs(ids, attention, image, moved + len(head) - 1, last)
 
     @cached_property
     def _adds_bos(self) -> bool:

@@ -63,7 +63,8 @@ class ReaderLayer(nn.Module):
         self.heads, self.dropout = heads, dropout
         self.norm_attention, self.norm_mlp = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Dropout(dropout), nn.Linear(2 * width, width))
+        wide = 2 * width
+        self.mlp = nn.Sequential(nn.Linear(width, wide), nn.GELU(), nn.Dropout(dropout), nn.Linear(wide, width))
         self.drop = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
@@ -79,8 +80,8 @@ class LightReader(nn.Module):
     """Reader without an LLM: pre-LN layers over [readout_v; W_o tokens; metadata; readout_mm] [ours].
 
     The visual side (readout_v and W_o tokens) sees itself only, so v_emb is free of metadata whatever the depth;
-    metadata tokens see both sides; readout_mm sees everything. Each readout starts from its learned vector plus the mean
-    of the tokens that it may see, so that the embedding is an average at first and learns to attend from there.
+    metadata tokens see both sides; readout_mm sees everything. Each readout starts from its learned vector plus the
+    mean of the tokens that it may see, so that the embedding is an average at first and learns to attend from there.
     """
 
     def __init__(self, config: TGQFormerConfig) -> None:
@@ -181,7 +182,7 @@ class LLMReader(nn.Module):
             ArgumentError: no prompt, or its number of image slots is not N.
         """
         if prompt is None:
-            raise ArgumentError("prompt", None, "a PromptInputs from TGQFormerProcessor.prompt, as this model has an LLM")
+            raise ArgumentError("prompt", None, "TGQFormerProcessor.prompt(…), as this model has an LLM")
         embeddings = self.llm.get_input_embeddings()(prompt.input_ids)  # [B, T, width]
         visual = self.project(tokens).to(embeddings.dtype)
         if not bool((prompt.image_mask.sum(dim=1) == tokens.shape[1]).all()):
@@ -199,13 +200,14 @@ class LLMReader(nn.Module):
 
 
 def _truncate(llm: Any, layers: int) -> None:
-    owner, name = next(((llm, n) for n in ("layers", "h", "blocks") if isinstance(getattr(llm, n, None), nn.ModuleList)), (None, ""))
-    if owner is None:
-        raise CheckpointError(f"cannot truncate a {type(llm).__name__}: it has no list of layers named layers, h or blocks")
-    depth = len(getattr(owner, name))
+    lists = [name for name in ("layers", "h", "blocks") if isinstance(getattr(llm, name, None), nn.ModuleList)]
+    if not lists:
+        raise CheckpointError(f"cannot truncate a {type(llm).__name__}: it has no list named layers, h or blocks")
+    name = lists[0]
+    depth = len(getattr(llm, name))
     if not 1 <= layers <= depth:
         raise ArgumentError("llm_layers", layers, f"1 … {depth}, the depth of the LLM")
-    setattr(owner, name, getattr(owner, name)[:layers])
+    setattr(llm, name, getattr(llm, name)[:layers])
     llm.config.num_hidden_layers = layers
     if getattr(llm.config, "layer_types", None):
         llm.config.layer_types = llm.config.layer_types[:layers]

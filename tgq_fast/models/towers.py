@@ -55,7 +55,8 @@ def hub_load(loader: Callable[..., Any], name: str, what: str, **kwargs: Any) ->
         CheckpointError: the name or path cannot be loaded; the message carries transformers' reason.
     """
     try:
-        return loader(name, **kwargs)
+        with backbones.quiet_loading():
+            return loader(name, **kwargs)
     except TGQError:
         raise
     except Exception as error:  # transformers raises many types here, all mean: this cannot be loaded
@@ -168,7 +169,9 @@ def _run_dual_encoder(model: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
     return out.last_hidden_state, out.pooler_output
 
 
-def load_vision_tower(name: str, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> VisionTower:
+def load_vision_tower(
+    name: str, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+) -> VisionTower:
     """Load a frozen vision tower.
 
     Args:
@@ -288,7 +291,7 @@ class TextTower(_Frozen):
             ArgumentError: this tower is not a dual encoder's text half.
         """
         if self._pool is None or self.pooled_width is None:
-            raise ArgumentError("text_tower", repr(self.name), "the text half of a dual encoder for pooled text features")
+            raise ArgumentError("text_tower", repr(self.name), "the text half of a dual encoder")
         out = [torch.zeros(0, self.pooled_width)]
         for start in range(0, len(strings), batch_size):
             chunk = strings[start : start + batch_size]
@@ -338,16 +341,16 @@ def load_text_tower(
     if name == "dual_encoder":
         if vision is None or not vision.dual_encoder:
             given = None if vision is None else vision.name
-            raise ArgumentError("vision_tower", repr(given), "a dual encoder (CLIP, SigLIP …), as text_tower='dual_encoder'")
+            raise ArgumentError("vision_tower", repr(given), "a dual encoder (CLIP …), as text_tower='dual_encoder'")
         tokenizer = hub_load(AutoTokenizer.from_pretrained, vision.name, "tokenizer of dual encoder")
-        text_config = vision.model.config.text_config  # type: ignore[union-attr]
+        config: Any = vision.model.config
         pooled_width = vision.global_width
         return TextTower(
             vision.name,
             vision.model,
             tokenizer,
             _run_dual_text,
-            width=text_config.hidden_size,
+            width=config.text_config.hidden_size,
             max_tokens=max_field_tokens,
             pool=_pool_dual_text,
             pooled_width=pooled_width,
