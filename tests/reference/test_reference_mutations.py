@@ -1,0 +1,225 @@
+"""The checks of the reference can fail: each broken reference below is caught by one of them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import reference_checks as checks
+
+from tgq_fast.reference import attention, losses, modulation, topk
+
+
+def projected(ref: ModuleType) -> None:
+    checks.check_cross_attention(ref, "projected")
+
+
+def absorbed(ref: ModuleType) -> None:
+    checks.check_cross_attention(ref, "absorbed")
+
+
+def mutant(module: ModuleType, old: str, new: str) -> SimpleNamespace:
+    source = inspect.getsource(module)
+    assert source.count(old) == 1, f"{source.count(old)} places to change in {module.__name__}: {old!r}"
+    namespace: dict = {"__name__": "mutant"}
+    exec(compile(source.replace(old, new), f"mutant of {module.__name__}", "exec", dont_inherit=True), namespace)
+    return SimpleNamespace(**namespace)
+
+
+MUTATIONS: list[tuple[str, ModuleType, str, str, Callable]] = [
+    (
+        "key mask dropped",
+        attention,
+        "visible = None if key_mask is None else key_mask[:, None, None, :]",
+        "visible = None",
+        projected,
+    ),
+    ("key mask inverted", attention, "hidden = ~visible", "hidden = visible", absorbed),
+    (
+        "streams swapped",
+        attention,
+        "torch.cat((anchored, exploratory), dim=1)",
+        "torch.cat((exploratory, anchored), dim=1)",
+        projected,
+    ),
+    (
+        "streams split off by one",
+        attention,
+        "context[:, num_anchored:], stats",
+        "context[:, num_anchored - 1 : -1], stats",
+        projected,
+    ),
+    (
+        "scale slip",
+        attention,
+        "q = linear(queries, q_weight, q_bias) * head**-0.5",
+        "q = linear(queries, q_weight, q_bias) * width**-0.5",
+        projected,
+    ),
+    (
+        "query bias after the scale",
+        attention,
+        "q = linear(queries, q_weight, q_bias) * head**-0.5",
+        "q = linear(queries, q_weight) * head**-0.5 + q_bias",
+        projected,
+    ),
+    ("value bias dropped", attention, "context + v_bias * some", "context", absorbed),
+    ("value bias for items that see nothing", attention, "context + v_bias * some", "context + v_bias", projected),
+    (
+        "heads mixed up",
+        attention,
+        "wk = k_weight.view(num_heads, head, -1)",
+        "wk = k_weight.view(head, num_heads, -1).transpose(0, 1)",
+        absorbed,
+    ),
+    (
+        "value of the wrong head",
+        attention,
+        'bhnv,hcv->bnhc", pooled, wv',
+        'bhnv,hcv->bnhc", pooled, wv.flip(0)',
+        absorbed,
+    ),
+    (
+        "lse over masked keys",
+        attention,
+        'scores = scores.masked_fill(~visible, float("-inf"))\n    lse',
+        "pass\n    lse",
+        checks.check_statistics,
+    ),
+    ("entropy sign", attention, "lse - expected", "expected - lse", checks.check_statistics),
+    ("group ignored", attention, "key_group.to(p.dtype)", "key_group.to(p.dtype) * 0 + 1", checks.check_statistics),
+    ("A does not see T", attention, "mask[a, a] = mask[a, t] =", "mask[a, a] =", checks.check_self_attention),
+    (
+        "E sees A",
+        attention,
+        "mask[e, e] = mask[t, t]",
+        "mask[e, e] = mask[e, a] = mask[t, t]",
+        checks.check_self_attention,
+    ),
+    ("T sees A", attention, "mask[t, t] = True", "mask[t, t] = mask[t, a] = True", checks.check_self_attention),
+    ("one_way the other way", attention, "mask[a, e] = True", "mask[e, a] = True", checks.check_self_attention),
+    (
+        "text mask on the wrong columns",
+        attention,
+        "keys[:, t] = text_mask",
+        "keys[:, : text_mask.shape[1]] = text_mask",
+        checks.check_self_attention,
+    ),
+    (
+        "text mask on rows",
+        attention,
+        "mask & keys[:, None, None, :]",
+        "mask & keys[:, None, :, None]",
+        checks.check_self_attention,
+    ),
+    ("sigmoid not centred", modulation, "torch.tanh(z * 0.5)", "torch.sigmoid(z)", checks.check_modulation),
+    ("factor 2 missing", modulation, "torch.tanh(z * 0.5)", "torch.tanh(z)", checks.check_modulation),
+    (
+        "gate without residual",
+        modulation,
+        "anchored * (1 + alpha * gate_a)",
+        "anchored * (alpha * gate_a)",
+        checks.check_modulation,
+    ),
+    (
+        "α forgotten",
+        modulation,
+        "exploratory * (1 + alpha * gate_e)",
+        "exploratory * (1 + gate_e)",
+        checks.check_modulation,
+    ),
+    (
+        "gates swapped",
+        modulation,
+        "anchored * (1 + alpha * gate_a)",
+        "anchored * (1 + alpha * gate_e)",
+        checks.check_modulation,
+    ),
+    (
+        "anchored gate blind to E",
+        modulation,
+        "(flags, v_g, mean_a, mean_e)",
+        "(flags, v_g, mean_a, mean_a)",
+        checks.check_modulation,
+    ),
+    (
+        "flag and agreement swapped",
+        modulation,
+        "(agreement.to(dtype), has_metadata.to(dtype))",
+        "(has_metadata.to(dtype), agreement.to(dtype))",
+        checks.check_modulation,
+    ),
+    (
+        "tanh GELU",
+        modulation,
+        "gelu(linear(x, self.w1, self.b1))",
+        "gelu(linear(x, self.w1, self.b1), approximate='tanh')",
+        checks.check_modulation,
+    ),
+    (
+        "self not masked",
+        losses,
+        "masked = columns == rows[:, None]",
+        "masked = columns == -1 - rows[:, None]",
+        checks.check_info_nce,
+    ),
+    ("positive masked", losses, "masked = masked & (columns != positives[:, None])", "pass", checks.check_info_nce),
+    ("groups of -1 masked", losses, " & (groups >= 0)", "", checks.check_info_nce),
+    ("scale not exponential", losses, "log_scale.to(dtype).exp()", "log_scale.to(dtype)", checks.check_info_nce),
+    ("sum for mean", losses, "picked).mean()", "picked).sum()", checks.check_info_nce),
+    ("not centred", losses, "a, e = a - a.mean(dim=0), e - e.mean(dim=0)", "pass", checks.check_redundancy),
+    (
+        "covariance for correlation",
+        losses,
+        "(covariance.square() / variance)",
+        "covariance.square()",
+        checks.check_redundancy,
+    ),
+    (
+        "square forgotten",
+        losses,
+        "(covariance.square() / variance)",
+        "(covariance / variance.sqrt())",
+        checks.check_redundancy,
+    ),
+    (
+        "ties to the higher index",
+        topk,
+        'torch.where(valid, scores, float("-inf")).sort(dim=1, descending=True, stable=True)',
+        'torch.where(valid, scores, float("-inf")).flip(1).sort(dim=1, descending=True, stable=True)',
+        checks.check_topk,
+    ),
+    (
+        "ascending",
+        topk,
+        'float("-inf")).sort(dim=1, descending=True, stable=True).indices\n    order = order.gather',
+        'float("-inf")).sort(dim=1, descending=False, stable=True).indices\n    order = order.gather',
+        checks.check_topk,
+    ),
+    (
+        "NaN returned",
+        topk,
+        "valid = ~torch.isnan(scores)",
+        "valid = torch.ones_like(scores, dtype=torch.bool)",
+        checks.check_topk,
+    ),
+    ("exclusion of -1 taken as the last row", topk, "hit = column >= 0", "hit = column >= -1", checks.check_topk),
+    ("missing hits keep an index", topk, "index = torch.where(kept, order, -1)", "index = order", checks.check_topk),
+]
+
+
+@pytest.mark.parametrize(("module", "old", "new", "check"), [m[1:] for m in MUTATIONS], ids=[m[0] for m in MUTATIONS])
+def test_mutation_is_caught(module: ModuleType, old: str, new: str, check: Callable) -> None:
+    broken = mutant(module, old, new)
+    with pytest.raises((AssertionError, IndexError, RuntimeError)):
+        check(broken)
+
+
+@pytest.mark.parametrize("module", [attention, losses, modulation, topk], ids=lambda m: m.__name__)
+def test_unchanged_copy_passes(module: ModuleType) -> None:
+    """The copy that mutations start from is sound, so what fails above is the change."""
+    copy = mutant(module, "from __future__ import annotations", "from __future__ import annotations  # copied")
+    for check in {m[4] for m in MUTATIONS if m[1] is module}:
+        check(copy)
