@@ -105,8 +105,10 @@ def _place(
     alpha = placed.getchannel("A")
     small = alpha.resize((big // 8, big // 8), Image.Resampling.BOX).filter(ImageFilter.GaussianBlur(big / 8 * 0.02))
     soft = ImageChops.offset(small, 1, max(1, big // 8 // 32)).resize((big, big), Image.Resampling.BILINEAR)
-    scene.paste((30, 26, 24), (0, 0, big, big), soft.point(lambda v: v * 0.38))
-    scene.paste(placed, (0, 0), alpha)
+    if (box := soft.getbbox()) is not None:
+        scene.paste((30, 26, 24), box, soft.crop(box).point([v * 0.38 for v in range(256)]))
+    if (box := alpha.getbbox()) is not None:
+        scene.paste(placed.crop(box), box, alpha.crop(box))
 
 
 def _expose(image: Image.Image, rng: np.random.Generator) -> Image.Image:
