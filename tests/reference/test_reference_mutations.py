@@ -213,7 +213,7 @@ MUTATIONS: list[tuple[str, ModuleType, str, str, Callable]] = [
 @pytest.mark.parametrize(("module", "old", "new", "check"), [m[1:] for m in MUTATIONS], ids=[m[0] for m in MUTATIONS])
 def test_mutation_is_caught(module: ModuleType, old: str, new: str, check: Callable) -> None:
     broken = mutant(module, old, new)
-    with pytest.raises((AssertionError, IndexError, RuntimeError)):
+    with pytest.raises(AssertionError):
         check(broken)
 
 
