@@ -7,6 +7,7 @@ import stat
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -20,7 +21,7 @@ from tgq_fast.errors import ImageError
 
 __all__ = ["REASONS", "ImageLimits", "load_image", "validate_images"]
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "MPO", "PPM", "AVIF")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 """Formats that are decoded. Others (PSD, EPS, ICNS …) widen the attack surface and are no product pictures."""
 
 REASONS = (
@@ -103,7 +104,7 @@ def load_image(path: str | Path, item_id: str, *, limits: ImageLimits = ImageLim
     if status.st_size == 0:
         raise refuse("truncated", "the file is empty")
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with Image.open(path, formats=_formats()) as image:
             _check_header(image, path, limits, refuse)
             return _to_rgb(image)
     except ImageError:
@@ -118,6 +119,13 @@ def load_image(path: str | Path, item_id: str, *, limits: ImageLimits = ImageLim
         text = f"{type(error).__name__}: {error}"
         short = isinstance(error, EOFError) or any(w in text.lower() for w in ("truncated", "unexpected end", "eof"))
         raise refuse("truncated" if short else "corrupt", text) from error
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """The formats that this build of Pillow can open; asking it for another one is an error of its own."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def _check_header(image: Image.Image, path: str | Path, limits: ImageLimits, refuse: Callable[..., ImageError]) -> None:

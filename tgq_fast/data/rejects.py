@@ -69,14 +69,14 @@ class RejectLog:
         """Distinct entries in order; a resumed run may have written one twice. Torn or foreign lines are skipped."""
         if not self.path.exists():
             return
-        seen: set[tuple[str | None, str, str]] = set()
+        seen: set[tuple[str | None, int | None, str, str]] = set()
         with open(self.path, "rb") as file:
             for line in file:
                 try:
                     entry = Reject(**json.loads(line))
                 except (ValueError, TypeError, RecursionError):
                     continue
-                key = (entry.item_id, entry.path, entry.reason)
+                key = (entry.item_id, entry.row, entry.path, entry.reason)
                 if key not in seen:
                     seen.add(key)
                     yield entry
