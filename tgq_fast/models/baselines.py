@@ -107,11 +107,13 @@ class TextOnlyConnector(nn.Module):
     Source: ours, a control.
     """
 
+    empty: Tensor
+
     def __init__(self, config: TGQFormerConfig) -> None:
         super().__init__()
-        self.config = config
+        # Follows the model's dtype and device, which no parameter here would tell.
+        self.register_buffer("empty", torch.zeros(1, 0, config.hidden_size), persistent=False)
 
     def forward(self, features: FrozenFeatures, *, return_attention: bool = False) -> ConnectorOutput:
-        """Features of B items → tokens [B, 0, d] in fp32 on the features' device."""
-        shape = (features.metadata_tokens.shape[0], 0, self.config.hidden_size)
-        return ConnectorOutput(tokens=torch.zeros(shape, device=features.metadata_tokens.device))
+        """Features of B items → tokens [B, 0, d]."""
+        return ConnectorOutput(tokens=self.empty.expand(features.metadata_tokens.shape[0], -1, -1))
