@@ -7,7 +7,7 @@ Same names and signatures as :mod:`tgq_fast.reference`, plus `backend=None`. Whi
 from tgq_fast.ops.attention import hybrid_cross_attention, shared_keys_values
 from tgq_fast.ops.dispatch import BACKENDS, Decision, explain, use_backend
 from tgq_fast.ops.losses import info_nce, redundancy_loss
-from tgq_fast.ops.modulation import dual_gated_modulation
+from tgq_fast.ops.modulation import StreamMoments, dual_gated_modulation, dual_gated_modulation_with_moments
 from tgq_fast.ops.self_attention import stream_self_attention
 from tgq_fast.reference import AttentionStats, GateParameters, HybridAttentionOutput, ModulationOutput
 
@@ -18,7 +18,9 @@ __all__ = [
     "GateParameters",
     "HybridAttentionOutput",
     "ModulationOutput",
+    "StreamMoments",
     "dual_gated_modulation",
+    "dual_gated_modulation_with_moments",
     "explain",
     "hybrid_cross_attention",
     "info_nce",

@@ -2,15 +2,35 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import torch
 from torch import Tensor
 
 from tgq_fast import reference
-from tgq_fast.ops.dispatch import Decision, choose, explainer
+from tgq_fast.errors import ArgumentError
+from tgq_fast.ops.dispatch import Decision, choose, explainer, requested_backend, triton_reasons
+from tgq_fast.ops.triton_modulation import modulate
 from tgq_fast.reference.modulation import GateParameters, ModulationOutput
 
-__all__ = ["dual_gated_modulation"]
+__all__ = ["StreamMoments", "dual_gated_modulation", "dual_gated_modulation_with_moments"]
 
 _OP = "dual_gated_modulation"
+MAX_RANK = 256  # widest bottleneck the kernel holds on chip
+
+
+class StreamMoments(NamedTuple):
+    """What the redundancy loss needs, from the pass over the tokens that the gates make anyway.
+
+    Attributes:
+        anchored, exploratory: [B, d] token means before the gates, differentiable.
+        moments: [5, d] fp32 means, variances and covariance of the two over the batch, or None (torch backend): the
+            `moments` argument of :func:`tgq_fast.ops.redundancy_loss`. They carry no gradient of their own.
+    """
+
+    anchored: Tensor
+    exploratory: Tensor
+    moments: Tensor | None
 
 
 def dual_gated_modulation(
@@ -31,6 +51,7 @@ def dual_gated_modulation(
     :mod:`tgq_fast.ops.dispatch`.
 
     Raises:
+        ArgumentError: shapes that do not fit.
         BackendError: a backend that was asked for by name cannot run this call.
     """
     arguments = (
@@ -42,8 +63,63 @@ def dual_gated_modulation(
         anchored_parameters,
         exploratory_parameters,
     )
-    _decide(*arguments, alpha=alpha, backend=backend)
+    decision = _decide(*arguments, alpha=alpha, backend=backend)
+    if decision.backend == "triton":
+        return _triton(*arguments, alpha, False)[0]
     return reference.dual_gated_modulation(*arguments, alpha=alpha)
+
+
+def dual_gated_modulation_with_moments(
+    anchored: Tensor,
+    exploratory: Tensor,
+    agreement: Tensor,
+    has_metadata: Tensor,
+    global_image: Tensor,
+    anchored_parameters: GateParameters,
+    exploratory_parameters: GateParameters,
+    *,
+    alpha: float = 1.0,
+    backend: str | None = None,
+) -> tuple[ModulationOutput, StreamMoments]:
+    """:func:`dual_gated_modulation` that also returns the token means and their batch moments.
+
+    The moments describe this process' batch only: with several ranks gather the means instead.
+    """
+    arguments = (
+        anchored,
+        exploratory,
+        agreement,
+        has_metadata,
+        global_image,
+        anchored_parameters,
+        exploratory_parameters,
+    )
+    decision = _decide(*arguments, alpha=alpha, backend=backend)
+    if decision.backend == "triton":
+        return _triton(*arguments, alpha, True)
+    means = StreamMoments(anchored.mean(dim=1), exploratory.mean(dim=1), None)
+    return reference.dual_gated_modulation(*arguments, alpha=alpha), means
+
+
+def _triton(
+    anchored: Tensor,
+    exploratory: Tensor,
+    agreement: Tensor,
+    has_metadata: Tensor,
+    global_image: Tensor,
+    anchored_parameters: GateParameters,
+    exploratory_parameters: GateParameters,
+    alpha: float,
+    want_moments: bool,
+) -> tuple[ModulationOutput, StreamMoments]:
+    dtype = anchored.dtype
+    if torch.is_autocast_enabled(anchored.device.type):
+        dtype = torch.get_autocast_dtype(anchored.device.type)
+    low = [t.to(dtype) for t in (anchored, exploratory, agreement, has_metadata, global_image)]
+    weights = [w.to(dtype) for w in (*anchored_parameters, *exploratory_parameters)]
+    out_a, out_e, gate_a, gate_e, mean_a, mean_e, moments, *_ = modulate(*low, *weights, alpha, want_moments)
+    output = ModulationOutput(out_a, out_e, gate_a, gate_e)
+    return output, StreamMoments(mean_a, mean_e, moments if want_moments else None)
 
 
 @explainer(_OP)
@@ -59,5 +135,21 @@ def _decide(
     alpha: float = 1.0,
     backend: str | None = None,
 ) -> Decision:
-    requested, chosen, rejected = choose(_OP, backend, {"torch": ()})
+    width, image = anchored.shape[2], global_image.shape[1]
+    for name, gate, expected in (
+        ("anchored_parameters", anchored_parameters, 2 + image + 2 * width),
+        ("exploratory_parameters", exploratory_parameters, image + width),
+    ):
+        if gate.w1.shape[1] != expected:
+            raise ArgumentError(f"{name}.w1", tuple(gate.w1.shape), f"[r, {expected}]")
+        if gate.w2.shape[0] not in (1, width):
+            raise ArgumentError(f"{name}.w2", tuple(gate.w2.shape), f"[{width}, r] or [1, r]")
+    tensors = (anchored, exploratory, agreement, global_image, *anchored_parameters, *exploratory_parameters)
+    reasons = triton_reasons(*tensors, forced=requested_backend(backend) != "auto")
+    rank = max(anchored_parameters.w1.shape[0], exploratory_parameters.w1.shape[0])
+    if rank > MAX_RANK:
+        reasons.append(f"a bottleneck of {rank} exceeds {MAX_RANK}")
+    if anchored_parameters.w2.shape[0] != exploratory_parameters.w2.shape[0]:
+        reasons.append("the gates differ in width")
+    requested, chosen, rejected = choose(_OP, backend, {"triton": reasons, "torch": ()})
     return Decision(_OP, requested, chosen, None, rejected)
