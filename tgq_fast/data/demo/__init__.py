@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 from typing import Any
@@ -67,7 +66,10 @@ def write_demo_catalog(
             raise ArgumentError(name, value, f"at least {low}")
     folder = Path(out)
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    rows: list[dict[str, Any]] = []
+    # Neither order nor id may tell which items belong together.
+    places = np.random.default_rng([seed, 3]).permutation(groups * variants).tolist()
+    ids = [f"demo-{place:04d}" for place in places]
+    rows: dict[int, bytes] = {}
     styles: list[Style] = []
     for group in range(groups):
         rng = np.random.default_rng([seed, 1, group])
@@ -83,25 +85,15 @@ def write_demo_catalog(
             # every other variant keeps the group's colour, the others are colourways of their own
             palette = random_palette(rng, base.name) if variant % 2 == 0 else _other_palette(base, rng)
             row = _metadata(style, palette, facts, rng)
-            row["group_id"] = f"style-{group:03d}"
             useful = str(facts["material"]).upper() if rng.random() < 0.5 else str(facts["brand"]).upper()
             image, _ = photograph(style, palette, rng, image_size, useful)
-            row["_image"] = image
-            rows.append(row)
-    # Neither order nor id may tell which items belong together.
-    order = np.random.default_rng([seed, 3]).permutation(len(rows))
-    ids = [""] * len(rows)
-    lines: list[bytes] = []
-    for place, i in enumerate(order.tolist()):
-        ids[i] = f"demo-{place:04d}"
-        row = rows[i]
-        buffer = io.BytesIO()
-        row.pop("_image").save(buffer, "JPEG", quality=90)
-        file_name = f"images/{ids[i]}.jpg"
-        (folder / file_name).write_bytes(buffer.getvalue())
-        lines.append(_line({"id": ids[i], "file_name": file_name, **row}))
+            number = group * variants + variant
+            file_name = f"images/{ids[number]}.jpg"
+            image.save(folder / file_name, "JPEG", quality=90)
+            named = {"id": ids[number], "file_name": file_name, **row, "group_id": f"style-{group:03d}"}
+            rows[places[number]] = _line(named)
     write_atomic(folder / "pairs.jsonl", b"".join(_pair_lines(ids, groups, variants, seed)))
-    write_atomic(folder / "metadata.jsonl", b"".join(lines))
+    write_atomic(folder / "metadata.jsonl", b"".join(rows[place] for place in sorted(rows)))
     return folder
 
 
