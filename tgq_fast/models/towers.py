@@ -25,6 +25,7 @@ __all__ = [
     "TextTower",
     "VisionTower",
     "hub_load",
+    "hub_model",
     "load_image_processor",
     "load_text_tower",
     "load_vision_tower",
@@ -63,6 +64,29 @@ def hub_load(loader: Callable[..., Any], name: str, what: str, **kwargs: Any) ->
         reason = str(error).strip().split("\n")[0][:300]
         where = "local folder" if Path(name).exists() else "hub name (is the hub reachable, or should this be a path?)"
         raise CheckpointError(f"{what} {name!r}: cannot load this {where}: {type(error).__name__}: {reason}") from error
+
+
+def hub_model(auto_class: Any, name: str, what: str, dtype: torch.dtype) -> tuple[Any, bool]:
+    """Load a transformers model by hub name or local path and insist on its weights being there.
+
+    Returns:
+        the model, and whether its pooler was trained: many checkpoints come without one, and transformers then makes a
+        random one, which must not be used. Its weights are set to zero, so that digests stay the same.
+
+    Raises:
+        CheckpointError: it cannot be loaded, or lacks weights other than a pooler's.
+    """
+    model, info = hub_load(
+        auto_class.from_pretrained, name, what, use_safetensors=True, dtype=dtype, output_loading_info=True
+    )
+    missing = set(info["missing_keys"])
+    if other := sorted(key for key in missing if "pooler" not in key and "position_ids" not in key):
+        raise CheckpointError(f"{what} {name!r}: the checkpoint lacks weights of a {type(model).__name__}: {other[:5]}")
+    with torch.no_grad():
+        for key, value in model.state_dict().items():
+            if key in missing and value.is_floating_point():
+                value.zero_()
+    return model, not any("pooler" in key for key in missing)
 
 
 class _Frozen(nn.Module):
@@ -164,6 +188,11 @@ def _run_vision_model(model: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
     return hidden, pooled
 
 
+def _run_without_pooler(model: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    hidden = model(pixel_values=pixels).last_hidden_state
+    return hidden, hidden.mean(dim=1)
+
+
 def _run_dual_encoder(model: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
     out = model.get_image_features(pixel_values=pixels, return_dict=True)  # pooled: in the space shared with text
     return out.last_hidden_state, out.pooler_output
@@ -193,9 +222,9 @@ def load_vision_tower(
         from transformers import AutoConfig, AutoModel
 
         config = hub_load(AutoConfig.from_pretrained, name, "vision tower")
-        model = hub_load(AutoModel.from_pretrained, name, "vision tower", use_safetensors=True, dtype=dtype)
+        model, pooler = hub_model(AutoModel, name, "vision tower", dtype)
         dual = hasattr(config, "vision_config") and hasattr(model, "get_text_features")
-        run = _run_dual_encoder if dual else _run_vision_model
+        run = _run_dual_encoder if dual else _run_vision_model if pooler else _run_without_pooler
     return VisionTower(name, model.to(dtype), process, run, described, dual_encoder=dual).to(device)
 
 
@@ -360,12 +389,12 @@ def load_text_tower(
             raise ArgumentError("llm", None, "an LLM, as text_tower='llm' reads its embedding table")
         path = str(backbones.backbone_dir(llm)) if backbones.is_backbone(llm) else llm
         tokenizer = hub_load(AutoTokenizer.from_pretrained, path, "tokenizer of LLM")
-        model = hub_load(AutoModel.from_pretrained, path, "LLM", use_safetensors=True, dtype=dtype)
+        model, _ = hub_model(AutoModel, path, "LLM", dtype)
         table = model.get_input_embeddings()
         tower = TextTower(llm, table, tokenizer, _run_embedding, width=table.embedding_dim, max_tokens=max_field_tokens)
         return tower.to(device)
     path = str(backbones.backbone_dir(name)) if backbones.is_backbone(name) else name
     tokenizer = hub_load(AutoTokenizer.from_pretrained, path, "tokenizer of text tower")
-    model = hub_load(AutoModel.from_pretrained, path, "text tower", use_safetensors=True, dtype=dtype)
+    model, _ = hub_model(AutoModel, path, "text tower", dtype)
     width = model.config.hidden_size
     return TextTower(name, model, tokenizer, _run_text_model, width=width, max_tokens=max_field_tokens).to(device)

