@@ -1,4 +1,4 @@
-"""A small catalogue with synthetic features: groups share a direction in the image and their category in the metadata."""
+"""A small catalogue with synthetic features: items of a group share a direction in the image, and a category."""
 
 from __future__ import annotations
 
@@ -48,11 +48,13 @@ def make_catalog(groups: int = 40, size: int = 3) -> Catalog:
 class SyntheticStore:
     """The part of FeatureStore that training reads, filled from a seeded generator."""
 
-    def __init__(self, catalog: Catalog, config: TGQFormerConfig, *, invalid: Iterable[int] = (), seed: int = 0) -> None:
+    def __init__(
+        self, catalog: Catalog, config: TGQFormerConfig, *, invalid: Iterable[int] = (), seed: int = 0
+    ) -> None:
         self.catalog, self.config = catalog, config
         self.invalid = {row: ("truncated", "") for row in invalid}
         self.valid = np.array([row not in self.invalid for row in range(len(catalog))])
-        rng = np.random.default_rng(seed)
+        rng = np.random.default_rng(0)
         _, group = np.unique([item.group_id for item in catalog.items], return_inverse=True)
         shared = rng.normal(size=(group.max() + 1, WIDTH))
         noise = rng.normal(size=(len(catalog), LENGTH, WIDTH))

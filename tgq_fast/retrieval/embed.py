@@ -34,8 +34,8 @@ _IGNORED_KEYS = ("_name_or_path", "transformers_version", "architectures", "dtyp
 class Encoder(Protocol):
     """What :func:`embed_catalog` needs from a model; :class:`tgq_fast.models.TGQFormerModel` has it."""
 
-    def encode(self, items: Catalog, *, batch_size: int, on_error: Literal["raise", "skip"]) -> Tensor:
-        """[n, D] embeddings of a catalogue; raises ImageError with the item id."""
+    def encode(self, items: Catalog, *, batch_size: int, on_error: Literal["raise", "skip"], **options: Any) -> Any:
+        """[n, D] embeddings of a catalogue as a tensor; raises ImageError with the item id."""
         ...
 
 
@@ -93,6 +93,7 @@ def embed_catalog(
     dtype: str = "float32",
     resume: bool = True,
     on_error: Literal["raise", "skip"] = "raise",
+    features: FeatureStore | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> EmbedReport:
     """Embed every item of a catalogue into a pool on disk.
@@ -112,6 +113,7 @@ def embed_catalog(
         resume: go on with a pool of the same catalogue, model and sizes. False: refuse an existing one.
         on_error: "raise", or "skip" to leave items with unusable images or non-finite embeddings out and list them in
             the pool's `rejects.jsonl`.
+        features: cached features of the catalogue, to read instead of the pictures.
         progress: called with (catalogue rows done, rows) after each batch.
 
     Raises:
@@ -137,7 +139,7 @@ def embed_catalog(
             raise PoolError(f"{out}: holds shards that were appended by hand; embed into another folder")
         done = shards[-1].source_stop or 0 if shards else 0
         resumed, total = done, len(catalog.items)
-        worker = _Worker(catalog, model, batch_size, on_error)
+        worker = _Worker(catalog, model, batch_size, on_error, features)
         while done < total:
             stop = min(done + shard_size, total)
             kept: list[Item] = []
@@ -165,8 +167,11 @@ def embed_catalog(
 class _Worker:
     """Encodes batches under the error policy; halves the batch size when memory runs out."""
 
-    def __init__(self, catalog: Catalog, model: Encoder, batch_size: int, on_error: str) -> None:
+    def __init__(
+        self, catalog: Catalog, model: Encoder, batch_size: int, on_error: str, features: FeatureStore | None
+    ) -> None:
         self.catalog, self.model, self.batch_size, self.on_error = catalog, model, batch_size, on_error
+        self._options: dict[str, Any] = {} if features is None else {"features": features}
         self._said = False
 
     def encode(self, items: Sequence[Item], rejects: list[Reject]) -> tuple[list[Item], Tensor]:
@@ -203,7 +208,7 @@ class _Worker:
         while start < len(items):
             part = Catalog.from_items(items[start : start + self.batch_size], root=self.catalog.root)
             try:
-                vectors = self.model.encode(part, batch_size=self.batch_size, on_error="raise")
+                vectors = self.model.encode(part, batch_size=self.batch_size, on_error="raise", **self._options)
             except torch.OutOfMemoryError:
                 if self.batch_size == 1:
                     raise

@@ -206,7 +206,7 @@ def _claim(
         foreign = [name for name in foreign if not (name.startswith(".") and name.endswith(".tmp"))]
         if foreign:
             raise CheckpointError(f"{folder}: holds other files ({', '.join(foreign[:3])}); choose an empty folder")
-        manifest = {"status": "running", **wanted, "versions": _versions()}
+        manifest: dict[str, Any] = {"status": "running", **wanted, "versions": _versions()}
         _write_manifest(folder, manifest)
         return manifest
     try:

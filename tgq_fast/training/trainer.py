@@ -148,14 +148,19 @@ class TGQTrainer(Trainer):
 
     # ------------------------------------------------------------ checkpoints
 
+    @property
+    def _root(self) -> Path:
+        assert self.args.output_dir is not None
+        return Path(self.args.output_dir)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(output_dir or self._root)
         self.accelerator.unwrap_model(self.model).save_pretrained(folder, state_dict=state_dict)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         if self.args.should_save:
-            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            folder = self._root / f"checkpoint-{self.state.global_step}"
             seal_checkpoint(folder)
             self.on_event({"event": "checkpoint", "step": self.state.global_step, "path": str(folder)})
 
@@ -165,7 +170,7 @@ class TGQTrainer(Trainer):
     def _load_best_model(self) -> None:
         best = self.state.best_model_checkpoint
         assert best is not None
-        self._restore(Path(self.args.output_dir) / Path(best).name)  # the run may have been moved
+        self._restore(self._root / Path(best).name)  # the run may have been moved
 
     def _restore(self, folder: Path) -> None:
         model: TGQFormerModel = self.accelerator.unwrap_model(self.model)
