@@ -32,9 +32,9 @@ class State:
 
 
 class Advance(Protocol):
-    """Progress callback: how much is done, and of how much where that is known."""
+    """Progress callback: how much is done, of how much where that is known, and of what where that changes."""
 
-    def __call__(self, done: int, total: int | None = None, /) -> None: ...
+    def __call__(self, done: int, total: int | None = None, description: str | None = None, /) -> None: ...
 
 
 def stderr() -> Console:
@@ -97,8 +97,8 @@ def progress(description: str) -> Iterator[Advance]:
     with Progress(*columns, console=stderr()) as bar:
         task = bar.add_task(escape(description), total=None)
 
-        def advance(done: int, total: int | None = None, /) -> None:
-            bar.update(task, completed=done, total=total)
+        def advance(done: int, total: int | None = None, description: str | None = None, /) -> None:
+            bar.update(task, completed=done, total=total, description=description and escape(description))
 
         yield advance
 

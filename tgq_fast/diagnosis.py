@@ -69,8 +69,11 @@ def doctor() -> Diagnosis:
     """Look at this machine; takes a few seconds and writes nothing."""
     return Diagnosis(
         machine=_machine(),
-        versions={"tgq_fast": tgq_fast.__version__, "python": platform.python_version()}
-        | {name: _version(name) for name in _PACKAGES},
+        versions={
+            "tgq_fast": tgq_fast.__version__,
+            "python": platform.python_version(),
+            **{name: _version(name) for name in _PACKAGES},
+        },
         build=_native.build_info() or {"missing": _native.why_missing()},
         backends=[
             _probe("torch", _torch, required=True),

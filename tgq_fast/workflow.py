@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 Policy = Literal["raise", "skip"]
 FLOOR = "zero-shot image"
 """Name of the floor without training: the frozen image feature alone."""
-_CATALOG_NOTE = "catalog.json"  # in a pool: where its catalogue lay, for titles in search results
+_CATALOG_NOTE = "catalog.json"  # beside a pool: where its catalogue lay, for titles in search results
 _SHOWN = ("H@", "Recall@", "MRR", "NDCG@", "1-NN")
 
 
@@ -133,6 +133,67 @@ def open_store(catalog: Catalog, config: TGQFormerConfig, *, cache: Path | None,
         return FeatureStore.open_or_build(catalog, vision, text, config, cache, progress=advance, on_error=on_error)
 
 
+def train_run(
+    catalog: Catalog,
+    config: TGQFormerConfig,
+    out: Path,
+    *,
+    epochs: int,
+    seed: int,
+    batch_size: int,
+    lr: float,
+    resume: bool = False,
+    cache: Path | None = None,
+    on_error: Policy = "raise",
+) -> dict[str, Any]:
+    """Train a run folder; returns its summary."""
+    from tgq_fast.training import train
+
+    with console.progress("training") as advance:
+        steps = 0
+
+        def on_event(event: Mapping[str, Any]) -> None:
+            nonlocal steps
+            kind = event["event"]
+            if kind == "start":
+                steps = int(event["steps"])
+            elif kind == "features":
+                advance(event["done"], event["total"], "frozen features")
+            if kind in ("start", "step", "checkpoint"):
+                advance(event["step"], steps, "training")
+            if kind == "evaluation":
+                found = {n: v for n, v in event.items() if isinstance(v, float) and n.endswith("H@10")}
+                for name, value in found.items():
+                    console.note(f"step {event['step']}: {name} {value:.3f}")
+
+        result = train(
+            catalog,
+            config,
+            out=out,
+            epochs=epochs,
+            seed=seed,
+            batch_size=batch_size,
+            lr=lr,
+            resume=resume,
+            on_error=on_error,
+            cache_dir=cache,
+            towers=load_towers(config),
+            on_event=on_event,
+        )
+    summary = {
+        "run": str(result.path),
+        "connector": config.connector,
+        "fields": list(config.fields),
+        "steps": result.steps,
+        "best_step": result.best_step,
+        "validation_H@10": result.best_metric,
+        "resumed_from": result.resumed_from,
+        "trainable_parameters": result.manifest["result"]["trainable_parameters"],
+        "seed": seed,
+    }
+    return summary
+
+
 def open_run(run: Path) -> TGQFormerModel:
     """The model of a run folder, on the GPU when there is one, with its frozen towers."""
     import torch
@@ -143,7 +204,9 @@ def open_run(run: Path) -> TGQFormerModel:
         raise CheckpointError(f"{run}: no such run folder; `tgq-fast train` makes one")
     model = TGQFormerModel.from_pretrained(run)
     model.set_towers(*load_towers(model.config))
-    return model.to("cuda") if torch.cuda.is_available() else model
+    if torch.cuda.is_available():
+        model.cuda()
+    return model
 
 
 class CachedEncoder:
@@ -285,6 +348,8 @@ def evaluate_run(
         embedded = ItemPool.open(pool)
         if embedded.manifest.model != model_digest(model):
             raise PoolError(f"{pool}: was made by another model than {run}; embed the catalogue with this one")
+        if len(embedded) + embedded.manifest.rejected < len(catalog):
+            raise PoolError(f"{pool}: holds {len(embedded)} of {len(catalog)} items; run tgq-fast embed again")
     else:
         assert store is not None
         embedded = embed_in_memory(catalog, model, store)
@@ -304,13 +369,13 @@ def embed_in_memory(catalog: Catalog, model: TGQFormerModel, store: FeatureStore
 
 
 def metric_table(results: Mapping[str, Evaluation]) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows of a result table: value and interval of every metric family the project reports."""
-    names = [name for name in next(iter(results.values())).metrics if name.startswith(_SHOWN)]
+    """Columns (one per run) and rows (one per metric, value and interval) of a result table."""
     rows = []
-    for label, result in results.items():
-        cells = [result.metrics.get(name) for name in names]
-        rows.append([label, *("" if m is None else f"{m.value:.3f} [{m.low:.3f}, {m.high:.3f}]" for m in cells)])
-    return ["", *names], rows
+    for name in next(iter(results.values())).metrics:
+        if name.startswith(_SHOWN):
+            cells = (result.metrics.get(name) for result in results.values())
+            rows.append([name, *("" if m is None else f"{m.value:.3f} [{m.low:.3f}, {m.high:.3f}]" for m in cells)])
+    return ["", *results], rows
 
 
 def import_source(source: str, path: Path, out: Path, *, limit: int | None, link: bool) -> dict[str, Any]:
