@@ -136,6 +136,13 @@ def test_pairs_of_every_format_and_split_alias(tmp_path: Path) -> None:
         catalog.split_pairs("dev")
 
 
+def test_pairs_find_items_by_normal_form_and_by_number(tmp_path: Path) -> None:
+    jsonl(tmp_path / "metadata.jsonl", [{"id": "caf\u00e9"}, {"id": 12}, {"id": " x "}])
+    jsonl(tmp_path / "pairs.jsonl", [{"query": "cafe\u0301", "target": 12}, {"query": "12", "target": " x"}])
+    pairs = Catalog.load(tmp_path).pairs
+    assert pairs is not None and (pairs.query.tolist(), pairs.target.tolist()) == ([0, 1], [1, 2])
+
+
 def test_pairs_from_groups_and_split_by_component(tmp_path: Path) -> None:
     rows = [{"id": f"i{i}", "group_id": f"g{i // 3}"} for i in range(600)]
     jsonl(tmp_path / "metadata.jsonl", rows)

@@ -32,8 +32,8 @@ HEADER = (
     "Class Name (str),Class ID (int),Coarse Class Name (str),Coarse Class ID (int),"
     "Iconic Image Path (str),Product Description Path (str)"
 )
-CLASSES = """Golden-Delicious,0,Apple,0,/iconic-images-and-descriptions/Fruit/Apple/Golden-Delicious/Golden-Delicious_Iconic.jpg,/x_Description.txt
-Oatly-Oat-Milk,45,Oat-Milk,22,/iconic-images-and-descriptions/Packages/Oat-Milk/Oatly-Oat-Milk/Oatly-Oat-Milk_Iconic.jpg,/y_Description.txt
+CLASSES = """Golden-Delicious,0,Apple,0,/iconic-images-and-descriptions/Fruit/Apple_Iconic.jpg,/x_Description.txt
+Oatly-Oat-Milk,45,Oat-Milk,22,/iconic-images-and-descriptions/Packages/Oatly-Oat-Milk_Iconic.jpg,/y_Description.txt
 """
 
 

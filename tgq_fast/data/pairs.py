@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,8 +126,6 @@ def _parse_pair(
 
 
 def _normal(identifier: str) -> str:
-    import unicodedata
-
     return unicodedata.normalize("NFC", identifier.strip())
 
 
