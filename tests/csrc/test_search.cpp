@@ -1,0 +1,227 @@
+// The whole search against the definition: every score by the fixed-order dot, all keys sorted.
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdio>
+#include <limits>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "check.h"
+#include "tgq/search.h"
+#include "tgq/selection.h"
+
+using namespace tgq;
+
+namespace {
+
+struct Problem {
+  std::int64_t queries, rows, width;
+  std::vector<float> q, x;
+  std::vector<std::int64_t> exclude;
+  std::int64_t exclude_width = 0;
+};
+
+// kind: 0 random, 1 clustered, 2 few distinct values, 3 ascending, 4 NaN and infinities, 5 all equal
+Problem make(std::int64_t queries, std::int64_t rows, std::int64_t width, int kind, unsigned seed) {
+  Problem p{queries, rows, width, std::vector<float>(queries * width), std::vector<float>(rows * width), {}};
+  std::mt19937 random(seed);
+  std::normal_distribution<float> normal;
+  for (auto* values : {&p.q, &p.x})
+    for (float& v : *values) {
+      v = normal(random);
+      if (kind == 1) v = 1.0f + 1e-6f * v;
+      if (kind == 2) v = std::round(v);
+      if (kind == 4 && random() % 97 == 0) v = random() % 3 == 0 ? std::nanf("") : std::numeric_limits<float>::infinity();
+      if (kind == 5) v = 0.5f;
+    }
+  if (kind == 3) {
+    for (float& v : p.q) v = 1.0f;
+    for (std::int64_t i = 0; i < rows * width; ++i) p.x[i] = static_cast<float>(i / width);
+  }
+  if (seed % 2 == 1) {
+    p.exclude_width = 2;
+    for (std::int64_t i = 0; i < 2 * queries; ++i) p.exclude.push_back(static_cast<std::int64_t>(random() % (rows + 1)) - 1);
+  }
+  return p;
+}
+
+struct Answer {
+  std::vector<float> scores;
+  std::vector<std::int64_t> rows;
+  Counters counters;
+  Status status;
+  bool operator==(const Answer& other) const { return rows == other.rows && scores == other.scores; }
+};
+
+Answer define(const Problem& p, std::uint32_t k) {
+  Answer a{std::vector<float>(p.queries * k), std::vector<std::int64_t>(p.queries * k), {}, Status::ok};
+  for (std::int64_t q = 0; q < p.queries; ++q) {
+    std::vector<Key> keys;
+    for (std::int64_t r = 0; r < p.rows; ++r) {
+      const auto* banned = p.exclude.data() + q * p.exclude_width;
+      if (std::find(banned, banned + p.exclude_width, r) != banned + p.exclude_width) continue;
+      const Key key = make_key(fixed_order_dot(p.q.data() + q * p.width, p.x.data() + r * p.width, p.width), static_cast<std::uint32_t>(r));
+      if (key != kNoKey) keys.push_back(key);
+    }
+    std::sort(keys.begin(), keys.end(), std::greater<Key>());
+    for (std::uint32_t i = 0; i < k; ++i) {
+      a.scores[q * k + i] = i < keys.size() ? key_score(keys[i]) : -std::numeric_limits<float>::infinity();
+      a.rows[q * k + i] = i < keys.size() ? static_cast<std::int64_t>(key_row(keys[i])) : -1;
+    }
+  }
+  return a;
+}
+
+Answer run(const Problem& p, std::uint32_t k, int threads, const char* isa, const Tuning& tuning) {
+  Answer a{std::vector<float>(p.queries * k, 7.0f), std::vector<std::int64_t>(p.queries * k, -7), {}, Status::ok};
+  Request r;
+  r.queries = {p.q.data(), p.queries, p.width, p.width, 1, DType::f32};
+  r.pool = {p.x.data(), p.rows, p.width, p.width, 1, DType::f32};
+  r.k = k;
+  r.exclude = p.exclude.data();
+  r.exclude_width = p.exclude_width;
+  r.scores = a.scores.data();
+  r.rows = a.rows.data();
+  r.threads = threads;
+  r.isa = isa;
+  r.tuning = tuning;
+  r.counters = &a.counters;
+  a.status = search_cpu(r);
+  CHECK(a.status == Status::ok);
+  return a;
+}
+
+std::vector<Tuning> tunings() {
+  std::vector<Tuning> all(8);
+  all[1].use_filter = 0;
+  all[2].use_filter = 1;
+  all[3].use_filter = 1, all[3].sample_stride = 4, all[3].spare_candidates = 1;
+  all[4].has_forced_floor = true, all[4].forced_floor = 1e30f;  // a sample that fails for every query
+  all[5].has_forced_floor = true, all[5].forced_floor = -1e30f, all[5].use_filter = 1, all[5].spare_candidates = 3;
+  all[6].query_tile = 32, all[6].row_chunk = 64, all[6].use_filter = 1;
+  all[7].sample_stride = 0, all[7].use_filter = 1, all[7].row_chunk = 100;
+  return all;
+}
+
+void test_everything() {
+  unsigned seed = 0;
+  for (int kind = 0; kind <= 5; ++kind)
+    for (auto [queries, rows, width] : {std::tuple<int, int, int>{1, 40, 5}, {37, 700, 20}, {70, 1500, 33}}) {
+      const Problem p = make(queries, rows, width, kind, ++seed);
+      for (std::uint32_t k : {1u, 12u, 300u}) {
+        const Answer expected = define(p, k);
+        for (const char* const* isa = available_isas(); *isa != nullptr; ++isa) {
+          int which = 0;
+          for (const Tuning& tuning : tunings()) {
+            for (int threads : {1, 3}) {
+              if (threads == 1 && which % 3 != 0) continue;
+              const Answer found = run(p, k, threads, *isa, tuning);
+              CHECK_NOTE(found == expected, "kind %d, %d x %d x %d, k %u, %s, tuning %d, threads %d", kind, queries, rows,
+                         width, k, *isa, which, threads);
+              if (which == 4) CHECK(kind == 4 || found.counters.rescanned == queries);
+            }
+            ++which;
+          }
+        }
+      }
+    }
+}
+
+// The counters show that the paths under test were taken.
+void test_paths() {
+  const Problem p = make(64, 30000, 64, 0, 2);
+  Tuning filter;
+  filter.use_filter = 1;
+  const Answer thinned = run(p, 50, 2, nullptr, filter);
+  CHECK(thinned.counters.filtered > 64 * 25000 && thinned.counters.rescored < 64 * 3000);
+  CHECK(thinned.counters.rescored >= 64 * 50 && thinned.counters.rescanned == 0);
+  const Problem clustered = make(64, 30000, 64, 1, 4);
+  const Answer dense = run(clustered, 50, 2, nullptr, filter);
+  CHECK(dense.counters.direct > 64 * 25000);
+  Tuning direct;
+  direct.use_filter = 0;
+  CHECK(run(p, 50, 2, nullptr, direct) == thinned);
+  CHECK(run(clustered, 50, 2, nullptr, direct) == dense);
+}
+
+void test_cancel() {
+  const Problem p = make(600, 40000, 64, 0, 2);
+  std::vector<float> scores(600 * 5);
+  std::vector<std::int64_t> rows(600 * 5);
+  Request r;
+  r.queries = {p.q.data(), p.queries, p.width, p.width, 1, DType::f32};
+  r.pool = {p.x.data(), p.rows, p.width, p.width, 1, DType::f32};
+  r.k = 5;
+  r.scores = scores.data();
+  r.rows = rows.data();
+  r.threads = 2;
+  r.isa = "scalar";  // slow enough to be caught at it
+  int polls = 0;
+  double last = 0;
+  r.poll = [&](double share) {
+    CHECK(share >= last && share <= 1.0);
+    last = share;
+    return ++polls < 2;
+  };
+  CHECK(search_cpu(r) == Status::cancelled);
+  CHECK(polls == 2);
+}
+
+void test_bad_arguments() {
+  const Problem p = make(2, 10, 4, 0, 2);
+  std::vector<float> scores(8);
+  std::vector<std::int64_t> rows(8);
+  Request good;
+  good.queries = {p.q.data(), 2, 4, 4, 1, DType::f32};
+  good.pool = {p.x.data(), 10, 4, 4, 1, DType::f32};
+  good.k = 4;
+  good.scores = scores.data();
+  good.rows = rows.data();
+  CHECK(search_cpu(good) == Status::ok);
+  const auto refused = [&](auto change) {
+    Request bad = good;
+    change(bad);
+    return search_cpu(bad);
+  };
+  CHECK(refused([](Request& r) { r.k = 0; }) == Status::bad_argument);
+  CHECK(refused([](Request& r) { r.k = 2049; }) == Status::bad_argument);
+  CHECK(refused([](Request& r) { r.pool.cols = 3; }) == Status::bad_argument);
+  CHECK(refused([](Request& r) { r.pool.data = nullptr; }) == Status::bad_argument);
+  CHECK(refused([](Request& r) { r.pool.rows = -1; }) == Status::bad_argument);
+  CHECK(refused([](Request& r) { r.pool.rows = 1LL << 33; }) == Status::bad_argument);
+  CHECK(refused([](Request& r) { r.threads = 0; }) == Status::bad_argument);
+  CHECK(refused([](Request& r) { r.scores = nullptr; }) == Status::bad_argument);
+  CHECK(refused([](Request& r) { r.exclude_width = 1; }) == Status::bad_argument);
+  CHECK(refused([](Request& r) { r.pool.dtype = static_cast<DType>(9); }) == Status::bad_argument);
+  CHECK(refused([](Request& r) { r.isa = "sse9"; }) == Status::unsupported);
+}
+
+void test_concurrent_callers() {
+  const Problem p = make(48, 3000, 40, 2, 3);
+  const Answer expected = define(p, 20);
+  std::vector<std::thread> callers;
+  std::atomic<int> right{0};
+  for (int i = 0; i < 4; ++i)
+    callers.emplace_back([&, i] {
+      Tuning tuning;
+      tuning.use_filter = i % 2;
+      tuning.row_chunk = 128;
+      for (int turn = 0; turn < 3; ++turn) right += run(p, 20, 2, nullptr, tuning) == expected;
+    });
+  for (std::thread& caller : callers) caller.join();
+  CHECK(right == 12);
+}
+
+}  // namespace
+
+int main() {
+  test_everything();
+  test_paths();
+  test_cancel();
+  test_bad_arguments();
+  test_concurrent_callers();
+  std::puts("search: all passed");
+}
