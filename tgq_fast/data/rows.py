@@ -70,8 +70,9 @@ def _read_jsonl(path: Path, required: tuple[str, ...]) -> Iterator[tuple[int, di
             except (ValueError, RecursionError) as error:
                 yield number, RowError([f"not valid JSON: {str(error)[:120]}"])
             else:
-                wrong = RowError([f"a JSON {type(value).__name__}, expected an object"])
-                yield number, value if isinstance(value, dict) else wrong
+                if not isinstance(value, dict):
+                    value = RowError([f"a JSON {type(value).__name__}, expected an object"])
+                yield number, value
 
 
 def _read_csv(path: Path, required: tuple[str, ...]) -> Iterator[tuple[int, dict[str, Any] | RowError]]:
