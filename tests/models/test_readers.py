@@ -92,7 +92,9 @@ def llm_config(llama: Path, **overrides: object) -> TGQFormerConfig:
     return light_config(**{"llm": str(llama), "lora_rank": 2, **overrides})
 
 
-def read(reader: LLMReader, config: TGQFormerConfig, tokens: Tensor, strings: list[list[str]], side: str = "right") -> Any:
+def read(
+    reader: LLMReader, config: TGQFormerConfig, tokens: Tensor, strings: list[list[str]], side: str = "right"
+) -> Any:
     with torch.no_grad():
         return reader(tokens, metadata(1), TGQFormerProcessor(config, padding_side=side).prompt(strings))
 

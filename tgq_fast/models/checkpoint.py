@@ -20,6 +20,7 @@ from tgq_fast.models.configuration import TGQFormerConfig
 __all__ = ["load_config", "load_into", "load_state", "save_model", "state_digest"]
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+_DIGEST = f"{TGQFormerConfig.model_type}.sha256"
 
 
 def state_digest(state: Mapping[str, Tensor]) -> str:
@@ -35,8 +36,8 @@ def save_model(folder: Path, config: TGQFormerConfig, state: Mapping[str, Tensor
     """Write the weights, then the configuration."""
     folder.mkdir(parents=True, exist_ok=True)
     plain = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
-    metadata = {"format": "pt", "model_type": config.model_type, "sha256": state_digest(plain)}
-    write_atomic(folder / WEIGHTS, save(plain, metadata))
+    # One entry only: safetensors writes several in any order, and equal models shall be equal files.
+    write_atomic(folder / WEIGHTS, save(plain, {_DIGEST: state_digest(plain)}))
     values: dict[str, Any] = {**config.to_diff_dict(), "architectures": [architecture]}
     write_atomic(folder / CONFIG, (json.dumps(values, indent=2, sort_keys=True) + "\n").encode())
 
@@ -78,9 +79,9 @@ def load_state(folder: Path) -> dict[str, Tensor]:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path}: corrupt or not a safetensors file ({error})") from error
-    if metadata.get("model_type") != TGQFormerConfig.model_type:
-        raise CheckpointError(f"{path}: weights of another kind of model (model_type {metadata.get('model_type')!r})")
-    if metadata.get("sha256") != state_digest(state):
+    if _DIGEST not in metadata:
+        raise CheckpointError(f"{path}: not a TGQ-Former's weights; expected what save_pretrained wrote")
+    if metadata[_DIGEST] != state_digest(state):
         raise CheckpointError(f"{path}: the weights do not match their checksum; the file is damaged")
     return state
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, get_args, Literal
+from typing import Any, Literal, get_args
 
 from transformers import PreTrainedConfig
 
@@ -78,7 +78,8 @@ class TGQFormerConfig(PreTrainedConfig):
         gate: "vector" (per channel), "scalar" (per stream) or "none".
         gate_bottleneck: width r of the gate MLPs.
         gate_alpha: residual scale α.
-        agreement: where the image–metadata agreement s comes from: the dual encoder, a learned alignment head, or none (0).
+        agreement: where the image–metadata agreement s comes from: the dual encoder, a learned alignment head, or
+            none (0).
         alignment_size: width of the learned alignment head.
         fields: metadata that may guide, in order: catalogue columns or attribute names. The order defines the field ids
             (1 … F; 0 is padding).
@@ -88,8 +89,8 @@ class TGQFormerConfig(PreTrainedConfig):
             dual-encoder model by hub name or local path.
         text_tower: "minilm" (pip backbone), "dual_encoder" (the vision tower's own text half), "llm" (its embedding
             table), or a transformers text encoder by name or path.
-        visual_width, global_width, text_width, num_visual_tokens: dv, dg, dt and L of the towers; filled from the towers
-            when a model is assembled.
+        visual_width, global_width, text_width, num_visual_tokens: dv, dg, dt and L of the towers; filled from the
+            towers when a model is assembled.
         llm: causal or embedding model by name or path, "smollm2-135m" (pip backbone), or None for the light reader.
         llm_layers: keep only the first n layers. None: all.
         lora_rank, lora_alpha, lora_dropout: LoRA of the LLM through peft; rank 0 freezes the LLM.
@@ -172,7 +173,9 @@ class TGQFormerConfig(PreTrainedConfig):
             if name != "text_tower" and value not in choices:
                 raise ArgumentError(name, repr(value), "one of " + ", ".join(map(repr, choices)))
         if self.hidden_size % self.num_attention_heads:
-            raise ArgumentError("num_attention_heads", self.num_attention_heads, f"a divisor of hidden_size {self.hidden_size}")
+            raise ArgumentError(
+                "num_attention_heads", self.num_attention_heads, f"a divisor of hidden_size {self.hidden_size}"
+            )
         for name in ("num_anchored_queries", "num_exploratory_queries"):
             if getattr(self, name) < 0:
                 raise ArgumentError(name, getattr(self, name), "a count of at least 0")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,7 +46,8 @@ class FrozenFeatures:
                 return None
             return value.to(device, dtype if value.is_floating_point() else None)
 
-        return FrozenFeatures(**{f.name: move(getattr(self, f.name)) for f in dataclasses.fields(self)})
+        moved: dict[str, Any] = {f.name: move(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        return FrozenFeatures(**moved)
 
 
 @dataclass
