@@ -295,7 +295,7 @@ class TGQFormerModel(PreTrainedModel):
             raise ArgumentError("batch_size", batch_size, "at least 1")
         if on_error not in ("raise", "skip"):
             raise ArgumentError("on_error", repr(on_error), "'raise' or 'skip'")
-        single = isinstance(items, Encodable)
+        single = isinstance(items, (Item, Mapping, Image.Image, str, Path))
         several: Any = [items] if single else items
         examples = as_examples(several, fields=fields, root=root)
         result = torch.full((len(examples), self.config.embedding_size), float("nan"))
