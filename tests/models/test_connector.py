@@ -10,6 +10,7 @@ from connector_inputs import DT, random_features, randomise, small_config
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from tgq_fast import reference
 from tgq_fast.errors import ArgumentError
 from tgq_fast.models.configuration import CONNECTORS, TGQFormerConfig
 from tgq_fast.models.connector import TGQFormerConnector, build_connector
@@ -242,6 +243,26 @@ def test_attention_map(name: str) -> None:
     seen = features.visual_mask.any(dim=1)
     torch.testing.assert_close(attention[seen].sum(dim=-1), torch.ones(4, 5))
     assert not attention[~seen].any()
+
+
+@pytest.mark.parametrize("name", ["tgq", "qformer", "instructblip"])
+@pytest.mark.parametrize("mixing", ["block", "one_way", "full"])
+def test_operators_give_what_their_definitions_give(name: str, mixing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    connector = randomise(build_connector(small_config(name, stream_mixing=mixing))).double().eval()
+    features = random_features().to("cpu", torch.float64)
+    features.visual_mask = torch.rand(5, 9) < 0.7
+
+    def run() -> list[Tensor]:
+        connector.zero_grad()
+        output = connector(features)
+        output.tokens.square().sum().backward()
+        return [output.tokens.detach(), *(p.grad for p in connector.parameters() if p.grad is not None)]
+
+    given = run()
+    for module in ("layers", "connector"):
+        monkeypatch.setattr(f"tgq_fast.models.{module}.ops", reference)
+    for mine, expected in zip(given, run(), strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-9, atol=1e-9)
 
 
 def test_half_precision_features_are_cast() -> None:
