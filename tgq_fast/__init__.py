@@ -27,7 +27,10 @@ if TYPE_CHECKING:
     )
     from tgq_fast.models import TGQFormerConfig, TGQFormerModel, TGQFormerProcessor
     from tgq_fast.ops import explain, patch, unpatch, use_backend
-    from tgq_fast.retrieval import ItemPool, TopK, embed_catalog, evaluate, topk
+    from tgq_fast.retrieval.embed import embed_catalog
+    from tgq_fast.retrieval.evaluate import evaluate
+    from tgq_fast.retrieval.pool import ItemPool
+    from tgq_fast.retrieval.topk import TopK, topk
     from tgq_fast.training import train
 
 # Public name -> module that defines it.

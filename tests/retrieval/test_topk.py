@@ -6,6 +6,8 @@ score matrix, stably sorted) gives the one right answer, indices included.
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -18,7 +20,8 @@ from tgq_fast.reference import exact_topk
 from tgq_fast.retrieval.topk import TopK, merge_topk, topk
 from tgq_fast.retrieval.topk_torch import order_keys
 
-BACKENDS = ["torch", pytest.param("cpp", marks=pytest.mark.skipif(not _native.available(), reason=_native.why_missing()))]
+needs_extension = pytest.mark.skipif(not _native.available(), reason=_native.why_missing())
+BACKENDS = ["torch", pytest.param("cpp", marks=needs_extension)]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 pytestmark = pytest.mark.parametrize("backend", BACKENDS)
@@ -284,9 +287,9 @@ def test_parts_merge_into_the_whole(backend: str) -> None:
     pool, queries = integers(90, 6), integers(25, 6)
     pool[10] = float("-inf")
     cuts = [0, 1, 1, 40, 90]
-    parts = [topk(queries, pool[a:b], 30, backend=backend) for a, b in zip(cuts, cuts[1:])]
+    parts = [topk(queries, pool[a:b], 30, backend=backend) for a, b in itertools.pairwise(cuts)]
     for k in (1, 30, 91):
-        whole = [topk(queries, pool[a:b], k, backend=backend) for a, b in zip(cuts, cuts[1:])]
+        whole = [topk(queries, pool[a:b], k, backend=backend) for a, b in itertools.pairwise(cuts)]
         merged = merge_topk(whole, k, offsets=cuts[:-1])
         expected = topk(queries, pool, k, backend=backend)
         assert torch.equal(merged.indices, expected.indices) and torch.equal(merged.scores, expected.scores)

@@ -63,6 +63,8 @@ def topk(
 
     [ours]
     """
+    if torch.compiler.is_compiling():
+        return TopK(*_topk_op(queries, pool, k, exclude, backend, precision, num_threads))
     arguments.check_choice("backend", backend, BACKENDS)
     arguments.check_choice("precision", precision, arguments.PRECISIONS)
     k = arguments.check_k(k)
@@ -81,6 +83,35 @@ def topk(
         if backend == "cpp":
             raise BackendError("topk", "cpp", {"cpp": reasons})
     return topk_torch(q, p, k, excluded, result, progress)
+
+
+@torch.library.custom_op("tgq_fast::topk", mutates_args=())
+def _topk_op(
+    queries: Tensor,
+    pool: Tensor,
+    k: int,
+    exclude: Tensor | None = None,
+    backend: str = "auto",
+    precision: str = "exact",
+    num_threads: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """:func:`topk` as a torch operator: what a compiled graph calls. Hits have no gradient."""
+    found = topk(queries, pool, k, exclude=exclude, backend=backend, precision=precision, num_threads=num_threads)
+    return found.scores, found.indices
+
+
+@_topk_op.register_fake
+def _(
+    queries: Tensor,
+    pool: Tensor,
+    k: int,
+    exclude: Tensor | None = None,
+    backend: str = "auto",
+    precision: str = "exact",
+    num_threads: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    shape = (queries.shape[0], k)
+    return queries.new_empty(shape, dtype=torch.float32), queries.new_empty(shape, dtype=torch.int64)
 
 
 def merge_topk(parts: Sequence[TopK], k: int, offsets: Sequence[int] | None = None) -> TopK:

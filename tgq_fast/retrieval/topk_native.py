@@ -67,7 +67,7 @@ def search(
         counters,
     )
     if status == _OUT_OF_MEMORY:
-        raise BackendError("topk", "cpp", {"cpp": ["out of memory: search fewer queries at a time or use fewer threads"]})
+        raise BackendError("topk", "cpp", {"cpp": ["out of memory: search fewer queries at a time"]})
     if status != _OK:
         raise TGQError(f"topk: the search core refused checked arguments (status {status}); please report this")
     if scores is not out.scores:
