@@ -7,6 +7,7 @@ import pickle
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from tgq_fast.models import features as features_module
 from tgq_fast.models.configuration import TGQFormerConfig
 from tgq_fast.models.encoding import FeatureExtractor, as_examples
 from tgq_fast.models.feature_files import ChunkedArray
-from tgq_fast.models.features import FeatureStore, image_digest
+from tgq_fast.models.features import FeatureStore, image_digest, in_order
 from tgq_fast.models.towers import TextTower, VisionTower, load_text_tower, load_vision_tower
 
 ROWS, CHUNK = 11, 3
@@ -121,6 +122,15 @@ def test_array_without_rows(tmp_path: Path) -> None:
     assert array["x"].shape == (0, 2)
 
 
+def test_decoding_runs_ahead_by_a_bounded_number() -> None:
+    started: list[int] = []
+    with ThreadPoolExecutor(2) as pool:
+        for consumed, value in enumerate(in_order(pool, lambda i: started.append(i) or i, range(200), 8), start=1):
+            assert value == consumed - 1
+            assert len(started) <= consumed + 8  # what is in flight does not grow with the input
+    assert sorted(started) == list(range(200))
+
+
 # ---------------------------------------------------------------- the store
 
 
@@ -206,6 +216,7 @@ def test_image_policies(
     assert caught.value.item_id == "i2"
     log = RejectLog(tmp_path / "rejects.jsonl")
     store = FeatureStore.open_or_build(catalog, *towers, config, tmp_path / "cache", on_error="skip", rejects=log)
+    FeatureStore.open_or_build(catalog, *towers, config, tmp_path / "cache", on_error="skip", rejects=log)
     assert set(store.invalid) == {2, 7} and [r.item_id for r in log] == ["i2", "i7"]
     assert store.valid.sum() == len(catalog) - 2
     with pytest.raises(ImageError, match="i7"):

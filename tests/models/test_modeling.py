@@ -167,6 +167,8 @@ def test_encode_accepts_every_form_of_item(build, catalog: Catalog) -> None:  # 
     as_array = model.encode(catalog, batch_size=4, convert_to_numpy=True, show_progress_bar=True)
     assert isinstance(as_array, np.ndarray) and np.array_equal(as_array, expected.numpy())
     assert model.encode([]).shape == (0, 16)
+    clear = Image.new("RGBA", (20, 20), (9, 9, 9, 0))  # transparency is laid on white, as for files
+    assert torch.equal(model.encode(clear), model.encode(Image.new("RGB", (20, 20), "white")))
 
 
 def test_encode_reads_cached_features(build, catalog: Catalog, store: FeatureStore, llama: Path) -> None:  # type: ignore[no-untyped-def]
@@ -198,6 +200,7 @@ def test_encode_policies(build, catalog: Catalog, tmp_path: Path) -> None:  # ty
         ([{"id": "a", "price": "cheap"}], {}, "price"),
         ([{"id": "a"}], {"fields": {"colour": "red"}}, "fields"),
         ([Image.new("RGB", (9, 9))], {"fields": [{}, {}]}, "fields"),
+        ([Image.new("RGB", (9, 9))], {"fields": {"color": "red"}}, "category, colour"),
         ([], {"batch_size": 0}, "batch_size"),
         ([], {"on_error": "ignore"}, "on_error"),
     ],

@@ -88,6 +88,45 @@ def test_dual_encoder_shares_a_space(clip: Path) -> None:
     torch.testing.assert_close(agreement, torch.stack([expected, torch.zeros(())]))
 
 
+@pytest.mark.parametrize(("kind", "tokens"), [("chinese-clip", 17), ("siglip", 16)])
+def test_other_dual_encoders(tmp_path: Path, kind: str, tokens: int) -> None:
+    folder = tiny.save_dual_encoder(tmp_path, kind)
+    vision = load_vision_tower(str(folder))
+    text = load_text_tower("dual_encoder", vision=vision)
+    assert (vision.num_tokens, vision.width) == (tokens, 24)
+    strings = ["category: shoe", "category: hat"]
+    pooled = text.encode_pooled(strings)
+    assert text.encode_fields(strings)[0].shape == (14, 20)
+    from transformers import AutoModel, AutoTokenizer
+
+    # As its own documentation calls it: SigLIP on texts padded to the full length, the others on the bare text.
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
+    with torch.no_grad():
+        for string, got in zip(strings, pooled, strict=True):
+            if kind == "siglip":
+                batch = tokenizer(string, padding="max_length", max_length=24, return_tensors="pt")
+                expected = model.get_text_features(input_ids=batch["input_ids"]).pooler_output
+            else:
+                expected = model.get_text_features(**tokenizer(string, return_tensors="pt")).pooler_output
+            torch.testing.assert_close(got, torch.nn.functional.normalize(expected[0], dim=0), rtol=1e-3, atol=1e-5)
+        pixels = vision.image_processor([picture()])
+        torch.testing.assert_close(vision(pixels)[1], model.get_image_features(pixel_values=pixels).pooler_output)
+    with pytest.raises(ArgumentError, match="positions"):
+        load_text_tower("dual_encoder", vision=vision, max_field_tokens=23)
+
+
+def test_convolutional_tower(tmp_path: Path) -> None:
+    from transformers import ResNetConfig, ResNetModel, ViTImageProcessorPil
+
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1], layer_type="basic")
+    ResNetModel(config).save_pretrained(tmp_path)
+    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    tower = load_vision_tower(str(tmp_path))
+    tokens, pooled = tower(tower.image_processor([picture()]))
+    assert tokens.shape == (1, 16, 12)
+    torch.testing.assert_close(pooled, tokens.mean(dim=1))  # ResNet's pooler is the mean over the grid
+
+
 def test_dual_encoder_text_needs_a_dual_encoder(vit: Path) -> None:
     with pytest.raises(ArgumentError, match="dual encoder"):
         load_text_tower("dual_encoder", vision=load_vision_tower(str(vit)))

@@ -11,12 +11,16 @@ from PIL import Image
 from tokenizers import Tokenizer, models
 from tokenizers.processors import TemplateProcessing
 from transformers import (
+    ChineseCLIPConfig,
+    ChineseCLIPModel,
     CLIPConfig,
     CLIPImageProcessorPil,
     CLIPModel,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
+    SiglipConfig,
+    SiglipModel,
     ViTConfig,
     ViTImageProcessorPil,
     ViTModel,
@@ -80,6 +84,23 @@ def save_clip(folder: Path) -> Path:
     }
     CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)).save_pretrained(folder)
     CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size=SIZE).save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+def save_dual_encoder(folder: Path, kind: str) -> Path:
+    """Chinese-CLIP (text width 20, shared 12) or SigLIP (24 throughout)."""
+    torch.manual_seed(0)
+    small = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 40}
+    text = {**small, "hidden_size": 20, "vocab_size": 99, "max_position_embeddings": 24, "pad_token_id": 0}
+    vision = {**small, "hidden_size": 24, "image_size": SIZE, "patch_size": 8}
+    if kind == "chinese-clip":
+        config = ChineseCLIPConfig(text_config=text, vision_config=vision, projection_dim=12)
+        ChineseCLIPModel(config).save_pretrained(folder)
+    else:
+        siglip = SiglipConfig(text_config={**text, "projection_size": 24}, vision_config=vision)
+        SiglipModel(siglip).save_pretrained(folder)
+    CLIPImageProcessorPil(size={"height": SIZE, "width": SIZE}, do_center_crop=False).save_pretrained(folder)
     save_tokenizer(folder)
     return folder
 

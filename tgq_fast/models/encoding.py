@@ -42,8 +42,13 @@ def as_examples(
     *,
     fields: Sequence[Mapping[str, object] | None] | Mapping[str, object] | None = None,
     root: str | Path | None = None,
+    known: Sequence[str] | None = None,
 ) -> list[Example]:
     """Bring everything that :meth:`TGQFormerModel.encode` accepts to one form.
+
+    Args:
+        items, fields, root: as there.
+        known: the names that `fields` may use; None: any.
 
     Raises:
         ArgumentError: an element is no item, a row breaks the catalogue's schema, or `fields` does not fit.
@@ -58,6 +63,8 @@ def as_examples(
     out = []
     for number, (given, extra) in enumerate(zip(items, each, strict=True)):
         name = f"#{number}"
+        if known is not None and (strange := sorted(set(extra or ()) - set(known))):
+            raise ArgumentError("fields", strange, "names of the guiding fields: " + ", ".join(known))
         if isinstance(given, Image.Image):
             out.append(Example(name, given, extra or {}, number))
         elif isinstance(given, (str, Path)):
@@ -93,6 +100,17 @@ def _from_row(row: Mapping[str, Any], name: str, number: int, root: Path) -> Exa
     elif not isinstance(image, Image.Image):
         raise ArgumentError("items", f"row {number}: image is a {type(image).__name__}", "a picture or a path")
     return Example(item.id, image, item, number)
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    """A picture in memory as RGB, transparency laid on white as :func:`tgq_fast.data.load_image` does."""
+    if image.mode == "RGB":
+        return image
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        canvas = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(canvas, image)
+    return image.convert("RGB")
 
 
 class FeatureExtractor:
@@ -151,8 +169,8 @@ class FeatureExtractor:
                 image = example.image
                 if isinstance(image, Path):
                     image = load_image(image, example.id)
-                elif image.mode != "RGB":
-                    image = image.convert("RGB")
+                else:
+                    image = on_white(image)
                 return self.processor.image_processor([image])[0]
             except ImageError as error:
                 return error

@@ -137,7 +137,7 @@ class FeatureStore:
             cache_dir: where caches live; None: `$TGQ_CACHE` or ~/.cache/tgq_fast.
             progress: called with (images done, images in all).
             on_error: "raise" on the first unusable image, or "skip" it (see `invalid`).
-            rejects: gets one entry per skipped image.
+            rejects: gets one entry per skipped image, unless it has it already.
             workers: threads that decode images.
             verify: check the sha256 of every chunk of a complete cache; damaged caches are made anew.
 
@@ -149,10 +149,12 @@ class FeatureStore:
             raise ArgumentError("on_error", repr(on_error), "'raise' or 'skip'")
         root = Path(cache_dir) if cache_dir is not None else cache_root()
         visual = _visual_features(catalog, vision, root, progress, on_error, workers, verify)
-        if rejects is not None:
+        if rejects is not None and visual.notes:
+            known = {(reject.item_id, reject.reason) for reject in rejects}  # a resumed run lists nothing twice
             for row, reason, detail in visual.notes:
                 item = catalog.items[row]
-                rejects.add(item.id, item.row, catalog.image_path(item), reason, detail)
+                if (item.id, reason) not in known:
+                    rejects.add(item.id, item.row, catalog.image_path(item), reason, detail)
         strings = sorted({s for item in catalog.items for s in field_strings(item, config.fields) if s is not None})
         tokens = _string_tokens(strings, text, root, verify)
         store = cls(catalog, config, visual, tokens, strings)

@@ -275,7 +275,8 @@ class TGQFormerModel(PreTrainedModel):
                 with a picture or a path), of pictures or of paths of pictures; or a single one.
             batch_size: items per batch.
             show_progress_bar: draw one on stderr.
-            fields: metadata of each picture (name → value), where `items` are pictures or paths.
+            fields: metadata of each picture (name → value, names of `config.fields`), where `items` are pictures or
+                paths.
             root: folder that relative file names refer to; a catalogue brings its own.
             on_error: "raise" on an unusable image, or "skip": its row is NaN, which every consumer refuses, so that
                 rows stay aligned with `items`.
@@ -289,7 +290,7 @@ class TGQFormerModel(PreTrainedModel):
 
         Raises:
             ImageError: policy "raise" and an image cannot be used.
-            ArgumentError: something is not an item, or `batch_size` < 1.
+            ArgumentError: something is not an item, `fields` names one that does not guide, or `batch_size` < 1.
         """
         if batch_size < 1:
             raise ArgumentError("batch_size", batch_size, "at least 1")
@@ -297,7 +298,7 @@ class TGQFormerModel(PreTrainedModel):
             raise ArgumentError("on_error", repr(on_error), "'raise' or 'skip'")
         single = isinstance(items, (Item, Mapping, Image.Image, str, Path))
         several: Any = [items] if single else items
-        examples = as_examples(several, fields=fields, root=root)
+        examples = as_examples(several, fields=fields, root=root, known=self.config.fields)
         result = torch.full((len(examples), self.config.embedding_size), float("nan"))
         training = self.training
         self.eval()
@@ -353,12 +354,19 @@ class TGQFormerModel(PreTrainedModel):
         save_directory: str | Path,
         is_main_process: bool = True,
         state_dict: Mapping[str, Tensor] | None = None,
+        push_to_hub: bool = False,
         **_: Any,
     ) -> None:
         """Write config.json, model.safetensors and processor_config.json; frozen weights are left out.
 
-        Each file appears atomically; the weights carry a digest that :meth:`from_pretrained` checks.
+        Each file appears atomically; the weights carry a digest that :meth:`from_pretrained` checks. Other arguments of
+        transformers' save_pretrained are accepted and have no effect.
+
+        Raises:
+            ArgumentError: `push_to_hub` is asked for.
         """
+        if push_to_hub:
+            raise ArgumentError("push_to_hub", True, "False", "Save to a folder and upload that with huggingface_hub.")
         if is_main_process:
             folder = Path(save_directory)
             checkpoint.save_model(folder, self.config, self.saved_state(state_dict), architecture=type(self).__name__)

