@@ -96,7 +96,7 @@ def write_report(
     if main.store.invalid:
         notes.append(f"{len(main.store.invalid)} item(s) have no usable picture and were left out or scored 0.")
     content = ReportContent(
-        title=f"{Path(catalog.root).resolve().name}: {split} split",
+        title=f"{main.name} on {Path(catalog.root).resolve().name}, {split} split",
         facts={
             "catalogue": Path(catalog.root).resolve().name,
             "items in the pool": f"{main.evaluation.pool_size:,}",

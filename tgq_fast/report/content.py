@@ -76,6 +76,7 @@ class AttentionMap:
         picture: the product picture.
         anchored, exploratory: overlays of the mean over each stream's queries; None when the stream is absent.
         queries: (label, overlay) of every single query.
+        peaks: greatest weight of the two mean maps, in multiples of even attention.
         overlap: cosine similarity of the two mean maps.
     """
 
@@ -86,6 +87,7 @@ class AttentionMap:
     anchored: str | None
     exploratory: str | None
     queries: Sequence[tuple[str, str]]
+    peaks: tuple[float, float]
     overlap: float | None
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from tgq_fast.report.content import GateStudy, RunResult
@@ -106,8 +107,8 @@ def metric_dots(runs: Sequence[RunResult], names: Sequence[str]) -> str:
 
 
 def curves(runs: Sequence[RunResult], name: str, title: str) -> str | None:
-    """One logged quantity of every run against the step; None when no run logged it."""
-    drawn = [(number, run.curves[name]) for number, run in enumerate(runs) if name in run.curves]
+    """One logged quantity of every run against the step; None when no run logged it twice."""
+    drawn = [(n, run.curves[name]) for n, run in enumerate(runs) if len(run.curves.get(name, ((),))[0]) > 1]
     if not drawn:
         return None
     with rc_context(_STYLE):
@@ -157,8 +158,9 @@ def gates_by_agreement(study: GateStudy) -> str | None:
     with rc_context(_STYLE):
         figure = Figure(figsize=(4.6 * len(drawn), 2.8))
         for axes, (title, values, colour) in zip(np.atleast_1d(figure.subplots(1, len(drawn))), drawn):
-            reach = max(0.02, float(np.abs(values).max()) * 1.05)
-            bins = np.linspace(-reach, reach, 33)
+            low, high = min(0.0, float(values.min())), max(0.0, float(values.max()))
+            margin = 0.05 * max(high - low, 1e-6)
+            bins = np.linspace(low - margin, high + margin, 34)
             for alpha, style, (label, mask) in zip((1.0, 0.75, 0.5), ("-", "--", ":"), groups):
                 if mask.any():
                     axes.hist(
@@ -172,6 +174,7 @@ def gates_by_agreement(study: GateStudy) -> str | None:
                         label=f"{label} (n={int(mask.sum())})",
                     )
             axes.axvline(0, color=_INK, linewidth=0.8)
+            axes.xaxis.set_major_locator(MaxNLocator(5))
             axes.set_title(f"{title}, mean over channels")
             axes.set_xlabel("closed ← gate → amplified")
             axes.set_ylabel("items")
@@ -243,8 +246,8 @@ def attention_overlay(image: Image.Image, weights: np.ndarray, *, side: int = 17
     """
     small = image.convert("RGB")
     small.thumbnail((side, side), Image.Resampling.LANCZOS)
-    top = np.quantile(weights, 0.99)
-    scaled = np.clip(weights / top, 0, 1) if top > 0 else np.zeros_like(weights)
+    span = float(np.ptp(weights))
+    scaled = (weights - weights.min()) / span if span > 0 else np.zeros_like(weights)
     heat = Image.fromarray((scaled * 255).astype(np.uint8)).resize(small.size, Image.Resampling.BICUBIC)
     strength = np.asarray(heat, dtype=np.float32)[..., None] / 255  # [H, W, 1]
     grey = np.asarray(small.convert("L"), dtype=np.float32)[..., None].repeat(3, axis=2)

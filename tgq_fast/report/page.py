@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import resources
 
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
 from tgq_fast.report import figures
-from tgq_fast.report.content import ReportContent
+from tgq_fast.report.content import ReportContent, RunResult
 
 __all__ = ["render"]
 
 _CURVES = (
     ("loss", "training loss"),
-    ("loss/multimodal", "InfoNCE of the item embedding"),
-    ("loss/redundancy", "redundancy (C_ii²)"),
-    ("eval", "validation H@10"),
+    ("eval/H@10", "validation H@10"),
+    ("loss/item", "InfoNCE of the item embedding"),
+    ("loss/visual", "InfoNCE of the visual embedding"),
+    ("loss/redundancy", "redundancy of the two streams (C_ii²)"),
+    ("loss/alignment", "alignment head"),
 )
 
 
@@ -30,7 +33,7 @@ def render(content: ReportContent) -> str:
         loader=FunctionLoader(_source), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.globals["series"] = figures.series_variable
-    names = list(dict.fromkeys(name for run in content.runs for name in run.metrics))
+    names = _shown(content.runs)
     drawn = [figures.curves(content.runs, name, title) for name, title in _CURVES]
     gates = content.gates
     return environment.get_template("page.html.j2").render(
@@ -50,6 +53,20 @@ def render(content: ReportContent) -> str:
     )
 
 
+def _shown(runs: Sequence[RunResult]) -> list[str]:
+    """Metrics of the table, families together; recall is left out where it is H@K anyway (one positive per query)."""
+    names = list(dict.fromkeys(name for run in runs for name in run.metrics))
+    shown = []
+    for family in ("H@", "Recall@", "MRR", "NDCG@", "1-NN"):
+        for name in names:
+            twin = name.replace("Recall", "H")
+            if name.startswith(family) and not (
+                family == "Recall@" and all(run.metrics.get(name) == run.metrics.get(twin) for run in runs)
+            ):
+                shown.append(name)
+    return shown
+
+
 def _plotted(names: list[str]) -> list[str]:
-    """Metrics of the dot plot: hit rates, recall and MRR; NDCG follows them closely and stays in the table."""
-    return [name for name in names if not name.startswith(("NDCG", "HR@"))]
+    """Metrics of the dot plot: the others follow these closely and stay in the table."""
+    return [name for name in names if name.startswith(("H@", "MRR"))]

@@ -85,6 +85,7 @@ def attention_maps(
                     (label, figures.attention_overlay(square, weight, side=96))
                     for label, weight in zip(labels, queries)
                 ],
+                peaks=(_peak(streams[0]), _peak(streams[1])),
                 overlap=None if streams[0] is None or streams[1] is None else _cosine(streams[0], streams[1]),
             )
         )
@@ -95,6 +96,11 @@ def _letterbox(image: Image.Image) -> Image.Image:
     """Square picture, as the vision towers see it."""
     side = max(image.size)
     return ImageOps.pad(image, (side, side), color=(255, 255, 255))
+
+
+def _peak(weights: np.ndarray | None) -> float:
+    """Greatest weight in multiples of even attention over the grid; 0 without a map."""
+    return 0.0 if weights is None or not weights.sum() else float(weights.max() * weights.size / weights.sum())
 
 
 def _cosine(left: np.ndarray, right: np.ndarray) -> float:
