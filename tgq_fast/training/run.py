@@ -283,7 +283,7 @@ def _run(
     log = _Log(folder / _LOG, start)
 
     def on_event(event: Event) -> None:
-        if event["event"] == "log":
+        if event["event"] == "log" and "train_loss" not in event:  # Trainer's summary of one call, not of the run
             log.add({name: value for name, value in event.items() if name != "event"})
         send(event)
 
