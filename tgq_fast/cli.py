@@ -114,7 +114,9 @@ def train(
         str | None,
         typer.Option(metavar="a,b,c", help="Metadata that may guide. Default: chosen by rule and printed."),
     ] = None,
-    epochs: Annotated[int, typer.Option(min=1)] = 3,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="Default: about 1,200 steps, at least 6 and at most 40 epochs.")
+    ] = None,
     seed: Annotated[int, typer.Option()] = 0,
     batch_size: Annotated[int, typer.Option(min=2, help="Pairs per step.")] = 64,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 5e-4,

@@ -32,7 +32,7 @@ def demo(
     fields: Annotated[
         str | None, typer.Option(metavar="a,b,c", help="Metadata that may guide; default: by rule.")
     ] = None,
-    epochs: Annotated[int, typer.Option(min=1)] = 8,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Default: as in tgq-fast train.")] = None,
     seed: Annotated[int, typer.Option()] = 0,
     batch_size: Annotated[int, typer.Option(min=2, help="Pairs per step.")] = 64,
     lr: Annotated[float, typer.Option()] = 5e-4,
@@ -60,14 +60,14 @@ def demo(
     names = found.fields if fields is None else [name.strip() for name in fields.split(",") if name.strip()]
     console.note("guiding fields: " + (", ".join(names) or "none"))
     overrides = {} if vision is None else {"vision_tower": vision}
-    runs, pools = {}, {}
+    runs, pools, trained = {}, {}, {}
     for connector in CONNECTORS:
         runs[connector], pools[connector] = out / "runs" / connector, out / "pools" / connector
         config = workflow.make_config(loaded, preset="tiny", connector=connector, fields=names, overrides=overrides)
         with step(
             f"tgq-fast train {catalog} --out {runs[connector]} --connector {connector} --fields {','.join(names)}"
         ):
-            workflow.train_run(
+            trained[connector] = workflow.train_run(
                 loaded,
                 config,
                 runs[connector],
@@ -111,7 +111,7 @@ def demo(
         "catalogue": str(catalog),
         "digest": loaded.digest(),
         "fields": names,
-        "epochs": epochs,
+        "training": trained,
         "seed": seed,
         "results": {name: result.to_dict() for name, result in results.items()},
     }

@@ -133,12 +133,26 @@ def open_store(catalog: Catalog, config: TGQFormerConfig, *, cache: Path | None,
         return FeatureStore.open_or_build(catalog, vision, text, config, cache, progress=advance, on_error=on_error)
 
 
+def steps_per_epoch(catalog: Catalog, batch_size: int) -> int:
+    """Optimiser steps in one pass over the unordered training pairs."""
+    import numpy as np
+
+    pairs = catalog.split_pairs("train")
+    ends = np.sort(np.stack((pairs.query, pairs.target), axis=1), axis=1)
+    return max(1, len(np.unique(ends, axis=0)) // batch_size)
+
+
+def default_epochs(catalog: Catalog, batch_size: int) -> int:
+    """As many epochs as make about 1,200 steps, but at least 6 and at most 40."""
+    return min(40, max(6, round(1200 / steps_per_epoch(catalog, batch_size))))
+
+
 def train_run(
     catalog: Catalog,
     config: TGQFormerConfig,
     out: Path,
     *,
-    epochs: int,
+    epochs: int | None = None,
     seed: int,
     batch_size: int,
     lr: float,
@@ -146,9 +160,10 @@ def train_run(
     cache: Path | None = None,
     on_error: Policy = "raise",
 ) -> dict[str, Any]:
-    """Train a run folder; returns its summary."""
+    """Train a run folder; returns its summary. Without `epochs`, see :func:`default_epochs`."""
     from tgq_fast.training import train
 
+    epochs = epochs or default_epochs(catalog, batch_size)
     with console.progress("training") as advance:
         steps = 0
 
@@ -175,6 +190,7 @@ def train_run(
             batch_size=batch_size,
             lr=lr,
             resume=resume,
+            log_steps=2 if steps_per_epoch(catalog, batch_size) < 20 else 10,
             on_error=on_error,
             cache_dir=cache,
             towers=load_towers(config),
@@ -184,6 +200,7 @@ def train_run(
         "run": str(result.path),
         "connector": config.connector,
         "fields": list(config.fields),
+        "epochs": epochs,
         "steps": result.steps,
         "best_step": result.best_step,
         "validation_H@10": result.best_metric,
@@ -363,7 +380,8 @@ def embed_in_memory(catalog: Catalog, model: TGQFormerModel, store: FeatureStore
     """[n, D] embeddings of a catalogue; items without a usable picture get a zero row, which scores 0 against all."""
     import torch
 
-    vectors = torch.as_tensor(model.encode(catalog, features=store, on_error="skip", batch_size=128))
+    # A copy: what encode returns belongs to inference mode and cannot be changed outside it.
+    vectors = torch.as_tensor(model.encode(catalog, features=store, on_error="skip", batch_size=128)).clone()
     vectors[list(store.invalid)] = 0.0
     return vectors
 

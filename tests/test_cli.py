@@ -1,0 +1,328 @@
+"""The command line end to end on a miniature catalogue with tiny random towers, and how it fails."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+from typer.testing import CliRunner
+
+from tgq_fast import cli, console, workflow
+from tgq_fast.data import Catalog, write_demo_catalog
+from tgq_fast.errors import ArgumentError
+
+SMALL = ("hidden_size=16", "num_attention_heads=2", "num_hidden_layers=1", "intermediate_size=24", "embedding_size=8")
+
+
+def call(*arguments: object, code: int = 0) -> Any:
+    result = CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+    assert result.exit_code == code, (result.exit_code, result.stdout, result.stderr, result.exception)
+    return result
+
+
+@dataclass
+class World:
+    """Folders of one run through the verbs."""
+
+    catalog: Path
+    run: Path
+    other: Path
+    pool: Path
+    options: tuple[object, ...]
+    trained: dict[str, Any]
+    embedded: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    root = tmp_path_factory.mktemp("cli")
+    patch = pytest.MonkeyPatch()
+    patch.setenv("TGQ_CACHE", str(root / "cache"))
+    clip = tiny_models.save_clip(root / "clip")
+    catalog = write_demo_catalog(root / "shop", groups=10, variants=3, image_size=40)
+    common = (
+        "--vision",
+        clip,
+        "--text",
+        "dual_encoder",
+        "--epochs",
+        1,
+        "--batch-size",
+        4,
+        "--fields",
+        "category,material",
+    )
+    common += tuple(part for entry in SMALL for part in ("--set", entry))
+    first = call("train", catalog, "--out", root / "tgq", *common, "--seed", 3, "--json")
+    call("train", catalog, "--out", root / "qformer", *common, "--connector", "qformer", "--no-match-budget")
+    second = call("embed", catalog, "--model", root / "tgq", "--out", root / "pool", "--shard-size", 7, "--json")
+    documents = [json.loads(result.stdout) for result in (first, second)]
+    yield World(catalog, root / "tgq", root / "qformer", root / "pool", common, *documents)
+    patch.undo()
+
+
+def test_train_says_what_it_did(world: World) -> None:
+    assert world.trained["fields"] == ["category", "material"]
+    assert world.trained["seed"] == 3 and world.trained["epochs"] == 1
+    assert (world.run / "model.safetensors").is_file() and (world.run / "training_log.jsonl").is_file()
+
+
+def test_a_finished_run_is_not_overwritten(world: World) -> None:
+    before = (world.run / "model.safetensors").read_bytes()
+    result = call("train", world.catalog, "--out", world.run, *world.options, "--seed", 3, code=2)
+    assert "already holds" in result.stderr
+    assert (world.run / "model.safetensors").read_bytes() == before
+
+
+def test_embed_holds_every_item_and_runs_again_without_work(world: World) -> None:
+    assert world.embedded["embedded"] == world.embedded["items"] == 30
+    files = {path.name: path.read_bytes() for path in world.pool.iterdir()}
+    again = json.loads(
+        call("embed", world.catalog, "--model", world.run, "--out", world.pool, "--shard-size", 7, "--json").stdout
+    )
+    assert again["resumed"] == 30
+    assert {path.name: path.read_bytes() for path in world.pool.iterdir()} == files
+
+
+def test_search_by_item_leaves_the_item_out_and_names_products(world: World) -> None:
+    catalog = Catalog.load(world.catalog)
+    document = json.loads(call("search", world.pool, "--item", catalog.ids[4], "-k", 5, "--json").stdout)
+    hits = document["hits"]
+    assert len(hits) == 5 and catalog.ids[4] not in [hit["id"] for hit in hits]
+    assert [hit["score"] for hit in hits] == sorted((hit["score"] for hit in hits), reverse=True)
+    first = catalog.items[catalog.index(hits[0]["id"])]
+    assert (hits[0]["title"], hits[0]["brand"]) == (first.title, first.brand)
+    assert Path(hits[0]["file"]) == catalog.image_path(first).resolve()
+    shown = call("search", world.pool, "--item", catalog.ids[4], "-k", 3).stdout
+    assert hits[0]["id"] in shown
+
+
+def test_search_by_picture_finds_the_same_picture(world: World) -> None:
+    item = Catalog.load(world.catalog).items[7]
+    fields = [
+        part for name in ("category", "material") if (v := item.field(name)) for part in ("--field", f"{name}={v}")
+    ]
+    arguments = ("search", world.pool, "--image", world.catalog / str(item.file_name), *fields, "--model", world.run)
+    (hit,) = json.loads(call(*arguments, "-k", 1, "--json").stdout)["hits"]
+    assert hit["id"] == item.id and hit["score"] == pytest.approx(1.0, abs=1e-3)
+
+
+def test_evaluate_writes_the_same_numbers_to_file_and_stdout(world: World, tmp_path: Path) -> None:
+    arguments = ("evaluate", world.catalog, "--model", world.run, "--k", "1,5", "--json")
+    shown = call(*arguments, tmp_path / "e.json", "--pool", world.pool).stdout
+    filed = json.loads((tmp_path / "e.json").read_text())
+    printed = json.loads(call(*arguments, "-").stdout)
+    assert filed == printed
+    assert set(filed) == {"catalogue", "model", "tgq", workflow.FLOOR}
+    metric = filed["tgq"]["metrics"]["H@5"]
+    assert 0 <= metric["low"] <= metric["value"] <= metric["high"] <= 1
+    assert f"{metric['value']:.3f}" in shown and "H@5" in shown
+
+
+def test_evaluate_refuses_the_pool_of_another_model(world: World) -> None:
+    result = call("evaluate", world.catalog, "--model", world.other, "--pool", world.pool, code=2)
+    assert "another model" in result.stderr
+
+
+def test_report_compares_runs_in_one_file(world: World, tmp_path: Path) -> None:
+    out = tmp_path / "report.html"
+    arguments = ("report", world.catalog, "--model", world.run, "--model", world.other, "--k", "1,5", "--examples", 3)
+    summary = json.loads(call(*arguments, "--out", out, "--json").stdout)
+    page = out.read_text(encoding="utf-8")
+    assert summary["bytes"] == len(page.encode()) and summary["gates"] and summary["attention_maps"] > 0
+    assert set(summary["runs"]) == {"tgq", "qformer"}
+    value = summary["runs"]["tgq"]["metrics"]["H@5"]["value"]
+    assert f"{value:.3f}" in page and "✗ miss" in page
+    assert "http://" not in page.replace("http://www.w3.org/", "") and "https://" not in page
+
+
+def test_report_of_a_run_without_streams_says_so(world: World, tmp_path: Path) -> None:
+    arguments = (
+        "report",
+        world.catalog,
+        "--model",
+        world.other,
+        "--out",
+        tmp_path / "r.html",
+        "--examples",
+        1,
+        "--json",
+    )
+    summary = json.loads(call(*arguments).stdout)
+    assert not summary["gates"] and summary["attention_maps"] == 0
+    assert any("no anchored and exploratory streams" in note for note in summary["notes"])
+
+
+def test_validate_lists_problems_with_rows_and_exits_3(world: World, tmp_path: Path) -> None:
+    good = json.loads(call("validate", world.catalog, "--json").stdout)
+    assert good["ok"] and good["items"] == 30 and "category" in good["suggested_fields"]
+    broken = write_demo_catalog(tmp_path / "broken", groups=2, variants=2, image_size=32)
+    with open(broken / "metadata.jsonl", "a") as file:
+        file.write('{"id": 7\n')
+    next((broken / "images").iterdir()).write_bytes(b"no picture")
+    result = call("validate", broken, "--json", "--rejects", tmp_path / "rejects.jsonl", code=3)
+    found = json.loads(result.stdout)
+    assert not found["ok"] and found["problems"][0].startswith("row 5") and len(found["image_problems"]) == 1
+    assert len((tmp_path / "rejects.jsonl").read_text().splitlines()) == 2
+    assert "row 5" in call("validate", broken, "--no-images", code=3).stderr
+
+
+def test_broken_catalogue_stops_training_unless_skipped(world: World, tmp_path: Path) -> None:
+    broken = write_demo_catalog(tmp_path / "broken", groups=6, variants=3, image_size=32)
+    next((broken / "images").iterdir()).write_bytes(b"no picture")
+    common = (*world.options, "--fields", "category", "--batch-size", 2)
+    result = call("train", broken, "--out", tmp_path / "run", *common, code=3)
+    assert "item demo-" in result.stderr
+    call("train", broken, "--out", tmp_path / "skipped", *common, "--on-error", "skip")
+    pool = tmp_path / "pool"
+    arguments = ("embed", broken, "--model", tmp_path / "skipped", "--out", pool, "--on-error", "skip", "--json")
+    assert json.loads(call(*arguments).stdout)["rejected"] == 1
+    call("evaluate", broken, "--model", tmp_path / "skipped", "--pool", pool, "--on-error", "skip")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("train", "CATALOG", "--out", "RUN", "--fields", "flavour"), "flavour"),
+        (("train", "CATALOG", "--out", "RUN", "--connector", "tqg"), "tqg"),
+        (("train", "CATALOG", "--out", "RUN", "--set", "hidden_sise=8"), "hidden_sise"),
+        (("train", "CATALOG", "--out", "RUN", "--set", "hidden_size"), "name=value"),
+        (("train", "CATALOG", "--out", "RUN", "--set", "connector=mlp"), "have options"),
+        (("train", "CATALOG", "--out", "RUN", "--vision", "/no/such/tower"), "/no/such/tower"),
+        (("embed", "CATALOG", "--model", "/no/run", "--out", "POOL"), "no such run folder"),
+        (("search", "/no/pool", "--item", "x"), "/no/pool"),
+        (("search", "POOLED"), "--item ID or --image FILE"),
+        (("search", "POOLED", "--item", "a", "--image", "b"), "--item ID or --image FILE"),
+        (("search", "POOLED", "--item", "nobody"), "nobody"),
+        (("search", "POOLED", "--item", "demo-0001", "--field", "category=mug"), "--field"),
+        (("search", "POOLED", "--image", "x.jpg"), "--model"),
+        (("evaluate", "CATALOG", "--model", "TRAINED", "--k", "ten"), "1,10,100"),
+        (("evaluate", "CATALOG", "--model", "TRAINED", "--split", "tset"), "tset"),
+        (("report", "CATALOG", "--model", "TRAINED", "--pool", "p", "--pool", "q", "--out", "r.html"), "2 pools"),
+        (("import", "etsy", "CATALOG", "--out", "x"), "etsy"),
+    ],
+)
+def test_wrong_input_is_one_clear_message_and_exit_2(
+    world: World, tmp_path: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    places = {"CATALOG": world.catalog, "RUN": tmp_path / "run", "POOL": tmp_path / "pool"}
+    places |= {"POOLED": world.pool, "TRAINED": world.run}
+    result = call(*(places.get(argument, argument) for argument in arguments), code=2)
+    assert message in result.stderr.replace("\n", " ")
+    assert "Traceback" not in result.stderr and result.stdout == ""
+
+
+def test_errors_under_json_are_one_document(world: World) -> None:
+    result = call("search", world.pool, "--item", "nobody", "--json", code=2)
+    error = json.loads(result.stdout)["error"]
+    assert error["type"] == "ArgumentError" and error["exit_code"] == 2 and "nobody" in error["message"]
+
+
+def test_picture_that_is_none_exits_3(world: World, tmp_path: Path) -> None:
+    (tmp_path / "x.jpg").write_bytes(b"no picture")
+    call("search", world.pool, "--image", tmp_path / "x.jpg", "--model", world.run, code=3)
+
+
+def test_corrupt_checkpoint_is_refused(world: World, tmp_path: Path) -> None:
+    import shutil
+
+    damaged = tmp_path / "run"
+    shutil.copytree(world.run, damaged)
+    weights = damaged / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 0xFF
+    weights.write_bytes(bytes(data))
+    assert "error:" in call("evaluate", world.catalog, "--model", damaged, code=2).stderr
+
+
+def test_unexpected_errors_and_interrupts_have_their_codes(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def explode(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("boom")
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(workflow, "load_catalog", explode)
+    result = call("embed", world.catalog, "--model", world.run, "--out", "p", code=1)
+    assert "boom" in result.stderr and "--debug" in result.stderr and "Traceback" not in result.stderr
+    assert "Traceback" in call("--debug", "embed", world.catalog, "--model", world.run, "--out", "p", code=1).stderr
+    monkeypatch.setattr(workflow, "load_catalog", interrupt)
+    assert "interrupted" in call("embed", world.catalog, "--model", world.run, "--out", "p", code=130).stderr
+
+
+def test_import_turns_a_download_into_a_catalogue(tmp_path: Path) -> None:
+    from PIL import Image
+
+    source = tmp_path / "source"
+    (source / "images").mkdir(parents=True)
+    header = "id,gender,masterCategory,subCategory,articleType,baseColour,season,year,usage,productDisplayName\n"
+    rows = [f"{n},Men,Apparel,Topwear,Shirts,Blue,Fall,2011,Casual,Acme Men Blue Shirt {n}\n" for n in (1, 2)]
+    (source / "styles.csv").write_text(header + "".join(rows))
+    for number in (1, 2):
+        Image.new("RGB", (60, 80), (number * 90, 20, 20)).save(source / "images" / f"{number}.jpg")
+    result = json.loads(call("import", "fashion", source, "--out", tmp_path / "c", "--copy", "--json").stdout)
+    assert result["items"] == 2
+    assert call("validate", tmp_path / "c").exit_code == 0
+
+
+def test_every_verb_has_help_with_an_example() -> None:
+    for verb in ("validate", "train", "embed", "search", "evaluate", "report", "import", "doctor"):
+        assert f"tgq-fast {verb}" in " ".join(call(verb, "--help").stdout.split())
+
+
+def test_help_loads_neither_torch_nor_transformers() -> None:
+    code = "import sys; from tgq_fast import cli; print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_doctor_reports_backends_with_reasons() -> None:
+    document = json.loads(call("doctor", "--json").stdout)
+    backends = {check["name"]: check for check in document["backends"]}
+    assert document["ok"] and backends["torch"]["ok"]
+    assert all(check["detail"] for check in backends.values())
+    assert "torch" in call("doctor").stdout
+
+
+def test_default_epochs_follow_the_number_of_pairs(world: World) -> None:
+    catalog = Catalog.load(world.catalog)
+    pairs = workflow.steps_per_epoch(catalog, 1)
+    assert workflow.default_epochs(catalog, 64) == 40
+    assert workflow.steps_per_epoch(catalog, 10**6) == 1
+    assert pairs == len({frozenset(p) for p in zip(*(s.tolist() for s in _train(catalog)))})
+
+
+def _train(catalog: Catalog) -> tuple[Any, Any]:
+    pairs = catalog.split_pairs("train")
+    return pairs.query, pairs.target
+
+
+def test_default_fields_are_chosen_and_unknown_presets_refused(world: World) -> None:
+    catalog = Catalog.load(world.catalog)
+    vision = str(world.run.parent / "clip")
+    overrides = {"vision_tower": vision, "text_tower": "dual_encoder"}
+    config = workflow.make_config(catalog, preset="tiny", overrides=overrides)
+    assert "category" in config.fields and not {"title", "brand", "price"} & set(config.fields)
+    assert config.visual_width == 24 and config.num_visual_tokens == 17
+    other = workflow.make_config(catalog, preset="tiny", connector="qformer", overrides=overrides)
+    assert other.intermediate_size != config.intermediate_size  # same budget, other width
+    with pytest.raises(ArgumentError, match="preset"):
+        workflow.make_config(catalog, preset="huge")
+
+
+def test_exit_codes_are_documented() -> None:
+    text = " ".join(call("--help").stdout.split())
+    for code in (
+        console.EXIT_OK,
+        console.EXIT_INTERNAL,
+        console.EXIT_USAGE,
+        console.EXIT_DATA,
+        console.EXIT_INTERRUPTED,
+    ):
+        assert f"{code} " in text
