@@ -211,12 +211,12 @@ class FeatureStore:
         tokens, mask, field_ids = pack_fields(
             [[encoded.get(int(i)) for i in row] for row in ids], flat.shape[1], self.config.max_metadata_tokens
         )
-        global_image = torch.from_numpy(self.global_image[rows].astype(np.float32))
+        global_image = torch.from_numpy(self.global_image[rows]).float()
         agreement = None
         if "pooled" in self._tokens:
             pooled = {i: torch.from_numpy(self._tokens["pooled"][i].astype(np.float32)) for i in unique}
             agreement = text_agreement(global_image, [[pooled.get(int(i)) for i in row] for row in ids])
-        visual = torch.from_numpy(self.visual[rows].astype(np.float32))
+        visual = torch.from_numpy(self.visual[rows]).float()  # [B, L, dv]
         visual_mask = None
         if not self._has_image_everywhere:
             visual_mask = torch.from_numpy(self.has_image[rows])[:, None].expand(-1, visual.shape[1]).contiguous()

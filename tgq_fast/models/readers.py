@@ -67,12 +67,16 @@ class ReaderLayer(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, wide), nn.GELU(), nn.Dropout(dropout), nn.Linear(wide, width))
         self.drop = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """x [B, S, d], mask [B, S, S] bool (True: the row sees the column) → [B, S, d]."""
-        batch, length, width = x.shape
-        q, k, v = self.qkv(self.norm_attention(x)).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        seen = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None])  # [B, H, S, d/H]
-        x = x + self.drop(self.out(seen.transpose(1, 2).reshape(batch, length, width)))
+    def forward(self, x: Tensor, mask: Tensor, rows: slice = slice(None)) -> Tensor:
+        """x [B, S, d], mask [B, S, S] bool (True: the row sees the column) → [B, S', d], the chosen rows only."""
+        batch, width = x.shape[0], x.shape[2]
+        normed, x = self.norm_attention(x), x[:, rows]
+        weight, bias = self.qkv.weight, self.qkv.bias
+        q = F.linear(normed[:, rows], weight[:width], bias[:width]).view(batch, x.shape[1], 1, self.heads, -1)
+        kv = F.linear(normed, weight[width:], bias[width:]).view(batch, normed.shape[1], 2, self.heads, -1)
+        (q,), (k, v) = q.permute(2, 0, 3, 1, 4), kv.permute(2, 0, 3, 1, 4)  # [B, H, S, d/H]
+        seen = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, rows])
+        x = x + self.drop(self.out(seen.transpose(1, 2).reshape(batch, -1, width)))
         return x + self.drop(self.mlp(self.norm_mlp(x)))
 
 
@@ -123,9 +127,10 @@ class LightReader(nn.Module):
         rank = torch.tensor([0] * (1 + num_visual) + [1] * num_text + [2], device=x.device)
         real = torch.cat((mask.new_ones(batch, 1 + num_visual), mask, mask.new_ones(batch, 1)), dim=1)
         sees = (rank[None, :] <= rank[:, None]) & real[:, None, :]  # [B, S, S]
-        for layer in self.layers:
-            x = layer(x, sees)
-        x = self.norm(x[:, [0, -1]])
+        ends = slice(None, None, x.shape[1] - 1)  # the two readouts: all that the last layer has to give
+        for number, layer in enumerate(self.layers, start=1):
+            x = layer(x, sees, ends if number == len(self.layers) else slice(None))
+        x = self.norm(x if len(self.layers) else x[:, ends])  # [B, 2, d]
         return self.readout(x[:, 1], x[:, 0])
 
 
