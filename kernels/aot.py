@@ -1,0 +1,221 @@
+"""Compile any kernel for any GPU without one, and read what the machine code says about it.
+
+Triton compiles ahead of time for a named architecture and its wheel carries the disassembler, so that spills, local
+memory, shared memory and the instructions used are facts that a machine without a GPU can check. Speed is not.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from tgq_fast.kernels import absorbed, contrastive, modulation, redundancy, streams
+from tgq_fast.kernels.tiling import FOLDER
+
+# Bytes of shared memory that one block may use.
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+# Instructions that feed the tensor cores, by architecture: warpgroup and tensor-memory forms first.
+MATRIX = {80: ("HMMA",), 90: ("HGMMA", "HMMA"), 100: ("UTCHMMA", "HMMA")}
+_BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+_NAMES = {"bf16": 16, "fp16": 16, "fp32": 32}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """How to type the parameters of a kernel; integers without an entry are 32-bit sizes or strides.
+
+    Attributes:
+        function: the jitted function.
+        element: pointers to the compute dtype.
+        fp32, mask, index: pointers to fp32, bool and int64.
+        floats: fp32 scalars.
+        ones: strides that are 1 in every launch of interest.
+        flags: compile-time switches beside the tile.
+        width: compile-time width that the launcher derives from the shapes, and the bound of the tile row it follows.
+        tile: name in the tile tables, when it is not the kernel's own.
+        bits: element widths it is launched with.
+        matrix: whether it multiplies matrices.
+    """
+
+    function: Any
+    element: str
+    fp32: str = ""
+    mask: str = ""
+    index: str = ""
+    floats: str = ""
+    ones: str = ""
+    flags: tuple[tuple[str, Any], ...] = ()
+    width: tuple[str, str] | None = None
+    tile: str | None = None
+    bits: tuple[int, ...] = (16, 32)
+    matrix: bool = True
+
+
+_HEAD = ("BLOCK_D", "max_head")
+_RANK = ("RANK", "max_rank")
+_STREAM = (("MODE", 1), ("SEES_TEXT", False), ("HAS_MASK", True))
+KERNELS: dict[str, Kernel] = {
+    "absorbed_forward": Kernel(
+        absorbed.absorbed_forward, "q x out", "lse entropy mass", "key_mask key_group", floats="scale",
+        flags=(("HAS_MASK", True), ("HAS_GROUP", True), ("WANT_ENTROPY", True)),
+    ),
+    "absorbed_backward_rows": Kernel(
+        absorbed.absorbed_backward_rows, "q x d_out d_q", "lse delta", "key_mask", floats="scale",
+        flags=(("HAS_MASK", True), ("ACCUMULATE", False)),
+    ),
+    "absorbed_backward_tokens": Kernel(
+        absorbed.absorbed_backward_tokens, "q x d_out d_x", "lse delta", "key_mask", floats="scale",
+        flags=(("HAS_MASK", True), ("ACCUMULATE", False)),
+    ),
+    "stream_forward": Kernel(
+        streams.stream_forward, "q k v out", "lse entropy mass", "key_mask key_group", floats="scale",
+        flags=(*_STREAM, ("HAS_GROUP", False), ("WANT_ENTROPY", False)), width=_HEAD,
+    ),
+    "stream_backward_rows": Kernel(
+        streams.stream_backward_rows, "q k v out d_out d_q", "lse delta", "key_mask", floats="scale", flags=_STREAM,
+        width=_HEAD,
+    ),
+    "stream_backward_keys": Kernel(
+        streams.stream_backward_keys, "q k v d_out d_k d_v", "lse delta", "key_mask", floats="scale", flags=_STREAM,
+        width=_HEAD,
+    ),
+    "modulation_forward": Kernel(
+        modulation.modulation_forward,
+        "a e agreement has_metadata image flag_a w1a b1a w2a b2a w1e b1e w2e b2e out_a out_e gate_a gate_e mean_a "
+        "mean_e",
+        "pre_a pre_e moments", floats="alpha", ones="b2_c", flags=(("WANT_MOMENTS", True),), width=_RANK,
+    ),
+    "modulation_backward": Kernel(
+        modulation.modulation_backward,
+        "a e d_out_a d_out_e d_gate_a d_gate_e d_mean_a d_mean_e gate_a gate_e w1a w2a w1e w2e d_a d_e d_image",
+        "pre_a pre_e d_logit_a d_logit_e d_pre_a d_pre_e", floats="alpha", ones="gate_c",
+        flags=(("HAS_D_GATE", True), ("HAS_D_MEAN", True)), width=_RANK,
+    ),
+    "block_moments": Kernel(redundancy.block_moments, "a e", "out", tile="redundancy", matrix=False),
+    "merge_moments": Kernel(
+        redundancy.merge_moments, "", "moments merged terms", floats="eps", tile="redundancy_merge", bits=(32,),
+        matrix=False,
+    ),
+    "redundancy_backward": Kernel(
+        redundancy.redundancy_backward, "a e d_a d_e", "merged d_loss", floats="eps", tile="redundancy", matrix=False
+    ),
+    "contrastive_forward": Kernel(
+        contrastive.contrastive_forward, "x log_scale lse picked", index="rows positives groups",
+        flags=(("HAS_GROUPS", True),), bits=(32,),
+    ),
+    "contrastive_backward_anchors": Kernel(
+        contrastive.contrastive_backward_anchors, "x log_scale lse d_x d_scale", index="rows positives groups",
+        flags=(("HAS_GROUPS", True),), tile="contrastive_backward", bits=(32,),
+    ),
+    "contrastive_backward_items": Kernel(
+        contrastive.contrastive_backward_items, "x log_scale lse d_x", index="rows positives groups",
+        flags=(("HAS_GROUPS", True),), tile="contrastive_backward", bits=(32,),
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the compiler and disassembler say: resources of one thread or block and instruction counts by opcode."""
+
+    kernel: str
+    arch: int
+    dtype: str
+    options: dict[str, int]
+    registers: int
+    stack: int
+    local: int
+    shared: int
+    opcodes: Counter[str]
+
+    def count(self, prefix: str) -> int:
+        """Instructions whose opcode starts with `prefix`."""
+        return sum(n for opcode, n in self.opcodes.items() if opcode.startswith(prefix))
+
+    @property
+    def matrix(self) -> str | None:
+        """The best matrix instruction present."""
+        return next((name for name in MATRIX[self.arch] if self.count(name)), None)
+
+    @property
+    def wide_loads(self) -> int:
+        """16-byte loads from global memory, direct or asynchronous to shared memory."""
+        return sum(
+            n for op, n in self.opcodes.items() if op.startswith(("LDG", "LDGSTS")) and (".128" in op)
+        ) + self.count("UTMALDG")
+
+    @property
+    def spills(self) -> int:
+        """Accesses to local memory."""
+        return self.count("LDL") + self.count("STL")
+
+
+def rows(name: str, arch: int, bits: int) -> list[dict[str, int]]:
+    """Tile rows of a kernel in the shipped table of an architecture."""
+    data = json.loads((FOLDER / f"sm_{arch}.json").read_text(encoding="utf-8"))
+    return data["kernels"].get(KERNELS[name].tile or name, {}).get(str(bits), [])
+
+
+def variants(archs: tuple[int, ...] = (80, 90, 100)) -> Iterator[tuple[str, int, int, dict[str, int]]]:
+    """Every (kernel, architecture, element width, tile row) that is shipped."""
+    for arch in archs:
+        for name, kernel in KERNELS.items():
+            for bits in kernel.bits:
+                for row in rows(name, arch, bits):
+                    yield name, arch, bits, row
+
+
+def build(name: str, arch: int, dtype: str, row: dict[str, int], precision: str = "ieee") -> Report:
+    """Compile one kernel with one tile row and disassemble it.
+
+    Args:
+        arch: 80, 90 or 100.
+        dtype: "bf16", "fp16" or "fp32".
+    """
+    kernel = KERNELS[name]
+    options = {key: value for key, value in row.items() if not key.startswith("max_")}
+    launch = {key: options.pop(key) for key in ("num_warps", "num_stages")}
+    constants = {**dict(kernel.flags), "PRECISION": precision, **options}
+    if kernel.width is not None:
+        constants[kernel.width[0]] = row[kernel.width[1]]
+    types = {**dict.fromkeys(kernel.element.split(), f"*{dtype}"), **dict.fromkeys(kernel.fp32.split(), "*fp32")}
+    types |= {**dict.fromkeys(kernel.mask.split(), "*i1"), **dict.fromkeys(kernel.index.split(), "*i64")}
+    types |= dict.fromkeys(kernel.floats.split(), "fp32")
+    signature, values, hints = {}, {}, {}
+    for position, parameter in enumerate(kernel.function.params):
+        key = parameter.name
+        if parameter.is_constexpr or key in kernel.ones.split():
+            signature[key], values[(position,)] = "constexpr", constants.get(key, 1)
+            continue
+        signature[key] = types.get(key, "i32")
+        if signature[key].startswith("*") or (signature[key] == "i32" and not parameter.do_not_specialize):
+            hints[(position,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel.function, signature, values, hints)
+    built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch)
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(built.asm["cubin"])
+        usage = _run("cuobjdump", "-res-usage", str(cubin))
+        listing = _run("nvdisasm", "-c", str(cubin))
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
+    if found is None:
+        raise RuntimeError(f"cuobjdump reported no resources for {name}: {usage[-400:]}")
+    pattern = r"^\s+(?:\/\*[0-9a-f]+\*\/\s+)?(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)"
+    opcodes = Counter(re.findall(pattern, listing, re.MULTILINE))
+    registers, stack, local = map(int, found.groups())
+    return Report(name, arch, dtype, launch | options, registers, stack, local, built.metadata.shared, opcodes)
+
+
+def _run(tool: str, *arguments: str) -> str:
+    return subprocess.run([str(_BINARIES / tool), *arguments], capture_output=True, text=True, check=True).stdout
