@@ -1,0 +1,170 @@
+"""Exact top-k over a whole pool against every exact peer that is installed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from benchmarks.cases.common import register_all
+from benchmarks.cases.search_peers import Problem, variants
+from benchmarks.cases.tensors import dtype_of
+from benchmarks.ceilings import Work
+from benchmarks.parity import Verdict
+from benchmarks.registry import Case, Setting, UnavailableError, Variant, Workload
+
+_CHECKED_QUERIES = 64
+_ROWS_AT_A_TIME = 65536
+
+
+def _random(rows: int, width: int, generator: torch.Generator, device: str) -> Tensor:
+    return normalize(torch.randn(rows, width, generator=generator, device=device), dim=-1)
+
+
+def _clustered(rows: int, width: int, generator: torch.Generator, device: str) -> Tensor:
+    """Tight clusters of about a thousand items: cosines inside one differ by about 1e-6."""
+    centres = _random(max(2, rows // 1000), width, generator, device)
+    chosen = torch.randint(0, len(centres), (rows,), generator=generator, device=device)
+    noise = torch.randn(rows, width, generator=generator, device=device) * (1e-3 * width**-0.5)
+    return normalize(centres[chosen] + noise, dim=-1)
+
+
+def load_embeddings(path: Path | None) -> Tensor:
+    """Real embeddings [n, D] fp32 from an item pool folder or a .npy file.
+
+    Raises:
+        UnavailableError: no path was given, or nothing is there.
+    """
+    if path is None:
+        raise UnavailableError("no real embeddings: name an item pool folder or .npy file with --embeddings")
+    if path.is_dir():
+        from tgq_fast.retrieval import ItemPool
+
+        with ItemPool.open(path) as pool:
+            return pool.embeddings().float()
+    if not path.is_file():
+        raise UnavailableError(f"no real embeddings at {path}")
+    import numpy as np
+
+    return normalize(torch.from_numpy(np.load(path, allow_pickle=False)).float(), dim=-1)
+
+
+def _problem(case: Case, sizes: dict[str, Any], setting: Setting) -> Problem:
+    generator = torch.Generator(setting.device).manual_seed(0)
+    rows, width, queries = sizes["pool"], sizes["D"], sizes["Q"]
+    data = sizes["data"]
+    if data == "real" and not setting.tiny:
+        found = load_embeddings(setting.embeddings).to(setting.device)
+        sizes |= {"pool": len(found), "D": found.shape[1], "Q": len(found) if sizes["self_join"] else queries}
+        pool, queries = found, sizes["Q"]
+    else:
+        draw = _clustered if data == "clustered" else _random
+        pool = draw(rows, width, generator, setting.device)
+    pool = pool.to(dtype_of(case))
+    if sizes["self_join"]:
+        query_sets = [pool]
+    elif data == "random":
+        query_sets = [_random(queries, pool.shape[1], generator, setting.device).to(pool.dtype) for _ in range(3)]
+    else:  # items of the pool, as in item-to-item retrieval
+        query_sets = []
+        for _ in range(3):
+            chosen = torch.randint(0, len(pool), (queries,), generator=generator, device=setting.device)
+            query_sets.append(pool[chosen])
+    return Problem(pool, query_sets, sizes["k"], setting.threads)
+
+
+class _Truth:
+    """Exact scores in fp64 of a few queries, and how far a result falls short of them."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.queries = problem.queries[0][:_CHECKED_QUERIES].double()
+        self.pool, self.k = problem.pool, min(problem.k, len(problem.pool))
+        best = self.queries.new_empty(len(self.queries), 0)
+        for first in range(0, len(self.pool), _ROWS_AT_A_TIME):
+            scores = self.queries @ self.pool[first : first + _ROWS_AT_A_TIME].double().T
+            best = torch.cat((best, scores), dim=1).topk(min(self.k, best.shape[1] + scores.shape[1]), dim=1).values
+        self.best = best  # [q, k]
+
+    def shortfall(self, indices: Tensor) -> float:
+        """Largest loss of true score at any rank; infinite for repeated or impossible rows."""
+        rows = indices[: len(self.queries), : self.k].to(self.pool.device).long()
+        if rows.shape != self.best.shape or int(rows.min()) < 0 or int(rows.max()) >= len(self.pool):
+            return float("inf")
+        ordered = rows.sort(dim=1).values
+        if bool((ordered[:, 1:] == ordered[:, :-1]).any()):
+            return float("inf")
+        found = torch.stack([self.pool[r].double() @ q for q, r in zip(self.queries, rows, strict=True)])
+        return float((self.best - found.sort(dim=1, descending=True).values).max())
+
+
+def _build(case: Case, sizes: dict[str, Any], setting: Setting) -> Workload:
+    problem = _problem(case, sizes, setting)
+    known: dict[str, Any] = {}
+
+    def verdict(_: Variant, indices: Tensor) -> Verdict:
+        if not known:
+            truth = known["truth"] = _Truth(problem)
+            plain = problem.queries[0][:_CHECKED_QUERIES] @ problem.pool.T
+            known["allowed"] = 2 * truth.shortfall(plain.topk(truth.k, dim=1).indices)
+            # One unit in the last place of the largest score, so that a baseline without any error leaves room.
+            known["allowed"] += torch.finfo(problem.pool.dtype).eps * float(truth.best.abs().max())
+        lost = known["truth"].shortfall(indices)
+        if lost <= known["allowed"]:
+            return Verdict(True, max(0.0, lost))
+        return Verdict(False, lost, f"true scores fall short by {lost:.3g}, allowed {known['allowed']:.3g}")
+
+    return Workload(len(problem.queries), variants(problem, setting), _work(sizes, problem), verdict)
+
+
+def _work(sizes: dict[str, Any], problem: Problem) -> Work:
+    rows, width = problem.pool.shape
+    queries, item = len(problem.queries[0]), problem.pool.element_size()
+    products = 0.5 if sizes["self_join"] else 1.0  # scores of a self-join are symmetric
+    moved = (rows + (0 if sizes["self_join"] else queries)) * width * item + queries * problem.k * 12
+    return Work(2.0 * products * queries * rows * width, float(moved))
+
+
+_TINY = {"Q": 5, "pool": 700, "D": 24, "k": 9}
+
+
+def _register(
+    name: str, shape: dict[str, Any], *, device: str, dtypes: tuple[str, ...] = ("float32",), priority: int = 4
+) -> None:
+    full = {"k": 100, "data": "random", "self_join": False, **shape}
+    register_all(
+        "topk", name, full, _TINY, _build, device=device, dtypes=dtypes, directions=("forward",), priority=priority
+    )
+
+
+_K, _M = 1000, 1_000_000
+_register("q256-n200k-d256", {"Q": 256, "pool": 200 * _K, "D": 256}, device="cpu", priority=1)
+_register("q256-n200k-d768", {"Q": 256, "pool": 200 * _K, "D": 768}, device="cpu", priority=2)
+_register("q1-n200k-d256", {"Q": 1, "pool": 200 * _K, "D": 256}, device="cpu", priority=2)
+_register("q1-n200k-d768", {"Q": 1, "pool": 200 * _K, "D": 768}, device="cpu", priority=3)
+_register("q256-n1m-d256", {"Q": 256, "pool": _M, "D": 256}, device="cpu", dtypes=("bfloat16", "float32"), priority=3)
+_register("clustered-q256-n200k-d256", {"Q": 256, "pool": 200 * _K, "D": 256, "data": "clustered"}, device="cpu")
+_register("self-n20k-d256", {"Q": 20 * _K, "pool": 20 * _K, "D": 256, "self_join": True}, device="cpu")
+_register("real-self", {"Q": 0, "pool": 0, "D": 0, "data": "real", "self_join": True}, device="cpu")
+
+_register("q4096-n1m-d256", {"Q": 4096, "pool": _M, "D": 256}, device="cuda", dtypes=("bfloat16",), priority=1)
+_register("q4096-n1m-d256", {"Q": 4096, "pool": _M, "D": 256}, device="cuda", dtypes=("float32",), priority=2)
+_register("q1024-n1m-d768", {"Q": 1024, "pool": _M, "D": 768}, device="cuda", dtypes=("bfloat16",), priority=3)
+_register("q1-n1m-d256", {"Q": 1, "pool": _M, "D": 256}, device="cuda", dtypes=("bfloat16",), priority=3)
+_register("q16-n1m-d256", {"Q": 16, "pool": _M, "D": 256}, device="cuda", dtypes=("bfloat16",), priority=2)
+_register(
+    "clustered-q1024-n1m-d256",
+    {"Q": 1024, "pool": _M, "D": 256, "data": "clustered"},
+    device="cuda",
+    dtypes=("bfloat16", "float32"),
+    priority=5,
+)
+_register(
+    "self-n200k-d256",
+    {"Q": 200 * _K, "pool": 200 * _K, "D": 256, "self_join": True},
+    device="cuda",
+    dtypes=("bfloat16",),
+    priority=5,
+)

@@ -1,0 +1,225 @@
+"""The ways to search a pool: ours, the product alone, and every exact library route. Each returns the rows [Q, k]."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.registry import Call, Setting, UnavailableError, Variant
+from tgq_fast.errors import ArgumentError, BackendError
+from tgq_fast.retrieval import topk
+
+_TILE_ROWS = 65536
+_WHOLE_BYTES = {"cpu": 4 << 30, "cuda": 24 << 30}  # a score matrix above this is not tried
+# (distance_compute_blas_threshold, query block, database block): the first is faiss' default.
+_FAISS_SETTINGS = ((20, 4096, 1024), (1, 4096, 1024), (1, 256, 16384), (1, 64, 65536), (1 << 30, 4096, 1024))
+
+
+@dataclass
+class Problem:
+    """One search job: pool [N, D], query sets [Q, D] that rotate, k, and CPU threads."""
+
+    pool: Tensor
+    queries: list[Tensor]
+    k: int
+    threads: int
+
+    def whole_matrix(self) -> int:
+        """Bytes of all scores."""
+        return len(self.queries[0]) * len(self.pool) * self.pool.element_size()
+
+
+def variants(problem: Problem, setting: Setting) -> list[Variant]:
+    """Every variant for this pool's dtype and device."""
+    found = [
+        Variant("tgq_fast", "ours", lambda: _ours(problem)),
+        Variant("GEMM only", "ceiling", lambda: _product_only(problem)),
+        Variant("torch mm + topk", "peer", lambda: _torch_whole(problem)),
+        Variant("torch mm + topk, tiled", "peer", lambda: _torch_tiled(problem)),
+    ]
+    if setting.device == "cuda":
+        found.append(Variant("tgq_fast, torch backend", "ours", lambda: _ours(problem, backend="torch")))
+        if problem.pool.dtype is torch.float32:
+            found.append(Variant("faiss-gpu flat", "peer", lambda: _faiss_gpu(problem)))
+        return found
+    found.append(Variant("tgq_fast, AVX2 forced", "ours", lambda: _ours_isa(problem, "avx2")))
+    if problem.pool.dtype is torch.float32:
+        found += [
+            Variant("faiss-cpu flat, default", "peer", lambda: _faiss_cpu(problem, tuned=False)),
+            Variant("faiss-cpu flat, tuned", "peer", lambda: _faiss_cpu(problem, tuned=True)),
+            Variant("numpy argpartition", "peer", lambda: _numpy(problem)),
+            Variant("usearch exact", "peer", lambda: _usearch(problem)),
+        ]
+    return found
+
+
+def _ours(problem: Problem, backend: str = "auto") -> Call:
+    def call(i: int) -> Tensor:
+        return topk(problem.queries[i], problem.pool, problem.k, backend=backend, num_threads=problem.threads).indices
+
+    return call
+
+
+def _ours_isa(problem: Problem, isa: str) -> Call:
+    def call(i: int) -> Tensor:
+        with _environment("TGQ_ISA", isa):
+            found = topk(problem.queries[i], problem.pool, problem.k, backend="cpp", num_threads=problem.threads)
+        return found.indices
+
+    try:
+        with _environment("TGQ_ISA", isa):
+            topk(problem.queries[0][:1], problem.pool[:1], 1, backend="cpp")
+    except (ArgumentError, BackendError) as error:
+        raise UnavailableError(str(error)) from error
+    return call
+
+
+@contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def _product_only(problem: Problem) -> Call:
+    """The whole product, in tiles where its result would not fit; writes to buffers that exist already."""
+    queries, rows = len(problem.queries[0]), len(problem.pool)
+    step = min(rows, max(1, (2 << 30) // (problem.pool.element_size() * queries)))
+    buffer = torch.empty(queries, step, dtype=problem.pool.dtype, device=problem.pool.device)
+
+    def call(i: int) -> Tensor:
+        for first in range(0, rows, step):
+            part = problem.pool[first : first + step]
+            out = buffer if len(part) == step else buffer[:, : len(part)].contiguous()
+            torch.mm(problem.queries[i], part.T, out=out)
+        return buffer
+
+    return call
+
+
+def _torch_whole(problem: Problem) -> Call:
+    if problem.whole_matrix() > _WHOLE_BYTES[problem.pool.device.type]:
+        raise UnavailableError(f"all scores would take {problem.whole_matrix() / 2**30:.0f} GiB")
+    k = min(problem.k, len(problem.pool))
+    return lambda i: (problem.queries[i] @ problem.pool.T).topk(k, dim=1).indices
+
+
+def _torch_tiled(problem: Problem) -> Call:
+    k = min(problem.k, len(problem.pool))
+    query_step = 4096
+
+    def one(queries: Tensor) -> Tensor:
+        best: tuple[Tensor, Tensor] | None = None
+        for first in range(0, len(problem.pool), _TILE_ROWS):
+            scores = queries @ problem.pool[first : first + _TILE_ROWS].T
+            values, rows = scores.topk(min(k, scores.shape[1]), dim=1)
+            rows = rows + first
+            if best is not None:
+                values, rows = torch.cat((best[0], values), dim=1), torch.cat((best[1], rows), dim=1)
+                values, order = values.topk(min(k, values.shape[1]), dim=1)
+                rows = rows.gather(1, order)
+            best = values, rows
+        if best is None:
+            raise UnavailableError("an empty pool")
+        return best[1]
+
+    def call(i: int) -> Tensor:
+        queries = problem.queries[i]
+        return torch.cat([one(queries[first : first + query_step]) for first in range(0, len(queries), query_step)])
+
+    return call
+
+
+def _need(module: str) -> Any:
+    import importlib
+
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UnavailableError(f"{module} is not installed") from error
+
+
+def _faiss_cpu(problem: Problem, *, tuned: bool) -> Call:
+    faiss = _need("faiss")
+    index = faiss.IndexFlatIP(problem.pool.shape[1])
+    index.add(problem.pool.numpy())
+    queries = [q.numpy() for q in problem.queries]
+
+    def search(setting: tuple[int, int, int], i: int) -> Tensor:
+        names = [f"distance_compute_blas_{name}" for name in ("threshold", "query_bs", "database_bs")]
+        before = [getattr(faiss.cvar, name) for name in names]
+        faiss.omp_set_num_threads(problem.threads)
+        for name, value in zip(names, setting, strict=True):
+            setattr(faiss.cvar, name, value)
+        try:
+            return torch.from_numpy(index.search(queries[i], problem.k)[1])
+        finally:
+            for name, value in zip(names, before, strict=True):
+                setattr(faiss.cvar, name, value)
+
+    chosen = _FAISS_SETTINGS[0] if not tuned else _fastest(lambda s: search(s, 0), _FAISS_SETTINGS)
+    return lambda i: search(chosen, i)
+
+
+def _fastest(run: Callable[[Any], Any], settings: tuple[Any, ...]) -> Any:
+    """The setting whose one call took least."""
+    took = {}
+    for setting in settings:
+        begin = time.perf_counter()
+        run(setting)
+        took[setting] = time.perf_counter() - begin
+    return min(took, key=lambda setting: took[setting])
+
+
+def _faiss_gpu(problem: Problem) -> Call:
+    faiss = _need("faiss")
+    if not hasattr(faiss, "StandardGpuResources") or not faiss.get_num_gpus():
+        raise UnavailableError("this faiss is built without GPU support")
+    _need("faiss.contrib.torch_utils")
+    index = faiss.GpuIndexFlatIP(faiss.StandardGpuResources(), problem.pool.shape[1])
+    index.add(problem.pool)
+    return lambda i: index.search(problem.queries[i], problem.k)[1]
+
+
+def _numpy(problem: Problem) -> Call:
+    import numpy as np
+
+    if problem.whole_matrix() > _WHOLE_BYTES["cpu"] // 4:
+        raise UnavailableError(f"all scores and their order would take {3 * problem.whole_matrix() / 2**30:.0f} GiB")
+    pool, queries = problem.pool.numpy(), [q.numpy() for q in problem.queries]
+    k = min(problem.k, len(pool))
+    limits = _need("threadpoolctl").threadpool_limits
+
+    def call(i: int) -> Tensor:
+        with limits(problem.threads):
+            scores = queries[i] @ pool.T
+        part = np.argpartition(scores, -k, axis=1)[:, -k:]
+        order = np.argsort(-np.take_along_axis(scores, part, axis=1), axis=1)
+        return torch.from_numpy(np.take_along_axis(part, order, axis=1))
+
+    return call
+
+
+def _usearch(problem: Problem) -> Call:
+    index = _need("usearch.index")
+    pool, queries = problem.pool.numpy(), [q.numpy() for q in problem.queries]
+
+    def call(i: int) -> Tensor:
+        found = index.search(pool, queries[i], problem.k, index.MetricKind.IP, exact=True, threads=problem.threads)
+        keys = found.keys
+        return torch.from_numpy((keys if keys.ndim == 2 else keys[None]).astype("int64"))
+
+    return call
