@@ -8,6 +8,7 @@ from tgq_fast.ops.attention import hybrid_cross_attention, shared_keys_values
 from tgq_fast.ops.dispatch import BACKENDS, Decision, explain, use_backend
 from tgq_fast.ops.losses import info_nce, redundancy_loss
 from tgq_fast.ops.modulation import StreamMoments, dual_gated_modulation, dual_gated_modulation_with_moments
+from tgq_fast.ops.patch import patch, unpatch
 from tgq_fast.ops.self_attention import stream_self_attention
 from tgq_fast.reference import AttentionStats, GateParameters, HybridAttentionOutput, ModulationOutput
 
@@ -24,8 +25,10 @@ __all__ = [
     "explain",
     "hybrid_cross_attention",
     "info_nce",
+    "patch",
     "redundancy_loss",
     "shared_keys_values",
     "stream_self_attention",
+    "unpatch",
     "use_backend",
 ]

@@ -1,0 +1,173 @@
+"""Every operator through its kernels against the reference: shapes, masks, strides, dtypes, forward and gradients."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from op_checks import DTYPES, check_cross, check_info_nce, check_modulation, check_redundancy, check_streams
+
+from tgq_fast import ops
+
+FORMS = ("absorbed", "projected")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("mask", [None, "some"])
+def test_cross_attention(form: str, dtype: torch.dtype, mask: str | None) -> None:
+    # 37 keys: more than the interpreter's 2 x 16 resident ones, and no multiple of a tile.
+    check_cross(form, dtype, mask=mask, frozen=mask is None)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        (0, 2, 3, 5, 16, 16, 2),
+        (1, 1, 0, 1, 16, 16, 1),
+        (1, 0, 1, 17, 8, 32, 2),
+        (2, 2, 1, 0, 16, 16, 1),
+        (1, 9, 9, 5, 20, 12, 3),
+    ],
+    ids=["B=0", "one query, L=1", "no anchored query", "L=0", "more rows than keys"],
+)
+def test_cross_attention_edges(form: str, sizes: tuple[int, int, int, int, int, int, int]) -> None:
+    check_cross(form, torch.float32, sizes=sizes)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_cross_attention_nothing_visible(form: str) -> None:
+    check_cross(form, torch.float32, sizes=(2, 2, 2, 5, 16, 16, 2), mask="none")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_cross_attention_strided_without_bias(form: str) -> None:
+    check_cross(form, torch.float32, sizes=(2, 2, 3, 9, 16, 16, 2), mask="some", strided=True, bias=False)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mixing", ["block", "one_way", "full"])
+def test_self_attention(mixing: str, dtype: torch.dtype) -> None:
+    check_streams(dtype, mixing=mixing, sees_text=mixing == "one_way")
+
+
+@pytest.mark.parametrize("lengths", [(0, 3, 5), (17, 2, 0), (1, 1, 1), (2, 0, 3)], ids=str)
+@pytest.mark.parametrize("sees_text", [False, True])
+def test_self_attention_edges(lengths: tuple[int, int, int], sees_text: bool) -> None:
+    check_streams(torch.float32, lengths=lengths, sees_text=sees_text, strided=sees_text, heads=1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scalar", [False, True], ids=["vector", "scalar"])
+def test_modulation(dtype: torch.dtype, scalar: bool) -> None:
+    check_modulation(dtype, scalar=scalar)
+
+
+@pytest.mark.parametrize("sizes", [(0, 2, 2, 8, 4, 4), (1, 1, 1, 17, 3, 5)], ids=["B=0", "odd"])
+def test_modulation_edges(sizes: tuple[int, int, int, int, int, int]) -> None:
+    check_modulation(torch.float32, sizes=sizes)
+
+
+def test_modulation_strided() -> None:
+    check_modulation(torch.float32, sizes=(3, 2, 2, 16, 4, 4), strided=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_redundancy(dtype: torch.dtype) -> None:
+    check_redundancy(dtype)
+
+
+@pytest.mark.parametrize("batch", [0, 1, 2])
+def test_redundancy_small_batches(batch: int) -> None:
+    check_redundancy(torch.float32, batch=batch, width=3)
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_info_nce(dtype: torch.dtype, backend: str) -> None:
+    check_info_nce(dtype, backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_info_nce_repeated_anchors_without_groups(backend: str) -> None:
+    check_info_nce(torch.float32, items=19, width=16, rows=[3, 3, 0, 18, 7], groups=False, backend=backend)
+
+
+def test_info_nce_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tgq_fast.ops import triton_losses
+
+    monkeypatch.setattr(triton_losses, "CHUNK_ELEMENTS", 100)  # 37 items: two anchors per chunk
+    check_info_nce(torch.float32, backend="torch")
+
+
+def test_absorbed_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tgq_fast.ops import triton_attention
+
+    monkeypatch.setattr(triton_attention, "CHUNK_BYTES", 1)  # one item at a time
+    check_cross("absorbed", torch.float32, sizes=(3, 1, 2, 5, 16, 16, 2), mask="some")
+
+
+@pytest.mark.parametrize("form", [*FORMS, "auto"])
+@pytest.mark.parametrize("mask", [None, "some", "none"])
+@pytest.mark.parametrize("sizes", [(2, 3, 4, 37, 24, 32, 2), (0, 2, 3, 5, 16, 16, 2), (1, 1, 0, 1, 16, 16, 1)], ids=str)
+def test_torch_cross_attention(form: str, mask: str | None, sizes: tuple[int, int, int, int, int, int, int]) -> None:
+    check_cross(form, torch.float32, sizes=sizes, mask=mask, backend="torch")
+
+
+@pytest.mark.parametrize("mixing", ["block", "one_way", "full"])
+@pytest.mark.parametrize("sees_text", [False, True])
+@pytest.mark.parametrize("lengths", [(3, 4, 19), (0, 3, 5), (17, 2, 0)], ids=str)
+def test_torch_self_attention(mixing: str, sees_text: bool, lengths: tuple[int, int, int]) -> None:
+    check_streams(torch.float32, lengths=lengths, mixing=mixing, sees_text=sees_text, backend="torch")
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_exploratory_bits_ignore_metadata(backend: str) -> None:
+    generator = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(2, 14, 2, 16, generator=generator) for _ in range(3))
+    longer = [torch.cat([x, torch.randn(2, 25, 2, 16)], dim=1) for x in (q, k, v)]
+    changed = [x.clone() for x in (q, k, v)]
+    for x in changed:
+        x[:, 9:] = float("nan")
+    base = ops.stream_self_attention(q, k, v, (4, 5, 5), backend=backend)[:, 4:9]
+    for other, text in ((longer, 30), (changed, 5)):
+        out = ops.stream_self_attention(*other, (4, 5, text), backend=backend)[:, 4:9]
+        assert torch.equal(out, base)
+
+
+def test_keys_values_of_all_layers_from_one_product() -> None:
+    x, a, e = torch.randn(2, 7, 12), torch.randn(2, 3, 8), torch.randn(2, 2, 8)
+    layers = [[torch.randn(8, n) for n in (8, 12, 12)] for _ in range(3)]
+    shared = ops.shared_keys_values(x, [w[1] for w in layers], [w[2] for w in layers])
+    for (wq, wk, wv), pair in zip(layers, shared):
+        own = ops.hybrid_cross_attention(a, e, x, wq, None, wk, None, wv, None, num_heads=2, form="projected")
+        got = ops.hybrid_cross_attention(a, e, x, wq, None, wk, None, wv, None, num_heads=2, keys_values=pair)
+        torch.testing.assert_close(got.anchored, own.anchored)
+        torch.testing.assert_close(got.exploratory, own.exploratory)
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None)
+@given(
+    form=st.sampled_from(FORMS),
+    sizes=st.tuples(*(st.integers(low, high) for low, high in ((1, 2), (0, 3), (1, 3), (1, 35), (1, 20)))),
+    heads=st.integers(1, 3),
+    head=st.integers(1, 9),
+    mask=st.sampled_from([None, "some", "none"]),
+)
+def test_cross_attention_any_shape(
+    form: str, sizes: tuple[int, int, int, int, int], heads: int, head: int, mask: str | None
+) -> None:
+    check_cross(form, torch.float32, sizes=(*sizes, heads * head, heads), mask=mask)
+
+
+@settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None)
+@given(
+    lengths=st.tuples(st.integers(0, 5), st.integers(1, 5), st.integers(0, 20)),
+    mixing=st.sampled_from(["block", "one_way", "full"]),
+    sees_text=st.booleans(),
+    mask=st.sampled_from([None, "some", "none"]),
+)
+def test_self_attention_any_shape(
+    lengths: tuple[int, int, int], mixing: str, sees_text: bool, mask: str | None
+) -> None:
+    check_streams(torch.float32, lengths=lengths, mixing=mixing, sees_text=sees_text, mask=mask, heads=1, head=8)
