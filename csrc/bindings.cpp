@@ -24,6 +24,7 @@ tgq::Tuning tuning_of(const py::dict& options) {
     const std::string name = py::str(key);
     if (name == "use_filter") tuning.use_filter = value.cast<int>();
     else if (name == "sample_stride") tuning.sample_stride = value.cast<int>();
+    else if (name == "use_self_join") tuning.use_self_join = value.cast<int>();
     else if (name == "query_tile") tuning.query_tile = value.cast<std::int64_t>();
     else if (name == "row_chunk") tuning.row_chunk = value.cast<std::int64_t>();
     else if (name == "spare_candidates") tuning.spare_candidates = value.cast<std::int64_t>();

@@ -42,8 +42,8 @@ struct Kernels {
                      int num_rows, int64_t width, float* out, int64_t out_stride);
   // out[i] = fixed-order dot of a[i] and b[i].
   void (*score_pairs)(const float* const* a, const float* const* b, int count, int64_t width, float* out);
-  // Positions i with scores[i] >= floor (never NaN), in order; returns how many.
-  int (*collect)(const float* scores, int count, float floor, uint32_t* positions);
+  // Positions i with scores[i] >= floor or, with floors, scores[i] >= floors[i] (never NaN), in order; returns how many.
+  int (*collect)(const float* scores, int count, float floor, const float* floors, uint32_t* positions);
   void (*half_to_float)(const uint16_t* from, int64_t count, float* to);
   void (*bfloat_to_float)(const uint16_t* from, int64_t count, float* to);
 };

@@ -68,15 +68,18 @@ void score_pairs(const float* const* a, const float* const* b, int count, int64_
   for (; i < count; ++i) micro_tile<1, 1>(a[i], 0, b[i], 0, width, out + i, 0);
 }
 
-int collect(const float* scores, int count, float floor, uint32_t* positions) {
+int collect(const float* scores, int count, float floor, const float* floors, uint32_t* positions) {
   const __m256 bound = _mm256_set1_ps(floor);
   int found = 0, i = 0;
   for (; i + 8 <= count; i += 8) {
-    unsigned mask = static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(scores + i), bound, _CMP_GE_OQ)));
+    const __m256 value = _mm256_loadu_ps(scores + i);
+    __m256 hit = _mm256_cmp_ps(value, bound, _CMP_GE_OQ);
+    if (floors != nullptr) hit = _mm256_or_ps(hit, _mm256_cmp_ps(value, _mm256_loadu_ps(floors + i), _CMP_GE_OQ));
+    unsigned mask = static_cast<unsigned>(_mm256_movemask_ps(hit));
     for (; mask != 0; mask &= mask - 1) positions[found++] = static_cast<uint32_t>(i + __builtin_ctz(mask));
   }
   for (; i < count; ++i)
-    if (scores[i] >= floor) positions[found++] = static_cast<uint32_t>(i);
+    if (scores[i] >= floor || (floors != nullptr && scores[i] >= floors[i])) positions[found++] = static_cast<uint32_t>(i);
   return found;
 }
 

@@ -101,18 +101,20 @@ void score_pairs(const float* const* a, const float* const* b, int count, int64_
   for (; i < count; ++i) out[i] = dot(a[i], b[i], width);
 }
 
-int collect(const float* scores, int count, float floor, uint32_t* positions) {
+int collect(const float* scores, int count, float floor, const float* floors, uint32_t* positions) {
   const __m512 bound = _mm512_set1_ps(floor);
   const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   int found = 0, i = 0;
   for (; i + 16 <= count; i += 16) {
-    const __mmask16 hit = _mm512_cmp_ps_mask(_mm512_loadu_ps(scores + i), bound, _CMP_GE_OQ);
+    const __m512 value = _mm512_loadu_ps(scores + i);
+    __mmask16 hit = _mm512_cmp_ps_mask(value, bound, _CMP_GE_OQ);
+    if (floors != nullptr) hit |= _mm512_cmp_ps_mask(value, _mm512_loadu_ps(floors + i), _CMP_GE_OQ);
     if (hit == 0) continue;
     _mm512_mask_compressstoreu_epi32(positions + found, hit, _mm512_add_epi32(lane, _mm512_set1_epi32(i)));
     found += __builtin_popcount(hit);
   }
   for (; i < count; ++i)
-    if (scores[i] >= floor) positions[found++] = static_cast<uint32_t>(i);
+    if (scores[i] >= floor || (floors != nullptr && scores[i] >= floors[i])) positions[found++] = static_cast<uint32_t>(i);
   return found;
 }
 

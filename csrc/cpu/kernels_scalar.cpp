@@ -35,10 +35,10 @@ void score_pairs(const float* const* a, const float* const* b, int count, int64_
   for (int i = 0; i < count; ++i) out[i] = dot(a[i], b[i], width);
 }
 
-int collect(const float* scores, int count, float floor, uint32_t* positions) {
+int collect(const float* scores, int count, float floor, const float* floors, uint32_t* positions) {
   int found = 0;
   for (int i = 0; i < count; ++i)
-    if (scores[i] >= floor) positions[found++] = static_cast<uint32_t>(i);
+    if (scores[i] >= floor || (floors != nullptr && scores[i] >= floors[i])) positions[found++] = static_cast<uint32_t>(i);
   return found;
 }
 

@@ -3,7 +3,8 @@
 
 #include <algorithm>
 #include <cfloat>
-#include <cmath>
+
+#include "cpu/columns.h"
 
 namespace tgq {
 namespace {
@@ -12,7 +13,7 @@ constexpr int kDirectRows = 64;     // rows of one exact tile
 constexpr int kDirectQueries = 16;  // at most
 constexpr int kRetryAfter = 15;     // blocks scored exactly after a block that the filter did not thin out
 
-std::int64_t round_up(std::int64_t value, std::int64_t unit) { return (value + unit - 1) / unit * unit; }
+std::int64_t pad(std::int64_t value, std::int64_t unit) { return (value + unit - 1) / unit * unit; }
 
 const std::uint16_t* halves(const Matrix& m, std::int64_t row, std::int64_t col) {
   return static_cast<const std::uint16_t*>(m.data) + row * m.row_stride + col * m.col_stride;
@@ -59,7 +60,7 @@ Scanner::Scanner(const ScanPlan& plan)
     : plan_(plan),
       pool_(plan.pool, *plan.kernels, plan.width),
       query_reader_(plan.queries, *plan.kernels, plan.width),
-      padded_tile_(round_up(plan.max_tile, kPanel)),
+      padded_tile_(pad(plan.max_tile, kPanel)),
       queries_(static_cast<std::size_t>(padded_tile_ * plan.width)),
       row_scratch_(static_cast<std::size_t>(plan.block_rows * plan.width)),
       scores_(static_cast<std::size_t>(kPanel * kDirectRows)),
@@ -67,6 +68,7 @@ Scanner::Scanner(const ScanPlan& plan)
       keys_(static_cast<std::size_t>(plan.max_tile) * plan.capacity),
       candidates_(static_cast<std::size_t>(plan.max_tile)),
       floor_(static_cast<std::size_t>(padded_tile_)),
+      row_floor_(static_cast<std::size_t>(plan.block_rows)),
       nan_(static_cast<std::size_t>(padded_tile_)),
       margin_(margin_constants(plan.pool.cols)),
       panels_(plan.filter == nullptr ? 0 : static_cast<std::size_t>(padded_tile_ * plan.depth)),
@@ -89,7 +91,7 @@ void Scanner::load_queries(std::int64_t begin, std::int64_t count) {
   num_queries_ = count;
   scanned_ = 0;
   direct_blocks_ = 0;
-  const std::int64_t padded = round_up(count, kPanel);
+  const std::int64_t padded = pad(count, kPanel);
   std::fill(queries_.data() + count * plan_.width, queries_.data() + padded * plan_.width, 0.0f);
   for (std::int64_t q = 0; q < padded; ++q) {
     const auto i = static_cast<std::size_t>(q);
@@ -133,7 +135,8 @@ bool Scanner::excluded(std::int64_t q, std::int64_t row) const {
   return std::find(rows, rows + plan_.exclude_width, row) != rows + plan_.exclude_width;
 }
 
-inline void Scanner::offer(std::int64_t q, std::int64_t row, float score) {
+inline void Scanner::offer(std::int64_t q, std::int64_t row, float score, Columns* columns) {
+  if (columns != nullptr) columns->offer(row, plan_.query_id(begin_ + q), score);
   Candidates& best = candidates_[static_cast<std::size_t>(q)];
   const Key key = make_key(score, static_cast<std::uint32_t>(row));
   if (key <= best.floor) return;
@@ -148,16 +151,32 @@ void Scanner::raise_all_floors() {
   }
 }
 
-void Scanner::scan_block(std::int64_t first, int count) {
+void Scanner::raise_floors(const Columns& columns) {
+  for (std::int64_t q = 0; q < num_queries_; ++q) {
+    Key& floor = candidates_[static_cast<std::size_t>(q)].floor;
+    floor = std::max(floor, columns.floor(begin_ + q));
+  }
+  update_floors(0, num_queries_, 0);
+}
+
+void Scanner::load_row_floors(const Columns& columns, std::int64_t first, int count) {
+  // What this tile offers to a row comes from queries at begin_ or later.
+  for (int r = 0; r < count; ++r)
+    row_floor_[static_cast<std::size_t>(r)] = floor_score(columns.floor(first + r), static_cast<std::uint32_t>(begin_));
+  std::fill(row_floor_.begin() + count, row_floor_.end(), FLT_MAX);
+}
+
+void Scanner::scan_block(std::int64_t first, int count, Columns* columns) {
   std::int64_t stride = 0;
   const float* rows = pool_.read(first, count, row_scratch_.data(), &stride);
   // Without a sampled floor everything passes until k rows are seen: the filter would only be in the way.
+  if (columns != nullptr) load_row_floors(*columns, first, count);
   const bool cold = plan_.floors == nullptr && scanned_ < 2 * static_cast<std::int64_t>(plan_.k);
   if (plan_.filter == nullptr || cold || direct_blocks_ > 0) {
     if (direct_blocks_ > 0) --direct_blocks_;
-    scan_direct(rows, stride, first, count);
+    scan_direct(rows, stride, first, count, columns);
   } else {
-    scan_filtered(rows, stride, first, count);
+    scan_filtered(rows, stride, first, count, columns);
   }
   scanned_ += count;
   if (cold) {
@@ -166,7 +185,8 @@ void Scanner::scan_block(std::int64_t first, int count) {
   }
 }
 
-void Scanner::scan_direct(const float* rows, std::int64_t stride, std::int64_t first, int count) {
+void Scanner::scan_direct(const float* rows, std::int64_t stride, std::int64_t first, int count,
+                          Columns* columns) {
   // As many queries as half of the first-level cache holds.
   const auto fit = static_cast<int>(24 * 1024 / (plan_.width * static_cast<std::int64_t>(sizeof(float)) + 1));
   const int group = std::clamp(fit / 4 * 4, 4, kDirectQueries);
@@ -178,11 +198,12 @@ void Scanner::scan_direct(const float* rows, std::int64_t stride, std::int64_t f
                                 plan_.width, scores_.data(), kDirectRows);
       for (int i = 0; i < queries; ++i) {
         const float* scores = scores_.data() + i * kDirectRows;
-        const int hits = plan_.kernels->collect(scores, part, floor_[static_cast<std::size_t>(q + i)], positions_.data());
+        const int hits = plan_.kernels->collect(scores, part, floor_[static_cast<std::size_t>(q + i)],
+                                                columns == nullptr ? nullptr : row_floor_.data() + r, positions_.data());
         if (hits == 0) continue;
         for (int h = 0; h < hits; ++h) {
           const std::uint32_t at = positions_[static_cast<std::size_t>(h)];
-          offer(q + i, first + r + at, scores[at]);
+          offer(q + i, first + r + at, scores[at], columns);
         }
         update_floors(q + i, q + i + 1, first + r + part);
       }
@@ -191,7 +212,8 @@ void Scanner::scan_direct(const float* rows, std::int64_t stride, std::int64_t f
   counters_.direct += num_queries_ * count;
 }
 
-void Scanner::scan_filtered(const float* rows, std::int64_t stride, std::int64_t first, int count) {
+void Scanner::scan_filtered(const float* rows, std::int64_t stride, std::int64_t first, int count,
+                          Columns* columns) {
   plan_.filter->round_rows(rows, stride, count, plan_.width, plan_.depth, tiles_.data(), norm_.data(), error_.data());
   const int groups = (count + kPanel - 1) / kPanel;
   for (int g = 0; g < groups; ++g) {
@@ -204,12 +226,13 @@ void Scanner::scan_filtered(const float* rows, std::int64_t stride, std::int64_t
     const auto at = static_cast<std::size_t>(p);
     const int hits = plan_.filter->filter_block(tiles_.data(), groups, plan_.depth, panels_.data() + p * plan_.depth,
                                                 floor_.data() + at, slope_.data() + at, lift_.data() + at,
-                                                margin_.absolute, group_norm_.data(), group_error_.data(), nullptr,
-                                                hits_.data(), dense_.data());
-    if (hits > 0) rescore(p, hits, rows, stride, first, count);
+                                                margin_.absolute, group_norm_.data(), group_error_.data(),
+                                                columns == nullptr ? nullptr : row_floor_.data(), hits_.data(),
+                                                dense_.data());
+    if (hits > 0) rescore(p, hits, rows, stride, first, count, columns);
     for (int g = 0; g < groups; ++g) {
       if (!dense_[static_cast<std::size_t>(g)]) continue;
-      score_dense(p, g, rows, stride, first, count);
+      score_dense(p, g, rows, stride, first, count, columns);
       ++dense_tiles;
     }
     tiles += groups;
@@ -219,7 +242,8 @@ void Scanner::scan_filtered(const float* rows, std::int64_t stride, std::int64_t
   if (2 * dense_tiles > tiles) direct_blocks_ = kRetryAfter;
 }
 
-void Scanner::rescore(std::int64_t panel, int hits, const float* rows, std::int64_t stride, std::int64_t first, int count) {
+void Scanner::rescore(std::int64_t panel, int hits, const float* rows, std::int64_t stride, std::int64_t first, int count,
+                          Columns* columns) {
   constexpr int kBatch = 64;
   const float *queries[kBatch], *candidates[kBatch];
   float scores[kBatch];
@@ -228,7 +252,7 @@ void Scanner::rescore(std::int64_t panel, int hits, const float* rows, std::int6
     const FilterHit& hit = hits_[static_cast<std::size_t>(h)];
     if (hit.row < count && panel + hit.query < num_queries_) {  // not padding
       if (plan_.approximate) {
-        offer(panel + hit.query, first + hit.row, hit.score);
+        offer(panel + hit.query, first + hit.row, hit.score, nullptr);
       } else {
         queries[size] = queries_.data() + (panel + hit.query) * plan_.width;
         candidates[size] = rows + hit.row * stride;
@@ -239,7 +263,7 @@ void Scanner::rescore(std::int64_t panel, int hits, const float* rows, std::int6
       plan_.kernels->score_pairs(queries, candidates, size, plan_.width, scores);
       for (int i = 0; i < size; ++i) {
         const FilterHit& done = hits_[static_cast<std::size_t>(taken[i])];
-        offer(panel + done.query, first + done.row, scores[i]);
+        offer(panel + done.query, first + done.row, scores[i], columns);
       }
       counters_.rescored += size;
       size = 0;
@@ -248,17 +272,18 @@ void Scanner::rescore(std::int64_t panel, int hits, const float* rows, std::int6
 }
 
 void Scanner::score_dense(std::int64_t panel, int group, const float* rows, std::int64_t stride, std::int64_t first,
-                          int count) {
+                          int count, Columns* columns) {
   const int begin = group * kPanel, part = std::min(kPanel, count - begin);
   const int queries = static_cast<int>(std::min<std::int64_t>(kPanel, num_queries_ - panel));
   plan_.kernels->score_tile(queries_.data() + panel * plan_.width, plan_.width, queries, rows + begin * stride, stride,
                             part, plan_.width, scores_.data(), kDirectRows);
   for (int q = 0; q < queries; ++q) {
     const float* scores = scores_.data() + q * kDirectRows;
-    const int hits = plan_.kernels->collect(scores, part, floor_[static_cast<std::size_t>(panel + q)], positions_.data());
+    const int hits = plan_.kernels->collect(scores, part, floor_[static_cast<std::size_t>(panel + q)],
+                                            columns == nullptr ? nullptr : row_floor_.data() + begin, positions_.data());
     for (int h = 0; h < hits; ++h) {
       const std::uint32_t at = positions_[static_cast<std::size_t>(h)];
-      offer(panel + q, first + begin + at, scores[at]);
+      offer(panel + q, first + begin + at, scores[at], columns);
     }
   }
   counters_.direct += static_cast<std::int64_t>(queries) * part;

@@ -74,14 +74,19 @@ struct MarginConstants {
 };
 MarginConstants margin_constants(std::int64_t dimensions);
 
+class Columns;
+
 class Scanner {
  public:
   explicit Scanner(const ScanPlan& plan);
 
   // Takes the queries at positions [begin, begin + count) of the plan's list.
   void load_queries(std::int64_t begin, std::int64_t count);
-  // Scans pool rows [first, first + count), count <= block_rows. Calls must come in rising order of rows.
-  void scan_block(std::int64_t first, int count);
+  // Takes over the floors that the queries reached as rows of a self-join.
+  void raise_floors(const Columns& columns);
+  // Scans pool rows [first, first + count), count <= block_rows. Calls must come in rising order of rows. With `columns`
+  // the rows are queries too, and the scores count for both sides.
+  void scan_block(std::int64_t first, int count, Columns* columns);
 
   std::int64_t num_queries() const { return num_queries_; }
   Candidates& candidates(std::int64_t q) { return candidates_[static_cast<std::size_t>(q)]; }
@@ -89,11 +94,14 @@ class Scanner {
   const Counters& counters() const { return counters_; }
 
  private:
-  void scan_direct(const float* rows, std::int64_t stride, std::int64_t first, int count);
-  void scan_filtered(const float* rows, std::int64_t stride, std::int64_t first, int count);
-  void score_dense(std::int64_t panel, int group, const float* rows, std::int64_t stride, std::int64_t first, int count);
-  void rescore(std::int64_t panel, int hits, const float* rows, std::int64_t stride, std::int64_t first, int count);
-  void offer(std::int64_t q, std::int64_t row, float score);
+  void scan_direct(const float* rows, std::int64_t stride, std::int64_t first, int count, Columns* columns);
+  void scan_filtered(const float* rows, std::int64_t stride, std::int64_t first, int count, Columns* columns);
+  void score_dense(std::int64_t panel, int group, const float* rows, std::int64_t stride, std::int64_t first, int count,
+                   Columns* columns);
+  void rescore(std::int64_t panel, int hits, const float* rows, std::int64_t stride, std::int64_t first, int count,
+               Columns* columns);
+  void offer(std::int64_t q, std::int64_t row, float score, Columns* columns);
+  void load_row_floors(const Columns& columns, std::int64_t first, int count);
   void update_floors(std::int64_t begin, std::int64_t end, std::int64_t next_row);
   bool excluded(std::int64_t q, std::int64_t row) const;
   void raise_all_floors();
@@ -109,6 +117,7 @@ class Scanner {
   Buffer<Key> keys_;           // [tile, capacity]
   std::vector<Candidates> candidates_;
   std::vector<float> floor_;   // [tile] lowest score of interest; the largest float where nothing is
+  std::vector<float> row_floor_;  // [block_rows] of the rows as queries, in a self-join
   std::vector<unsigned char> nan_;
   std::int64_t begin_ = 0, num_queries_ = 0;
   std::int64_t scanned_ = 0;   // rows since load_queries

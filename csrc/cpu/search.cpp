@@ -1,13 +1,14 @@
 // The CPU search: sampled floors, one pass over the pool shared by all threads, exact merge, rescan of what failed.
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <new>
 #include <vector>
 
-#include "cpu/scan.h"
+#include "cpu/columns.h"
+#include "cpu/pass.h"
 #include "cpu/team.h"
 
 namespace tgq {
@@ -18,151 +19,19 @@ constexpr std::int64_t kSmallQueries = 12;    // from so many on, rounding the p
 constexpr std::int64_t kMaxFilterDepth = 1 << 17;  // the margin's proof covers D up to here
 constexpr std::int64_t kBlockBytes = 256 * 1024;  // rounded rows of a block: half of a small second-level cache
 constexpr std::int64_t kMinRowsToSample = 4096;
+constexpr std::int64_t kMinSelfJoin = 2048;
 constexpr int kSampleStride = 16;
-
-std::int64_t round_up(std::int64_t value, std::int64_t unit) { return (value + unit - 1) / unit * unit; }
-std::int64_t ceil_div(std::int64_t value, std::int64_t unit) { return (value + unit - 1) / unit; }
 
 bool valid(const Matrix& m) {
   const int dtype = static_cast<int>(m.dtype);
   return m.rows >= 0 && m.cols >= 0 && dtype >= 0 && dtype <= 2 && (m.data != nullptr || m.rows * m.cols == 0);
 }
 
-// A tile of queries that several threads may scan together, each other rows.
-struct Tile {
-  std::int64_t begin = 0, count = 0;
-  std::mutex mutex;
-  std::int64_t next_row = 0;  // first row that nobody has claimed
-  int joined = 0;             // threads at work on it
-  std::vector<std::vector<Key>> parts;  // per finished thread: [count, k + 1], first the number of keys
-};
-
-// One pass of a list of queries over a pool. Subclasses say what becomes of the best keys of a query.
-class Pass {
- public:
-  Pass(ScanPlan plan, std::int64_t num_queries, int threads, std::int64_t tile, std::int64_t chunk, Progress& progress)
-      : plan_(std::move(plan)), threads_(threads), chunk_(chunk), progress_(progress) {
-    tiles_ = std::vector<Tile>(static_cast<std::size_t>(ceil_div(num_queries, tile)));
-    // Equal tiles, so that the last one is no straggler.
-    const std::int64_t size = tiles_.empty() ? 1 : round_up(ceil_div(num_queries, static_cast<std::int64_t>(tiles_.size())), kPanel);
-    std::int64_t begin = 0;
-    std::size_t used = 0;
-    for (; begin < num_queries; begin += size, ++used) {
-      tiles_[used].begin = begin;
-      tiles_[used].count = std::min(size, num_queries - begin);
-    }
-    num_tiles_ = used;
-    plan_.max_tile = std::min(size, num_queries);
-  }
-  virtual ~Pass() = default;
-
-  // The body of thread `index`.
-  void work(int index) {
-    Scanner scanner(plan_);
-    if (plan_.filter != nullptr) plan_.filter->begin();
-    std::vector<Key> merged;
-    const std::size_t start = num_tiles_ * static_cast<std::size_t>(index) / static_cast<std::size_t>(threads_);
-    for (std::size_t i = 0; i < num_tiles_ && !progress_.stop; ++i) join(tiles_[(start + i) % num_tiles_], scanner, merged);
-    if (plan_.filter != nullptr) plan_.filter->end();
-    const std::lock_guard<std::mutex> lock(mutex_);
-    counters.filtered += scanner.counters().filtered;
-    counters.direct += scanner.counters().direct;
-    counters.rescored += scanner.counters().rescored;
-  }
-
-  Counters counters;
-
- protected:
-  // `keys` are the best of the query at `position`, descending; called once per query, from any thread.
-  virtual void finish(std::int64_t position, const Key* keys, std::uint32_t count, bool has_nan) = 0;
-
-  ScanPlan plan_;
-  std::mutex mutex_;
-
- private:
-  bool claim(Tile& tile, std::int64_t* first, std::int64_t* last) {
-    const std::lock_guard<std::mutex> lock(tile.mutex);
-    if (tile.next_row >= plan_.pool.rows) return false;
-    *first = tile.next_row;
-    *last = tile.next_row = std::min(plan_.pool.rows, tile.next_row + chunk_);
-    return true;
-  }
-
-  void join(Tile& tile, Scanner& scanner, std::vector<Key>& merged) {
-    {
-      const std::lock_guard<std::mutex> lock(tile.mutex);
-      if (tile.next_row >= plan_.pool.rows) return;
-      ++tile.joined;
-    }
-    scanner.load_queries(tile.begin, tile.count);
-    std::int64_t first = 0, last = 0;
-    while (!progress_.stop && claim(tile, &first, &last)) {
-      for (std::int64_t row = first; row < last && !progress_.stop; row += plan_.block_rows) {
-        const auto rows = static_cast<int>(std::min<std::int64_t>(plan_.block_rows, last - row));
-        scanner.scan_block(row, rows);
-        progress_.done += rows * tile.count;
-      }
-    }
-    leave(tile, scanner, merged);
-  }
-
-  // Keeps this thread's share of a tile; the last thread to leave merges all shares.
-  void leave(Tile& tile, Scanner& scanner, std::vector<Key>& merged) {
-    const std::size_t k = plan_.k;
-    for (std::int64_t q = 0; q < tile.count; ++q) {
-      Candidates& best = scanner.candidates(q);
-      best.compact();
-      std::sort(best.keys, best.keys + best.count, std::greater<Key>());
-    }
-    bool last_one = false, alone = false;
-    {
-      const std::lock_guard<std::mutex> lock(tile.mutex);
-      last_one = --tile.joined == 0 && tile.next_row >= plan_.pool.rows;
-      alone = tile.parts.empty();
-      if (!(last_one && alone)) {
-        std::vector<Key> part(static_cast<std::size_t>(tile.count) * (k + 1));
-        for (std::int64_t q = 0; q < tile.count; ++q) {
-          const Candidates& best = scanner.candidates(q);
-          Key* to = part.data() + static_cast<std::size_t>(q) * (k + 1);
-          to[0] = best.count;
-          std::copy(best.keys, best.keys + best.count, to + 1);
-        }
-        tile.parts.push_back(std::move(part));
-      }
-    }
-    if (!last_one || progress_.stop) return;
-    merged.resize(2 * k);
-    for (std::int64_t q = 0; q < tile.count; ++q) {
-      if (alone) {
-        const Candidates& best = scanner.candidates(q);
-        finish(tile.begin + q, best.keys, best.count, scanner.has_nan(q));
-        continue;
-      }
-      Key *now = merged.data(), *next = merged.data() + k;
-      std::uint32_t count = 0;
-      for (const std::vector<Key>& part : tile.parts) {
-        const Key* from = part.data() + static_cast<std::size_t>(q) * (k + 1);
-        count = merge_descending(now, count, from + 1, static_cast<std::uint32_t>(from[0]), next, plan_.k);
-        std::swap(now, next);
-      }
-      finish(tile.begin + q, now, count, scanner.has_nan(q));
-    }
-    std::vector<std::vector<Key>>().swap(tile.parts);
-  }
-
-  int threads_;
-  std::int64_t chunk_;
-  Progress& progress_;
-  std::vector<Tile> tiles_;
-  std::size_t num_tiles_ = 0;
-};
-
 // The pass over the sample: the last of the best keys becomes the floor.
 class SamplePass : public Pass {
  public:
-  SamplePass(ScanPlan plan, std::int64_t num_queries, int threads, std::int64_t tile, std::int64_t chunk, Progress& progress,
-             std::vector<Key>& floors)
-      : Pass(std::move(plan), num_queries, threads, tile, chunk, progress), floors_(floors) {}
+  SamplePass(const ScanPlan& plan, std::int64_t num_queries, const Cut& cut, Progress& progress, std::vector<Key>& floors)
+      : Pass(plan, num_queries, cut, progress), floors_(floors) {}
 
  private:
   void finish(std::int64_t position, const Key* keys, std::uint32_t count, bool) override {
@@ -174,11 +43,22 @@ class SamplePass : public Pass {
 // The pass over the pool: writes answers, and lists the queries whose floor was too high.
 class SearchPass : public Pass {
  public:
-  SearchPass(ScanPlan plan, std::int64_t num_queries, int threads, std::int64_t tile, std::int64_t chunk, Progress& progress,
-             const Request& request)
-      : Pass(std::move(plan), num_queries, threads, tile, chunk, progress), request_(request) {}
+  SearchPass(const ScanPlan& plan, std::int64_t num_queries, const Cut& cut, Progress& progress, const Request& request,
+             Columns* columns)
+      : Pass(plan, num_queries, cut, progress, columns), request_(request), columns_(columns) {}
 
   std::vector<std::int64_t> failed;
+
+  // Writes the answers of a self-join, when all its tiles are done. Thread `index` of `threads` takes its share.
+  void finish_columns(int index, int threads) {
+    const std::int64_t queries = plan_.queries.rows;
+    for (std::int64_t q = queries * index / threads; q < queries * (index + 1) / threads; ++q) {
+      Candidates& best = columns_->candidates(q);
+      best.compact();
+      std::sort(best.keys, best.keys + best.count, std::greater<Key>());
+      finish(q, best.keys, best.count, false);
+    }
+  }
 
  private:
   void finish(std::int64_t position, const Key* keys, std::uint32_t count, bool has_nan) override {
@@ -196,6 +76,7 @@ class SearchPass : public Pass {
     }
   }
   const Request& request_;
+  Columns* columns_;
 };
 
 std::int64_t pick_block_rows(std::int64_t width) {
@@ -237,17 +118,22 @@ class Search {
     if (status != Status::ok) return status;
     std::vector<std::int64_t> failed;
     plan_.floors = floors_.empty() ? nullptr : floors_.data();
-    status = pass(request_.queries.rows, &failed);
+    status = pass(request_.queries.rows, self_join(), &failed);
     if (status != Status::ok || failed.empty()) return status;
     if (request_.counters != nullptr) request_.counters->rescanned += static_cast<std::int64_t>(failed.size());
     std::sort(failed.begin(), failed.end());
     plan_.floors = nullptr;
     plan_.query_ids = failed.data();
     std::vector<std::int64_t> none;
-    return pass(static_cast<std::int64_t>(failed.size()), &none);
+    return pass(static_cast<std::int64_t>(failed.size()), false, &none);
   }
 
  private:
+  // Below that the triangle saves less than its shared buffers cost.
+  bool self_join() const {
+    return request_.self_join && (tuning_.use_self_join > 0 || (tuning_.use_self_join < 0 && request_.pool.rows >= kMinSelfJoin));
+  }
+
   int threads_for(std::int64_t queries, std::int64_t rows) const {
     // A thread is worth its start from a few million multiply-adds on.
     const double work = static_cast<double>(queries) * static_cast<double>(rows) * static_cast<double>(plan_.width + 32);
@@ -292,25 +178,36 @@ class Search {
     plan.exclude = nullptr;
     const int threads = threads_for(queries, rows);
     const std::int64_t limit = tuning_.query_tile > 0 ? tuning_.query_tile : kMaxTile;
-    SamplePass pass(plan, queries, threads, pick_tile(queries, threads, limit, true),
-                    pick_chunk(rows, plan.block_rows, threads), progress_, floors_);
+    const Cut cut{threads, pick_tile(queries, threads, limit, true), pick_chunk(rows, plan.block_rows, threads)};
+    SamplePass pass(plan, queries, cut, progress_, floors_);
     progress_.total += queries * rows;
     const Status status = run_team(threads, [&](int i) { pass.work(i); }, progress_, poll_for(queries, rows));
     count(pass.counters);
     return status;
   }
 
-  Status pass(std::int64_t queries, std::vector<std::int64_t>* failed) {
+  Status pass(std::int64_t queries, bool self_join, std::vector<std::int64_t>* failed) {
     const std::int64_t rows = request_.pool.rows;
     ScanPlan plan = plan_;
     plan.k = request_.k;
     const std::int64_t spare = tuning_.spare_candidates > 0 ? tuning_.spare_candidates : std::max<std::int64_t>(request_.k, 256);
     plan.capacity = static_cast<std::uint32_t>(request_.k + spare);
     const int threads = threads_for(queries, rows);
-    const std::int64_t limit = tuning_.query_tile > 0 ? tuning_.query_tile : kMaxTile;
+    std::int64_t limit = tuning_.query_tile > 0 ? tuning_.query_tile : kMaxTile;
+    if (self_join && tuning_.query_tile == 0) limit = std::min(limit, round_up(ceil_div(queries, 16), kPanel));
     const std::int64_t chunk = tuning_.row_chunk > 0 ? tuning_.row_chunk : pick_chunk(rows, plan.block_rows, threads);
-    SearchPass pass(plan, queries, threads, pick_tile(queries, threads, limit, false), chunk, progress_, request_);
-    const Status status = run_team(threads, [&](int i) { pass.work(i); }, progress_, poll_for(queries, rows));
+    std::unique_ptr<Columns> columns;
+    if (self_join) {
+      // As large as half of the answer, not more: every query has a buffer at the same time.
+      const auto capacity = static_cast<std::uint32_t>(request_.k + std::max<std::int64_t>(16, request_.k / 2));
+      columns = std::make_unique<Columns>(queries, request_.k, capacity, plan.floors, plan.exclude, plan.exclude_width);
+      progress_.total -= queries * rows / 2;
+    }
+    SearchPass pass(plan, queries, {threads, pick_tile(queries, threads, limit, false), chunk}, progress_, request_,
+                    columns.get());
+    Status status = run_team(threads, [&](int i) { pass.work(i); }, progress_, poll_for(queries, rows));
+    if (self_join && status == Status::ok)
+      status = run_team(threads, [&](int i) { pass.finish_columns(i, threads); }, progress_, {});
     count(pass.counters);
     *failed = std::move(pass.failed);
     return status;
@@ -336,6 +233,8 @@ Status search_cpu(const Request& request) {
   const Matrix &queries = request.queries, &pool = request.pool;
   if (!valid(queries) || !valid(pool) || queries.cols != pool.cols || request.k < 1 || request.k > kMaxK ||
       pool.rows > 0xffffffffLL || request.threads < 1 || (queries.rows > 0 && request.exclude_width > 0 && request.exclude == nullptr) ||
+      (request.self_join && (queries.data != pool.data || queries.rows != pool.rows || queries.dtype != pool.dtype ||
+                             queries.row_stride != pool.row_stride || queries.col_stride != pool.col_stride)) ||
       (queries.rows > 0 && (request.scores == nullptr || request.rows == nullptr)))
     return Status::bad_argument;
   const Isa* isa = find_isa(request.isa);

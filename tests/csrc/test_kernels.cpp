@@ -74,11 +74,17 @@ void test_collect(const Isa& isa) {
   for (float floor : {-kInf, -1.0f, 0.0f, scores[9], kInf})
     for (int count : {0, 1, 8, 15, 16, 17, 61}) {
       std::vector<uint32_t> at(64, 99);
-      const int found = isa.kernels->collect(scores.data(), count, floor, at.data());
+      const int found = isa.kernels->collect(scores.data(), count, floor, nullptr, at.data());
       int expected = 0;
       for (int i = 0; i < count; ++i)
         if (scores[i] >= floor) CHECK(at[expected++] == static_cast<uint32_t>(i));
       CHECK(found == expected);
+      const std::vector<float> floors = random_values(61, 4, 0);
+      const int either = isa.kernels->collect(scores.data(), count, floor, floors.data(), at.data());
+      expected = 0;
+      for (int i = 0; i < count; ++i)
+        if (scores[i] >= floor || scores[i] >= floors[i]) CHECK(at[expected++] == static_cast<uint32_t>(i));
+      CHECK(either == expected);
     }
 }
 

@@ -147,6 +147,43 @@ void test_paths() {
   CHECK(run(clustered, 50, 2, nullptr, direct) == dense);
 }
 
+// A self-join by the upper triangle gives what the square gives.
+void test_self_join() {
+  unsigned seed = 20;
+  for (int kind = 0; kind <= 5; ++kind)
+    for (auto [rows, width] : {std::pair<int, int>{5, 3}, {333, 20}, {1100, 33}}) {
+      Problem p = make(rows, rows, width, kind, ++seed);
+      p.q = p.x;
+      for (std::uint32_t k : {1u, 12u, 400u}) {
+        Tuning square;
+        square.use_self_join = 0;
+        const Answer expected = run(p, k, 1, nullptr, square);
+        for (const char* const* isa = available_isas(); *isa != nullptr; ++isa) {
+          int which = 0;
+          for (Tuning tuning : tunings()) {
+            tuning.use_self_join = 1;
+            Answer found{std::vector<float>(rows * k, 7.0f), std::vector<std::int64_t>(rows * k, -7), {}, Status::ok};
+            Request r;
+            r.queries = r.pool = {p.x.data(), rows, width, width, 1, DType::f32};
+            r.k = k;
+            r.exclude = p.exclude.data();
+            r.exclude_width = p.exclude_width;
+            r.scores = found.scores.data();
+            r.rows = found.rows.data();
+            r.threads = 1 + which % 3;
+            r.isa = *isa;
+            r.self_join = true;
+            r.tuning = tuning;
+            r.counters = &found.counters;
+            CHECK(search_cpu(r) == Status::ok);
+            CHECK_NOTE(found == expected, "kind %d, %d x %d, k %u, %s, tuning %d", kind, rows, width, k, *isa, which);
+            ++which;
+          }
+        }
+      }
+    }
+}
+
 void test_cancel() {
   const Problem p = make(600, 40000, 64, 0, 2);
   std::vector<float> scores(600 * 5);
@@ -196,6 +233,7 @@ void test_bad_arguments() {
   CHECK(refused([](Request& r) { r.scores = nullptr; }) == Status::bad_argument);
   CHECK(refused([](Request& r) { r.exclude_width = 1; }) == Status::bad_argument);
   CHECK(refused([](Request& r) { r.pool.dtype = static_cast<DType>(9); }) == Status::bad_argument);
+  CHECK(refused([](Request& r) { r.self_join = true; }) == Status::bad_argument);
   CHECK(refused([](Request& r) { r.isa = "sse9"; }) == Status::unsupported);
 }
 
@@ -220,6 +258,7 @@ void test_concurrent_callers() {
 int main() {
   test_everything();
   test_paths();
+  test_self_join();
   test_cancel();
   test_bad_arguments();
   test_concurrent_callers();

@@ -97,6 +97,18 @@ def test_same_bits_from_every_instruction_set_path_and_thread_count(kind: str, d
             assert_same(found, expected, (isa, tuning, threads))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_self_join_by_the_triangle_gives_what_the_square_gives(kind: str) -> None:
+    pool = dataset(kind, 2500, 40)
+    for exclude in (None, torch.arange(2500)[:, None]):
+        expected = search(pool, pool, 20, exclude=exclude, tuning={"use_self_join": 0})
+        for tuning in ({}, {"use_filter": 0}, {**FILTER, "query_tile": 96}, {"use_self_join": 1, "forced_floor": 1e30}):
+            assert_same(search(pool, pool, 20, exclude=exclude, threads=2, tuning=tuning), expected, (kind, tuning))
+    counters: dict[str, int] = {}
+    search(pool, pool, 20, tuning={"use_filter": 0, "sample_stride": 0}, counters=counters)
+    assert counters["direct"] < 0.6 * 2500 * 2500  # half of the square and the tiles on the diagonal
+
+
 def test_same_bits_from_every_batch_of_queries() -> None:
     queries, pool = torch.randn(130, 24), torch.randn(5000, 24)
     whole = topk(queries, pool, 17)

@@ -60,7 +60,7 @@ def search(
         scores.data_ptr(),
         rows.data_ptr(),
         threads,
-        False,
+        _same_memory(queries, pool),
         progress,
         isa,
         tuning or {},
@@ -77,6 +77,12 @@ def search(
     if progress is not None:
         progress(1.0)
     return out
+
+
+def _same_memory(queries: Tensor, pool: Tensor) -> bool:
+    """Whether the pool is searched for its own rows: scores are symmetric then, and one triangle is enough."""
+    same = queries.data_ptr() == pool.data_ptr() and queries.shape == pool.shape and queries.stride() == pool.stride()
+    return same and queries.dtype == pool.dtype
 
 
 def _matrix(tensor: Tensor) -> tuple[int, int, int, int, int, int]:

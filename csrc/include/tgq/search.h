@@ -26,6 +26,7 @@ struct Tuning {
   int sample_stride = -1;           // one row in so many is sampled for a first floor; 0 off, -1 where it pays
   float forced_floor = 0.0f;        // with has_forced_floor: taken instead of the sampled floor (a failed sample)
   bool has_forced_floor = false;
+  int use_self_join = -1;           // upper triangle only where Request::self_join: 1 on, 0 off, -1 where it pays
   std::int64_t query_tile = 0;      // queries scanned together; 0: chosen
   std::int64_t row_chunk = 0;       // rows a thread claims at a time; 0: chosen
   std::int64_t spare_candidates = 0;  // candidate buffer beyond k; 0: chosen

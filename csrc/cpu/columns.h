@@ -1,0 +1,63 @@
+// The other half of a self-join: hits of pool rows that are queries themselves, offered by every thread.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <thread>
+
+#include "cpu/scan.h"
+#include "tgq/selection.h"
+
+namespace tgq {
+
+class Columns {
+ public:
+  // One candidate buffer per query, from the sampled floors where there are some.
+  Columns(std::int64_t queries, std::uint32_t k, std::uint32_t capacity, const Key* floors, const std::int64_t* exclude,
+          std::int64_t exclude_width)
+      : exclude_(exclude), exclude_width_(exclude_width), keys_(static_cast<std::size_t>(queries) * capacity),
+        candidates_(static_cast<std::size_t>(queries)),
+        floors_(std::make_unique<std::atomic<Key>[]>(static_cast<std::size_t>(queries))),
+        locks_(std::make_unique<std::atomic<unsigned char>[]>(static_cast<std::size_t>(queries))) {
+    for (std::size_t q = 0; q < candidates_.size(); ++q) {
+      candidates_[q] = {keys_.data() + q * capacity, capacity, k, 0, floors == nullptr ? kNoKey : floors[q]};
+      floors_[q].store(candidates_[q].floor, std::memory_order_relaxed);
+      locks_[q].store(0, std::memory_order_relaxed);
+    }
+  }
+
+  // The floor of a query as it was a moment ago: a floor only rises, so an old one lets more pass, never less.
+  Key floor(std::int64_t query) const { return floors_[static_cast<std::size_t>(query)].load(std::memory_order_relaxed); }
+
+  // Row `row` scored `score` with `query`.
+  void offer(std::int64_t query, std::int64_t row, float score) {
+    const Key key = make_key(score, static_cast<std::uint32_t>(row));
+    if (key <= floor(query)) return;
+    for (std::int64_t i = 0; i < exclude_width_; ++i)
+      if (exclude_[query * exclude_width_ + i] == row) return;
+    add(query, &key, 1);
+  }
+
+  // Hits that a scan of `query` itself kept.
+  void add(std::int64_t query, const Key* keys, std::uint32_t count) {
+    const auto q = static_cast<std::size_t>(query);
+    while (locks_[q].exchange(1, std::memory_order_acquire) != 0) std::this_thread::yield();
+    for (std::uint32_t i = 0; i < count; ++i) candidates_[q].push(keys[i]);
+    floors_[q].store(candidates_[q].floor, std::memory_order_relaxed);
+    locks_[q].store(0, std::memory_order_release);
+  }
+
+  // Only when no other thread is at work.
+  Candidates& candidates(std::int64_t query) { return candidates_[static_cast<std::size_t>(query)]; }
+
+ private:
+  const std::int64_t* exclude_;
+  std::int64_t exclude_width_;
+  Buffer<Key> keys_;
+  std::vector<Candidates> candidates_;
+  std::unique_ptr<std::atomic<Key>[]> floors_;
+  std::unique_ptr<std::atomic<unsigned char>[]> locks_;
+};
+
+}  // namespace tgq

@@ -1,0 +1,68 @@
+// One pass of a list of queries over a pool, by a team of threads.
+#pragma once
+
+#include <cstdint>
+#include <mutex>
+#include <vector>
+
+#include "cpu/scan.h"
+#include "cpu/team.h"
+
+namespace tgq {
+
+inline std::int64_t round_up(std::int64_t value, std::int64_t unit) { return (value + unit - 1) / unit * unit; }
+inline std::int64_t ceil_div(std::int64_t value, std::int64_t unit) { return (value + unit - 1) / unit; }
+
+class Columns;
+
+// How a pass is cut.
+struct Cut {
+  int threads = 1;
+  std::int64_t tile = 1;   // queries scanned together, at most
+  std::int64_t chunk = 1;  // rows that a thread claims at a time
+};
+
+// A tile of queries that several threads may scan together, each other rows.
+struct Tile {
+  std::int64_t begin = 0, count = 0;
+  std::mutex mutex;
+  std::int64_t next_row = 0;  // first row that nobody has claimed
+  int joined = 0;             // threads at work on it
+  std::vector<std::vector<Key>> parts;  // per finished thread: [count, k + 1], first the number of keys
+};
+
+// Threads claim ranges of rows of a tile from a common counter; each keeps its own buffers, and the last to leave a tile
+// merges them. Subclasses say what becomes of the best keys of a query.
+class Pass {
+ public:
+  // With `columns` the pass is a self-join: a tile is scanned from its own first row on, and rows behind the tile collect
+  // their hits in `columns`, where the tile's own hits go too.
+  Pass(const ScanPlan& plan, std::int64_t num_queries, const Cut& cut, Progress& progress, Columns* columns = nullptr);
+  virtual ~Pass() = default;
+
+  // The body of thread `index`.
+  void work(int index);
+
+  Counters counters;
+
+ protected:
+  // `keys` are the best of the query at `position`, descending; called once per query, from any thread.
+  virtual void finish(std::int64_t position, const Key* keys, std::uint32_t count, bool has_nan) = 0;
+
+  ScanPlan plan_;
+  std::mutex mutex_;
+
+ private:
+  bool claim(Tile& tile, std::int64_t* first, std::int64_t* last);
+  void join(Tile& tile, Scanner& scanner, std::vector<Key>& merged);
+  void leave(Tile& tile, Scanner& scanner, std::vector<Key>& merged);
+  void scan(const Tile& tile, Scanner& scanner, std::int64_t first, std::int64_t last);
+
+  Cut cut_;
+  Progress& progress_;
+  Columns* columns_;
+  std::vector<Tile> tiles_;
+  std::size_t num_tiles_ = 0;
+};
+
+}  // namespace tgq
