@@ -191,3 +191,37 @@ def test_zero_shot_rows_are_normalised() -> None:
     assert torch.allclose(norms[norms > 0], torch.ones(22))
     with pytest.raises(ArgumentError, match="store"):
         zero_shot_embeddings(make_catalog(5), Store())  # type: ignore[arg-type]
+
+
+PEAK = """
+import resource, sys
+sys.path.insert(0, sys.argv[2])
+import torch
+from test_embed import make_catalog
+from tgq_fast.retrieval import embed_catalog
+
+class Wide:
+    def encode(self, items, *, batch_size, on_error):
+        return torch.ones(len(items), 4096)
+
+rows = int(sys.argv[3])
+embed_catalog(make_catalog(rows), Wide(), sys.argv[1], dims=4096, digest="wide", batch_size=100, shard_size=500)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux")
+def test_peak_memory_does_not_grow_with_the_catalogue(tmp_path: Path) -> None:
+    def peak_mib(rows: int) -> float:
+        ran = subprocess.run(
+            [sys.executable, "-c", PEAK, str(tmp_path / str(rows)), str(Path(__file__).parent), str(rows)],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=True,
+        )
+        return int(ran.stdout) / 1024
+
+    growth = peak_mib(6000) - peak_mib(1000)
+    assert growth < 25, growth  # the embeddings themselves grow by 78 MiB
