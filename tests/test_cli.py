@@ -293,7 +293,7 @@ def test_doctor_reports_backends_with_reasons() -> None:
 def test_default_epochs_follow_the_number_of_pairs(world: World) -> None:
     catalog = Catalog.load(world.catalog)
     pairs = workflow.steps_per_epoch(catalog, 1)
-    assert workflow.default_epochs(catalog, 64) == 40
+    assert workflow.default_epochs(catalog, 64) == 20
     assert workflow.steps_per_epoch(catalog, 10**6) == 1
     assert pairs == len({frozenset(p) for p in zip(*(s.tolist() for s in _train(catalog)))})
 

@@ -143,8 +143,8 @@ def steps_per_epoch(catalog: Catalog, batch_size: int) -> int:
 
 
 def default_epochs(catalog: Catalog, batch_size: int) -> int:
-    """As many epochs as make about 1,200 steps, but at least 6 and at most 40."""
-    return min(40, max(6, round(1200 / steps_per_epoch(catalog, batch_size))))
+    """As many epochs as make about 1,200 steps, but at least 6 and at most 20."""
+    return min(20, max(6, round(1200 / steps_per_epoch(catalog, batch_size))))
 
 
 def train_run(
@@ -222,19 +222,8 @@ def open_run(run: Path) -> TGQFormerModel:
     model = TGQFormerModel.from_pretrained(run)
     model.set_towers(*load_towers(model.config))
     if torch.cuda.is_available():
-        model.cuda()
+        torch.nn.Module.to(model, "cuda")
     return model
-
-
-class CachedEncoder:
-    """A model that reads the frozen features of its catalogue from the cache instead of decoding pictures again."""
-
-    def __init__(self, model: TGQFormerModel, store: FeatureStore) -> None:
-        self.model, self.store, self.config = model, store, model.config
-
-    def encode(self, items: Catalog, *, batch_size: int, on_error: Policy) -> Any:
-        """[n, D] embeddings of items of the store's catalogue."""
-        return self.model.encode(items, batch_size=batch_size, on_error=on_error, features=self.store)
 
 
 def embed_run(
@@ -253,17 +242,18 @@ def embed_run(
     from tgq_fast.retrieval import embed_catalog, model_digest
 
     model = open_run(run)
-    encoder = CachedEncoder(model, open_store(catalog, model.config, cache=cache, on_error=on_error))
+    store = open_store(catalog, model.config, cache=cache, on_error=on_error)
     with console.progress("embedding") as advance:
         report = embed_catalog(
             catalog,
-            encoder,
+            model,
             out,
             digest=model_digest(model),
             batch_size=batch_size,
             shard_size=shard_size,
             resume=resume,
             on_error=on_error,
+            features=store,
             progress=advance,
         )
     note = json.dumps({"catalog": str(Path(catalog.report.path).resolve()), "digest": catalog.digest()}, indent=1)

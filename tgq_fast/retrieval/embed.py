@@ -34,8 +34,9 @@ _IGNORED_KEYS = ("_name_or_path", "transformers_version", "architectures", "dtyp
 class Encoder(Protocol):
     """What :func:`embed_catalog` needs from a model; :class:`tgq_fast.models.TGQFormerModel` has it."""
 
-    def encode(self, items: Catalog, *, batch_size: int, on_error: Literal["raise", "skip"], **options: Any) -> Any:
-        """[n, D] embeddings of a catalogue as a tensor; raises ImageError with the item id."""
+    @property
+    def encode(self) -> Callable[..., Any]:
+        """encode(catalogue, batch_size=…, on_error=…) → [n, D] tensor; raises ImageError with the item id."""
         ...
 
 
