@@ -136,7 +136,7 @@ bool Scanner::excluded(std::int64_t q, std::int64_t row) const {
 }
 
 inline void Scanner::offer(std::int64_t q, std::int64_t row, float score, Columns* columns) {
-  if (columns != nullptr) columns->offer(row, plan_.query_id(begin_ + q), score);
+  if (columns != nullptr && !nan_[static_cast<std::size_t>(q)]) columns->offer(row, plan_.query_id(begin_ + q), score);
   Candidates& best = candidates_[static_cast<std::size_t>(q)];
   const Key key = make_key(score, static_cast<std::uint32_t>(row));
   if (key <= best.floor) return;
