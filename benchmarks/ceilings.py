@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-from benchmarks.timing import measure
+from benchmarks.timing import Call, measure
 
 _TINY, _COPY_BYTES = 1 << 20, {"cpu": 256 << 20, "cuda": 2 << 30}
 _MATRIX = {"cpu": 2048, "cuda": 8192}
@@ -32,23 +34,25 @@ def measure_ceilings(device: str, *, tiny: bool = False, budget_s: float = 3.0) 
     size = _TINY if tiny else _COPY_BYTES[device]
     source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    calls = {"copy_bytes_s": lambda _: target.copy_(source)}
+    calls: dict[str, Call] = {"copy_bytes_s": lambda _: target.copy_(source)}
     work = {"copy_bytes_s": 2.0 * size}
     n = 64 if tiny else _MATRIX[device]
-    operands = []
     for name, dtype in _DTYPES.items():
         if device == "cpu" and dtype is torch.float16:
             continue
         a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
         out = torch.empty(n, n, dtype=dtype, device=device)
-        operands.append((a, b, out))
-        calls[f"{name}_flop_s"] = lambda _, a=a, b=b, out=out: torch.mm(a, b, out=out)
+        calls[f"{name}_flop_s"] = partial(_product, a, b, out)
         work[f"{name}_flop_s"] = 2.0 * n**3
     for call in calls.values():
         for _ in range(2):
             call(0)
     found = measure(calls, sets=1, device=device, budget_s=budget_s, min_samples=5, max_samples=40)
     return {name: work[name] / (timing.median_ms * 1e-3) for name, timing in found.items()}
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor, _: int) -> Tensor:
+    return torch.mm(a, b, out=out)
 
 
 def floor(work: Work, dtype: str, ceilings: dict[str, float]) -> Floor:

@@ -1,4 +1,7 @@
-"""The 2× rule: a variant's error against a higher-precision reference may be twice the plain PyTorch version's."""
+"""The 2× rule: a variant's error against a higher-precision reference may be twice the plain PyTorch version's.
+
+A peer only has to show that it computes the same function: hiding a fast peer for its last bits would flatter us.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,17 @@ def higher_precision(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype in (torch.float32, torch.float64) else torch.float32
 
 
-def check(out: Named, reference: Named, baselines: list[Named], dtype: torch.dtype, weights: frozenset[str]) -> Verdict:
+OWN_SLACK, PEER_SLACK = 1.0, 4.0
+
+
+def check(
+    out: Named,
+    reference: Named,
+    baselines: list[Named],
+    dtype: torch.dtype,
+    weights: frozenset[str] = frozenset(),
+    slack: float = OWN_SLACK,
+) -> Verdict:
     """Compare with the reference under the 2× rule (3× for weight gradients), in the largest and the L2 norm.
 
     Args:
@@ -39,6 +52,7 @@ def check(out: Named, reference: Named, baselines: list[Named], dtype: torch.dty
         baselines: the reference computed in `dtype`, in each of its algebraic forms; the least exact one counts.
         dtype: the precision under test; one unit in its last place at the largest value is the noise floor.
         weights: names whose factor is 3.
+        slack: multiplies what is allowed; `PEER_SLACK` for peers.
     """
     worst, detail = 0.0, ""
     if set(out) != set(reference):
@@ -60,6 +74,6 @@ def check(out: Named, reference: Named, baselines: list[Named], dtype: torch.dty
             ("largest", delta.abs().max(), factor * max(d.abs().max() for d in base) + ulp * ref.abs().max()),
             ("L2", delta.norm(), factor * max(d.norm() for d in base) + ulp * norm),
         ):
-            if not got <= allowed:  # also true for NaN
+            if not got <= slack * allowed:  # also true for NaN
                 detail = detail or f"{name}: {kind} error {got.item():.3g} above the allowed {allowed.item():.3g}"
     return Verdict(not detail, worst, detail)

@@ -86,9 +86,13 @@ class Results:
 
 
 def result_files(folder: str | Path) -> Iterator[tuple[Path, Results]]:
-    """The newest complete result file of every device folder below `folder` (any, if none is complete)."""
+    """The newest complete result file of every device folder below `folder` (any, if none is complete).
+
+    Runs over small stand-in shapes are no results and are passed over.
+    """
     for device in sorted(p for p in Path(folder).glob("*") if p.is_dir()):
         loaded = [(path, Results.load(path)) for path in sorted(device.glob("*.json"))]
+        loaded = [item for item in loaded if not item[1].environment.get("tiny")]
         if loaded:
             yield max(loaded, key=lambda item: (item[1].complete, item[1].environment.get("started", "")))
 

@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _open(options: argparse.Namespace, setting: Setting) -> tuple[Results, Path | None]:
-    facts = environment(setting.device, setting.threads)
+    facts = {**environment(setting.device, setting.threads), "tiny": setting.tiny}
     path = None
     if options.json:
         path = default_result_path(facts) if options.json == "auto" else Path(options.json)

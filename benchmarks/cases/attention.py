@@ -100,8 +100,12 @@ def _no_flash() -> str:
 
 
 def _ours_named(name: str, heads: int, form: str, backend: str | None) -> Candidate:
-    options = {"heads": heads, "form": form, "backend": backend}
-    return Candidate(name, "ours", partial(_ours, **options), describe=partial(_explain, **options))
+    return Candidate(
+        name,
+        "ours",
+        partial(_ours, heads=heads, form=form, backend=backend),
+        describe=partial(_explain, heads=heads, form=form, backend=backend),
+    )
 
 
 def candidates(heads: int, device: str, *, compiled: bool) -> list[Candidate]:

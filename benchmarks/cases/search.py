@@ -11,7 +11,7 @@ from torch.nn.functional import normalize
 
 from benchmarks.cases.common import register_all
 from benchmarks.cases.search_peers import Problem, variants
-from benchmarks.cases.tensors import dtype_of
+from benchmarks.cases.tensors import dtype_of, slack_of
 from benchmarks.ceilings import Work
 from benchmarks.parity import Verdict
 from benchmarks.registry import Case, Setting, UnavailableError, Variant, Workload
@@ -58,13 +58,14 @@ def _problem(case: Case, sizes: dict[str, Any], setting: Setting) -> Problem:
     data = sizes["data"]
     if data == "real" and not setting.tiny:
         found = load_embeddings(setting.embeddings).to(setting.device)
-        sizes |= {"pool": len(found), "D": found.shape[1], "Q": len(found) if sizes["self_join"] else queries}
-        pool, queries = found, sizes["Q"]
+        sizes |= {"pool": len(found), "D": found.shape[1]}
+        pool = found
     else:
         draw = _clustered if data == "clustered" else _random
         pool = draw(rows, width, generator, setting.device)
     pool = pool.to(dtype_of(case))
     if sizes["self_join"]:
+        sizes["Q"] = len(pool)
         query_sets = [pool]
     elif data == "random":
         query_sets = [_random(queries, pool.shape[1], generator, setting.device).to(pool.dtype) for _ in range(3)]
@@ -82,11 +83,24 @@ class _Truth:
     def __init__(self, problem: Problem) -> None:
         self.queries = problem.queries[0][:_CHECKED_QUERIES].double()
         self.pool, self.k = problem.pool, min(problem.k, len(problem.pool))
-        best = self.queries.new_empty(len(self.queries), 0)
+        self.best = self._best(torch.float64)[0]  # [q, k]
+
+    def _best(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The k best scores and their rows when products run in `dtype`."""
+        queries = self.queries.to(dtype)
+        scores, rows = queries.new_empty(len(queries), 0), self.queries.new_empty(len(queries), 0, dtype=torch.int64)
         for first in range(0, len(self.pool), _ROWS_AT_A_TIME):
-            scores = self.queries @ self.pool[first : first + _ROWS_AT_A_TIME].double().T
-            best = torch.cat((best, scores), dim=1).topk(min(self.k, best.shape[1] + scores.shape[1]), dim=1).values
-        self.best = best  # [q, k]
+            part = queries @ self.pool[first : first + _ROWS_AT_A_TIME].to(dtype).T
+            here = torch.arange(first, first + part.shape[1], device=rows.device).expand(len(queries), -1)
+            scores, rows = torch.cat((scores, part), dim=1), torch.cat((rows, here), dim=1)
+            scores, order = scores.topk(min(self.k, scores.shape[1]), dim=1)
+            rows = rows.gather(1, order)
+        return scores, rows
+
+    def allowed(self, dtype: torch.dtype) -> float:
+        """Twice the shortfall of products in `dtype`, and one unit in the last place of the largest score."""
+        largest = float(self.best.abs().max())
+        return 2 * self.shortfall(self._best(dtype)[1]) + torch.finfo(dtype).eps * largest
 
     def shortfall(self, indices: Tensor) -> float:
         """Largest loss of true score at any rank; infinite for repeated or impossible rows."""
@@ -104,17 +118,17 @@ def _build(case: Case, sizes: dict[str, Any], setting: Setting) -> Workload:
     problem = _problem(case, sizes, setting)
     known: dict[str, Any] = {}
 
-    def verdict(_: Variant, indices: Tensor) -> Verdict:
+    def verdict(variant: Variant, indices: Tensor) -> Verdict:
         if not known:
-            truth = known["truth"] = _Truth(problem)
-            plain = problem.queries[0][:_CHECKED_QUERIES] @ problem.pool.T
-            known["allowed"] = 2 * truth.shortfall(plain.topk(truth.k, dim=1).indices)
-            # One unit in the last place of the largest score, so that a baseline without any error leaves room.
-            known["allowed"] += torch.finfo(problem.pool.dtype).eps * float(truth.best.abs().max())
+            known["truth"] = _Truth(problem)
+            # Ours accumulates in fp32 whatever the stored dtype; a peer may round its scores to that dtype.
+            known["ours"] = known["truth"].allowed(torch.float32)
+            known["peer"] = known["truth"].allowed(problem.pool.dtype)
         lost = known["truth"].shortfall(indices)
-        if lost <= known["allowed"]:
+        allowed = slack_of(variant) * known["ours" if variant.kind == "ours" else "peer"]
+        if lost <= allowed:
             return Verdict(True, max(0.0, lost))
-        return Verdict(False, lost, f"true scores fall short by {lost:.3g}, allowed {known['allowed']:.3g}")
+        return Verdict(False, lost, f"true scores fall short by {lost:.3g}, allowed {allowed:.3g}")
 
     return Workload(len(problem.queries), variants(problem, setting), _work(sizes, problem), verdict)
 

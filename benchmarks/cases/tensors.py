@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.ceilings import Work
-from benchmarks.parity import Verdict, check, higher_precision
+from benchmarks.parity import OWN_SLACK, PEER_SLACK, Verdict, check, higher_precision
 from benchmarks.registry import Call, Case, Kind, Setting, UnavailableError, Variant, Workload
 from benchmarks.timing import input_sets
 
@@ -40,6 +40,11 @@ def dtype_of(case: Case) -> torch.dtype:
     if not isinstance(found, torch.dtype):
         raise ValueError(f"{case.name}: {case.dtype} is not a dtype")
     return found
+
+
+def slack_of(variant: Variant) -> float:
+    """How much of the allowed error a variant may take."""
+    return OWN_SLACK if variant.kind == "ours" else PEER_SLACK
 
 
 def compiled_statically(function: Function) -> Function:
@@ -77,7 +82,7 @@ def tensor_workload(
     dtype = dtype_of(case)
     known: dict[str, Any] = {}
 
-    def verdict(_: Variant, out: Mapping[str, Tensor]) -> Verdict:
+    def verdict(variant: Variant, out: Mapping[str, Tensor]) -> Verdict:
         if not known:
             high = higher_precision(dtype)
             raised = {k: t.detach().to(high) if t.is_floating_point() else t for k, t in sets[0].items()}
@@ -88,9 +93,9 @@ def tensor_workload(
             known["baselines"] = [
                 _detached(_run(f, sets[0], case.direction, wrt, gradients.of(0, None))) for f in references
             ]
-        return check(
-            _detached(out), known["reference"], known["baselines"], dtype, frozenset(f"grad {name}" for name in weights)
-        )
+        summed = frozenset(f"grad {name}" for name in weights)
+        slack = slack_of(variant)
+        return check(_detached(out), known["reference"], known["baselines"], dtype, summed, slack)
 
     if case.direction != "forward":  # fixes the output gradients of every set before anything is measured
         for i, tensors in enumerate(sets):
