@@ -18,7 +18,6 @@ import typer
 from tgq_fast import console, workflow
 from tgq_fast.errors import ArgumentError
 
-CONNECTORS = ("tgq", "qformer")
 _MARKER = ".tgq-demo"  # in the output folder: what is in it was made by the demo and may be replaced by it
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -37,11 +36,18 @@ def demo(
     batch_size: Annotated[int, typer.Option(min=2, help="Pairs per step.")] = 64,
     lr: Annotated[float, typer.Option()] = 5e-4,
     vision: Annotated[str | None, typer.Option(help="Vision tower; default: the preset's.")] = None,
+    connectors: Annotated[
+        str, typer.Option(metavar="a,b", help="Connectors to compare, main one first.")
+    ] = "tgq,qformer",
     cache: Annotated[Path | None, typer.Option(help="Folder of frozen features.")] = None,
 ) -> None:
     """Validate, train, embed, search, evaluate and report on one catalogue."""
+    from tgq_fast.data.files import write_atomic
+    from tgq_fast.retrieval._identity import package_identity
+
     begin = time.monotonic()
     prepare(out)
+    own = catalog
     if catalog is None:
         from tgq_fast.data import write_demo_catalog
 
@@ -61,7 +67,8 @@ def demo(
     console.note("guiding fields: " + (", ".join(names) or "none"))
     overrides = {} if vision is None else {"vision_tower": vision}
     runs, pools, trained = {}, {}, {}
-    for connector in CONNECTORS:
+    compared = [name.strip() for name in connectors.split(",") if name.strip()]
+    for connector in compared:
         runs[connector], pools[connector] = out / "runs" / connector, out / "pools" / connector
         config = workflow.make_config(loaded, preset="tiny", connector=connector, fields=names, overrides=overrides)
         with step(
@@ -81,20 +88,22 @@ def demo(
         with step(f"tgq-fast embed {catalog} --model {runs[connector]} --out {pools[connector]}"):
             workflow.embed_run(loaded, runs[connector], pools[connector], cache=cache, on_error="skip")
     results: dict[str, Any] = {}
-    for connector in CONNECTORS:
+    for connector in compared:
         with step(f"tgq-fast evaluate {catalog} --model {runs[connector]} --pool {pools[connector]}"):
             results |= workflow.evaluate_run(
                 loaded,
                 runs[connector],
                 pool=pools[connector],
-                floor=connector == CONNECTORS[-1],
+                floor=connector == compared[-1],
                 cache=cache,
                 on_error="skip",
             )
     query = loaded.items[int(loaded.split_pairs("test").query[0])]
-    with step(f"tgq-fast search {pools['tgq']} --item {query.id} -k 5"):
-        hits = workflow.search_pool(pools["tgq"], item=query.id, k=5)["hits"]
-    with step(f"tgq-fast report {catalog} --model {runs['tgq']} --model {runs['qformer']} --out {out / 'report.html'}"):
+    main = compared[0]
+    with step(f"tgq-fast search {pools[main]} --item {query.id} -k 5"):
+        hits = workflow.search_pool(pools[main], item=query.id, k=5)["hits"]
+    models = " ".join(f"--model {run}" for run in runs.values())
+    with step(f"tgq-fast report {catalog} {models} --out {out / 'report.html'}"):
         from tgq_fast.report.collect import write_report
 
         write_report(
@@ -106,16 +115,19 @@ def demo(
             on_error="skip",
             seed=seed,
         )
-    _print(query.title or query.id, hits, results)
+    _print(f"nearest to {query.title or query.id!r} ({main})", hits, results)
+    command = "make demo" if own is None else f"make demo CATALOG={catalog.name}"
     summary = {
-        "catalogue": str(catalog),
+        "catalogue": "embedded" if own is None else catalog.name,
         "digest": loaded.digest(),
+        "command": command,
+        "versions": package_identity(),
         "fields": names,
-        "training": trained,
         "seed": seed,
+        "training": {name: {k: v for k, v in facts.items() if k != "run"} for name, facts in trained.items()},
         "results": {name: result.to_dict() for name, result in results.items()},
     }
-    (out / "results.json").write_text(json.dumps(console.plain(summary), indent=2) + "\n")
+    write_atomic(out / "results.json", (json.dumps(console.plain(summary), indent=1) + "\n").encode())
     console.note(
         f"\nreport: {out / 'report.html'}   results: {out / 'results.json'}   {time.monotonic() - begin:.0f} s in all"
     )
@@ -146,9 +158,9 @@ def step(command: str) -> Iterator[None]:
     console.note(f"{time.monotonic() - begin:.1f} s")
 
 
-def _print(query: str, hits: Sequence[dict[str, Any]], results: dict[str, Any]) -> None:
+def _print(title: str, hits: Sequence[dict[str, Any]], results: dict[str, Any]) -> None:
     rows = [[hit["rank"], f"{hit['score']:.3f}", hit["id"], hit.get("title"), hit.get("brand")] for hit in hits]
-    console.table(f"nearest to {query!r} (tgq)", ["rank", "score", "id", "title", "brand"], rows, left=5)
+    console.table(title, ["rank", "score", "id", "title", "brand"], rows, left=5)
     columns, table = workflow.metric_table(results)
     first = next(iter(results.values()))
     console.table(f"test split: {first.queries} queries, every item of {first.pool_size} a candidate", columns, table)

@@ -1,0 +1,44 @@
+"""The figures of README.md are those of the committed result files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tgq_fast.errors import ArgumentError
+from tgq_fast.report.readme import fill, retrieval_table
+
+ROOT = Path(__file__).parents[2]
+
+
+def result(seed: int, value: float) -> dict[str, Any]:
+    metric = {"value": value, "low": value - 0.01, "high": value + 0.01}
+    run = {"queries": 1200, "pool_size": 9000, "metrics": dict.fromkeys(("H@1", "H@10", "H@100", "MRR"), metric)}
+    return {
+        "catalogue": "shop",
+        "fields": ["category"],
+        "command": "make demo CATALOG=shop",
+        "seed": seed,
+        "results": {"tgq": run},
+    }
+
+
+def test_one_seed_shows_its_interval_and_several_their_range() -> None:
+    assert "| tgq | 0.500 [0.490, 0.510] |" in retrieval_table([("a.json", result(0, 0.5))])
+    several = retrieval_table([("b.json", result(1, 0.7)), ("a.json", result(0, 0.5))])
+    assert "| tgq | 0.600 [0.500, 0.700] |" in several and "seeds 0, 1" in several
+    assert "`docs/results/a.json`, `docs/results/b.json`" in several
+
+
+def test_a_document_without_a_place_is_refused() -> None:
+    with pytest.raises(ArgumentError, match="retrieval:begin"):
+        fill("nothing here", [])
+
+
+def test_readme_shows_exactly_the_committed_results() -> None:
+    if not (ROOT / "README.md").is_file():
+        pytest.skip("no source tree")
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert fill(text, sorted((ROOT / "docs" / "results").glob("*.json"))) == text

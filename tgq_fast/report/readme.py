@@ -1,0 +1,82 @@
+"""``python -m tgq_fast.report.readme README.md docs/results``: the table of retrieval figures, from result files.
+
+A result file is the results.json that `make demo` (or ``python -m tgq_fast.demo``) writes. The table replaces what stands
+between ``<!-- retrieval:begin -->`` and ``<!-- retrieval:end -->``; several files of one catalogue are its seeds.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tgq_fast.errors import ArgumentError
+
+__all__ = ["fill", "main", "retrieval_table"]
+
+_BLOCK = re.compile(r"(<!-- retrieval:begin -->\n).*?(<!-- retrieval:end -->)", re.DOTALL)
+_METRICS = ("H@1", "H@10", "H@100", "MRR")
+
+
+def fill(text: str, files: Sequence[Path]) -> str:
+    """A document with its table of retrieval figures made anew.
+
+    Raises:
+        ArgumentError: the document has no marked place.
+    """
+    if not _BLOCK.search(text):
+        raise ArgumentError("document", "no marked place", "<!-- retrieval:begin --> and <!-- retrieval:end -->")
+    table = retrieval_table([(path.name, json.loads(path.read_text(encoding="utf-8"))) for path in files])
+    return _BLOCK.sub(lambda match: match[1] + table + match[2], text)
+
+
+def retrieval_table(results: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+    """Markdown: per catalogue one table; mean and range over seeds, or value and bootstrap interval of a single one."""
+    if not results:
+        return "No result files yet.\n"
+    groups: dict[tuple[str, str, str], list[tuple[str, Mapping[str, Any]]]] = defaultdict(list)
+    for name, result in sorted(results, key=lambda entry: (entry[1]["catalogue"], entry[1]["seed"])):
+        groups[(result["catalogue"], ", ".join(result["fields"]), result["command"])].append((name, result))
+    parts = []
+    for (catalogue, fields, command), entries in groups.items():
+        first = next(iter(entries[0][1]["results"].values()))
+        seeds = ", ".join(str(result["seed"]) for _, result in entries)
+        lines = [
+            f"**{catalogue}**: {first['queries']:,} test queries, every item of {first['pool_size']:,} a candidate, "
+            f"guided by {fields or 'nothing'}; seed{'s' if len(entries) > 1 else ''} {seeds}; "
+            + ("mean [least, greatest]." if len(entries) > 1 else "95 % bootstrap intervals."),
+            "",
+            "| run | " + " | ".join(_METRICS) + " |",
+            "|---|" + "---:|" * len(_METRICS),
+        ]
+        names = list(dict.fromkeys(name for _, result in entries for name in result["results"]))
+        for name in names:
+            found = [result["results"][name]["metrics"] for _, result in entries if name in result["results"]]
+            lines.append(f"| {name} | " + " | ".join(_cell([m[metric] for m in found]) for metric in _METRICS) + " |")
+        sources = ", ".join(f"`docs/results/{name}`" for name, _ in entries)
+        parts.append("\n".join([*lines, "", f"Made by `{command}`: {sources}.", ""]))
+    return "\n".join(parts)
+
+
+def _cell(values: Sequence[Mapping[str, float]]) -> str:
+    middle = [value["value"] for value in values]
+    low, high = (min(middle), max(middle)) if len(values) > 1 else (values[0]["low"], values[0]["high"])
+    return f"{sum(middle) / len(middle):.3f} [{low:.3f}, {high:.3f}]"
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Rewrite a document in place."""
+    if len(arguments) != 2:
+        print(__doc__, file=sys.stderr)
+        return 2
+    document, folder = map(Path, arguments)
+    document.write_text(fill(document.read_text(encoding="utf-8"), sorted(folder.glob("*.json"))), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
