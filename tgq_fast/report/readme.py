@@ -1,6 +1,6 @@
 """``python -m tgq_fast.report.readme README.md docs/results``: the table of retrieval figures, from result files.
 
-A result file is the results.json that `make demo` (or ``python -m tgq_fast.demo``) writes. The table replaces what stands
+A result file is the results.json that `make demo` (or ``python -m tgq_fast.demo``) writes. The table replaces what is
 between ``<!-- retrieval:begin -->`` and ``<!-- retrieval:end -->``; several files of one catalogue are its seeds.
 """
 
