@@ -94,7 +94,7 @@ class TGQFormerConfig(PreTrainedConfig):
         llm: causal or embedding model by name or path, "smollm2-135m" (pip backbone), or None for the light reader.
         llm_layers: keep only the first n layers. None: all.
         lora_rank, lora_alpha, lora_dropout: LoRA of the LLM through peft; rank 0 freezes the LLM.
-        reader_layers: depth of the light reader.
+        reader_layers: layers by which the light reader refines the mean token; 0 reads the mean itself.
         prompt: template with {image}, {image_word}, {metadata} and {word} slots. None: docs/method.md's.
         late_fusion: gate v_emb into mm_emb.
         embedding_size: D of the item embedding.
@@ -148,7 +148,7 @@ class TGQFormerConfig(PreTrainedConfig):
         lora_rank: int = 16,
         lora_alpha: int = 32,
         lora_dropout: float = 0.05,
-        reader_layers: int = 1,
+        reader_layers: int = 0,
         prompt: str | None = None,
         late_fusion: bool = False,
         embedding_size: int = 256,

@@ -66,6 +66,9 @@ class ReaderLayer(nn.Module):
         wide = 2 * width
         self.mlp = nn.Sequential(nn.Linear(width, wide), nn.GELU(), nn.Dropout(dropout), nn.Linear(wide, width))
         self.drop = nn.Dropout(dropout)
+        for last in (self.out, self.mlp[-1]):  # the identity at first
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
 
     def forward(self, x: Tensor, mask: Tensor, rows: slice = slice(None)) -> Tensor:
         """x [B, S, d], mask [B, S, S] bool (True: the row sees the column) → [B, S', d], the chosen rows only."""
@@ -81,48 +84,46 @@ class ReaderLayer(nn.Module):
 
 
 class LightReader(nn.Module):
-    """Reader without an LLM: pre-LN layers over [readout_v; W_o tokens; metadata; readout_mm] [ours].
+    """Reader without an LLM: average the tokens, and let pre-LN layers refine the average [ours].
 
-    The visual side (readout_v and W_o tokens) sees itself only, so v_emb is free of metadata whatever the depth;
-    metadata tokens see both sides; readout_mm sees everything. Each readout starts from its learned vector plus the
-    mean of the tokens that it may see, so that the embedding is an average at first and learns to attend from there.
+    The embedding starts as a linear map of the mean connector token plus one of the mean metadata token. With
+    `reader_layers` > 0, layers over [readout_v; connector tokens; metadata; readout_mm] add to both readouts; their
+    last maps start at zero, so that the average is what training begins with. The visual side (readout_v and connector
+    tokens) sees itself only, so v_emb is free of metadata whatever the depth; metadata tokens see both sides;
+    readout_mm sees everything. Connector tokens keep their width: there is no W_o.
     """
 
     def __init__(self, config: TGQFormerConfig) -> None:
         super().__init__()
         d = config.hidden_size
         self.config = config
-        self.project = OutputProjection(d, d)
         self.metadata = nn.Linear(config.text_width, d)
         self.field_embeddings = nn.Embedding(len(config.fields) + 1, d)
-        self.readouts = nn.Parameter(torch.zeros(2, d))  # visual, item
+        self.metadata_mean = nn.Linear(d, d, bias=False)
         heads, dropout = config.num_attention_heads, config.hidden_dropout_prob
         self.layers = nn.ModuleList(ReaderLayer(d, heads, dropout) for _ in range(config.reader_layers))
-        self.norm = nn.LayerNorm(d)
         self.readout = _Readout(d, config)
         std = config.initializer_range
+        self.readouts = nn.Parameter(torch.zeros(2, d))  # visual, item; all that an item without any token has
         nn.init.normal_(self.readouts, std=std)
-        nn.init.normal_(self.field_embeddings.weight, std=std)
+        # Small beginnings on the metadata side: metadata alone tells many training groups apart, and an embedding that
+        # starts on it neglects the picture.
+        for weight in (self.field_embeddings.weight, self.metadata.weight, self.metadata_mean.weight):
+            nn.init.normal_(weight, std=std)
+        nn.init.zeros_(self.metadata.bias)
 
     def forward(self, tokens: Tensor, features: FrozenFeatures, prompt: PromptInputs | None = None) -> ReaderOutput:
         """Connector tokens [B, N, d] and the items' metadata tokens → embeddings. `prompt` is not used."""
-        visual = self.project(tokens)  # [B, N, d]
         mask = features.metadata_mask
-        text = self.metadata(features.metadata_tokens.to(visual.dtype)) + self.field_embeddings(features.field_ids)
+        text = self.metadata(features.metadata_tokens.to(tokens.dtype)) + self.field_embeddings(features.field_ids)
         text = text * mask[..., None]
-        batch, num_visual, num_text = visual.shape[0], visual.shape[1], text.shape[1]
-        visual_sum, text_sum = visual.sum(dim=1), text.sum(dim=1)
-        visual_mean = visual_sum / max(1, num_visual)
-        text_mean = text_sum / mask.sum(dim=1, keepdim=True).clamp_min(1)
-        x = torch.cat(
-            (
-                (self.readouts[0] + visual_mean)[:, None],
-                visual,
-                text,
-                (self.readouts[1] + visual_mean + text_mean)[:, None],
-            ),
-            dim=1,
-        )  # [B, 1 + N + M + 1, d]
+        text_mean = text.sum(dim=1) / mask.sum(dim=1, keepdim=True).clamp_min(1)
+        image = tokens.sum(dim=1) / max(1, tokens.shape[1])  # [B, d]
+        starts = torch.stack((image, image + self.metadata_mean(text_mean)), dim=1) + self.readouts  # [B, 2, d]
+        if not len(self.layers):
+            return self.readout(starts[:, 1], starts[:, 0])
+        x = torch.cat((starts[:, :1], tokens, text, starts[:, 1:]), dim=1)  # [B, 1 + N + M + 1, d]
+        batch, num_visual, num_text = tokens.shape[0], tokens.shape[1], text.shape[1]
         # 0: visual side, 1: metadata, 2: item readout; a row sees columns of its own rank or lower.
         rank = torch.tensor([0] * (1 + num_visual) + [1] * num_text + [2], device=x.device)
         real = torch.cat((mask.new_ones(batch, 1 + num_visual), mask, mask.new_ones(batch, 1)), dim=1)
@@ -130,7 +131,6 @@ class LightReader(nn.Module):
         ends = slice(None, None, x.shape[1] - 1)  # the two readouts: all that the last layer has to give
         for number, layer in enumerate(self.layers, start=1):
             x = layer(x, sees, ends if number == len(self.layers) else slice(None))
-        x = self.norm(x if len(self.layers) else x[:, ends])  # [B, 2, d]
         return self.readout(x[:, 1], x[:, 0])
 
 
