@@ -3,6 +3,7 @@
 Environment:
     TGQ_CUDA        auto (default: with CUDA when nvcc and the CUDA sources are there), 1 (require), 0 (without)
     TGQ_CUDA_ARCHS  CUDA architectures, e.g. "80;90a"; default: the local GPU's, else 80 and 90a
+    TGQ_CUTLASS_DIR  folder that holds cutlass/cutlass.h, for the Hopper kernels; default: the package nvidia-cutlass
     TGQ_JOBS        parallel compile jobs; default: bounded by cores and free memory
     CMAKE_ARGS      extra arguments for cmake
 """
@@ -83,8 +84,9 @@ class CMakeBuild(build_ext):
             "-DTGQ_BUILD_TESTS=OFF",
             f"-DTGQ_OUTPUT_DIR={target.parent}",
         ]
-        if os.environ.get("TGQ_CUDA_ARCHS"):
-            arguments.append(f"-DTGQ_CUDA_ARCHS={os.environ['TGQ_CUDA_ARCHS']}")
+        for name in ("TGQ_CUDA_ARCHS", "TGQ_CUTLASS_DIR"):
+            if os.environ.get(name):
+                arguments.append(f"-D{name}={os.environ[name]}")
         if shutil.which("ninja"):
             arguments += ["-G", "Ninja"]
         arguments += shlex.split(os.environ.get("CMAKE_ARGS", ""))

@@ -6,6 +6,9 @@
 
 #include "tgq/build_info.h"
 #include "tgq/search.h"
+#if defined(TGQ_WITH_CUDA)
+#include "cuda/bindings.h"
+#endif
 
 namespace py = pybind11;
 
@@ -116,4 +119,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("search_cpu", &search_cpu, py::arg("queries"), py::arg("pool"), py::arg("k"), py::arg("exclude"),
              py::arg("exclude_width"), py::arg("scores"), py::arg("rows"), py::arg("threads"), py::arg("self_join"),
              py::arg("progress"), py::arg("isa"), py::arg("tuning"), py::arg("counters"));
+#if defined(TGQ_WITH_CUDA)
+  tgq::cuda::bind(module, &matrix);
+#endif
 }

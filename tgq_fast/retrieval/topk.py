@@ -14,7 +14,7 @@ from torch import Tensor
 from tgq_fast.errors import ArgumentError, BackendError
 from tgq_fast.reference import TopK
 from tgq_fast.retrieval import topk_arguments as arguments
-from tgq_fast.retrieval import topk_native
+from tgq_fast.retrieval import topk_cuda, topk_native
 from tgq_fast.retrieval.topk_torch import topk_torch
 
 __all__ = ["TopK", "merge_topk", "topk"]
@@ -46,7 +46,7 @@ def topk(
         k: 1 … 2048.
         exclude: pool rows that a query must not return: [Q] or [Q, X] integers, or one list per query; entries below
             zero mean none.
-        backend: "auto", "cpp" (the compiled core) or "torch" (PyTorch in chunks).
+        backend: "auto", "cpp" (the compiled core: C++ on the CPU, CUDA on a GPU) or "torch" (PyTorch in chunks).
         precision: "exact" scores the values as stored, each raised exactly to fp32; "native" first rounds the
             queries to the pool's dtype. Both accumulate in fp32, and are the same when the dtypes are.
         num_threads: worker threads on the CPU; default: as many as torch uses.
@@ -77,9 +77,10 @@ def topk(
     if precision == "native" and q.dtype != p.dtype:
         q = q.to(p.dtype)
     if backend != "torch":
-        reasons = topk_native.why_not(q)
+        compiled = topk_cuda if q.device.type == "cuda" else topk_native
+        reasons = compiled.why_not(q)
         if not reasons:
-            return topk_native.search(q, p, k, excluded, result, threads, progress)
+            return compiled.search(q, p, k, excluded, result, threads, progress)
         if backend == "cpp":
             raise BackendError("topk", "cpp", {"cpp": reasons})
     return topk_torch(q, p, k, excluded, result, progress)

@@ -1,0 +1,310 @@
+// The steps of the CUDA search that decide what is returned, for a team each, and the order in which they run. The device
+// gives every query (or tile of rows) a block; the C++ tests run the same steps on the host.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "cuda/dot.h"
+#include "cuda/filter.h"
+#include "cuda/job.h"
+#include "cuda/select.h"
+
+namespace tgq::cuda {
+
+constexpr std::uint32_t kQueryParts = 128;  // threads that share the sums of a query
+constexpr std::uint32_t kRowParts = 16;     // threads that share the sums of a pool row
+
+struct PrepareScratch {
+  float squares[kBoundRows * kRowParts];
+  float errors[kBoundRows * kRowParts];
+  std::uint32_t nans;
+};
+
+template <class Type>
+TGQ_HD std::uint16_t shadow_bits(typename Type::Stored stored, bool keep) {
+  if constexpr (sizeof(stored) == 2) {
+    if (keep) return stored;
+  }
+  return round_to_bf16(Type::value(stored));
+}
+
+TGQ_HD inline float shadow_value(DType shadow, std::uint16_t bits) {
+  return shadow == DType::f16 ? F16::value(bits) : BF16::value(bits);
+}
+
+// floor_score of any row, for a comparison; +inf where nothing is wanted any more.
+TGQ_HD inline float comparable_floor(Key floor) {
+  return floor == ~kNoKey ? bits_float(0x7f800000u) : floor_score(floor, 0);
+}
+
+// Converts query q, bounds its norms and resets its state.
+template <class Team>
+TGQ_HD void prepare_query(Team& team, const Job& job, std::uint32_t q, PrepareScratch& s) {
+  const std::int64_t size = job.queries.cols, stride = job.queries.col_stride;
+  float* values = job.query_values + static_cast<std::int64_t>(q) * size;
+  team.each(1, [&](std::uint32_t) { s.nans = 0; });
+  with_type(job.queries.dtype, [&](auto type) {
+    using Type = decltype(type);
+    const auto* from = static_cast<const typename Type::Stored*>(job.queries.data) + q * job.queries.row_stride;
+    team.each(kQueryParts, [&](std::uint32_t part) {
+      bool nan = false;
+      for (std::int64_t d = part; d < size; d += kQueryParts) {
+        values[d] = Type::value(from[d * stride]);
+        nan = nan || is_nan(values[d]);
+      }
+      if (nan) team.add(&s.nans, 1u);
+    });
+    if (job.direct) return;
+    const bool dead = s.nans != 0, keep = job.shadow == job.queries.dtype;
+    std::uint16_t* shadow = job.query_shadow + static_cast<std::int64_t>(q) * job.depth;
+    team.each(kQueryParts, [&](std::uint32_t part) {
+      float squares = 0.0f, errors = 0.0f;
+      for (std::int64_t d = part; d < job.depth; d += kQueryParts) {
+        // A query without valid scores becomes zeros, which pass no threshold.
+        const std::uint16_t bits = dead || d >= size ? std::uint16_t{0} : shadow_bits<Type>(from[d * stride], keep);
+        shadow[d] = bits;
+        if (dead || d >= size) continue;
+        const float kept = shadow_value(job.shadow, bits), lost = values[d] - kept;
+        squares = fmaf(kept, kept, squares);
+        errors = fmaf(lost, lost, errors);
+      }
+      s.squares[part] = squares;
+      s.errors[part] = errors;
+    });
+  });
+  team.each(1, [&](std::uint32_t) {
+    const bool dead = s.nans != 0;
+    const Key floor = dead ? ~kNoKey : job.has_forced_floor ? floor_at(job.forced_floor) : kNoKey;
+    job.floor[q] = floor;
+    job.kept[q] = 0;
+    job.state[q] = (dead ? kDead : 0u) | (job.has_forced_floor ? kSampled : 0u);
+    if (q == 0) *job.num_listed = 0;
+    if (job.direct) return;
+    float squares = 0.0f, errors = 0.0f;
+    for (std::uint32_t part = 0; part < kQueryParts; ++part) {
+      squares += s.squares[part];
+      errors += s.errors[part];
+    }
+    const float norm = norm_bound(squares), error = norm_bound(errors);
+    job.slope[q] = margin_slope(job.margin, norm, error);
+    job.lift[q] = margin_lift(job.margin, norm, error);
+    job.floor_score[q] = comparable_floor(floor);
+    job.hit_count[q] = 0;
+  });
+}
+
+// Bounds the norms of the rows of one tile of a phase and, where the pool itself will not do, writes their shadow.
+template <class Team>
+TGQ_HD void prepare_rows(Team& team, const Job& job, const Phase& phase, std::uint32_t tile, PrepareScratch& s) {
+  const std::int64_t size = job.pool.cols, stride = job.pool.col_stride;
+  const std::int64_t begin = static_cast<std::int64_t>(tile) * kBoundRows;
+  const std::int64_t left = phase.rows - begin;
+  const std::uint32_t count = left < kBoundRows ? static_cast<std::uint32_t>(left) : kBoundRows;
+  const bool keep = job.shadow == job.pool.dtype;
+  with_type(job.pool.dtype, [&](auto type) {
+    using Type = decltype(type);
+    const auto* pool = static_cast<const typename Type::Stored*>(job.pool.data);
+    team.each(kBoundRows * kRowParts, [&](std::uint32_t item) {
+      const std::uint32_t row = item / kRowParts, part = item % kRowParts;
+      float squares = 0.0f, errors = 0.0f;
+      if (row < count) {
+        const auto* from = pool + (phase.first + (begin + row) * phase.step) * job.pool.row_stride;
+        std::uint16_t* shadow = job.row_shadow == nullptr ? nullptr : job.row_shadow + (begin + row) * job.depth;
+#if defined(__CUDA_ARCH__)
+#pragma unroll 4
+#endif
+        for (std::int64_t d = part; d < size; d += kRowParts) {
+          const typename Type::Stored stored = from[d * stride];
+          const std::uint16_t bits = shadow_bits<Type>(stored, keep);
+          const float kept = shadow_value(job.shadow, bits), lost = Type::value(stored) - kept;
+          squares = fmaf(kept, kept, squares);
+          errors = fmaf(lost, lost, errors);
+          if (shadow != nullptr) shadow[d] = bits;
+        }
+        if (shadow != nullptr && size + part < job.depth && part < 8) shadow[size + part] = 0;
+      }
+      s.squares[item] = squares;
+      s.errors[item] = errors;
+    });
+  });
+  team.each(kBoundRows, [&](std::uint32_t row) {
+    float squares = 0.0f, errors = 0.0f;
+#if defined(__CUDA_ARCH__)
+#pragma unroll 4
+#endif
+    for (std::uint32_t part = 0; part < kRowParts; ++part) {
+      squares += s.squares[row * kRowParts + part];
+      errors += s.errors[row * kRowParts + part];
+    }
+    s.squares[row * kRowParts] = norm_bound(squares);
+    s.errors[row * kRowParts] = norm_bound(errors);
+  });
+  team.each(2, [&](std::uint32_t which) {
+    const float* bounds = which == 0 ? s.squares : s.errors;
+    float most = 0.0f;
+#if defined(__CUDA_ARCH__)
+#pragma unroll 8
+#endif
+    for (std::uint32_t row = 0; row < kBoundRows; ++row) most = fmaxf(most, bounds[row * kRowParts]);
+    (which == 0 ? job.tile_norm : job.tile_error)[tile] = most;
+  });
+}
+
+TGQ_HD inline bool excluded(const Job& job, std::uint32_t q, std::uint32_t row) {
+  const std::int64_t* rows = job.exclude + static_cast<std::int64_t>(q) * job.exclude_width;
+  for (std::int64_t i = 0; i < job.exclude_width; ++i)
+    if (rows[i] == static_cast<std::int64_t>(row)) return true;
+  return false;
+}
+
+TGQ_HD inline bool wanted(const Job& job, std::uint32_t q, Key key, Key floor) {
+  return key > floor && !(job.exclude_width > 0 && excluded(job, q, key_row(key)));
+}
+
+// Joins the rescored hits of query q with its best keys and raises its floor.
+template <class Team>
+TGQ_HD void merge_hits(Team& team, const Job& job, const Phase& phase, std::uint32_t q, SelectScratch& s) {
+  const std::uint32_t found = job.hit_count[q], kept = job.kept[q];
+  if (found == 0 && !phase.ends_sample) return;
+  const Key floor = job.floor[q];
+  const bool overflow = found > job.hit_capacity;
+  Key* hits = job.hits + static_cast<std::size_t>(q) * job.hit_capacity;
+  Key* best = job.best + static_cast<std::size_t>(q) * job.best_capacity;
+  const std::uint32_t fresh = overflow ? 0 : found;  // an overflowing query is rescanned whole: its hits do not matter
+  team.each(fresh, [&](std::uint32_t i) {
+    if (!wanted(job, q, hits[i], floor)) hits[i] = kNoKey;
+  });
+  select_best(team, kept + fresh, phase.limit, [&](std::uint32_t i) { return i < kept ? best[i] : hits[i - kept]; }, s);
+  const std::uint32_t count = s.count;
+  team.each(count, [&](std::uint32_t i) { best[i] = s.keys[i]; });
+  team.each(1, [&](std::uint32_t) {
+    Key raised = count == phase.limit && s.lowest > floor ? s.lowest : floor;
+    std::uint32_t state = job.state[q];
+    job.kept[q] = count;
+    if (phase.ends_sample && !overflow) {
+      if (count == phase.limit) {
+        raised = floor_at(key_score(s.lowest));
+        state |= kSampled;
+      } else {
+        raised = state & kDead ? ~kNoKey : kNoKey;
+      }
+      job.kept[q] = 0;
+    }
+    if (overflow) {
+      state |= kOverflow;
+      raised = ~kNoKey;  // nothing more is wanted from the filter
+    }
+    job.state[q] = state;
+    job.floor[q] = raised;
+    job.floor_score[q] = comparable_floor(raised);
+    job.hit_count[q] = 0;
+  });
+}
+
+// Whether query q has to be scanned exactly: because it overflowed, because its sampled floor was too high, or because
+// every query is.
+TGQ_HD inline bool needs_scan(const Job& job, std::uint32_t q) {
+  const std::uint32_t state = job.state[q];
+  if (state & kDead) return false;
+  return job.direct || (state & kOverflow) || ((state & kSampled) && job.kept[q] < job.k);
+}
+
+TGQ_HD inline void start_scan(const Job& job, std::uint32_t q) {
+  job.kept[q] = 0;
+  job.floor[q] = kNoKey;
+}
+
+// Joins the lists that the blocks of the exact scan made for the listed query at `position`.
+template <class Team>
+TGQ_HD void merge_scan(Team& team, const Job& job, std::uint32_t position, SelectScratch& s) {
+  const Split split = split_work(*job.num_listed, job.direct_queries, job.direct_blocks, job.pool.rows);
+  if (position >= *job.num_listed || split.splits == 1) return;  // one block has written the result already
+  const std::uint32_t q = job.listed[position];
+  const std::uint32_t slot = position % job.direct_queries;
+  const std::uint32_t first_item = position / job.direct_queries * split.splits;
+  // Finished lists hold k keys at most.
+  const auto get = [&](std::uint32_t i) {
+    const std::size_t list = static_cast<std::size_t>(first_item + i / job.k) * job.direct_queries + slot;
+    return i % job.k < job.owned_count[list] ? job.owned[list * job.owned_capacity + i % job.k] : kNoKey;
+  };
+  select_best(team, split.splits * job.k, job.k, get, s);
+  Key* best = job.best + static_cast<std::size_t>(q) * job.best_capacity;
+  team.each(s.count, [&](std::uint32_t i) { best[i] = s.keys[i]; });
+  team.each(1, [&](std::uint32_t) { job.kept[q] = s.count; });
+}
+
+// Sorts the best keys of query q and writes the answer.
+template <class Team>
+TGQ_HD void finish(Team& team, const Job& job, std::uint32_t q, SelectScratch& s) {
+  const std::uint32_t kept = job.kept[q];
+  std::uint32_t size = 1;
+  while (size < job.k) size *= 2;
+  const Key* best = job.best + static_cast<std::size_t>(q) * job.best_capacity;
+  team.each(size, [&](std::uint32_t i) { s.keys[i] = i < kept && i < job.k ? best[i] : kNoKey; });
+  sort_descending(team, s.keys, size);
+  float* scores = job.scores + static_cast<std::size_t>(q) * job.k;
+  std::int64_t* indices = job.indices + static_cast<std::size_t>(q) * job.k;
+  team.each(job.k, [&](std::uint32_t i) {
+    const Key key = s.keys[i];
+    scores[i] = key == kNoKey ? bits_float(0xff800000u) : key_score(key);
+    indices[i] = key == kNoKey ? -1 : static_cast<std::int64_t>(key_row(key));
+  });
+}
+
+// The rows of a phase as the filter takes them.
+inline FilterJob filter_job(const Job& job, const Phase& phase) {
+  FilterJob filter{};
+  filter.queries = job.query_shadow;
+  filter.query_stride = job.depth;
+  if (job.row_shadow != nullptr) {
+    filter.rows = job.row_shadow;
+    filter.row_stride = job.depth;
+  } else {
+    filter.rows = static_cast<const std::uint16_t*>(job.pool.data) + phase.first * job.pool.row_stride;
+    filter.row_stride = job.pool.row_stride * phase.step;
+  }
+  filter.num_queries = job.num_queries;
+  filter.num_rows = static_cast<std::uint32_t>(phase.rows);
+  filter.depth = job.depth;
+  filter.first_row = static_cast<std::uint32_t>(phase.first);
+  filter.row_step = static_cast<std::uint32_t>(phase.step);
+  filter.floor_score = job.floor_score;
+  filter.slope = job.slope;
+  filter.lift = job.lift;
+  filter.tile_norm = job.tile_norm;
+  filter.tile_error = job.tile_error;
+  filter.absolute = job.margin.absolute;
+  filter.hit_count = job.hit_count;
+  filter.hits = job.hits;
+  filter.hit_capacity = job.hit_capacity;
+  return filter;
+}
+
+// Runs a search on `device`, which has one method per step; each returns 0 or an error that ends the search.
+template <class Device>
+int run(Device& device, const Plan& plan, const CudaRequest& request) {
+  Job job{};
+  carve(plan, request, request.workspace, &job);
+  const std::int64_t element = request.queries.dtype == DType::f32 ? 4 : 2;
+  for (std::int64_t begin = 0; begin < request.queries.rows; begin += plan.tile_queries) {
+    job.num_queries = static_cast<std::uint32_t>(std::min(plan.tile_queries, request.queries.rows - begin));
+    job.queries.data = static_cast<const char*>(request.queries.data) + begin * request.queries.row_stride * element;
+    job.queries.rows = job.num_queries;
+    job.exclude = request.exclude == nullptr ? nullptr : request.exclude + begin * request.exclude_width;
+    job.scores = request.scores + begin * request.k;
+    job.indices = request.rows + begin * request.k;
+    if (const int error = device.prepare_queries(job)) return error;
+    for (const Phase& phase : plan.phases) {
+      if (const int error = device.prepare_rows(job, phase)) return error;
+      if (const int error = device.filter(filter_job(job, phase), job.shadow)) return error;
+      if (const int error = device.rescore(job)) return error;
+      if (const int error = device.merge(job, phase)) return error;
+    }
+    if (const int error = device.scan(job)) return error;
+    if (const int error = device.finish(job)) return error;
+  }
+  return 0;
+}
+
+}  // namespace tgq::cuda

@@ -1,0 +1,54 @@
+// What every filter kernel takes, and what it does with the scores: the epilogue that two matrix engines share.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/margin.h"
+#include "tgq/search.h"
+#include "tgq/search_cuda.h"
+#include "tgq/selection.h"
+
+namespace tgq::cuda {
+
+constexpr std::uint32_t kBoundRows = 128;  // rows that share one bound of their norms: the width of a filter tile
+
+// Scores of 16-bit queries [num_queries, depth] against 16-bit rows [num_rows, depth]. Row i stands for pool row
+// first_row + i * row_step. Rows that reach their query's threshold are appended to its hits.
+struct FilterJob {
+  const void* queries;
+  const void* rows;
+  std::int64_t query_stride;  // elements, a multiple of 8; memory is 16-byte aligned
+  std::int64_t row_stride;
+  std::uint32_t num_queries, num_rows, depth;  // depth: a multiple of 8
+  std::uint32_t first_row, row_step;
+  const float *floor_score, *slope, *lift;  // [num_queries]
+  const float *tile_norm, *tile_error;      // [num_rows / kBoundRows, rounded up]
+  float absolute;
+  std::uint32_t* hit_count;  // [num_queries]; counts on beyond the capacity: nothing is lost unnoticed
+  Key* hits;                 // [num_queries, hit_capacity], pool rows until they are rescored
+  std::uint32_t hit_capacity;
+};
+
+// Threshold of one query for one tile of rows. Queries beyond the last never pass.
+TGQ_HD inline float tile_threshold(const FilterJob& job, std::uint32_t query, std::uint32_t tile) {
+  if (query >= job.num_queries) return bits_float(0x7f800000u);
+  return threshold(job.floor_score[query], job.slope[query], job.lift[query], job.absolute, job.tile_norm[tile],
+                   job.tile_error[tile]);
+}
+
+#if defined(__CUDACC__)
+// Appends row `index` of the job for `query`.
+__device__ inline void append_hit(const FilterJob& job, std::uint32_t query, std::uint32_t index) {
+  if (query >= job.num_queries || index >= job.num_rows) return;  // padding of a tile
+  const std::uint32_t slot = atomicAdd(job.hit_count + query, 1u);
+  if (slot < job.hit_capacity)
+    job.hits[static_cast<std::size_t>(query) * job.hit_capacity + slot] = job.first_row + index * job.row_step;
+}
+#endif
+
+// Runs a filter on `stream`; returns the first CUDA error, as an integer, 0 when there is none.
+int launch_portable_filter(const FilterJob& job, DType dtype, void* stream);
+// TMA and wgmma; only where built for sm_90a.
+int launch_hopper_filter(const FilterJob& job, DType dtype, int multiprocessors, void* stream);
+
+}  // namespace tgq::cuda

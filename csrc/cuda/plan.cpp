@@ -1,0 +1,171 @@
+// Plans a CUDA search: engine, tiles, passes over the pool, workspace. Host code without CUDA, so that it is tested
+// everywhere.
+#include <algorithm>
+
+#include "cuda/filter.h"
+#include "cuda/job.h"
+
+namespace tgq::cuda {
+namespace {
+
+constexpr std::int64_t kDirectQueries = 8;        // up to here reading the pool bounds the exact scan
+constexpr std::int64_t kDirectRows = 4096;        // smaller pools are not worth several launches
+constexpr std::int64_t kMaxFilterDepth = 1 << 17;  // the margin's proof covers D up to here
+constexpr std::int64_t kTileQueries = 4096;
+constexpr std::int64_t kMaxTileQueries = 65535;   // they are one dimension of a grid
+constexpr std::int64_t kHitBytes = 64 << 20;     // of all hit buffers
+constexpr std::int64_t kShadowBytes = 64 << 20;   // of the rows of one pass in 16 bits
+constexpr std::int64_t kOwnedBytes = 32 << 20;    // of the lists of the exact scan
+constexpr std::int64_t kFirstRows = 512;          // scored exactly to get a first floor
+constexpr std::int64_t kMinChunk = 1 << 16;
+constexpr std::int64_t kChunks = 8;               // passes over the pool: the floors rise in between
+
+std::int64_t round_up(std::int64_t value, std::int64_t unit) { return (value + unit - 1) / unit * unit; }
+
+std::uint32_t power_of_two(std::uint32_t least) {
+  std::uint32_t size = 1;
+  while (size < least) size *= 2;
+  return size;
+}
+
+bool fits_filter(const Matrix& pool, DType shadow) {
+  return pool.dtype == shadow && pool.col_stride == 1 && pool.cols % 8 == 0 && pool.row_stride % 8 == 0 &&
+         pool.row_stride >= pool.cols && reinterpret_cast<std::uintptr_t>(pool.data) % 16 == 0;
+}
+
+std::int64_t sample_stride(const CudaRequest& request) {
+  if (request.tuning.has_forced_floor) return 0;
+  const std::int64_t rows = request.pool.rows, wish = request.tuning.sample_stride;
+  const std::int64_t stride = wish >= 0 ? wish : rows >= 1 << 20 ? 64 : rows >= 1 << 15 ? 16 : 0;
+  if (stride < 2 || rows < stride) return 0;
+  const std::uint32_t rank = sample_rank(request.k, static_cast<std::uint32_t>(stride));
+  if (rank > kMaxK || (wish < 0 && rows / stride < 4 * static_cast<std::int64_t>(rank))) return 0;
+  return stride;
+}
+
+// First the sample, then every row once. No pass of either is expected to fill more than a quarter of the hit buffers; the
+// very first pass of a search without floors has so few rows that it cannot overflow.
+void add_phases(Plan& plan, const CudaRequest& request, std::int64_t stride) {
+  const std::int64_t rows = request.pool.rows;
+  const std::int64_t wish = request.tuning.first_rows > 0 ? request.tuning.first_rows : kFirstRows;
+  std::int64_t first = std::min<std::int64_t>(std::max<std::int64_t>(wish, 1), plan.hit_capacity);
+  if (stride > 0) {
+    const std::uint32_t rank = sample_rank(request.k, static_cast<std::uint32_t>(stride));
+    const std::int64_t sampled = rows / stride;
+    for (std::int64_t at = 0, next = first; at < sampled; next = 7 * at) {
+      const std::int64_t count = std::min({next, sampled - at, plan.chunk_rows});
+      plan.phases.push_back({at * stride, stride, count, rank, at + count == sampled});
+      at += count;
+    }
+  }
+  const bool floors = stride > 0 || request.tuning.has_forced_floor;
+  if (!floors) first = std::min<std::int64_t>(std::max<std::int64_t>(first, 2 * request.k), plan.hit_capacity);
+  const std::int64_t even = std::max(kMinChunk, round_up((rows + kChunks - 1) / kChunks, kBoundRows));
+  for (std::int64_t at = 0; at < rows;) {
+    const std::int64_t next = floors ? even : at == 0 ? first : at;
+    const std::int64_t count = std::min({next, rows - at, plan.chunk_rows});
+    plan.phases.push_back({at, 1, count, request.k, false});
+    at += count;
+  }
+}
+
+}  // namespace
+
+Plan make_plan(const CudaRequest& request, const DeviceFacts& facts) {
+  const CudaTuning& tuning = request.tuning;
+  const std::int64_t queries = request.queries.rows, rows = request.pool.rows, cols = request.pool.cols;
+  const std::uint32_t k = request.k;
+  Plan plan;
+  plan.engine = tuning.engine;
+  if (plan.engine == Engine::automatic)
+    plan.engine = queries <= kDirectQueries || rows <= kDirectRows ? Engine::direct
+                  : facts.hopper                                   ? Engine::hopper
+                                                                   : Engine::portable;
+  if (cols == 0 || cols > kMaxFilterDepth || rows == 0) plan.engine = Engine::direct;
+  const bool filtered = plan.engine != Engine::direct;
+
+  plan.shadow = request.queries.dtype == DType::f16 && request.pool.dtype == DType::f16 ? DType::f16 : DType::bf16;
+  plan.depth = static_cast<std::uint32_t>(round_up(cols, 8));
+  plan.shadow_rows = filtered && !fits_filter(request.pool, plan.shadow);
+
+  const std::int64_t stride = filtered ? sample_stride(request) : 0;
+  plan.best_capacity = std::max(k, stride > 0 ? sample_rank(k, static_cast<std::uint32_t>(stride)) : 0u);
+  plan.hit_capacity = !filtered ? 0 : tuning.hit_capacity > 0 ? tuning.hit_capacity : std::max(2048u, power_of_two(4 * k));
+  plan.tile_queries = tuning.tile_queries > 0 ? tuning.tile_queries : kTileQueries;
+  const std::int64_t hit_bytes = std::max<std::int64_t>(1, plan.hit_capacity) * static_cast<std::int64_t>(sizeof(Key));
+  plan.tile_queries = std::max<std::int64_t>(1, std::min({plan.tile_queries, queries, kMaxTileQueries, kHitBytes / hit_bytes}));
+
+  if (filtered) {
+    const std::int64_t fit = plan.shadow_rows ? kShadowBytes / (2 * static_cast<std::int64_t>(plan.depth)) : 1 << 22;
+    plan.chunk_rows = std::max<std::int64_t>(kBoundRows, fit / kBoundRows * kBoundRows);
+    if (tuning.chunk_rows > 0) plan.chunk_rows = std::min(plan.chunk_rows, tuning.chunk_rows);
+    add_phases(plan, request, stride);
+    std::int64_t most = 1;
+    for (const Phase& phase : plan.phases) most = std::max(most, phase.rows);
+    plan.chunk_rows = most;
+  }
+
+  plan.direct_queries = !filtered && queries <= 2 * kDirectQueries ? 8 : 32;
+  plan.owned_capacity = std::max(2 * k, k + 256);
+  const std::int64_t list_bytes = static_cast<std::int64_t>(plan.direct_queries) * plan.owned_capacity * static_cast<std::int64_t>(sizeof(Key));
+  const std::int64_t blocks = tuning.direct_blocks > 0 ? tuning.direct_blocks : 2 * facts.multiprocessors;
+  plan.direct_blocks = static_cast<std::uint32_t>(std::clamp<std::int64_t>(kOwnedBytes / list_bytes, 1, blocks));
+  plan.workspace_bytes = carve(plan, request, nullptr, nullptr);
+  return plan;
+}
+
+std::size_t carve(const Plan& plan, const CudaRequest& request, void* workspace, Job* job) {
+  Job unused{};
+  Job& j = job == nullptr ? unused : *job;
+  std::size_t used = 0;
+  const auto take = [&](auto*& array, std::size_t count) {
+    using Element = std::remove_reference_t<decltype(*array)>;
+    array = workspace == nullptr ? nullptr : reinterpret_cast<Element*>(static_cast<char*>(workspace) + used);
+    used += (count * sizeof(Element) + 255) / 256 * 256;
+  };
+  const auto q = static_cast<std::size_t>(plan.tile_queries), d = static_cast<std::size_t>(request.queries.cols);
+  const bool direct = plan.engine == Engine::direct;
+  const auto chunk = static_cast<std::size_t>(plan.chunk_rows);
+  const std::size_t tiles = (chunk + kBoundRows - 1) / kBoundRows;
+  const std::size_t lists = static_cast<std::size_t>(plan.direct_blocks) * plan.direct_queries;
+
+  j.queries = request.queries;
+  j.pool = request.pool;
+  j.exclude_width = request.exclude == nullptr ? 0 : request.exclude_width;
+  j.k = request.k;
+  j.depth = plan.depth;
+  j.shadow = plan.shadow;
+  j.direct = direct;
+  j.has_forced_floor = request.tuning.has_forced_floor && !direct;
+  j.forced_floor = request.tuning.forced_floor;
+  j.margin = margin_for(request.pool.cols);
+  j.best_capacity = plan.best_capacity;
+  j.hit_capacity = plan.hit_capacity;
+  j.owned_capacity = plan.owned_capacity;
+  j.direct_blocks = plan.direct_blocks;
+  j.direct_queries = plan.direct_queries;
+
+  take(j.query_values, q * d);
+  take(j.floor, q);
+  take(j.kept, q);
+  take(j.state, q);
+  take(j.best, q * plan.best_capacity);
+  take(j.listed, q);
+  take(j.num_listed, 1);
+  take(j.owned, lists * plan.owned_capacity);
+  take(j.owned_count, lists);
+  if (!direct) {
+    take(j.query_shadow, q * plan.depth);
+    take(j.floor_score, q);
+    take(j.slope, q);
+    take(j.lift, q);
+    take(j.hit_count, q);
+    take(j.hits, q * plan.hit_capacity);
+    take(j.tile_norm, tiles);
+    take(j.tile_error, tiles);
+    if (plan.shadow_rows) take(j.row_shadow, chunk * plan.depth);
+  }
+  return used;
+}
+
+}  // namespace tgq::cuda

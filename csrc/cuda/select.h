@@ -1,0 +1,92 @@
+// Selection by a team: the best keys of any list, exactly, and their order. No key is lost and none is chosen twice,
+// because keys differ; kNoKey entries are holes.
+#pragma once
+
+#include <cstdint>
+
+#include "tgq/selection.h"
+
+namespace tgq::cuda {
+
+// Memory that a team shares.
+struct SelectScratch {
+  struct Digit {
+    Key prefix;          // the digits found so far, above the shift
+    std::uint32_t need;  // keys still to take among those with this prefix
+    std::uint32_t state;
+  };
+  static constexpr std::uint32_t kNone = 0, kMore = 1, kExact = 2;
+  std::uint32_t histogram[256];
+  Digit digits[8];
+  std::uint32_t count;
+  Key lowest;
+  Key keys[kMaxK];
+};
+
+// Smallest value such that exactly min(limit, number of keys) of get(0) … get(total - 1) are not below it; radix search, a
+// byte at a time from the top. Ends early where a digit's keys are all taken.
+template <class Team, class Get>
+TGQ_HD Key find_threshold(Team& team, std::uint32_t total, std::uint32_t limit, Get get, SelectScratch& s) {
+  team.each(8, [&](std::uint32_t i) { s.digits[i].state = SelectScratch::kNone; });
+  Key prefix = 0;
+  std::uint32_t need = limit;
+  for (std::uint32_t step = 0; step < 8; ++step) {
+    const std::uint32_t shift = 56 - 8 * step;
+    team.each(256, [&](std::uint32_t d) { s.histogram[d] = 0; });
+    team.each(total, [&](std::uint32_t i) {
+      const Key key = get(i);
+      if (key == kNoKey || (step > 0 && (key >> (shift + 8)) != prefix)) return;
+      team.add(&s.histogram[(key >> shift) & 255u], 1u);
+    });
+    // Each digit counts what lies above it; one digit holds the boundary, none when there are too few keys.
+    team.each(256, [&](std::uint32_t d) {
+      std::uint32_t above = 0;
+      for (std::uint32_t e = d + 1; e < 256; ++e) above += s.histogram[e];
+      const std::uint32_t here = s.histogram[d];
+      if (above >= need || above + here < need) return;
+      s.digits[step].prefix = (prefix << 8) | d;
+      s.digits[step].need = need - above;
+      s.digits[step].state = here == need - above ? SelectScratch::kExact : SelectScratch::kMore;
+    });
+    const typename SelectScratch::Digit& found = s.digits[step];
+    if (found.state == SelectScratch::kNone) return 1;  // fewer keys than wanted: all of them
+    prefix = found.prefix;
+    need = found.need;
+    if (found.state == SelectScratch::kExact) return prefix << shift;
+  }
+  return prefix;
+}
+
+// Puts the `limit` best keys of get(0) … get(total - 1) into s.keys, unordered, their number into s.count and the lowest of
+// them into s.lowest. limit <= kMaxK.
+template <class Team, class Get>
+TGQ_HD void select_best(Team& team, std::uint32_t total, std::uint32_t limit, Get get, SelectScratch& s) {
+  const Key least = total <= limit ? 1 : find_threshold(team, total, limit, get, s);
+  team.each(1, [&](std::uint32_t) {
+    s.count = 0;
+    s.lowest = ~kNoKey;
+  });
+  team.each(total, [&](std::uint32_t i) {
+    const Key key = get(i);
+    if (key < least) return;
+    const std::uint32_t slot = team.add(&s.count, 1u);
+    if (slot < limit) s.keys[slot] = key;
+    team.lower(&s.lowest, key);
+  });
+}
+
+// Sorts keys[0, size) descending; size is a power of two. Bitonic network.
+template <class Team>
+TGQ_HD void sort_descending(Team& team, Key* keys, std::uint32_t size) {
+  for (std::uint32_t block = 2; block <= size; block *= 2) {
+    for (std::uint32_t distance = block / 2; distance > 0; distance /= 2) {
+      team.each(size / 2, [&](std::uint32_t i) {
+        const std::uint32_t low = 2 * i - (i & (distance - 1)), high = low + distance;
+        const bool descending = (low & block) == 0;
+        if ((keys[low] < keys[high]) == descending) swap_keys(keys[low], keys[high]);
+      });
+    }
+  }
+}
+
+}  // namespace tgq::cuda
