@@ -1,4 +1,4 @@
-"""Runs commands as steps of a longer check: each with a time limit, its own process group, and the end of its output."""
+"""Runs commands as steps of a longer check: each with a time limit and a process group of its own."""
 
 from __future__ import annotations
 
