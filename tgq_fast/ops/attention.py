@@ -26,7 +26,13 @@ from tgq_fast.reference.attention import AttentionStats, Form, HybridAttentionOu
 __all__ = ["hybrid_cross_attention", "shared_keys_values"]
 
 _OP = "hybrid_cross_attention"
-MAX_HEAD = 256  # widest head of the per-head kernels
+MAX_HEAD = 256
+
+
+def head_reasons(head: int, dtype: torch.dtype) -> list[str]:
+    """Why the per-head kernels cannot take heads of this width (registers: half the width in fp32)."""
+    limit = 128 if dtype == torch.float32 else MAX_HEAD
+    return [f"heads of width {head} exceed {limit} for {dtype}"] if head > limit else []
 
 
 def hybrid_cross_attention(
@@ -156,8 +162,8 @@ def _decide(
     head = anchored.shape[2] // num_heads
     forced = requested_backend(backend) != "auto"
     reasons = triton_reasons(*tensors, forced=forced)
-    if form == "projected" and head > MAX_HEAD:
-        reasons.append(f"heads of width {head} exceed {MAX_HEAD} in the projected form")
+    if form == "projected":
+        reasons += head_reasons(head, visual.dtype)
     candidates = {
         "triton": reasons,
         "flash_attn": _flash_attn_reasons(visual, head, form, key_mask, return_stats),

@@ -16,7 +16,7 @@ from tgq_fast.reference.modulation import GateParameters, ModulationOutput
 __all__ = ["StreamMoments", "dual_gated_modulation", "dual_gated_modulation_with_moments"]
 
 _OP = "dual_gated_modulation"
-MAX_RANK = 256  # widest bottleneck the kernel holds on chip
+MAX_RANK = 128  # widest bottleneck the kernel holds on chip
 
 
 class StreamMoments(NamedTuple):

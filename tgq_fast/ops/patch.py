@@ -1,9 +1,9 @@
 """Run the Q-Formers of `transformers` (BLIP-2, InstructBLIP) on this package's attention operators.
 
 :func:`patch` swaps the class of every Q-Former attention module for a subclass with the same parameters, so that
-weights, state dict and checkpoints are untouched; :func:`unpatch` swaps it back. Calls that ask for what the operators do not
-offer (attention dropout in training, attention weights, masks that differ between queries) run the original code.
-`transformers` itself is not imported.
+weights, state dict and checkpoints are untouched; :func:`unpatch` swaps it back. Calls that ask for what the operators
+do not offer (attention dropout in training, attention weights, masks that differ between queries) run the original
+code. `transformers` itself is not imported.
 """
 
 from __future__ import annotations

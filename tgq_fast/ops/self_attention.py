@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from tgq_fast.errors import ArgumentError
-from tgq_fast.ops.attention import MAX_HEAD
+from tgq_fast.ops.attention import head_reasons
 from tgq_fast.ops.dispatch import Decision, choose, explainer, requested_backend, triton_reasons
 from tgq_fast.ops.triton_attention import stream_attention
 from tgq_fast.reference.attention import Mixing
@@ -66,8 +66,7 @@ def _decide(
     if mixing not in ("block", "one_way", "full"):
         raise ArgumentError("mixing", repr(mixing), "'block', 'one_way' or 'full'")
     reasons = triton_reasons(q, k, v, text_mask, forced=requested_backend(backend) != "auto")
-    if q.shape[3] > MAX_HEAD:
-        reasons.append(f"heads of width {q.shape[3]} exceed {MAX_HEAD}")
+    reasons += head_reasons(q.shape[3], q.dtype)
     requested, chosen, rejected = choose(_OP, backend, {"triton": reasons, "torch": ()})
     return Decision(_OP, requested, chosen, None, rejected)
 

@@ -1,0 +1,161 @@
+"""opcheck, fullgraph compilation, autocast, bitwise repeat and NaN-poisoned outputs of the kernels."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from op_checks import DEVICE, check_cross, check_info_nce, check_modulation, check_redundancy, check_streams
+
+from tgq_fast import ops, reference
+from tgq_fast.ops import triton_attention, triton_losses, triton_modulation
+
+
+def leaf(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, device=DEVICE, requires_grad=True)
+
+
+def gate_parameters(image: int, width: int) -> list[reference.GateParameters]:
+    inputs = (2 + image + 2 * width, image + width)
+    return [reference.GateParameters(leaf(4, n), leaf(4), leaf(width, 4), leaf(width)) for n in inputs]
+
+
+def absorbed() -> tuple:
+    mask = torch.tensor([[True] * 5, [True, False, True, False, True]], device=DEVICE)
+    return (
+        triton_attention.absorbed_attention,
+        leaf(2, 3, 16),
+        leaf(2, 5, 12),
+        leaf(16, 12),
+        leaf(16, 12),
+        mask,
+        None,
+        2,
+        True,
+    )
+
+
+def stream() -> tuple:
+    mask = torch.tensor([[True, True], [True, False]], device=DEVICE)
+    heads = [leaf(2, 5, 2, 16) for _ in range(3)]
+    return triton_attention.stream_attention, *heads, mask, None, (1, 2, 2), "block", False, 3, False
+
+
+def modulation() -> tuple:
+    has = torch.tensor([1.0, 0.0], device=DEVICE)
+    anchored, exploratory = gate_parameters(6, 8)
+    inputs = (leaf(2, 2, 8), leaf(2, 3, 8), leaf(2), has, leaf(2, 6))
+    return triton_modulation.modulate, *inputs, *anchored, *exploratory, 1.0, True
+
+
+def info_nce(triton: bool) -> tuple:
+    index = torch.arange(4, device=DEVICE)
+    return triton_losses.info_nce_operator, leaf(4, 8), index.flip(0), leaf(), None, index, triton
+
+
+def redundancy() -> tuple:
+    return triton_losses.redundancy_operator, leaf(4, 8), leaf(4, 8), None, 1e-6
+
+
+OPERATORS: dict[str, Callable[[], tuple]] = {
+    "absorbed": absorbed,
+    "stream": stream,
+    "modulation": modulation,
+    "info_nce torch": lambda: info_nce(False),
+    "info_nce triton": lambda: info_nce(True),
+    "redundancy": redundancy,
+}
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_opcheck(name: str) -> None:
+    operator, *arguments = OPERATORS[name]()
+    torch.library.opcheck(operator, tuple(arguments))
+
+
+def model(a, e, x, weights, gates, form):  # type: ignore[no-untyped-def]
+    """Every operator in one graph."""
+    wq, wk, wv = weights
+    out = ops.hybrid_cross_attention(a, e, x, wq, None, wk, None, wv, None, num_heads=2, form=form)
+    both = torch.cat((out.anchored, out.exploratory), dim=1).unflatten(-1, (2, 8))
+    both = ops.stream_self_attention(both, both, both, (2, 3, 0)).flatten(2)
+    has = torch.ones(x.shape[0], device=x.device)
+    mod = ops.dual_gated_modulation(both[:, :2], both[:, 2:], x[:, 0, 0], has, x[:, 0], *gates)
+    mean_a, mean_e = mod.anchored.mean(1), mod.exploratory.mean(1)
+    index = torch.arange(x.shape[0], device=x.device)
+    loss = ops.info_nce(mean_a, index.flip(0), torch.zeros((), device=x.device))
+    return loss + ops.redundancy_loss(mean_a, mean_e)
+
+
+def inputs(length: int = 5) -> tuple[tuple, list[torch.Tensor]]:
+    a, e, x = leaf(3, 2, 16), leaf(3, 3, 16), leaf(3, length, 12)
+    weights, gates = [leaf(16, n) for n in (16, 12, 12)], gate_parameters(12, 16)
+    return (a, e, x, weights, gates), [a, e, x, *weights, *gates[0], *gates[1]]
+
+
+@pytest.mark.parametrize(("backend", "form"), [("torch", "auto"), ("triton", "absorbed"), ("triton", "projected")])
+def test_fullgraph_compile(backend: str, form: str) -> None:
+    torch._dynamo.reset()
+    arguments, leaves = inputs()
+    with ops.use_backend(backend):
+        expected = model(*arguments, form)
+        # aot_eager traces forward and backward through the fake functions without a C++ compiler in the loop.
+        got = torch.compile(model, fullgraph=True, backend="aot_eager")(*arguments, form)
+        torch.testing.assert_close(got, expected)
+        for mine, plain in zip(torch.autograd.grad(got, leaves), torch.autograd.grad(expected, leaves)):
+            torch.testing.assert_close(mine, plain)
+
+
+def test_autocast_computes_in_the_lower_dtype() -> None:
+    low = torch.bfloat16 if DEVICE == "cuda" else torch.float16
+    (a, e, x, weights, gates), _ = inputs()
+    wq, wk, wv = weights
+    with torch.autocast(DEVICE, low), ops.use_backend("triton"):
+        for form in ("absorbed", "projected"):
+            out = ops.hybrid_cross_attention(a, e, x, wq, None, wk, None, wv, None, num_heads=2, form=form)
+            assert out.anchored.dtype == low
+        mod = ops.dual_gated_modulation(out.anchored, out.exploratory, x[:, 0, 0], x[:, 0, 1], x[:, 0], *gates)
+        assert mod.anchored.dtype == low
+    mod.anchored.float().sum().backward()
+    assert wk.grad is not None and wk.grad.dtype == torch.float32
+
+
+CHECKS: dict[str, Callable[[], None]] = {
+    "absorbed": lambda: check_cross("absorbed", torch.float32, sizes=(2, 2, 3, 9, 16, 16, 2), mask="some"),
+    "projected": lambda: check_cross("projected", torch.float32, sizes=(2, 2, 3, 9, 16, 16, 2), mask="some"),
+    "streams": lambda: check_streams(torch.float32, lengths=(2, 3, 5), heads=1),
+    "modulation": lambda: check_modulation(torch.float32, sizes=(3, 2, 3, 17, 5, 4)),
+    "redundancy": lambda: check_redundancy(torch.float32, batch=19, width=5),
+    "info_nce": lambda: check_info_nce(torch.float32, items=19, width=8),
+}
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_poisoned_outputs_are_fully_written(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every buffer starts as NaN; what a kernel leaves unwritten then shows in the parity check."""
+    poisoned = []
+
+    def poison(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def call(*args, **kwargs):  # type: ignore[no-untyped-def]
+            out = make(*args, **kwargs)
+            if out.is_floating_point():
+                poisoned.append(out.shape)
+                out.fill_(float("nan"))
+            return out
+
+        return call
+
+    monkeypatch.setattr(torch, "empty", poison(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))
+    CHECKS[name]()
+    assert poisoned
+
+
+def test_two_runs_are_bitwise_equal() -> None:
+    arguments, leaves = inputs(length=37)
+    runs = []
+    with ops.use_backend("triton"):
+        for _ in range(2):
+            loss = model(*arguments, "absorbed")
+            runs.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
+    assert all(torch.equal(first, second) for first, second in zip(*runs))
