@@ -219,3 +219,52 @@ def build(name: str, arch: int, dtype: str, row: dict[str, int], precision: str 
 
 def _run(tool: str, *arguments: str) -> str:
     return subprocess.run([str(_BINARIES / tool), *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def limits_broken(report: Report, bits: int) -> list[str]:
+    """What a report must not show: spills, local memory, too much shared memory, products off the tensor cores."""
+    broken = []
+    if report.spills or report.stack or report.local:
+        broken.append(f"{report.spills} local accesses, {report.stack} bytes of stack, {report.local} of local memory")
+    if report.shared > SHARED_LIMIT[report.arch]:
+        broken.append(f"{report.shared} bytes of shared memory exceed {SHARED_LIMIT[report.arch]}")
+    kernel = KERNELS[report.kernel]
+    if kernel.matrix and bits == 16:
+        # A warpgroup instruction needs 64 rows; smaller tiles use the warp-level form.
+        rows_of_tile = max(report.options.get(key, 0) for key in ("BLOCK_R", "BLOCK_S"))
+        wanted = MATRIX[report.arch][0] if rows_of_tile >= 64 else None
+        if report.matrix is None or (wanted is not None and report.matrix != wanted):
+            broken.append(f"matrix instruction is {report.matrix}, not {wanted or 'any'}")
+    if report.kernel != "merge_moments" and not report.wide_loads:
+        broken.append("no 16-byte global load")
+    return broken
+
+
+def main() -> None:
+    """Compile shipped tile rows and print one JSON line each: python -m tgq_fast.kernels.aot --archs 90 --bits 16."""
+    import argparse
+
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--archs", default="80,90,100")
+    parser.add_argument("--bits", default="16,32")
+    parser.add_argument("--kernels", default=",".join(KERNELS), help="comma-separated kernel names")
+    parser.add_argument("--first", action="store_true", help="one row per kernel: the first of 256 keys or more")
+    given = parser.parse_args()
+    done = set()
+    for name, arch, bits, row in variants(tuple(int(a) for a in given.archs.split(","))):
+        if str(bits) not in given.bits.split(",") or name not in given.kernels.split(","):
+            continue
+        if given.first and ((name, arch, bits) in done or row.get("max_keys", 256) < 256):
+            continue
+        done.add((name, arch, bits))
+        report = build(name, arch, "bf16" if bits == 16 else "fp32", row)
+        line = {
+            "kernel": name, "arch": arch, "dtype": report.dtype, "row": row, "registers": report.registers,
+            "shared": report.shared, "spills": report.spills, "matrix": report.matrix,
+            "wide_loads": report.wide_loads, "broken": limits_broken(report, bits),
+        }  # fmt: skip
+        print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    main()

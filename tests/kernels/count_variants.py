@@ -1,0 +1,77 @@
+"""Launch every kernel with 20 lengths against a compiler that only records what it is asked to compile.
+
+Run in a process without the interpreter; prints JSON: kernel → number of compiled variants. No GPU is needed: the
+driver is a stand-in and nothing is launched.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from tgq_fast.kernels import absorbed, contrastive, modulation, redundancy, streams, tiling
+
+
+class Driver:
+    """Just enough of a CUDA driver for Triton to specialise arguments."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+
+wanted: dict[str, set[str]] = collections.defaultdict(set)
+
+
+def record(self, key, *args, **kwargs):  # type: ignore[no-untyped-def]
+    wanted[self.fn.__name__].add(str(key))
+    return None
+
+
+def main() -> None:
+    triton.runtime.driver.set_active(Driver())
+    JITFunction._do_compile = record
+    names = ("sm_90",)
+    for module in (absorbed, contrastive, modulation, redundancy, streams):
+        module.tile = lambda kernel, like, **sizes: tiling.pick(kernel, names, 8 * like.element_size(), **sizes)
+    for length in [*range(129, 147), 197, 256]:  # one shape class
+        q, x = torch.empty(2, 2, 4, 32).half(), torch.empty(2, length, 32).half()
+        mask, stats = torch.ones(2, length, dtype=torch.bool), torch.zeros(2, 2, 4)
+        absorbed.forward(q, x, mask, None, 1.0, False)
+        absorbed.backward_rows(q, x, mask, q, stats, stats, 1.0)
+        absorbed.backward_tokens(q, x, mask, q, stats, stats, 1.0)
+        for lengths, mode in (((4, 4, length), "block"), ((length, 0, 0), "full")):
+            heads = torch.empty(2, sum(lengths), 2, 16).half()
+            text = torch.ones(2, length, dtype=torch.bool)
+            first = sum(lengths) - length
+            out, lse, *_ = streams.forward(heads, heads, heads, lengths, mode, False, text, first, None, 1.0, False)
+            streams.backward(out, heads, heads, heads, out, lse, lengths, mode, False, text, first, 1.0)
+        tokens = torch.empty(length, 8, 32).half()
+        gates = [
+            modulation.Gate(*(torch.empty(*s).half() for s in ((16, n), (16,), (32, 16), (32,)))) for n in (82, 48)
+        ]
+        scalars, image = torch.empty(length).half(), torch.empty(length, 16).half()
+        saved = modulation.forward(tokens, tokens, scalars, scalars, image, *gates, 1.0, True)
+        pair = (saved.out_a, saved.out_e, None, None, None, None)
+        modulation.backward(*pair, tokens, tokens, scalars, scalars, image, *gates, saved, 1.0)
+        means = torch.empty(length, 32)
+        merged, _ = redundancy.merge(redundancy.moments(means, means), 1e-6)
+        redundancy.backward(torch.zeros(()), means, means, merged, 1e-6)
+        rows = torch.arange(length)
+        lse, _ = contrastive.forward(means, rows, rows, None, torch.zeros(()))
+        contrastive.backward(means, rows, rows, None, torch.zeros(()), lse)
+    print(json.dumps({name: len(keys) for name, keys in wanted.items()}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""Planted faults: each is caught by a parity check that the unchanged kernels pass (tests/ops).
+
+A mutant is the kernel's source with one edit, loaded in the kernel's place. Only an assertion counts as caught.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.append(str(Path(__file__).parents[1] / "ops"))
+from op_checks import check_cross, check_info_nce, check_modulation, check_redundancy, check_streams
+
+CROSS = (2, 2, 3, 21, 20, 16, 2)  # 21 keys: two segments of the interpreter's tile; 20 channels: two chunks
+F32 = torch.float32
+
+
+def absorbed(length: int = 21) -> None:
+    check_cross("absorbed", F32, sizes=(*CROSS[:3], length, *CROSS[4:]), mask="some")
+
+
+def projected() -> None:
+    check_cross("projected", F32, sizes=CROSS, mask="some")
+
+
+def streams() -> None:
+    check_streams(F32, lengths=(3, 4, 18), heads=1, head=16)
+
+
+def modulation() -> None:
+    check_modulation(F32, sizes=(3, 2, 3, 20, 5, 4))
+
+
+def groups() -> None:
+    check_info_nce(F32, items=19, width=20)
+
+
+FAULTS: dict[str, tuple[str, str, str, Callable[[], None]]] = {
+    "dropped key mask": (
+        "absorbed",
+        "    if HAS_MASK:\n        inside = inside &",
+        "    if False:\n        inside = inside &",
+        absorbed,
+    ),
+    "scale slip": ("absorbed", "s * (scale * LOG2E), float", "s * (scale * LOG2E * 1.02), float", absorbed),
+    "last key lost": ("absorbed", "    inside = key < length\n", "    inside = key < length - 1\n", absorbed),
+    "missing segment in the sum": ("absorbed", "total = total * keep + partial", "total = partial", absorbed),
+    "segment not rescaled": ("absorbed", "tl.minimum(maxima[segment] - shift, 0.0)", "maxima[segment] * 0.0", absorbed),
+    "off-by-one row tile": (
+        "absorbed",
+        "(tl.program_id(0) % tiles) * BLOCK_R +",
+        "(tl.program_id(0) % tiles) * (BLOCK_R - 1) +",
+        lambda: check_cross("absorbed", F32, sizes=(1, 5, 6, 3, 8, 16, 2)),
+    ),
+    "delta dropped": ("absorbed", "(p * (d_p - dot_out[:, None]) * scale)", "(p * d_p * scale)", absorbed),
+    "token gradient without values": (
+        "absorbed",
+        "weights = weights + (p.to(x.dtype.element_ty),)  # noqa: RUF005\n        gradients",
+        "weights = weights + ((p * 0).to(x.dtype.element_ty),)\n        gradients",
+        absorbed,
+    ),
+    "groups of keys not accumulated": ("absorbed", "ACCUMULATE=first > 0", "ACCUMULATE=False", lambda: absorbed(37)),
+    "swapped streams": (
+        "streams",
+        "start0 = n_a\n            size0 = n_e\n            if SEES_TEXT",
+        "start0 = 0\n            size0 = n_a\n            if SEES_TEXT",
+        streams,
+    ),
+    "anchors miss the text": (
+        "streams",
+        "size1 = n_t\n        elif segment == 1",
+        "size1 = 0\n        elif segment == 1",
+        streams,
+    ),
+    "dropped text mask": ("streams", "    if HAS_MASK:\n        masked", "    if False:\n        masked", streams),
+    "wrong keys gather rows": (
+        "streams",
+        "start1 = n_a + n_e\n            size1 = n_t\n            if SEES",
+        "start1 = n_a\n            size1 = n_t\n            if SEES",
+        streams,
+    ),
+    "running maximum not applied": (
+        "streams",
+        "total = total * keep + tl.sum(p, 1)",
+        "total = total + tl.sum(p, 1)",
+        projected,
+    ),
+    "anchored gate misses the explorers": (
+        "modulation",
+        "hidden_a = tl.dot(me.to(dtype), tl.trans(wae), hidden_a",
+        "hidden_a = tl.dot(me.to(dtype) * 0, tl.trans(wae), hidden_a",
+        modulation,
+    ),
+    "residual scale slip": ("modulation", "1.0 + alpha * ga, item", "1.0 + ga, item", modulation),
+    "sigmoid slope": ("modulation", "0.5 * (1.0 - g * g)", "0.5 * (1.0 - g)", modulation),
+    "mean gradient not shared out": ("modulation", "dma / tl.maximum(n_a, 1)", "dma", modulation),
+    "group mask dropped": (
+        "contrastive",
+        "    if HAS_GROUPS:\n        hidden = hidden |",
+        "    if False:\n        hidden = hidden |",
+        groups,
+    ),
+    "self not masked": (
+        "contrastive",
+        "hidden = item[None, :] == anchor[:, None]",
+        "hidden = item[None, :] == -1 - anchor[:, None]",
+        groups,
+    ),
+    "positive not subtracted": ("contrastive", "g -= tl.where", "g -= 0.0 * tl.where", groups),
+    "blocks merged without their distance": (
+        "redundancy",
+        "+ shift_a * shift_e * cross",
+        "+ shift_a * shift_e * 0.0",
+        lambda: check_redundancy(F32),
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_fault_is_caught(fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, before, after, check = FAULTS[fault]
+    kernels = importlib.import_module("tgq_fast.kernels")
+    original = importlib.import_module(f"tgq_fast.kernels.{name}")
+    source = Path(original.__file__).read_text(encoding="utf-8")
+    assert before in source, "the planted fault no longer applies: adapt it to the kernel"
+    path = tmp_path / f"mutant_{name}.py"
+    path.write_text(source.replace(before, after), encoding="utf-8")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    mutant = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(mutant)
+    monkeypatch.setattr(kernels, name, mutant)
+    with pytest.raises(AssertionError):
+        check()
