@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -39,17 +39,27 @@ def items_of(sampler: DistinctBatchSampler, batch: list[int]) -> list[int]:
     return sampler.pairs[batch].reshape(-1).tolist()
 
 
-def test_epochs_are_pure_functions_and_cover_the_pairs() -> None:
+def test_epochs_are_pure_functions_and_cover_the_items() -> None:
     dataset = PairDataset(make_catalog(groups=60, size=3))
     sampler = DistinctBatchSampler(dataset, 8, seed=1)
     first, again = list(sampler), list(sampler)
-    assert first == again and len(first) == len(sampler) == len(dataset) // 8
-    seen = Counter(index for batch in first for index in batch)
-    assert len(seen) >= 0.95 * len(dataset)  # only conflicts at the very end repeat a pair
+    assert first == again and len(first) == len(sampler) == len(np.unique(dataset.pairs)) // 8
+    seen = {item for batch in first for item in items_of(sampler, batch)}
+    assert len(seen) >= 0.95 * len(np.unique(dataset.pairs))  # only conflicts at the very end leave an item out
     sampler.set_epoch(1)
     assert list(sampler) != first
     other = DistinctBatchSampler(dataset, 8, seed=2)
     assert list(other) != first
+
+
+def test_a_large_group_does_not_outweigh_the_others() -> None:
+    pairs = [(b, a) for a in range(20) for b in range(a)]  # 190 of 250 pairs, 20 of 140 items
+    pairs += [(a, a + 1) for a in range(20, 140, 2)]
+    components = np.array([0] * 20 + [a // 2 for a in range(20, 140)])
+    dataset = SimpleNamespace(pairs=np.array(pairs), components=components)
+    sampler = DistinctBatchSampler(dataset, 4, seed=0)  # type: ignore[arg-type]
+    drawn = np.concatenate([sampler.pairs[batch] for batch in sampler])
+    assert np.mean(drawn < 20) == pytest.approx(20 / 140, abs=0.05)
 
 
 @settings(max_examples=40, deadline=None)

@@ -64,9 +64,10 @@ class ReaderLayer(nn.Module):
         self.norm_attention, self.norm_mlp = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         wide = 2 * width
-        self.mlp = nn.Sequential(nn.Linear(width, wide), nn.GELU(), nn.Dropout(dropout), nn.Linear(wide, width))
+        narrow = nn.Linear(wide, width)
+        self.mlp = nn.Sequential(nn.Linear(width, wide), nn.GELU(), nn.Dropout(dropout), narrow)
         self.drop = nn.Dropout(dropout)
-        for last in (self.out, self.mlp[-1]):  # the identity at first
+        for last in (self.out, narrow):  # the identity at first
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
 

@@ -15,7 +15,7 @@ __all__ = ["render"]
 
 _CURVES = (
     ("loss", "training loss"),
-    ("eval/H@10", "validation H@10"),
+    ("eval/HR@10", "validation HR@10"),
     ("loss/item", "InfoNCE of the item embedding"),
     ("loss/visual", "InfoNCE of the visual embedding"),
     ("loss/redundancy", "redundancy of the two streams (C_ii²)"),

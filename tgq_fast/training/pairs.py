@@ -61,8 +61,10 @@ class PairDataset(Dataset[tuple[int, int]]):
 class DistinctBatchSampler(Sampler[list[int]]):
     """Batches of pair indices in which no item occurs twice; every epoch is a pure function of (seed, epoch).
 
-    A pair that would repeat an item waits for a later batch of the epoch. When only such pairs are left, the last
-    batches are filled with other pairs of the epoch, so that the number of batches is always ⌊P / B⌋, and at least one.
+    An epoch draws one pair for every item that has one, uniformly among its pairs, so that a group of many variants,
+    whose pairs grow with its square, does not outweigh the others [ours]. A pair that would repeat an item waits for a
+    later batch of the epoch. When only such pairs are left, the last batches are filled with other pairs, so that the
+    number of batches is always ⌊items / B⌋, and at least one.
 
     Args:
         dataset: the pairs.
@@ -79,6 +81,10 @@ class DistinctBatchSampler(Sampler[list[int]]):
             raise ArgumentError("batch_size", batch_size, "at least 1 pair")
         self.pairs = dataset.pairs
         self.seed, self.epoch = seed, 0
+        ends = self.pairs.reshape(-1)  # pair i owns places 2i and 2i + 1
+        self._by_item = np.argsort(ends, kind="stable")  # places, grouped by item
+        self._count = np.unique(ends, return_counts=True)[1]
+        self._start = np.concatenate(([0], np.cumsum(self._count)[:-1]))
         # Any greedy choice ends as a maximal matching: at least one pair per component, and at least half of any other.
         components = len(np.unique(dataset.components[self.pairs[:, 0]]))
         matching = len(self._fill(iter(range(len(self.pairs))), len(self.pairs), [])[0])
@@ -91,20 +97,21 @@ class DistinctBatchSampler(Sampler[list[int]]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return max(1, len(self.pairs) // self.batch_size)
+        return max(1, len(self._count) // self.batch_size)
 
     def __iter__(self) -> Iterator[list[int]]:
         rng = np.random.default_rng([self.seed, self.epoch])
-        order = rng.permutation(len(self.pairs)).tolist()
-        fresh = iter(order)
+        drawn = self._by_item[self._start + rng.integers(self._count)] // 2  # one pair per item
+        fresh = iter(rng.permutation(drawn).tolist())
         waiting: list[int] = []
         for _ in range(len(self)):
             batch, items = self._take_waiting(waiting)
             more, skipped = self._fill(fresh, self.batch_size - len(batch), items)
             batch += more
             waiting += skipped
-            if len(batch) < self.batch_size:  # only conflicting pairs are left: fill up from the whole epoch
-                batch += self._fill(iter(rng.permutation(order).tolist()), self.batch_size - len(batch), items)[0]
+            if len(batch) < self.batch_size:  # only conflicting pairs are left: fill up from all pairs
+                every = iter(rng.permutation(len(self.pairs)).tolist())
+                batch += self._fill(every, self.batch_size - len(batch), items)[0]
             yield batch
 
     def _take_waiting(self, waiting: list[int]) -> tuple[list[int], list[int]]:
@@ -137,7 +144,7 @@ class PairCollator:
     """B pairs → the model's keyword arguments for their 2B items: query 0, target 0, query 1, target 1, …
 
     The features are a gather from the memory-mapped cache. Field dropout is a function of (seed, the batch's rows): a
-    resumed run drops the same fields, and another epoch, which composes its batches differently, drops others.
+    resumed run drops the same fields, and another epoch, which draws other pairs, drops others.
 
     Args:
         store: feature cache of the catalogue.

@@ -55,7 +55,7 @@ class TrainResult:
         path: the run's folder; `TGQFormerModel.from_pretrained(path)` loads the chosen model.
         steps: optimiser steps in all.
         best_step: step of the chosen checkpoint (the last one without validation pairs).
-        best_metric: its validation H@10, or None.
+        best_metric: its validation HR@10, or None.
         resumed_from: step that this call went on from, 0 for a fresh start.
         manifest: content of run.json.
     """
@@ -92,7 +92,7 @@ def train(
 ) -> TrainResult:
     """Train a connector and reader over frozen towers on the training pairs of a catalogue.
 
-    The checkpoint with the best validation H@10 (after every epoch, over the full pool) becomes the run's model.
+    The checkpoint with the best validation HR@10 (after every epoch, over the full pool) becomes the run's model.
     A run that was killed resumes from its last complete checkpoint to the same weights, bit for bit on the CPU.
 
     Args:

@@ -1,6 +1,6 @@
 """`transformers.Trainer` for pairs of items: distinct items, named loss terms, validation by full-pool retrieval.
 
-Source: AdamW with a cosine schedule and the choice of the checkpoint by validation H@10 are ours.
+Source: AdamW with a cosine schedule and the choice of the checkpoint by validation HR@10 are ours.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tgq_fast.training.pairs import DistinctBatchSampler, PairCollator, PairData
 
 __all__ = ["BEST_METRIC", "TGQTrainer", "last_complete_checkpoint"]
 
-BEST_METRIC = "H@10"
+BEST_METRIC = "HR@10"
 _COMPLETE = "complete.json"
 Event = Mapping[str, Any]
 
