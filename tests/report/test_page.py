@@ -27,7 +27,7 @@ HOSTILE = '<script>alert("1")</script><img src=x onerror=alert(2)>'
 def run(name: str, value: float, *, baseline: bool = False) -> RunResult:
     metrics = {m: Metric(value, value - 0.05, value + 0.05) for m in ("H@1", "H@10", "Recall@10", "NDCG@10", "MRR")}
     curve = (
-        {} if baseline else {"loss": (range(50), np.linspace(3, 1, 50)), "eval/H@10": ((0, 25, 50), (0.1, 0.2, 0.3))}
+        {} if baseline else {"loss": (range(50), np.linspace(3, 1, 50)), "eval/HR@10": ((0, 25, 50), (0.1, 0.2, 0.3))}
     )
     return RunResult(name, metrics, {} if baseline else {"connector": name}, curve, baseline)
 

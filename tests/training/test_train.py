@@ -66,7 +66,7 @@ def test_run_learns_and_leaves_a_complete_folder(tmp_path: Path) -> None:
     losses = [entry for entry in log if "loss" in entry]
     assert {"loss/item", "loss/visual", "loss/redundancy", "loss/alignment", "learning_rate"} <= losses[0].keys()
     assert losses[-1]["loss/item"] < losses[0]["loss/item"]
-    validation = {entry["step"]: entry["eval/H@10"] for entry in log if "eval/H@10" in entry}
+    validation = {entry["step"]: entry["eval/HR@10"] for entry in log if "eval/HR@10" in entry}
     assert len(validation) == 8  # once per epoch
     assert result.best_metric == max(validation.values()) == validation[result.best_step]
     kinds = {event["event"] for event in events}
