@@ -1,18 +1,20 @@
 """Tile choices: which block sizes, warps and pipeline depth a kernel is launched with.
 
-A table `tiles/<gpu>.json` maps kernel → element class ("16" or "32" bit) → rows tried in order; a row fits when every
-`max_…` bound of it holds, and the last row always fits. Bounds are shape classes, never exact lengths, so that a new
-length does not compile a new kernel. A table named after the device ("NVIDIA_H100_80GB_HBM3") comes before the one of
-its architecture ("sm_90"). `TGQ_TILES` names a folder that is searched first. "measured" in a table tells whether its
-rows were timed on that GPU or only follow from the performance model.
+A table `tiles/<gpu>.json` maps kernel → element class ("16" or "32" bit) → rows tried in order. A row fits when every
+`max_…` bound of it holds; the last row of an architecture's table serves whatever fits nowhere. Bounds are shape
+classes, never exact lengths, so that a new length does not compile a new kernel. A table named after the device
+("NVIDIA_H100_80GB_HBM3") comes before the one of its architecture ("sm_90"). `TGQ_TILES` names a folder that is
+searched first. "measured" in a table tells whether its rows were timed on that GPU or only follow from the performance model.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +50,28 @@ def table(name: str) -> dict[str, Any] | None:
     return None
 
 
+_forced: dict[str, dict[str, int]] = {}
+
+
+@contextlib.contextmanager
+def forced(kernel: str, options: dict[str, int]) -> Iterator[None]:
+    """Launch one kernel with these options, whatever the tables say."""
+    _forced[kernel] = options
+    try:
+        yield
+    finally:
+        del _forced[kernel]
+
+
 def _nearest(name: str) -> str:
     """The shipped architecture with the highest number not above this one (sm_86 → sm_80)."""
     wanted = int(name.removeprefix("sm_"))
     shipped = sorted(int(p.stem.removeprefix("sm_")) for p in FOLDER.glob("sm_*.json"))
     return f"sm_{max((s for s in shipped if s <= wanted), default=shipped[0])}"
+
+
+def _fits(row: dict[str, int], sizes: dict[str, int]) -> bool:
+    return all(sizes[key.removeprefix("max_")] <= bound for key, bound in row.items() if key.startswith("max_"))
 
 
 def pick(kernel: str, names: tuple[str, ...], bits: int, **sizes: int) -> dict[str, int]:
@@ -64,13 +83,16 @@ def pick(kernel: str, names: tuple[str, ...], bits: int, **sizes: int) -> dict[s
         bits: 16 or 32, width of an element.
         sizes: what the rows' `max_…` bounds are compared with, for example keys=197.
     """
+    if kernel in _forced:
+        return _forced[kernel]
     for name in (*names, _nearest(names[-1])) if names[-1].startswith("sm_") else names:
         found = (table(name) or {}).get("kernels", {}).get(kernel, {}).get(str(bits))
         if not found:
             continue
-        for row in found:
-            if all(sizes[key.removeprefix("max_")] <= bound for key, bound in row.items() if key.startswith("max_")):
-                break
+        fitting = [row for row in found if _fits(row, sizes)]
+        if not fitting and name != names[-1]:
+            continue  # a measured table may hold some shape classes only
+        row = fitting[0] if fitting else found[-1]
         return {key: value for key, value in row.items() if not key.startswith("max_")}
     raise KeyError(f"no tiles for {kernel} ({bits} bit) in tables {names}")
 
