@@ -9,6 +9,7 @@ build tools.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import sys
@@ -83,8 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in STEPS:
         if name in check.only:
             results = _run(name, check, results)
-    # The extension that this run built, rather than whatever was there before it.
-    results.environment["native"] = environment(facts["device"], options.threads)["native"]
+    results.environment["native"] = _native_facts()
     results.complete = all(step["status"] != "timeout" for step in results.steps)
     results.save(check.path)
     print("\n".join(summary(results)))
@@ -104,6 +104,17 @@ def _parser() -> argparse.ArgumentParser:
     found.add_argument("--threads", type=int, default=2, help="CPU threads")
     found.add_argument("--no-compile", action="store_true", help="leave out the torch.compile peers")
     found.add_argument("--dry-run", action="store_true", help="on the CPU, tiny shapes: tries the command itself")
+    return found
+
+
+def _native_facts() -> dict[str, Any]:
+    """Build facts of the extension that this run built; this process may have loaded an earlier one."""
+    code = "import json; from tgq_fast._native import *; print(json.dumps(build_info() or {'missing': why_missing()}))"
+    step = run_step("native", [sys.executable, "-c", code], limit_s=60)
+    try:
+        found: dict[str, Any] = json.loads(step["tail"].strip().splitlines()[-1])
+    except (ValueError, IndexError):
+        return {"missing": step["tail"][-300:]}
     return found
 
 

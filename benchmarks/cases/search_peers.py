@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,10 +15,11 @@ from torch import Tensor
 
 from benchmarks.registry import Call, Setting, UnavailableError, Variant
 from tgq_fast.errors import ArgumentError, BackendError
-from tgq_fast.retrieval import topk
+from tgq_fast.retrieval import TopK, topk, topk_cuda
 
 _TILE_ROWS = 65536
 _WHOLE_BYTES = {"cpu": 4 << 30, "cuda": 24 << 30}  # a score matrix above this is not tried
+_ENGINES = ("hopper", "portable", "direct")
 # (distance_compute_blas_threshold, query block, database block): the first is faiss' default.
 _FAISS_SETTINGS = ((20, 4096, 1024), (1, 4096, 1024), (1, 256, 16384), (1, 64, 65536), (1 << 30, 4096, 1024))
 
@@ -45,6 +47,9 @@ def variants(problem: Problem, setting: Setting) -> list[Variant]:
         Variant("torch mm + topk, tiled", "peer", lambda: _torch_tiled(problem)),
     ]
     if setting.device == "cuda":
+        found += [
+            Variant(f"tgq_fast, {engine} engine", "ours", partial(_ours_engine, problem, engine)) for engine in _ENGINES
+        ]
         found.append(Variant("tgq_fast, torch backend", "ours", lambda: _ours(problem, backend="torch")))
         if problem.pool.dtype is torch.float32:
             found.append(Variant("faiss-gpu flat", "peer", lambda: _faiss_gpu(problem)))
@@ -77,6 +82,26 @@ def _ours_isa(problem: Problem, isa: str) -> Call:
         with _environment("TGQ_ISA", isa):
             topk(problem.queries[0][:1], problem.pool[:1], 1, backend="cpp")
     except (ArgumentError, BackendError) as error:
+        raise UnavailableError(str(error)) from error
+    return call
+
+
+def _ours_engine(problem: Problem, engine: str) -> Call:
+    reasons = topk_cuda.why_not(problem.pool)
+    if reasons:
+        raise UnavailableError("; ".join(reasons))
+    tuning = {"engine": engine}
+
+    def call(i: int) -> Tensor:
+        queries = problem.queries[i]
+        scores = torch.empty(len(queries), problem.k, device=queries.device)
+        rows = torch.empty(len(queries), problem.k, dtype=torch.int64, device=queries.device)
+        found = topk_cuda.search(queries, problem.pool, problem.k, None, TopK(scores, rows), tuning=tuning)
+        return found.indices
+
+    try:
+        call(0)
+    except BackendError as error:  # not built, not this device, or not these sizes
         raise UnavailableError(str(error)) from error
     return call
 
