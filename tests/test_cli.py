@@ -290,12 +290,12 @@ def test_doctor_reports_backends_with_reasons() -> None:
     assert "torch" in call("doctor").stdout
 
 
-def test_default_epochs_follow_the_number_of_pairs(world: World) -> None:
+def test_default_epochs_follow_the_number_of_items(world: World) -> None:
     catalog = Catalog.load(world.catalog)
-    pairs = workflow.steps_per_epoch(catalog, 1)
-    assert workflow.default_epochs(catalog, 64) == 20
+    items = workflow.steps_per_epoch(catalog, 1)
+    assert workflow.default_epochs(catalog, 64) == 40 and workflow.default_epochs(catalog, 1) == max(5, 150 // items)
     assert workflow.steps_per_epoch(catalog, 10**6) == 1
-    assert pairs == len({frozenset(p) for p in zip(*(s.tolist() for s in _train(catalog)))})
+    assert items == len(set().union(*(side.tolist() for side in _train(catalog))))
 
 
 def _train(catalog: Catalog) -> tuple[Any, Any]:

@@ -33,8 +33,9 @@ def demo(
     ] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Default: as in tgq-fast train.")] = None,
     seed: Annotated[int, typer.Option()] = 0,
-    batch_size: Annotated[int, typer.Option(min=2, help="Pairs per step.")] = 64,
+    batch_size: Annotated[int, typer.Option(min=2, help="Pairs per step.")] = 128,
     lr: Annotated[float, typer.Option()] = 5e-4,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Train in mixed precision.")] = False,
     vision: Annotated[str | None, typer.Option(help="Vision tower; default: the preset's.")] = None,
     connectors: Annotated[
         str, typer.Option(metavar="a,b", help="Connectors to compare, main one first.")
@@ -82,6 +83,7 @@ def demo(
                 seed=seed,
                 batch_size=batch_size,
                 lr=lr,
+                bf16=bf16,
                 cache=cache,
                 on_error="skip",
             )

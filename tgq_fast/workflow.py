@@ -26,7 +26,7 @@ Policy = Literal["raise", "skip"]
 FLOOR = "zero-shot image"
 """Name of the floor without training: the frozen image feature alone."""
 _CATALOG_NOTE = "catalog.json"  # beside a pool: where its catalogue lay, for titles in search results
-_SHOWN = ("H@", "Recall@", "MRR", "NDCG@", "1-NN")
+_SHOWN = ("HR@", "H@", "Recall@", "MRR", "NDCG@", "1-NN")
 
 
 @dataclass(frozen=True)
@@ -134,17 +134,16 @@ def open_store(catalog: Catalog, config: TGQFormerConfig, *, cache: Path | None,
 
 
 def steps_per_epoch(catalog: Catalog, batch_size: int) -> int:
-    """Optimiser steps in one pass over the unordered training pairs."""
+    """Optimiser steps in one pass over the items that have a training pair."""
     import numpy as np
 
     pairs = catalog.split_pairs("train")
-    ends = np.sort(np.stack((pairs.query, pairs.target), axis=1), axis=1)
-    return max(1, len(np.unique(ends, axis=0)) // batch_size)
+    return max(1, len(np.union1d(pairs.query, pairs.target)) // batch_size)
 
 
 def default_epochs(catalog: Catalog, batch_size: int) -> int:
-    """As many epochs as make about 1,200 steps, but at least 6 and at most 20."""
-    return min(20, max(6, round(1200 / steps_per_epoch(catalog, batch_size))))
+    """As many epochs as make about 150 steps, but at least 5 and at most 40."""
+    return min(40, max(5, round(150 / steps_per_epoch(catalog, batch_size))))
 
 
 def train_run(
@@ -156,6 +155,7 @@ def train_run(
     seed: int,
     batch_size: int,
     lr: float,
+    bf16: bool = False,
     resume: bool = False,
     cache: Path | None = None,
     on_error: Policy = "raise",
@@ -177,7 +177,7 @@ def train_run(
             if kind in ("start", "step", "checkpoint"):
                 advance(event["step"], steps, "training")
             if kind == "evaluation":
-                found = {n: v for n, v in event.items() if isinstance(v, float) and n.endswith("H@10")}
+                found = {n: v for n, v in event.items() if isinstance(v, float) and n.endswith("/HR@10")}
                 for name, value in found.items():
                     console.note(f"step {event['step']}: {name} {value:.3f}")
 
@@ -189,6 +189,7 @@ def train_run(
             seed=seed,
             batch_size=batch_size,
             lr=lr,
+            bf16=bf16,
             resume=resume,
             log_steps=2 if steps_per_epoch(catalog, batch_size) < 20 else 10,
             on_error=on_error,
@@ -203,7 +204,7 @@ def train_run(
         "epochs": epochs,
         "steps": result.steps,
         "best_step": result.best_step,
-        "validation_H@10": result.best_metric,
+        "validation_HR@10": result.best_metric,
         "resumed_from": result.resumed_from,
         "trainable_parameters": result.manifest["result"]["trainable_parameters"],
         "seed": seed,

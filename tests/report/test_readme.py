@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 def result(seed: int, value: float) -> dict[str, Any]:
     metric = {"value": value, "low": value - 0.01, "high": value + 0.01}
-    run = {"queries": 1200, "pool_size": 9000, "metrics": dict.fromkeys(("H@1", "H@10", "H@100", "MRR"), metric)}
+    run = {"queries": 1200, "pool_size": 9000, "metrics": dict.fromkeys(("HR@1", "HR@10", "HR@100", "H@100", "MRR"), metric)}
     return {
         "catalogue": "shop",
         "fields": ["category"],

@@ -212,7 +212,7 @@ def _from_pool(catalog: Catalog, path: Path) -> torch.Tensor:
 
 
 def _metrics(evaluation: Evaluation) -> dict[str, Metric]:
-    shown = ("H@", "Recall@", "MRR", "NDCG@", "1-NN")
+    shown = ("HR@", "H@", "Recall@", "MRR", "NDCG@", "1-NN")
     return {
         name: Metric(interval.value, interval.low, interval.high)
         for name, interval in evaluation.metrics.items()

@@ -57,7 +57,7 @@ def _shown(runs: Sequence[RunResult]) -> list[str]:
     """Metrics of the table, families together; recall is left out where it is H@K anyway (one positive per query)."""
     names = list(dict.fromkeys(name for run in runs for name in run.metrics))
     shown = []
-    for family in ("H@", "Recall@", "MRR", "NDCG@", "1-NN"):
+    for family in ("HR@", "H@", "Recall@", "MRR", "NDCG@", "1-NN"):
         for name in names:
             twin = name.replace("Recall", "H")
             if name.startswith(family) and not (
@@ -69,4 +69,4 @@ def _shown(runs: Sequence[RunResult]) -> list[str]:
 
 def _plotted(names: list[str]) -> list[str]:
     """Metrics of the dot plot: the others follow these closely and stay in the table."""
-    return [name for name in names if name.startswith(("H@", "MRR"))]
+    return [name for name in names if name.startswith(("HR@", "MRR"))]

@@ -19,7 +19,7 @@ from tgq_fast.errors import ArgumentError
 __all__ = ["fill", "main", "retrieval_table"]
 
 _BLOCK = re.compile(r"(<!-- retrieval:begin -->\n).*?(<!-- retrieval:end -->)", re.DOTALL)
-_METRICS = ("H@1", "H@10", "H@100", "MRR")
+_METRICS = ("HR@1", "HR@10", "HR@100", "H@100", "MRR")
 
 
 def fill(text: str, files: Sequence[Path]) -> str:

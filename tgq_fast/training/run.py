@@ -75,7 +75,7 @@ def train(
     out: str | Path,
     epochs: int = 3,
     seed: int = 0,
-    batch_size: int = 64,
+    batch_size: int = 128,
     lr: float = 5e-4,
     weight_decay: float = 0.01,
     warmup: float = 0.1,
@@ -99,7 +99,7 @@ def train(
         catalog: items, images and pairs.
         config: the model; tower widths are filled in here.
         out: the run's folder.
-        epochs: passes over the unordered training pairs.
+        epochs: passes over the items of the training pairs, one pair drawn for each.
         seed: of initialisation, batch order, dropout and field dropout.
         batch_size: pairs B per step and rank; 2B items. Lowered when the pairs cannot fill it with distinct items.
         lr: peak learning rate of AdamW; cosine to zero after a linear warm-up.
