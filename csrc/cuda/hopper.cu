@@ -32,7 +32,6 @@ class ThresholdEpilogue {
     using ElementCompute = float;
     using ElementScalar = float;
     using ElementD = float;
-    static constexpr int kCount = 1;
   };
   struct SharedStorage {};
   using TensorStorage = SharedStorage;
@@ -61,8 +60,6 @@ class ThresholdEpilogue {
 
   CUTLASS_HOST_DEVICE
   ThresholdEpilogue(const Params& params, const SharedStorage& = SharedStorage()) : job_(params.job) {}
-
-  CUTLASS_DEVICE bool is_source_needed() { return false; }
 
   template <class Shape, class TileShape, class TileCoord, class Engine, class Layout, class TiledMma, class Residue>
   CUTLASS_DEVICE void operator()(Shape, TileShape tile_shape, TileCoord tile_coord,

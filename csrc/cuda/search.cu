@@ -60,7 +60,8 @@ __global__ void __launch_bounds__(256) list_kernel(const __grid_constant__ Job j
   job.listed[atomicAdd(job.num_listed, 1u)] = q;
 }
 
-__global__ void __launch_bounds__(256) merge_scan_kernel(const __grid_constant__ Job job) {
+// A few queries can have hundreds of lists each: many threads.
+__global__ void __launch_bounds__(1024) merge_scan_kernel(const __grid_constant__ Job job) {
   __shared__ SelectScratch scratch;
   BlockTeam team;
   merge_scan(team, job, blockIdx.x, scratch);
@@ -109,7 +110,7 @@ class Stream {
     if (job.direct_queries == 8) direct_scan<8, 128><<<job.direct_blocks, kDirectThreads, 0, stream_>>>(job);
     else direct_scan<32, 32><<<job.direct_blocks, kDirectThreads, 0, stream_>>>(job);
     if (const int error = launched()) return error;
-    merge_scan_kernel<<<job.num_queries, 256, 0, stream_>>>(job);
+    merge_scan_kernel<<<job.num_queries, 1024, 0, stream_>>>(job);
     return launched();
   }
   int finish(const Job& job) {
@@ -164,6 +165,8 @@ Probe probe(int device) {
   const cudaError_t error = cudaGetDeviceCount(&count);
   if (error != cudaSuccess) {
     cudaGetLastError();
+    int driver = 0;
+    if (cudaDriverGetVersion(&driver) == cudaSuccess && driver == 0) return {"no CUDA driver is installed", {}, 0};
     return {cudaGetErrorString(error), {}, 0};
   }
   if (device >= count) return {"no such CUDA device", {}, 0};

@@ -192,6 +192,8 @@ std::vector<float> numbers(std::size_t count, const std::string& kind) {
     else if (kind == "clustered") v = 0.25f + 1e-5f * normal(random_bits);
     else if (kind == "denormal") v = 1e-40f * normal(random_bits);
     else if (kind == "exponents") v = std::ldexp(normal(random_bits), exponent(random_bits));
+    // Exact in bf16 and positive: nothing but the cut-off sums separates filter and score.
+    else if (kind == "stored") v = BF16::value(round_to_bf16(1.0f + std::fabs(normal(random_bits))));
     else if (kind == "halfway") v = (digit(random_bits) > 0 ? 1.0f : -1.0f) * (1.0f + 0x1p-8f);
     else v = normal(random_bits);
     if (kind == "special" && digit(random_bits) == 3 && digit(random_bits) == 3) {
@@ -282,9 +284,15 @@ void test_lanes_give_the_fixed_order_dot() {
   }
 }
 
+void test_rounding_to_bf16() {
+  CHECK(round_to_bf16(1.0f) == 0x3f80 && round_to_bf16(1.0f + 0x1.8p-8f) == 0x3f81 && round_to_bf16(-1.0f - 0x1p-9f) == 0xbf80);
+  CHECK(round_to_bf16(1.0f + 0x1p-8f) == 0x3f80 && round_to_bf16(1.0f + 0x3p-8f) == 0x3f82);  // ties to even
+  CHECK(round_to_bf16(3.4e38f) == 0x7f80 && is_nan(BF16::value(round_to_bf16(bits_float(0x7f800001u)))));
+}
+
 // The margin covers the worst tensor core allowed, against fp64, and against the fixed-order dot.
 void test_margin() {
-  for (const std::string kind : {"", "integers", "halfway", "clustered", "denormal", "exponents", "equal"}) {
+  for (const std::string kind : {"", "integers", "halfway", "clustered", "denormal", "exponents", "equal", "stored"}) {
     for (const std::uint32_t size : {1u, 8u, 64u, 257u, 1024u}) {
       for (const std::uint32_t step : {4u, 8u, 16u}) {
         const std::vector<float> a = numbers(size, kind), b = numbers(size, kind);
@@ -462,6 +470,7 @@ void test_the_filter_filters() {
 int main() {
   test_selection();
   test_lanes_give_the_fixed_order_dot();
+  test_rounding_to_bf16();
   test_margin();
   test_splits();
   test_plans();
