@@ -4,7 +4,8 @@ A table `tiles/<gpu>.json` maps kernel → element class ("16" or "32" bit) → 
 `max_…` bound of it holds; the last row of an architecture's table serves whatever fits nowhere. Bounds are shape
 classes, never exact lengths, so that a new length does not compile a new kernel. A table named after the device
 ("NVIDIA_H100_80GB_HBM3") comes before the one of its architecture ("sm_90"). `TGQ_TILES` names a folder that is
-searched first. "measured" in a table tells whether its rows were timed on that GPU or only follow from the performance model.
+searched first. "measured" in a table tells whether its rows were timed on that GPU or only follow from the performance
+model.
 """
 
 from __future__ import annotations
