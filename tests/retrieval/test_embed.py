@@ -149,7 +149,6 @@ def test_killed_run_resumes_to_the_same_bytes(tmp_path: Path, at: int, monkeypat
         [sys.executable, "-c", KILLED, str(tmp_path / "killed"), folder, str(at)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
-        timeout=120,
     )
     assert ran.returncode == -signal.SIGKILL, ran.stderr.decode()
     # Who wrote is part of the manifest; a commit made between the two processes is not what is tested here.
@@ -218,7 +217,6 @@ def test_peak_memory_does_not_grow_with_the_catalogue(tmp_path: Path) -> None:
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
-            timeout=120,
             check=True,
         )
         return int(ran.stdout) / 1024
