@@ -115,11 +115,11 @@ def train(
         typer.Option(metavar="a,b,c", help="Metadata that may guide. Default: chosen by rule and printed."),
     ] = None,
     epochs: Annotated[
-        int | None, typer.Option(min=1, help="Default: about 150 steps, at least 5 and at most 40 epochs.")
+        int | None, typer.Option(min=1, help="Default: about 120 steps, at least 4 and at most 40 epochs.")
     ] = None,
     seed: Annotated[int, typer.Option()] = 0,
     batch_size: Annotated[int, typer.Option(min=2, help="Pairs per step.")] = 128,
-    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 5e-4,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
     bf16: Annotated[bool, typer.Option("--bf16", help="Mixed precision.")] = False,
     vision: Annotated[str | None, typer.Option(help="Vision tower: name, hub name or local path.")] = None,
     text: Annotated[str | None, typer.Option(help="Text tower: name, hub name or local path.")] = None,

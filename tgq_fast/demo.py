@@ -34,7 +34,7 @@ def demo(
     epochs: Annotated[int | None, typer.Option(min=1, help="Default: as in tgq-fast train.")] = None,
     seed: Annotated[int, typer.Option()] = 0,
     batch_size: Annotated[int, typer.Option(min=2, help="Pairs per step.")] = 128,
-    lr: Annotated[float, typer.Option()] = 5e-4,
+    lr: Annotated[float, typer.Option()] = 1e-3,
     bf16: Annotated[bool, typer.Option("--bf16", help="Train in mixed precision.")] = False,
     vision: Annotated[str | None, typer.Option(help="Vision tower; default: the preset's.")] = None,
     connectors: Annotated[

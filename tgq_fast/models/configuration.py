@@ -27,7 +27,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_attention_heads": 4,
         "num_hidden_layers": 2,
         "intermediate_size": 512,
-        "hidden_dropout_prob": 0.3,  # a small catalogue overfits within a few epochs
         "num_anchored_queries": 4,
         "num_exploratory_queries": 4,
         "vision_tower": "efficientnet-lite0",
