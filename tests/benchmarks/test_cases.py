@@ -35,7 +35,7 @@ def test_cases_pass_parity_on_small_shapes(op: str) -> None:
         assert any(row["variant"] == "tgq_fast" for row in rows), case.name
         wrong = [row for row in rows if row["status"] not in ("ok", "skipped")]
         assert not wrong, f"{case.name}: {wrong}"
-        assert all(row["status"] == "ok" for row in rows if row["variant"].startswith("tgq_fast"))
+        assert [row["status"] for row in rows if row["variant"] == "tgq_fast"] == ["ok"], rows
 
 
 def test_selection() -> None:
@@ -80,7 +80,7 @@ def test_steps_end_at_their_limit() -> None:
 def test_gpu_check_dry_run_writes_one_result_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "check.json"
     arguments = ["--dry-run", "--only", "build,memcheck,registry", "--case", "redundancy/b4096/*/forward"]
-    assert gpu_check.main([*arguments, "--threads", "1", "--budget-s", "900", "--json", str(path)]) == 0
+    assert gpu_check.main([*arguments, "--threads", "1", "--budget-s", "100000", "--json", str(path)]) == 0
     found = json.loads(path.read_text())
     assert found["complete"] is True and found["environment"]["tiny"] is True
     assert [(step["name"], step["status"]) for step in found["steps"]] == [
