@@ -32,7 +32,7 @@ class RowReader {
  public:
   RowReader(const Matrix& matrix, const Kernels& kernels, std::int64_t width)
       : matrix_(matrix), kernels_(kernels), width_(width),
-        in_place_(matrix.dtype == DType::f32 && matrix.col_stride == 1 && matrix.cols == width) {}
+        in_place_(matrix.dtype == DType::f32 && matrix.col_stride == 1 && matrix.cols == width && width > 0) {}
 
   // Rows [first, first + count): a pointer to the first and the distance between two. `scratch` holds count * width.
   const float* read(std::int64_t first, std::int64_t count, float* scratch, std::int64_t* stride) const;

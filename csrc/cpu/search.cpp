@@ -1,5 +1,6 @@
 // The CPU search: sampled floors, one pass over the pool shared by all threads, exact merge, rescan of what failed.
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -49,15 +50,17 @@ class SearchPass : public Pass {
 
   std::vector<std::int64_t> failed;
 
-  // Writes the answers of a self-join, when all its tiles are done. Thread `index` of `threads` takes its share.
-  void finish_columns(int index, int threads) {
+  // Writes the answers of a self-join, when all its tiles are done; each thread claims queries until none is left.
+  void finish_columns() {
+    constexpr std::int64_t kClaim = 256;
     const std::int64_t queries = plan_.queries.rows;
-    for (std::int64_t q = queries * index / threads; q < queries * (index + 1) / threads; ++q) {
-      Candidates& best = columns_->candidates(q);
-      best.compact();
-      std::sort(best.keys, best.keys + best.count, std::greater<Key>());
-      finish(q, best.keys, best.count, false);
-    }
+    for (std::int64_t first = unfinished_.fetch_add(kClaim); first < queries; first = unfinished_.fetch_add(kClaim))
+      for (std::int64_t q = first; q < std::min(first + kClaim, queries); ++q) {
+        Candidates& best = columns_->candidates(q);
+        best.compact();
+        std::sort(best.keys, best.keys + best.count, std::greater<Key>());
+        finish(q, best.keys, best.count, false);
+      }
   }
 
  private:
@@ -77,6 +80,7 @@ class SearchPass : public Pass {
   }
   const Request& request_;
   Columns* columns_;
+  std::atomic<std::int64_t> unfinished_{0};  // queries of a self-join from here on are not written yet
 };
 
 std::int64_t pick_block_rows(std::int64_t width) {
@@ -207,7 +211,7 @@ class Search {
                     columns.get());
     Status status = run_team(threads, [&](int i) { pass.work(i); }, progress_, poll_for(queries, rows));
     if (self_join && status == Status::ok)
-      status = run_team(threads, [&](int i) { pass.finish_columns(i, threads); }, progress_, {});
+      status = run_team(threads, [&](int) { pass.finish_columns(); }, progress_, {});
     count(pass.counters);
     *failed = std::move(pass.failed);
     return status;
