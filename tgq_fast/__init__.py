@@ -26,7 +26,8 @@ if TYPE_CHECKING:
         TGQError,
     )
     from tgq_fast.models import TGQFormerConfig, TGQFormerModel, TGQFormerProcessor
-    from tgq_fast.ops import explain, patch, unpatch, use_backend
+    from tgq_fast.ops import explain, use_backend
+    from tgq_fast.ops.patch import patch, unpatch
     from tgq_fast.retrieval.embed import embed_catalog
     from tgq_fast.retrieval.evaluate import evaluate
     from tgq_fast.retrieval.pool import ItemPool

@@ -15,7 +15,8 @@ ROOT = Path(__file__).parents[2]
 
 def result(seed: int, value: float) -> dict[str, Any]:
     metric = {"value": value, "low": value - 0.01, "high": value + 0.01}
-    run = {"queries": 1200, "pool_size": 9000, "metrics": dict.fromkeys(("HR@1", "HR@10", "HR@100", "H@100", "MRR"), metric)}
+    names = ("HR@1", "HR@10", "HR@100", "H@100", "MRR")
+    run = {"queries": 1200, "pool_size": 9000, "metrics": dict.fromkeys(names, metric)}
     return {
         "catalogue": "shop",
         "fields": ["category"],
