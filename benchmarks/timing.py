@@ -81,7 +81,8 @@ class _Sampler:
 
 
 def _rounds(samplers: Mapping[str, _Sampler], budget_s: float, min_samples: int, max_samples: int) -> dict[str, Timing]:
-    times: dict[str, list[float]] = {name: [] for name in samplers}
+    # The estimate of a slow call is one of its samples.
+    times = {name: [s.estimate] if s.estimate > _SLOW_S else [] for name, s in samplers.items()}
     fast = sum(s.cost for s in samplers.values() if s.estimate <= _SLOW_S)
     wanted = max_samples if fast == 0 else int(budget_s / fast)
     rounds = max(min_samples, min(max_samples, wanted))
@@ -91,7 +92,7 @@ def _rounds(samplers: Mapping[str, _Sampler], budget_s: float, min_samples: int,
     for turn in range(rounds):
         start = turn % len(names)
         for name in names[start:] + names[:start]:
-            if samplers[name].estimate > _SLOW_S and turn >= _SLOW_SAMPLES:
+            if samplers[name].estimate > _SLOW_S and len(times[name]) >= _SLOW_SAMPLES:
                 continue
             times[name] += samplers[name].sample()
     return {name: Timing.of(found, samplers[name].timer) for name, found in times.items()}

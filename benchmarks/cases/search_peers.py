@@ -19,6 +19,9 @@ from tgq_fast.retrieval import TopK, topk, topk_cuda
 
 _TILE_ROWS = 65536
 _WHOLE_BYTES = {"cpu": 4 << 30, "cuda": 24 << 30}  # a score matrix above this is not tried
+# Products Q × N × D above which a peer that takes seconds at it is left to the smaller cases.
+_FAISS_PRODUCTS, _USEARCH_PRODUCTS = 5e10, 1.5e10
+_NUMPY_BYTES = 512 << 20
 _ENGINES = ("hopper", "portable", "direct")
 # (distance_compute_blas_threshold, query block, database block): the first is faiss' default.
 _FAISS_SETTINGS = ((20, 4096, 1024), (1, 4096, 1024), (1, 256, 16384), (1, 64, 65536), (1 << 30, 4096, 1024))
@@ -32,6 +35,10 @@ class Problem:
     queries: list[Tensor]
     k: int
     threads: int
+
+    def products(self) -> int:
+        """Q × N × D."""
+        return len(self.queries[0]) * self.pool.numel()
 
     def whole_matrix(self) -> int:
         """Bytes of all scores."""
@@ -177,8 +184,14 @@ def _need(module: str) -> Any:
         raise UnavailableError(f"{module} is not installed") from error
 
 
+def _affordable(problem: Problem, most: float) -> None:
+    if problem.products() > most:
+        raise UnavailableError("takes too long at this size; see the smaller cases")
+
+
 def _faiss_cpu(problem: Problem, *, tuned: bool) -> Call:
     faiss = _need("faiss")
+    _affordable(problem, _FAISS_PRODUCTS)
     index = faiss.IndexFlatIP(problem.pool.shape[1])
     index.add(problem.pool.numpy())
     queries = [q.numpy() for q in problem.queries]
@@ -195,7 +208,9 @@ def _faiss_cpu(problem: Problem, *, tuned: bool) -> Call:
             for name, value in zip(names, before, strict=True):
                 setattr(faiss.cvar, name, value)
 
-    chosen = _FAISS_SETTINGS[0] if not tuned else _fastest(lambda s: search(s, 0), _FAISS_SETTINGS)
+    # Without BLAS, faiss is worth trying for a handful of queries only.
+    tried = _FAISS_SETTINGS if len(queries[0]) <= 16 else _FAISS_SETTINGS[:-1]
+    chosen = _fastest(lambda s: search(s, 0), tried) if tuned else _FAISS_SETTINGS[0]
     return lambda i: search(chosen, i)
 
 
@@ -222,8 +237,8 @@ def _faiss_gpu(problem: Problem) -> Call:
 def _numpy(problem: Problem) -> Call:
     import numpy as np
 
-    if problem.whole_matrix() > _WHOLE_BYTES["cpu"] // 4:
-        raise UnavailableError(f"all scores and their order would take {3 * problem.whole_matrix() / 2**30:.0f} GiB")
+    if problem.whole_matrix() > _NUMPY_BYTES:
+        raise UnavailableError(f"all scores and their order would take {3 * problem.whole_matrix() / 2**30:.1f} GiB")
     pool, queries = problem.pool.numpy(), [q.numpy() for q in problem.queries]
     k = min(problem.k, len(pool))
     limits = _need("threadpoolctl").threadpool_limits
@@ -240,6 +255,7 @@ def _numpy(problem: Problem) -> Call:
 
 def _usearch(problem: Problem) -> Call:
     index = _need("usearch.index")
+    _affordable(problem, _USEARCH_PRODUCTS)
     pool, queries = problem.pool.numpy(), [q.numpy() for q in problem.queries]
 
     def call(i: int) -> Tensor:

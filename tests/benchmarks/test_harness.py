@@ -59,6 +59,7 @@ def test_slow_variants_are_sampled_less(clock: Clock) -> None:
     calls = {"fast": clock.call("fast", 0.1), "slow": clock.call("slow", 5.0)}
     found = timing.measure(calls, sets=1, device="cpu", budget_s=2.0)
     assert found["slow"].samples == 3 and found["fast"].samples == 20
+    assert len([name for name, _ in clock.log if name == "slow"]) == 3  # the estimate is one of them
 
 
 def test_short_calls_are_repeated_within_a_sample(clock: Clock) -> None:
