@@ -112,7 +112,11 @@ setup(
         *(f"tgq_fast.kernels.{name}" for name in find_namespace_packages("kernels", exclude=["__pycache__*"])),
     ],
     package_dir={"tgq_fast.kernels": "kernels"},
-    package_data={"tgq_fast": ["py.typed"], "tgq_fast.report": ["*.html", "*.css", "*.js", "*.j2", "templates/*"]},
+    package_data={
+        "tgq_fast": ["py.typed"],
+        "tgq_fast.kernels": ["tiles/*.json"],
+        "tgq_fast.report": ["*.html", "*.css", "*.js", "*.j2", "templates/*"],
+    },
     include_package_data=False,
     ext_modules=[CMakeExtension("tgq_fast._C")],
     cmdclass={"build_ext": CMakeBuild, "sdist": StampedSdist},
