@@ -26,6 +26,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @app.command()
 @console.guarded
 def demo(
+    context: typer.Context,
     out: Annotated[Path, typer.Option(help="Folder for runs, pools, results and report.")] = Path("demo-output"),
     catalog: Annotated[Path | None, typer.Option(help="Your catalogue; default: the embedded one.")] = None,
     fields: Annotated[
@@ -118,11 +119,10 @@ def demo(
             seed=seed,
         )
     _print(f"nearest to {query.title or query.id!r} ({main})", hits, results)
-    command = "make demo" if own is None else f"make demo CATALOG={catalog.name}"
     summary = {
         "catalogue": "embedded" if own is None else catalog.name,
         "digest": loaded.digest(),
-        "command": command,
+        "command": command_line(context, None if own is None else catalog.name),
         "versions": package_identity(),
         "fields": names,
         "seed": seed,
@@ -133,6 +133,20 @@ def demo(
     console.note(
         f"\nreport: {out / 'report.html'}   results: {out / 'results.json'}   {time.monotonic() - begin:.0f} s in all"
     )
+
+
+def command_line(context: typer.Context, catalog: str | None) -> str:
+    """The make command of this demo but for its folders and its seed, which differ between runs of one study."""
+    given = []
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        source = context.get_parameter_source(name)
+        if source is None or source.name != "COMMANDLINE" or name in ("out", "catalog", "cache", "seed"):
+            continue
+        value = context.params[name]
+        given.append(parameter.opts[0] if value is True else f"{parameter.opts[0]} {value}")
+    place = "" if catalog is None else f" CATALOG={catalog}"
+    return "make demo" + place + (f' DEMO_ARGS="{" ".join(given)}"' if given else "")
 
 
 def prepare(out: Path) -> None:
