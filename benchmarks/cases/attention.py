@@ -178,7 +178,7 @@ def _build(case: Case, sizes: dict[str, Any], setting: Setting, *, compiled: boo
     )
 
 
-_TINY = {"B": 2, "L": 19, "d": 64, "dv": 48, "H": 4}
+_TINY = {"B": 2, "N": 6, "L": 19, "d": 64, "dv": 48, "H": 4}
 _PAPER = {"N": 16, "L": 197, "d": 768, "dv": 768, "H": 12}
 _SIGLIP = {"N": 16, "L": 729, "d": 1152, "dv": 1152, "H": 16}
 _WIDE = {"N": 64, "L": 257, "d": 1024, "dv": 1024, "H": 16}

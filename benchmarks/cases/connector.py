@@ -6,7 +6,7 @@ import contextlib
 import copy
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +18,10 @@ from benchmarks.parity import Verdict, check, higher_precision
 from benchmarks.registry import Call, Case, Kind, Setting, UnavailableError, Variant, Workload
 from benchmarks.timing import input_sets
 from tgq_fast import ops
-from tgq_fast.models.configuration import TGQFormerConfig
-from tgq_fast.models.connector import build_connector
-from tgq_fast.models.flops import connector_cost
-from tgq_fast.models.outputs import FrozenFeatures
-from tgq_fast.models.qformer_weights import load_qformer_weights
+
+# tgq_fast.models brings transformers along, which takes seconds: it is imported where a connector is really built.
+if TYPE_CHECKING:
+    from tgq_fast.models import TGQFormerConfig
 
 _VOCABULARY = 1000
 # Gradients that a training step must get right, by the name both implementations give them.
@@ -37,6 +36,8 @@ Model = Callable[[Inputs], Tensor]
 
 def configuration(connector: str, sizes: dict[str, Any]) -> TGQFormerConfig:
     """The paper preset with the case's sizes; no dropout, so that every implementation computes one function."""
+    from tgq_fast.models.configuration import TGQFormerConfig
+
     return TGQFormerConfig.preset(
         "paper",
         connector=connector,
@@ -92,6 +93,9 @@ def their_model(sizes: dict[str, Any]) -> nn.Module:
 
 def our_model(theirs: nn.Module, queries: Tensor, sizes: dict[str, Any]) -> nn.Module:
     """Our connector with their weights; metadata embeddings enter as they are."""
+    from tgq_fast.models.connector import build_connector
+    from tgq_fast.models.qformer_weights import load_qformer_weights
+
     ours = build_connector(configuration("instructblip", sizes))
     load_qformer_weights(ours, {**theirs.state_dict(), "query_tokens": queries})
     named = dict(ours.named_parameters())
@@ -112,8 +116,8 @@ def _call_theirs(model: nn.Module, queries: Tensor, t: Inputs) -> Tensor:
     ).last_hidden_state[:, :count]
 
 
-def _call_ours(model: nn.Module, backend: str | None, t: Inputs) -> Tensor:
-    features = FrozenFeatures(
+def _call_ours(model: nn.Module, backend: str | None, make_features: Callable[..., Any], t: Inputs) -> Tensor:
+    features = make_features(
         visual_tokens=t["visual"],
         global_image=t["global_image"],
         metadata_tokens=t["text"],
@@ -182,6 +186,8 @@ def _compiled_theirs(other: Callable[..., _Implementation], theirs: nn.Module) -
 
 
 def _build(case: Case, sizes: dict[str, Any], setting: Setting) -> Workload:
+    from tgq_fast.models.outputs import FrozenFeatures
+
     dtype, device = dtype_of(case), setting.device
     torch.manual_seed(0)
     source = their_model(sizes).eval()
@@ -194,7 +200,7 @@ def _build(case: Case, sizes: dict[str, Any], setting: Setting) -> Workload:
     gradient = torch.randn(sizes["B"], sizes["N"], sizes["d"], device=device).to(dtype)
 
     def ours(backend: str | None, *, compiled: bool = False) -> _Implementation:
-        forward: Model = partial(_call_ours, mine, backend)
+        forward: Model = partial(_call_ours, mine, backend, FrozenFeatures)
         queries = mine.query_tokens
         return _Implementation(mine, compiled_statically(forward) if compiled else forward, queries, case.direction)  # type: ignore[arg-type]
 
@@ -243,6 +249,8 @@ def _build(case: Case, sizes: dict[str, Any], setting: Setting) -> Workload:
 
 def _work(model: nn.Module, sizes: dict[str, Any], direction: str, dtype: torch.dtype, device: str) -> Work:
     """Forward by the cheaper form; a training step counts the forward pass and one weight gradient per product."""
+    from tgq_fast.models.flops import connector_cost
+
     config = model.config
     macs = min(connector_cost(config, form=form, device=device).macs for form in ("projected", "absorbed"))  # type: ignore[arg-type]
     parameters = sum(p.numel() for p in model.parameters())
