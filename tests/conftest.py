@@ -13,6 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
+# Kernels run in Triton's interpreter where there is no GPU; it must be chosen before anything imports Triton.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 sys.path.insert(0, str(Path(__file__).parent / "models"))  # tiny_models serves the tests of the command line too
 
 

@@ -232,7 +232,12 @@ def test_ctrl_c_ends_a_long_search() -> None:
     )
     environment = {**os.environ, "TGQ_ISA": "scalar"}  # hours of work
     child = subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell ignores it for all
     )
     assert child.stdout is not None and child.stdout.readline() == "start\n"
     time.sleep(0.5)
