@@ -115,7 +115,7 @@ def train(
         typer.Option(metavar="a,b,c", help="Metadata that may guide. Default: chosen by rule and printed."),
     ] = None,
     epochs: Annotated[
-        int | None, typer.Option(min=1, help="Default: about 120 steps, at least 4 and at most 40 epochs.")
+        int | None, typer.Option(min=1, help="Default: about 120 steps, at least 4 and at most 20 epochs.")
     ] = None,
     seed: Annotated[int, typer.Option()] = 0,
     batch_size: Annotated[int, typer.Option(min=2, help="Pairs per step.")] = 128,

@@ -142,8 +142,8 @@ def steps_per_epoch(catalog: Catalog, batch_size: int) -> int:
 
 
 def default_epochs(catalog: Catalog, batch_size: int) -> int:
-    """As many epochs as make about 120 steps, but at least 4 and at most 40."""
-    return min(40, max(4, round(120 / steps_per_epoch(catalog, batch_size))))
+    """As many epochs as make about 120 steps, but at least 4 and at most 20."""
+    return min(20, max(4, round(120 / steps_per_epoch(catalog, batch_size))))
 
 
 def train_run(
