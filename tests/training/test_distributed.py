@@ -57,6 +57,6 @@ def test_two_ranks_equal_one(tmp_path: Path) -> None:
         assert torch.allclose(shared.pop("loss"), loss, rtol=1e-5)
         assert shared.keys() == gradients.keys()
         for name, expected in gradients.items():
-            # The scale's gradient is a difference of logits of up to e³ ≈ 20: a few fp32 roundings of those.
-            floor = 4 * 20 * torch.finfo(torch.float32).eps if name == "logit_scale" else 1e-7
-            assert (shared[name] - expected).norm() <= 1e-5 * expected.norm() + floor, (batch, name)
+            # fp32: items' gradients, up to e³ ≈ 20 per logit, cancel to their sum, and two ranks add them in another
+            # order. Without a gradient through the gather, the error is of the size of the gradient itself.
+            assert (shared[name] - expected).norm() <= 1e-4 * expected.norm() + 1e-5, (batch, name)
