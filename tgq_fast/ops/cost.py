@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-# CPU: fitted to the crossover measured on an AVX-512 machine with stock PyTorch operators (between N = 16 and
+# CPU: chosen for the crossover seen, not fitted, on an AVX-512 machine with stock PyTorch operators (between N = 16 and
 # N = 32 at L = 197, d = 768). CUDA: ratio assumed by the performance model of docs/kernels.md, not measured.
 ATTENTION_PENALTY = {"cpu": 1.6, "cuda": 1.3}
 
