@@ -10,11 +10,15 @@ import numpy as np
 import pytest
 import torch
 
+from tgq_fast import _native
 from tgq_fast.data import Catalog, Item
 from tgq_fast.errors import ArgumentError, NonFiniteError
+from tgq_fast.retrieval import topk_native
 from tgq_fast.retrieval.evaluate import compare, evaluate, format_table, positive_ranks
 from tgq_fast.retrieval.metrics import ABSENT
 from tgq_fast.retrieval.pool import ItemPool
+
+needs_extension = pytest.mark.skipif(not _native.available(), reason=_native.why_missing() or "built")
 
 
 def make_catalog(groups: int = 40, size: int = 3) -> Catalog:
@@ -50,7 +54,7 @@ def integer_embeddings(n: int, width: int = 6, seed: int = 0) -> torch.Tensor:
 
 @pytest.mark.parametrize("depth", [0, 1, 7, 200])
 def test_ranks_equal_brute_force(depth: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules[positive_ranks.__module__], "_QUERY_BLOCK", 5)
+    monkeypatch.setattr(sys.modules[positive_ranks.__module__], "_SCORE_BYTES", 1000)  # five queries
     embeddings = integer_embeddings(50)
     rng = np.random.default_rng(0)
     query, target = rng.integers(50, size=60), rng.integers(50, size=60)
@@ -58,6 +62,33 @@ def test_ranks_equal_brute_force(depth: int, monkeypatch: pytest.MonkeyPatch) ->
     assert hits.shape == (len(np.unique(query)), depth)
     for q, p, rank in zip(query.tolist(), target.tolist(), ranks.tolist(), strict=True):
         assert rank == (ABSENT if p == q else brute_rank(embeddings, q, p))
+
+
+@needs_extension
+def test_a_query_for_every_row_searches_one_triangle(monkeypatch: pytest.MonkeyPatch) -> None:
+    size, counters, joined = 2100, {}, []
+    search, same_memory = topk_native.search, topk_native._same_memory
+
+    def counted(*arguments: object, **options: object) -> object:
+        joined.append(same_memory(*arguments[:2]))  # type: ignore[arg-type]
+        return search(*arguments, **options, counters=counters)  # type: ignore[arg-type]
+
+    embeddings = torch.randn(size, 24)
+    query, target = np.arange(size), np.roll(np.arange(size), 1)
+    steps: list[tuple[int, int]] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(topk_native, "search", counted)
+        ranks, hits = positive_ranks(
+            embeddings, query, target, depth=20, progress=lambda done, of: steps.append((done, of))
+        )
+    assert joined == [True] and counters["filtered"] + counters["direct"] < 0.75 * size * size
+    assert steps[-1] == (size, size)
+    # One query fewer, and they are searched as strangers: the same answer for the others.
+    with monkeypatch.context() as patch:
+        patch.setattr(topk_native, "search", counted)
+        some, some_hits = positive_ranks(embeddings, query[1:], target[1:], depth=20)
+    assert joined == [True, False]
+    assert np.array_equal(some, ranks[1:]) and torch.equal(some_hits, hits[1:])
 
 
 def test_evaluate_from_tensor_and_pool_agree(tmp_path: Path) -> None:

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 __all__ = ["Comparison", "Evaluation", "compare", "evaluate", "positive_ranks"]
 
 _SCORE_BYTES = 64 << 20  # score block of the exact rank count
-_QUERY_BLOCK = 4096
 
 
 @dataclass(frozen=True)
@@ -155,35 +154,40 @@ def positive_ranks(
     """
     size = embeddings.shape[0]
     queries, label = np.unique(query, return_inverse=True)
-    order = np.argsort(label, kind="stable")
-    starts = np.searchsorted(label[order], np.arange(len(queries) + 1))
     ranks = np.full(len(query), ABSENT, dtype=np.int64)
+    pairs = np.flatnonzero(target != query)
     hits = torch.full((len(queries), depth), -1, dtype=torch.int64)
-    block = max(1, min(_QUERY_BLOCK, _SCORE_BYTES // max(1, 4 * size)))
-    columns = torch.arange(size)
-    for first in range(0, len(queries), block):
-        stop = min(first + block, len(queries))
-        rows = torch.from_numpy(queries[first:stop])
-        pairs = order[starts[first] : starts[stop]]  # pairs of this block of queries
-        pairs = pairs[target[pairs] != query[pairs]]
-        if depth:
-            hits[first:stop] = topk(embeddings[rows], embeddings, depth, exclude=rows).indices
-            found = hits[label[pairs]] == torch.from_numpy(target[pairs])[:, None]  # [pairs, depth]
+    if depth and len(queries):
+        rows = torch.from_numpy(queries)
+        # The very same tensor when every row is a query: the search then computes one triangle of the scores.
+        asked = embeddings if len(queries) == size else embeddings[rows]
+        report = None if progress is None else lambda share: progress(int(share * len(queries)), len(queries))
+        hits = topk(asked, embeddings, depth, exclude=rows, progress=report).indices
+        deep = []
+        for some in np.array_split(pairs, max(1, len(pairs) * depth * 8 // _SCORE_BYTES)):
+            found = hits[label[some]] == torch.from_numpy(target[some])[:, None]  # [pairs, depth]
             inside = found.any(dim=1).numpy()
-            ranks[pairs[inside]] = found.to(torch.int8).argmax(dim=1).numpy()[inside] + 1
-            pairs = pairs[~inside]
-        if len(pairs):
-            deep = np.unique(label[pairs])  # queries with a positive beyond the search depth
-            scores = embeddings[torch.from_numpy(queries[deep])] @ embeddings.T  # [deep, N]
-            scores[torch.arange(len(deep)), torch.from_numpy(queries[deep])] = float("-inf")
-            for pair, row in zip(pairs.tolist(), np.searchsorted(deep, label[pairs]).tolist(), strict=True):
-                line, positive = scores[row], int(target[pair])
-                mine = line[positive]
-                above = int((line > mine).sum()) + int(((line == mine) & (columns < positive)).sum())
-                # Search and count may round a near tie differently; the search decided it is not among its hits.
-                ranks[pair] = max(above + 1, depth + 1)
-        if progress is not None:
-            progress(stop, len(queries))
+            ranks[some[inside]] = found.to(torch.int8).argmax(dim=1).numpy()[inside] + 1
+            deep.append(some[~inside])
+        pairs = np.concatenate(deep)
+    # Positives beyond the search depth: their queries' scores, block by block.
+    pairs = pairs[np.argsort(label[pairs], kind="stable")]
+    columns = torch.arange(size)
+    asking, starts = np.unique(label[pairs], return_index=True)
+    block = max(1, _SCORE_BYTES // max(1, 4 * size))
+    for first in range(0, len(asking), block):
+        part = torch.from_numpy(queries[asking[first : first + block]])
+        scores = embeddings[part] @ embeddings.T  # [block, N]
+        scores[torch.arange(len(part)), part] = float("-inf")
+        stop = starts[first + block] if first + block < len(asking) else len(pairs)
+        for pair in pairs[starts[first] : stop].tolist():
+            line, positive = scores[np.searchsorted(asking, label[pair]) - first], int(target[pair])
+            mine = line[positive]
+            above = int((line > mine).sum()) + int(((line == mine) & (columns < positive)).sum())
+            # Search and count may round a near tie differently; the search decided it is not among its hits.
+            ranks[pair] = max(above + 1, depth + 1)
+    if progress is not None:
+        progress(len(queries), len(queries))
     return ranks, hits
 
 
