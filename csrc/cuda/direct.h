@@ -120,7 +120,7 @@ __device__ inline void scan_tile(const Job& job, DirectMemory<kQueries, kRows>& 
     for (int i = 0; i < 4; ++i) {
       const std::int64_t row = first + my_row + (lane % 2 * 4 + i) * kRowGroups;
       if (row >= end) continue;
-      const Key key = make_key(sums[i], static_cast<std::uint32_t>(row));
+      const Key key = make_key(sums[i], job.first_row + static_cast<std::uint32_t>(row));
       if (!wanted(job, m.query[slot], key, m.floor[slot])) continue;
       lists[static_cast<std::size_t>(slot) * job.owned_capacity + atomicAdd(&m.count[slot], 1u)] = key;
     }

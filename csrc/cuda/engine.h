@@ -38,6 +38,17 @@ TGQ_HD inline float comparable_floor(Key floor) {
   return floor == ~kNoKey ? bits_float(0x7f800000u) : floor_score(floor, 0);
 }
 
+// Hit `i` of the answer so far.
+TGQ_HD inline Key resumed_key(const Job& job, std::uint32_t q, std::uint32_t i) {
+  const std::size_t at = static_cast<std::size_t>(q) * job.k + i;
+  return job.indices[at] < 0 ? kNoKey : make_key(job.scores[at], static_cast<std::uint32_t>(job.indices[at]));
+}
+
+// What query q is known to exceed before the first row: its k-th best hit of other parts of the pool.
+TGQ_HD inline Key initial_floor(const Job& job, std::uint32_t q) {
+  return job.resume ? resumed_key(job, q, job.k - 1) : kNoKey;
+}
+
 // Converts query q, bounds its norms and resets its state.
 template <class Team>
 TGQ_HD void prepare_query(Team& team, const Job& job, std::uint32_t q, PrepareScratch& s) {
@@ -75,7 +86,8 @@ TGQ_HD void prepare_query(Team& team, const Job& job, std::uint32_t q, PrepareSc
   });
   team.each(1, [&](std::uint32_t) {
     const bool dead = s.nans != 0;
-    const Key floor = dead ? ~kNoKey : job.has_forced_floor ? floor_at(job.forced_floor) : kNoKey;
+    const Key known = initial_floor(job, q), forced = job.has_forced_floor ? floor_at(job.forced_floor) : kNoKey;
+    const Key floor = dead ? ~kNoKey : forced > known ? forced : known;
     job.floor[q] = floor;
     job.kept[q] = 0;
     job.state[q] = (dead ? kDead : 0u) | (job.has_forced_floor ? kSampled : 0u);
@@ -184,10 +196,11 @@ TGQ_HD void merge_hits(Team& team, const Job& job, const Phase& phase, std::uint
     job.kept[q] = count;
     if (phase.ends_sample && !overflow) {
       if (count == phase.limit) {
-        raised = floor_at(key_score(s.lowest));
-        state |= kSampled;
+        const Key sampled = floor_at(key_score(s.lowest)), known = initial_floor(job, q);
+        raised = sampled > known ? sampled : known;
+        if (sampled > known) state |= kSampled;
       } else {
-        raised = state & kDead ? ~kNoKey : kNoKey;
+        raised = state & kDead ? ~kNoKey : initial_floor(job, q);
       }
       job.kept[q] = 0;
     }
@@ -212,7 +225,7 @@ TGQ_HD inline bool needs_scan(const Job& job, std::uint32_t q) {
 
 TGQ_HD inline void start_scan(const Job& job, std::uint32_t q) {
   job.kept[q] = 0;
-  job.floor[q] = kNoKey;
+  job.floor[q] = initial_floor(job, q);
 }
 
 // Joins the lists that the blocks of the exact scan made for the listed query at `position`.
@@ -234,14 +247,24 @@ TGQ_HD void merge_scan(Team& team, const Job& job, std::uint32_t position, Selec
   team.each(1, [&](std::uint32_t) { job.kept[q] = s.count; });
 }
 
-// Sorts the best keys of query q and writes the answer.
+// Sorts the best keys of query q, and those of the answer so far, and writes the answer.
 template <class Team>
 TGQ_HD void finish(Team& team, const Job& job, std::uint32_t q, SelectScratch& s) {
   const std::uint32_t kept = job.kept[q];
+  if (job.resume && kept == 0) return;  // nothing to add
   std::uint32_t size = 1;
   while (size < job.k) size *= 2;
   const Key* best = job.best + static_cast<std::size_t>(q) * job.best_capacity;
-  team.each(size, [&](std::uint32_t i) { s.keys[i] = i < kept && i < job.k ? best[i] : kNoKey; });
+  std::uint32_t count = kept < job.k ? kept : job.k;
+  if (job.resume) {
+    select_best(team, kept + job.k, job.k, [&](std::uint32_t i) { return i < kept ? best[i] : resumed_key(job, q, i - kept); }, s);
+    count = s.count;
+    team.each(size, [&](std::uint32_t i) {
+      if (i >= count) s.keys[i] = kNoKey;
+    });
+  } else {
+    team.each(size, [&](std::uint32_t i) { s.keys[i] = i < count ? best[i] : kNoKey; });
+  }
   sort_descending(team, s.keys, size);
   float* scores = job.scores + static_cast<std::size_t>(q) * job.k;
   std::int64_t* indices = job.indices + static_cast<std::size_t>(q) * job.k;

@@ -22,13 +22,15 @@ struct Phase {
 // State of a query.
 constexpr std::uint32_t kDead = 1;      // holds NaN: no row can be a hit
 constexpr std::uint32_t kOverflow = 2;  // more hits than the buffer takes: to be rescanned
-constexpr std::uint32_t kSampled = 4;   // its floor came from a sample: to be verified
+constexpr std::uint32_t kSampled = 4;   // its floor came from a sample (or was forced): to be verified
 
 struct Job {
   Matrix queries, pool;  // of this tile; strides in elements
   const std::int64_t* exclude;  // [num_queries, exclude_width] or null
   std::int64_t exclude_width;
   std::uint32_t num_queries, k;
+  std::uint32_t first_row;  // what pool row 0 is called in keys
+  bool resume;              // scores and indices hold the answer so far
   std::uint32_t depth;   // D rounded up to 8
   DType shadow;          // type that the filter multiplies
   bool direct;           // no filter: every query is scanned exactly

@@ -36,7 +36,8 @@ bool fits_filter(const Matrix& pool, DType shadow) {
 std::int64_t sample_stride(const CudaRequest& request) {
   if (request.tuning.has_forced_floor) return 0;
   const std::int64_t rows = request.pool.rows, wish = request.tuning.sample_stride;
-  const std::int64_t stride = wish >= 0 ? wish : rows >= 1 << 20 ? 64 : rows >= 1 << 15 ? 16 : 0;
+  // A part of a larger pool has floors already; the sample keeps a pool in rising order from overflowing every part.
+  const std::int64_t stride = wish >= 0 ? wish : rows >= 1 << 20 ? 64 : rows >= 1 << 15 || request.resume ? 16 : 0;
   if (stride < 2 || rows < stride) return 0;
   const std::uint32_t rank = sample_rank(request.k, static_cast<std::uint32_t>(stride));
   if (rank > kMaxK || (wish < 0 && rows / stride < 4 * static_cast<std::int64_t>(rank))) return 0;
@@ -58,7 +59,7 @@ void add_phases(Plan& plan, const CudaRequest& request, std::int64_t stride) {
       at += count;
     }
   }
-  const bool floors = stride > 0 || request.tuning.has_forced_floor;
+  const bool floors = stride > 0 || request.tuning.has_forced_floor || request.resume;
   if (!floors) first = std::min<std::int64_t>(std::max<std::int64_t>(first, 2 * request.k), plan.hit_capacity);
   const std::int64_t even = std::max(kMinChunk, round_up((rows + kChunks - 1) / kChunks, kBoundRows));
   for (std::int64_t at = 0; at < rows;) {
@@ -133,6 +134,8 @@ std::size_t carve(const Plan& plan, const CudaRequest& request, void* workspace,
   j.pool = request.pool;
   j.exclude_width = request.exclude == nullptr ? 0 : request.exclude_width;
   j.k = request.k;
+  j.first_row = static_cast<std::uint32_t>(request.first_row);
+  j.resume = request.resume;
   j.depth = plan.depth;
   j.shadow = plan.shadow;
   j.direct = direct;

@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(256) rescore_kernel(const __grid_constant__ Jo
                                      : lane_sum<Type>(query, from, job.pool.col_stride, size, lane);
     });
     const float score = add_lanes(sum);
-    if (lane == 0 && i < found) hits[i] = make_key(score, row);
+    if (lane == 0 && i < found) hits[i] = make_key(score, job.first_row + row);
   }
 }
 
@@ -198,7 +198,8 @@ bool valid(const Matrix& m) {
 CudaResult check(const CudaRequest& request, int device, Probe* found) {
   const Matrix &queries = request.queries, &pool = request.pool;
   if (!valid(queries) || !valid(pool) || queries.cols != pool.cols || request.k < 1 || request.k > kMaxK ||
-      pool.rows > 0xffffffffLL || request.exclude_width < 0)
+      request.first_row < 0 || request.first_row > 0xffffffffLL || pool.rows > 0xffffffffLL - request.first_row ||
+      request.exclude_width < 0)
     return {Status::bad_argument, "shapes, types or k"};
   *found = probe(device);
   if (found->reason != nullptr) return {Status::unsupported, found->reason};

@@ -108,7 +108,7 @@ struct HostDevice {
       for (std::uint32_t i = 0; i < job.hit_count[q]; ++i) {
         Key& hit = job.hits[std::size_t{q} * job.hit_capacity + i];
         const auto row = static_cast<std::uint32_t>(hit);
-        hit = make_key(exact_score(job, q, row), row);
+        hit = make_key(exact_score(job, q, row), job.first_row + row);
       }
     }
     return 0;
@@ -136,7 +136,7 @@ struct HostDevice {
         Candidates best{job.owned + list * job.owned_capacity, job.owned_capacity, job.k, 0, job.floor[q]};
         const std::int64_t end = split_begin(job.pool.rows, split.splits, part + 1);
         for (std::int64_t row = split_begin(job.pool.rows, split.splits, part); row < end; ++row) {
-          const Key key = make_key(exact_score(job, q, row), static_cast<std::uint32_t>(row));
+          const Key key = make_key(exact_score(job, q, row), job.first_row + static_cast<std::uint32_t>(row));
           if (wanted(job, q, key, best.floor)) best.push(key);
         }
         best.compact();
@@ -209,9 +209,8 @@ struct Answer {
   std::vector<std::int64_t> rows;
 };
 
-Answer on_host(CudaRequest request, DeviceFacts facts, HostDevice& device) {
-  const auto size = static_cast<std::size_t>(request.queries.rows) * request.k;
-  Answer answer{std::vector<float>(size, 7.0f), std::vector<std::int64_t>(size, -7)};
+// Searches the pool as it is given, adding to `answer` where the request resumes.
+void on_host(CudaRequest request, DeviceFacts facts, HostDevice& device, Answer& answer) {
   const Plan plan = make_plan(request, facts);
   std::vector<char> memory(plan.workspace_bytes + 256, static_cast<char>(0x5a));  // a workspace comes as it is
   const auto address = (reinterpret_cast<std::uintptr_t>(memory.data()) + 255) / 256 * 256;
@@ -220,6 +219,25 @@ Answer on_host(CudaRequest request, DeviceFacts facts, HostDevice& device) {
   request.scores = answer.scores.data();
   request.rows = answer.rows.data();
   CHECK(run(device, plan, request) == 0);
+}
+
+Answer no_answer(const CudaRequest& request) {
+  const auto size = static_cast<std::size_t>(request.queries.rows) * request.k;
+  return {std::vector<float>(size, 7.0f), std::vector<std::int64_t>(size, -7)};
+}
+
+// Searches the pool in parts that begin at `begins`, each going on from the answer of those before.
+Answer in_parts(const CudaRequest& request, DeviceFacts facts, HostDevice& device, const std::vector<std::int64_t>& begins) {
+  Answer answer = no_answer(request);
+  const std::int64_t element = request.pool.dtype == DType::f32 ? 4 : 2;
+  for (std::size_t part = 0; part < begins.size(); ++part) {
+    CudaRequest r = request;
+    r.first_row = begins[part];
+    r.resume = part > 0;
+    r.pool.rows = (part + 1 < begins.size() ? begins[part + 1] : request.pool.rows) - r.first_row;
+    r.pool.data = static_cast<const char*>(request.pool.data) + r.first_row * request.pool.row_stride * element;
+    on_host(r, facts, device, answer);
+  }
   return answer;
 }
 
@@ -240,13 +258,18 @@ Answer on_cpu(const CudaRequest& from) {
   return answer;
 }
 
-void compare(const CudaRequest& request, HostDevice& device, const std::string& note, int multiprocessors = 3) {
-  const Answer expected = on_cpu(request), found = on_host(request, {multiprocessors, false}, device);
+void same(const Answer& found, const Answer& expected, const std::string& note) {
   for (std::size_t i = 0; i < expected.rows.size(); ++i) {
     CHECK_NOTE(found.rows[i] == expected.rows[i], "%s at %zu: %lld, not %lld", note.c_str(), i,
                static_cast<long long>(found.rows[i]), static_cast<long long>(expected.rows[i]));
     CHECK_NOTE(float_bits(found.scores[i]) == float_bits(expected.scores[i]), "%s at %zu", note.c_str(), i);
   }
+}
+
+void compare(const CudaRequest& request, HostDevice& device, const std::string& note, int multiprocessors = 3) {
+  Answer found = no_answer(request);
+  on_host(request, {multiprocessors, false}, device, found);
+  same(found, on_cpu(request), note);
 }
 
 void test_selection() {
@@ -425,6 +448,90 @@ void test_searches() {
   }
 }
 
+// A pool in parts, each going on from the answer of those before, must give what the whole pool gives.
+void test_parts() {
+  struct Case {
+    const char* kind;
+    std::uint32_t k;
+    DType type;
+    bool rising;
+  };
+  const Case cases[] = {{"", 10, DType::f32, false},         {"", 20, DType::bf16, true},     {"integers", 40, DType::f16, false},
+                        {"special", 300, DType::f32, false}, {"equal", 30, DType::bf16, false}, {"clustered", 15, DType::f32, false}};
+  constexpr std::int64_t kQueries = 5, kRows = 1200, kCols = 16;
+  for (const Case& c : cases) {
+    Values queries, pool;
+    std::vector<float> values = numbers(kRows * kCols, c.kind);
+    if (c.rising) std::sort(values.begin(), values.end());
+    fill(queries, numbers(kQueries * kCols, c.kind), kQueries, kCols, c.type);
+    fill(pool, values, kRows, kCols, c.type);
+    std::vector<std::int64_t> exclude(kQueries * 3);
+    for (std::size_t i = 0; i < exclude.size(); ++i) exclude[i] = static_cast<std::int64_t>(random_bits() % kRows);
+    for (int variant = 0; variant < 6; ++variant) {
+      CudaRequest r;
+      r.queries = queries.matrix;
+      r.pool = pool.matrix;
+      r.k = c.k;
+      r.exclude = exclude.data();
+      r.exclude_width = 3;
+      r.tuning.engine = variant == 0 ? Engine::direct : Engine::portable;
+      if (variant >= 2) r.tuning.first_rows = 16;
+      if (variant == 2) r.tuning.sample_stride = 4;
+      if (variant == 3) r.tuning.hit_capacity = 24;
+      if (variant == 4) {
+        r.tuning.has_forced_floor = true;
+        r.tuning.forced_floor = 1e30f;
+      }
+      if (variant == 5) r.tuning.tile_queries = 2;
+      HostDevice device;
+      const Answer expected = on_cpu(r);
+      const std::string note = std::string("parts, ") + c.kind + " variant " + std::to_string(variant);
+      same(in_parts(r, {3, false}, device, {0, 400, 800}), expected, note);
+      same(in_parts(r, {3, false}, device, {0, 5, 5, 700, 1199}), expected, note + ", uneven");
+    }
+  }
+}
+
+// A sample that misleads: its rows are the best, so fewer than k rows reach the floor taken from it.
+void test_a_floor_from_the_sample_is_verified() {
+  constexpr std::int64_t kRows = 1000, kCols = 8;
+  std::vector<float> values(kRows * kCols);
+  for (std::int64_t i = 0; i < kRows * kCols; ++i) values[i] = i / kCols % 4 == 0 ? 1.0f + i / kCols : -1.0f;
+  Values queries, pool;
+  fill(queries, std::vector<float>(2 * kCols, 1.0f), 2, kCols, DType::f32);
+  fill(pool, values, kRows, kCols, DType::f32);
+  CudaRequest request;
+  request.queries = queries.matrix;
+  request.pool = pool.matrix;
+  request.k = 50;
+  request.tuning.engine = Engine::portable;
+  request.tuning.sample_stride = 4;
+  HostDevice device;
+  compare(request, device, "misleading sample");
+  CHECK(device.scanned == 2);
+  same(in_parts(request, {3, false}, device, {0, 600}), on_cpu(request), "misleading sample in parts");
+}
+
+// Parts after the first know their floors: on random data few rows of them are hits.
+void test_parts_go_on_from_known_floors() {
+  Values queries, pool;
+  fill(queries, numbers(2 * 32, ""), 2, 32, DType::bf16);
+  fill(pool, numbers(8000 * 32, ""), 8000, 32, DType::bf16);
+  CudaRequest request;
+  request.queries = queries.matrix;
+  request.pool = pool.matrix;
+  request.k = 10;
+  request.tuning.engine = Engine::portable;
+  HostDevice device;
+  same(in_parts(request, {3, false}, device, {0, 6000}), on_cpu(request), "known floors");
+  HostDevice first_part;
+  request.pool.rows = 6000;
+  in_parts(request, {3, false}, first_part, {0});
+  const auto added = static_cast<long long>(device.hits - first_part.hits);
+  CHECK_NOTE(added < 2 * 15, "%lld hits among the last 2000 rows", added);
+  CHECK(device.scanned == 0);
+}
+
 void test_strided_views_and_empty_sides() {
   Values queries, pool;
   fill(queries, numbers(4 * 30, ""), 4, 30, DType::f32);
@@ -475,6 +582,9 @@ int main() {
   test_splits();
   test_plans();
   test_searches();
+  test_parts();
+  test_a_floor_from_the_sample_is_verified();
+  test_parts_go_on_from_known_floors();
   test_strided_views_and_empty_sides();
   test_the_filter_filters();
   return 0;

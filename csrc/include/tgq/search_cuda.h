@@ -27,8 +27,10 @@ struct CudaTuning {
 // All memory is on the current device, and all work is put on `stream` without waiting for it.
 struct CudaRequest {
   Matrix queries;  // [Q, D]
-  Matrix pool;     // [N, D], N < 2^32
+  Matrix pool;     // [N, D], first_row + N < 2^32
   std::uint32_t k = 0;
+  std::int64_t first_row = 0;  // what row 0 of the pool is called in results and exclusions: the pool is part of a larger one
+  bool resume = false;         // scores and rows hold the answer over other parts; this part is added to it
   const std::int64_t* exclude = nullptr;  // [Q, exclude_width] dense, rows < 0 mean none
   std::int64_t exclude_width = 0;
   float* scores = nullptr;        // [Q, k] dense
