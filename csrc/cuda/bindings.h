@@ -11,13 +11,16 @@ namespace tgq::cuda {
 
 // A request as tgq_fast/retrieval/topk_cuda.py passes it. Memory passes by address.
 inline CudaRequest cuda_request(const Matrix& queries, const Matrix& pool, std::uint32_t k, std::uintptr_t exclude,
-                                std::int64_t exclude_width, const pybind11::dict& options) {
+                                std::int64_t exclude_width, std::int64_t first_row, bool resume,
+                                const pybind11::dict& options) {
   CudaRequest request;
   request.queries = queries;
   request.pool = pool;
   request.k = k;
   request.exclude = reinterpret_cast<const std::int64_t*>(exclude);
   request.exclude_width = exclude_width;
+  request.first_row = first_row;
+  request.resume = resume;
   CudaTuning& tuning = request.tuning;
   for (const auto& [key, value] : options) {
     const std::string name = pybind11::str(key);
@@ -50,21 +53,24 @@ inline void bind(pybind11::module_& module, Matrix (*matrix)(const pybind11::tup
   module.def(
       "cuda_workspace",
       [matrix](const py::tuple& queries, const py::tuple& pool, std::uint32_t k, std::uintptr_t exclude,
-               std::int64_t exclude_width, int device, const py::dict& tuning) {
-        const CudaRequest request = cuda_request(matrix(queries), matrix(pool), k, exclude, exclude_width, tuning);
+               std::int64_t exclude_width, std::int64_t first_row, bool resume, int device, const py::dict& tuning) {
+        const CudaRequest request =
+            cuda_request(matrix(queries), matrix(pool), k, exclude, exclude_width, first_row, resume, tuning);
         std::size_t bytes = 0;
         const CudaResult result = cuda_workspace(request, device, &bytes);
         return py::make_tuple(static_cast<int>(result.status), result.reason, bytes);
       },
-      py::arg("queries"), py::arg("pool"), py::arg("k"), py::arg("exclude"), py::arg("exclude_width"), py::arg("device"),
-      py::arg("tuning"));
+      py::arg("queries"), py::arg("pool"), py::arg("k"), py::arg("exclude"), py::arg("exclude_width"),
+      py::arg("first_row"), py::arg("resume"), py::arg("device"), py::arg("tuning"));
   // (status, reason)
   module.def(
       "search_cuda",
       [matrix](const py::tuple& queries, const py::tuple& pool, std::uint32_t k, std::uintptr_t exclude,
-               std::int64_t exclude_width, std::uintptr_t scores, std::uintptr_t rows, std::uintptr_t stream,
-               std::uintptr_t workspace, std::size_t workspace_bytes, int device, const py::dict& tuning) {
-        CudaRequest request = cuda_request(matrix(queries), matrix(pool), k, exclude, exclude_width, tuning);
+               std::int64_t exclude_width, std::int64_t first_row, bool resume, std::uintptr_t scores, std::uintptr_t rows,
+               std::uintptr_t stream, std::uintptr_t workspace, std::size_t workspace_bytes, int device,
+               const py::dict& tuning) {
+        CudaRequest request =
+            cuda_request(matrix(queries), matrix(pool), k, exclude, exclude_width, first_row, resume, tuning);
         request.scores = reinterpret_cast<float*>(scores);
         request.rows = reinterpret_cast<std::int64_t*>(rows);
         request.stream = reinterpret_cast<void*>(stream);
@@ -77,8 +83,8 @@ inline void bind(pybind11::module_& module, Matrix (*matrix)(const pybind11::tup
         }
         return py::make_tuple(static_cast<int>(result.status), result.reason);
       },
-      py::arg("queries"), py::arg("pool"), py::arg("k"), py::arg("exclude"), py::arg("exclude_width"), py::arg("scores"),
-      py::arg("rows"), py::arg("stream"), py::arg("workspace"), py::arg("workspace_bytes"), py::arg("device"),
+      py::arg("queries"), py::arg("pool"), py::arg("k"), py::arg("exclude"), py::arg("exclude_width"),
+      py::arg("first_row"), py::arg("resume"), py::arg("scores"), py::arg("rows"), py::arg("stream"), py::arg("workspace"), py::arg("workspace_bytes"), py::arg("device"),
       py::arg("tuning"));
 }
 

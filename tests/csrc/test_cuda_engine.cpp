@@ -371,6 +371,11 @@ void test_plans() {
           request.tuning.engine = Engine::portable;
           const Plan plan = make_plan(request, {132, true});
           CHECK_NOTE(plan.workspace_bytes < (256u << 20), "%zu bytes", plan.workspace_bytes);
+          // Streamed: parts of 32 MB in two buffers (topk_stream.py).
+          CudaRequest part = request;
+          part.resume = true;
+          part.pool.rows = std::min<std::int64_t>(rows, (32 << 20) / (cols * (dtype == DType::f32 ? 4 : 2)));
+          CHECK(make_plan(part, {132, true}).workspace_bytes + (64u << 20) < (256u << 20));
           CHECK(plan.shadow_rows == (dtype == DType::f32 || cols % 8 != 0));
           std::int64_t next = 0, samples = 0;
           for (const Phase& phase : plan.phases) {

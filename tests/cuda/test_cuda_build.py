@@ -126,7 +126,7 @@ results = scores.buffer_info()[0], rows.buffer_info()[0]
 status = _C.search_cpu(query, pool, 2, 0, 0, *results, 1, False, None, None, {}, None)
 print(status, list(rows), list(scores), sep="|")
 print(_C.build_info()["cuda_version"], _C.why_no_cuda(0), _C.why_no_cuda(-1), sep="|")
-print(_C.cuda_workspace(query, pool, 2, 0, 0, 0, {"engine": 2})[:2], sep="|")
+print(_C.cuda_workspace(query, pool, 2, 0, 0, 0, False, 0, {"engine": 2})[:2], sep="|")
 """
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     run = subprocess.run([sys.executable, "-c", program, folder], capture_output=True, text=True, env=environment)

@@ -140,7 +140,7 @@ def test_the_public_function_on_cuda_tensors() -> None:
         assert found.scores.is_cuda and found.indices.is_cuda
         assert_same(found, expected)
     with pytest.raises(ArgumentError, match="device"):
-        topk(queries.cuda(), pool, 10)
+        topk(queries, pool.cuda(), 10)
 
 
 @pytest.mark.parametrize(("q", "n", "d"), [(0, 5, 4), (3, 0, 4), (2, 5, 0)])

@@ -14,7 +14,7 @@ from torch import Tensor
 from tgq_fast.errors import ArgumentError, BackendError
 from tgq_fast.reference import TopK
 from tgq_fast.retrieval import topk_arguments as arguments
-from tgq_fast.retrieval import topk_cuda, topk_native
+from tgq_fast.retrieval import topk_cuda, topk_native, topk_stream
 from tgq_fast.retrieval.topk_torch import topk_torch
 
 __all__ = ["TopK", "merge_topk", "topk"]
@@ -42,7 +42,9 @@ def topk(
 
     Args:
         queries: [Q, D] float32, float16 or bfloat16; torch tensor, numpy array or anything with DLPack, strided too.
-        pool: [N, D] on the same device; a read-only memory map is searched in place.
+        pool: [N, D] on the same device; a read-only memory map is searched in place. With queries on a CUDA device it
+            may lie in host memory, of any size: it is streamed through the device, fastest from pinned memory, and the
+            call returns when it has been read.
         k: 1 … 2048.
         exclude: pool rows that a query must not return: [Q] or [Q, X] integers, or one list per query; entries below
             zero mean none.
@@ -80,7 +82,8 @@ def topk(
         compiled = topk_cuda if q.device.type == "cuda" else topk_native
         reasons = compiled.why_not(q)
         if not reasons:
-            return compiled.search(q, p, k, excluded, result, threads, progress)
+            search = compiled.search if q.device == p.device else topk_stream.search
+            return search(q, p, k, excluded, result, threads, progress)
         if backend == "cpp":
             raise BackendError("topk", "cpp", {"cpp": reasons})
     return topk_torch(q, p, k, excluded, result, progress)

@@ -53,7 +53,7 @@ def _from_numpy(name: str, array: np.ndarray) -> Tensor:
 
 
 def check_matrices(queries: Any, pool: Any) -> tuple[Tensor, Tensor]:
-    """Queries [Q, D] and pool [N, D] as tensors of the accepted dtypes on one device."""
+    """Queries [Q, D] and pool [N, D] as tensors of the accepted dtypes, on one device or the queries on a GPU alone."""
     q, p = as_tensor("queries", queries), as_tensor("pool", pool)
     for name, tensor in (("queries", q), ("pool", p)):
         if tensor.layout != torch.strided:
@@ -66,8 +66,9 @@ def check_matrices(queries: Any, pool: Any) -> tuple[Tensor, Tensor]:
             )
     if q.shape[1] != p.shape[1]:
         raise ArgumentError("queries", f"width D = {q.shape[1]}", f"the pool's width {p.shape[1]}")
-    if q.device != p.device:
-        raise ArgumentError("queries", f"device {q.device}", f"the pool's device {p.device}")
+    if q.device != p.device and not (q.device.type == "cuda" and p.device.type == "cpu"):
+        expected = f"the pool's device {p.device}" + (", or a CUDA device" if p.device.type == "cpu" else "")
+        raise ArgumentError("queries", f"device {q.device}", expected)
     if p.shape[0] > _MAX_ROWS:
         raise ArgumentError("pool", f"{p.shape[0]} rows", f"at most {_MAX_ROWS} rows", "Search shards and merge them.")
     return q, p

@@ -42,11 +42,15 @@ def search(
     progress: Callable[[float], None] | None = None,
     *,
     tuning: dict[str, Any] | None = None,
+    first_row: int = 0,
+    resume: bool = False,
 ) -> TopK:
     """Queues the search of queries [Q, D] against pool [N, D], both on one CUDA device, and returns `out`.
 
     Scores and rows equal those of the CPU core bit for bit. `tuning` is for tests and measurements (its "engine" is one
     of ENGINES); answers do not depend on it. `threads` is for the CPU. `progress` is called once, when all is queued.
+    The pool may be part of a larger one: its rows count from `first_row`, in exclusions too, and with `resume` its hits
+    join those of other parts that `out` holds.
 
     Raises:
         BackendError: the device cannot run the search, or its memory is exhausted.
@@ -63,9 +67,11 @@ def search(
         k,
         0 if exclude is None else exclude.data_ptr(),
         0 if exclude is None else exclude.shape[1],
+        first_row,
+        resume,
     )
     # The core writes dense rows; a strided output is filled afterwards.
-    scores, rows = _dense(out.scores), _dense(out.indices)
+    scores, rows = _dense(out.scores, resume), _dense(out.indices, resume)
     with torch.cuda.device(device):
         status, reason, size = module.cuda_workspace(*request, device, options)
         _check(status, reason)
@@ -85,9 +91,11 @@ def search(
     return out
 
 
-def _dense(tensor: Tensor) -> Tensor:
-    """The tensor itself, or fresh memory of its shape when it is strided."""
-    return tensor if tensor.is_contiguous() else tensor.new_empty(tensor.shape)
+def _dense(tensor: Tensor, keep: bool) -> Tensor:
+    """The tensor itself, or when it is strided dense memory of its shape, with its values if they are to be kept."""
+    if tensor.is_contiguous() or keep:
+        return tensor.contiguous()
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
 
 
 def _check(status: int, reason: str) -> None:

@@ -51,7 +51,7 @@ def _full_fp32_products() -> Iterator[None]:
 def topk_torch(
     queries: Tensor, pool: Tensor, k: int, exclude: Tensor | None, out: TopK, progress: Callable[[float], None] | None
 ) -> TopK:
-    """Queries [Q, D] against pool [N, D], chunk by chunk. Arguments are checked already."""
+    """Queries [Q, D] against pool [N, D] here or in host memory, chunk by chunk. Arguments are checked already."""
     num_queries, pool_size = queries.shape[0], pool.shape[0]
     with torch.inference_mode(), _full_fp32_products():
         for begin in range(0, num_queries, _QUERY_TILE):
@@ -60,7 +60,8 @@ def topk_torch(
             best = torch.full((end - begin, k), _NONE, dtype=torch.int64, device=queries.device)
             rows = max(1, _TILE_SCORES // (end - begin))
             for first in range(0, pool_size, rows):
-                scores = tile @ pool[first : first + rows].float().T  # [q, n]
+                part = pool[first : first + rows].to(device=tile.device, dtype=torch.float32)
+                scores = tile @ part.T  # [q, n]
                 keys = order_keys(scores, first)
                 if exclude is not None:
                     _mask(keys, exclude[begin:end] - first)
