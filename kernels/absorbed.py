@@ -22,13 +22,11 @@ import triton.language as tl
 from torch import Tensor
 
 from tgq_fast.kernels.launch import on_device, placeholder, unit_stride
+from tgq_fast.kernels.softmax import LOG2E, load_log_sum, merge, new_statistics, store_statistics, visible_keys
 from tgq_fast.kernels.tiling import precision, tile
 
 # Sizes that change from call to call: neither their value nor their divisibility may select a compiled variant.
 _SIZES = ["rows", "num_queries", "length", "first_row", "mask_b", "mask_l", "group_b", "group_l"]
-
-LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
-LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -69,11 +67,18 @@ def _two_scores(a1, a2, b, width, a1_rows, a2_rows, b_rows, a_ok, b_ok, BLOCK_A:
 
 
 @triton.jit
-def _visible(key, length, key_mask, stride, HAS_MASK: tl.constexpr):
-    inside = key < length
-    if HAS_MASK:
-        inside = inside & (tl.load(key_mask + key.to(tl.int64) * stride, mask=inside, other=0) != 0)
-    return inside
+def _own_tile(count, BLOCK: tl.constexpr):
+    """(item, indices of this program's tile, which of them exist), `count` elements per item in tiles of BLOCK."""
+    tiles = tl.cdiv(count, BLOCK)
+    index = (tl.program_id(0) % tiles) * BLOCK + tl.arange(0, BLOCK)
+    return (tl.program_id(0) // tiles).to(tl.int64), index, index < count
+
+
+@triton.jit
+def _tokens(x, key, length, x_l, col, in_width):
+    """[keys, columns] of X."""
+    inside = (key < length)[:, None] & in_width
+    return tl.load(x + key.to(tl.int64)[:, None] * x_l + col[None, :], mask=inside, other=0.0)
 
 
 @triton.jit(do_not_specialize=[s for s in _SIZES if s != "first_row"])
@@ -86,10 +91,7 @@ def absorbed_forward(
     BLOCK_O: tl.constexpr,
 ):  # fmt: skip
     """One tile of rows of one item; lse, entropy and mass are contiguous [B, R] fp32."""
-    tiles = tl.cdiv(rows, BLOCK_R)
-    item = (tl.program_id(0) // tiles).to(tl.int64)
-    row = (tl.program_id(0) % tiles) * BLOCK_R + tl.arange(0, BLOCK_R)
-    row_ok = row < rows
+    item, row, row_ok = _own_tile(rows, BLOCK_R)
     q += item * q_b
     x += item * x_b
     out += item * o_b
@@ -109,7 +111,7 @@ def absorbed_forward(
         key = segment * BLOCK_L + tl.arange(0, BLOCK_L)
         key_ok = key < length
         s = _scores(q, x, width, q_rows, key.to(tl.int64) * x_l, row_ok, key_ok, BLOCK_R, BLOCK_L, BLOCK_C, PRECISION)
-        visible = _visible(key, length, key_mask, mask_l, HAS_MASK)
+        visible = visible_keys(key, length, key_mask, mask_l, HAS_MASK)
         s = tl.where(visible[None, :], s * (scale * LOG2E), float("-inf"))  # base 2
         peak = tl.max(s, 1)
         peak = tl.where(peak == float("-inf"), 0.0, peak)  # a segment without visible keys: p = exp2(-inf) = 0
@@ -129,16 +131,9 @@ def absorbed_forward(
             marked = marked * keep + tl.sum(tl.where(group[None, :], p, 0.0), 1) * gain
         top = new_top
 
-    some = total > 0
-    inverse = tl.where(some, 1.0 / tl.where(some, total, 1.0), 0.0)
-    log_sum = tl.where(some, (tl.where(some, top, 0.0) + tl.log2(tl.where(some, total, 1.0))) * LN2, float("-inf"))
-    stats = item * rows + row
-    tl.store(lse + stats, log_sum, mask=row_ok)
-    if WANT_ENTROPY:
-        tl.store(entropy + stats, tl.where(some, log_sum - spread * inverse * LN2, 0.0), mask=row_ok)
-    if HAS_GROUP:
-        tl.store(mass + stats, marked * inverse, mask=row_ok)
-
+    some, inverse = store_statistics(
+        lse, entropy, mass, item * rows + row, row_ok, top, total, spread, marked, WANT_ENTROPY, HAS_GROUP
+    )  # fmt: skip
     shift = tl.where(some, top, 0.0)
     for start in range(0, width, BLOCK_O):
         col = start + tl.arange(0, BLOCK_O)
@@ -146,15 +141,11 @@ def absorbed_forward(
         pooled = tl.zeros([BLOCK_R, BLOCK_O], dtype=tl.float32)
         for segment in tl.static_range(SEGMENTS):
             key = segment * BLOCK_L + tl.arange(0, BLOCK_L)
-            tokens = tl.load(
-                x + key.to(tl.int64)[:, None] * x_l + col[None, :], mask=(key < length)[:, None] & in_width, other=0.0
-            )
+            tokens = _tokens(x, key, length, x_l, col, in_width)
             part = tl.dot(weights[segment], tokens, input_precision=PRECISION)
             factor = tl.where(some, tl.exp2(tl.minimum(maxima[segment] - shift, 0.0)) * inverse, 0.0)
             pooled += part * factor[:, None]
-        tl.store(
-            out + o_rows[:, None] + col[None, :], pooled.to(out.dtype.element_ty), mask=row_ok[:, None] & in_width
-        )
+        tl.store(out + o_rows[:, None] + col[None, :], pooled.to(out.dtype.element_ty), mask=row_ok[:, None] & in_width)
 
 
 @triton.jit(do_not_specialize=[s for s in _SIZES if s not in ("first_row", "group_b", "group_l")])
@@ -167,10 +158,7 @@ def absorbed_backward_rows(
     BLOCK_O: tl.constexpr,
 ):  # fmt: skip
     """dQ' of one tile of rows; with ACCUMULATE the result is added to what `d_q` holds."""
-    tiles = tl.cdiv(rows, BLOCK_R)
-    item = (tl.program_id(0) // tiles).to(tl.int64)
-    row = (tl.program_id(0) % tiles) * BLOCK_R + tl.arange(0, BLOCK_R)
-    row_ok = row < rows
+    item, row, row_ok = _own_tile(rows, BLOCK_R)
     q += item * q_b
     x += item * x_b
     d_out += item * g_b
@@ -179,9 +167,7 @@ def absorbed_backward_rows(
     q_rows = _row_offsets(row, num_queries, q_h, q_n)
     g_rows = _row_offsets(row, num_queries, g_h, g_n)
     d_rows = _row_offsets(row, num_queries, d_h, d_n)
-    log_sum = tl.load(lse + item * rows + row, mask=row_ok, other=float("-inf"))
-    some = log_sum > float("-inf")
-    log_sum = tl.where(some, log_sum, 0.0) * LOG2E
+    some, log_sum = load_log_sum(lse + item * rows + row, row_ok)
     dot_out = tl.load(delta + item * rows + row, mask=row_ok, other=0.0)
 
     gradients = ()
@@ -191,7 +177,7 @@ def absorbed_backward_rows(
             q, d_out, x, width, q_rows, g_rows, key.to(tl.int64) * x_l, row_ok, key < length, BLOCK_R, BLOCK_L,
             BLOCK_C, PRECISION,
         )  # fmt: skip
-        visible = _visible(key, length, key_mask, mask_l, HAS_MASK)[None, :] & some[:, None]
+        visible = visible_keys(key, length, key_mask, mask_l, HAS_MASK)[None, :] & some[:, None]
         p = tl.where(visible, tl.exp2(s * (scale * LOG2E) - log_sum[:, None]), 0.0)
         gradients = gradients + ((p * (d_p - dot_out[:, None]) * scale).to(x.dtype.element_ty),)  # noqa: RUF005
 
@@ -201,9 +187,7 @@ def absorbed_backward_rows(
         acc = tl.zeros([BLOCK_R, BLOCK_O], dtype=tl.float32)
         for segment in tl.static_range(SEGMENTS):
             key = segment * BLOCK_L + tl.arange(0, BLOCK_L)
-            tokens = tl.load(
-                x + key.to(tl.int64)[:, None] * x_l + col[None, :], mask=(key < length)[:, None] & in_width, other=0.0
-            )
+            tokens = _tokens(x, key, length, x_l, col, in_width)
             acc = tl.dot(gradients[segment], tokens, acc, input_precision=PRECISION)
         target = d_q + d_rows[:, None] + col[None, :]
         if ACCUMULATE:
@@ -221,16 +205,13 @@ def absorbed_backward_tokens(
     BLOCK_O: tl.constexpr,
 ):  # fmt: skip
     """dX of one tile of keys from rows [first_row, first_row + SEGMENTS * BLOCK_R); the mirror image of the above."""
-    tiles = tl.cdiv(length, BLOCK_L)
-    item = (tl.program_id(0) // tiles).to(tl.int64)
-    key = (tl.program_id(0) % tiles) * BLOCK_L + tl.arange(0, BLOCK_L)
-    key_ok = key < length
+    item, key, key_ok = _own_tile(length, BLOCK_L)
     q += item * q_b
     x += item * x_b
     d_out += item * g_b
     d_x += item * d_b
     key_mask += item * mask_b
-    visible = _visible(key, length, key_mask, mask_l, HAS_MASK)
+    visible = visible_keys(key, length, key_mask, mask_l, HAS_MASK)
     x_rows = key.to(tl.int64) * x_l
 
     weights = ()
@@ -240,9 +221,7 @@ def absorbed_backward_tokens(
         row_ok = row < rows
         q_rows = _row_offsets(row, num_queries, q_h, q_n)
         g_rows = _row_offsets(row, num_queries, g_h, g_n)
-        log_sum = tl.load(lse + item * rows + row, mask=row_ok, other=float("-inf"))
-        some = log_sum > float("-inf")
-        log_sum = tl.where(some, log_sum, 0.0) * LOG2E
+        some, log_sum = load_log_sum(lse + item * rows + row, row_ok)
         dot_out = tl.load(delta + item * rows + row, mask=row_ok, other=0.0)
         s = _scores(x, q, width, x_rows, q_rows, key_ok, row_ok, BLOCK_L, BLOCK_R, BLOCK_C, PRECISION)
         p = tl.where(visible[:, None] & some[None, :], tl.exp2(s * (scale * LOG2E) - log_sum[None, :]), 0.0)
@@ -274,115 +253,99 @@ def absorbed_backward_tokens(
 
 
 def forward(
-    q: Tensor, x: Tensor, key_mask: Tensor | None, key_group: Tensor | None, scale: float, want_entropy: bool
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    q: Tensor,
+    x: Tensor,
+    key_mask: Tensor | None,
+    key_group: Tensor | None,
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
+    entropy: Tensor | None = None,
+    mass: Tensor | None = None,
+) -> None:
     """Pooled tokens and statistics.
 
     Args:
         q: [B, H, N, dv] absorbed queries, any strides.
         x: [B, L, dv] tokens of the same dtype.
         key_mask, key_group: [B, L] bool or None.
-
-    Returns:
-        [B, H, N, dv] laid out as [H, B, N, dv] (what the product with the value weights reads), then lse, entropy and
-        group mass [B, H, N] fp32 (None where not asked for).
+        out: [B, H, N, dv] to write, any strides but 1 in the last dimension.
+        lse, entropy, mass: [B, H, N] fp32 contiguous to write; entropy and mass (which needs `key_group`) may be None.
     """
     q, x = unit_stride(q), unit_stride(x)
-    heads, queries = q.shape[1:3]
+    batch, heads, queries, width = q.shape
     length = x.shape[1]
     options = tile("absorbed_forward", q, keys=length, rows=heads * queries)
-    resident = options["SEGMENTS"] * options["BLOCK_L"]
-    if length <= resident:
-        return _forward(q, x, key_mask, key_group, scale, want_entropy, options, q.dtype)
-    parts = []
-    for first in range(0, length, resident):
-        keys = slice(first, min(first + resident, length))
-        parts.append(
-            _forward(
-                q,
-                x[:, keys],
-                None if key_mask is None else key_mask[:, keys],
-                None if key_group is None else key_group[:, keys],
-                scale,
-                want_entropy,
-                options,
-                torch.float32,
-            )
-        )
-    return _merged(parts, q.dtype)
-
-
-def _merged(parts: list, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Combine softmaxes over disjoint groups of keys by their log-sum-exps."""
-    lse = torch.logsumexp(torch.stack([part[1] for part in parts]), dim=0)
-    some = lse > float("-inf")
-    shares = [torch.where(some, torch.exp(part[1] - torch.where(some, lse, 0.0)), 0.0) for part in parts]
-    out, expected, mass = torch.zeros_like(parts[0][0]), torch.zeros_like(lse), torch.zeros_like(lse)
-    for (pooled, group_lse, entropy, group_mass), share in zip(parts, shares):
-        out.addcmul_(pooled, share[..., None])
-        if entropy is not None:  # Σ p s of a group is lse - entropy
-            expected += share * (torch.where(group_lse > float("-inf"), group_lse, 0.0) - entropy)
-        if group_mass is not None:
-            mass += share * group_mass
-    entropy = None if parts[0][2] is None else torch.where(some, lse - expected, 0.0)
-    return out.to(dtype), lse, entropy, None if parts[0][3] is None else mass
-
-
-def _forward(q, x, key_mask, key_group, scale, want_entropy, options, dtype):
-    batch, heads, queries, width = q.shape
-    out = torch.empty(heads, batch, queries, width, dtype=dtype, device=q.device).transpose(0, 1)
-    lse = torch.empty(batch, heads, queries, dtype=torch.float32, device=q.device)
-    entropy = torch.empty_like(lse) if want_entropy else None
-    mass = torch.empty_like(lse) if key_group is not None else None
-    none = placeholder(q.device)
-    mask, group = (none if m is None else m for m in (key_mask, key_group))
     grid = (batch * triton.cdiv(heads * queries, options["BLOCK_R"]),)
-    if grid[0]:
+    if not grid[0]:
+        return
+    resident = options["SEGMENTS"] * options["BLOCK_L"]
+    groups = max(1, triton.cdiv(length, resident))
+    parts = [(out, lse, entropy, mass)]
+    if groups > 1:
+        pooled = torch.empty(groups, *q.shape, dtype=torch.float32, device=q.device)
+        wanted = entropy is not None, mass is not None
+        stacked = pooled, *new_statistics((groups, *lse.shape), q.device, *wanted)
+        parts = [tuple(None if s is None else s[i] for s in stacked) for i in range(groups)]
+    none = placeholder(q.device)
+    for i, (target, *stats) in enumerate(parts):
+        keys = slice(i * resident, min((i + 1) * resident, length))
+        mask, group = (none if m is None else m[:, keys] for m in (key_mask, key_group))
+        tokens = x[:, keys]
         with on_device(q):
             absorbed_forward[grid](
-                q, x, mask, group, out, lse, lse if entropy is None else entropy, lse if mass is None else mass,
-                scale, heads * queries, queries, x.shape[1], width,
-                *q.stride()[:3], *x.stride()[:2], *mask.stride()[:2], *group.stride()[:2], *out.stride()[:3],
-                HAS_MASK=key_mask is not None, HAS_GROUP=key_group is not None, WANT_ENTROPY=want_entropy,
+                q, tokens, mask, group, target, *(stats[0] if s is None else s for s in stats),
+                scale, heads * queries, queries, tokens.shape[1], width,
+                *q.stride()[:3], *tokens.stride()[:2], *mask.stride()[:2], *group.stride()[:2], *target.stride()[:3],
+                HAS_MASK=key_mask is not None, HAS_GROUP=mass is not None, WANT_ENTROPY=entropy is not None,
                 PRECISION=precision(q), **options,
             )  # fmt: skip
-    return out, lse, entropy, mass
+    if groups > 1:
+        merge(stacked, out, lse, entropy, mass)
 
 
 def backward_rows(
-    q: Tensor, x: Tensor, key_mask: Tensor | None, d_out: Tensor, lse: Tensor, delta: Tensor, scale: float
-) -> Tensor:
-    """Gradient of the absorbed queries, [B, H, N, dv] laid out as [H, B, N, dv].
+    q: Tensor,
+    x: Tensor,
+    key_mask: Tensor | None,
+    d_out: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    scale: float,
+    d_q: Tensor,
+) -> None:
+    """Gradient of the absorbed queries.
 
     Args:
         d_out: [B, H, N, dv] gradient of the pooled tokens.
         lse, delta: [B, H, N] fp32 contiguous: log-sum-exp of the forward and Σ d_out ∘ out.
+        d_q: [B, H, N, dv] to write, any strides but 1 in the last dimension.
     """
     q, x, d_out = unit_stride(q), unit_stride(x), unit_stride(d_out)
     batch, heads, queries, width = q.shape
     length = x.shape[1]
     options = tile("absorbed_backward_rows", q, keys=length, rows=heads * queries)
     resident = options["SEGMENTS"] * options["BLOCK_L"]
-    grouped = length > resident
-    d_q = torch.empty(heads, batch, queries, width, dtype=torch.float32 if grouped else q.dtype, device=q.device)
-    if not length:
-        return d_q.zero_().transpose(0, 1)
-    d_q = d_q.transpose(0, 1)
+    # Groups of keys are summed in fp32.
+    target = d_q if length <= resident else torch.empty(q.shape, dtype=torch.float32, device=q.device)
     grid = (batch * triton.cdiv(heads * queries, options["BLOCK_R"]),)
-    if not grid[0]:
-        return d_q.to(q.dtype)
+    if not length:
+        d_q.zero_()
+    if not length or not grid[0]:
+        return
     for first in range(0, length, resident):
         keys = slice(first, min(first + resident, length))
         tokens = x[:, keys]
         mask = placeholder(q.device) if key_mask is None else key_mask[:, keys]
         with on_device(q):
             absorbed_backward_rows[grid](
-                q, tokens, mask, d_out, lse, delta, d_q,
+                q, tokens, mask, d_out, lse, delta, target,
                 scale, heads * queries, queries, tokens.shape[1], width,
-                *q.stride()[:3], *tokens.stride()[:2], *mask.stride()[:2], *d_out.stride()[:3], *d_q.stride()[:3],
+                *q.stride()[:3], *tokens.stride()[:2], *mask.stride()[:2], *d_out.stride()[:3], *target.stride()[:3],
                 HAS_MASK=key_mask is not None, ACCUMULATE=first > 0, PRECISION=precision(q), **options,
             )  # fmt: skip
-    return d_q.to(q.dtype)
+    if target is not d_q:
+        d_q.copy_(target)
 
 
 def backward_tokens(

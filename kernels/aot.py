@@ -20,7 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from tgq_fast.kernels import absorbed, contrastive, modulation, redundancy, streams
+from tgq_fast.kernels import absorbed, contrastive, fused, modulation, redundancy, softmax, streams
 from tgq_fast.kernels.tiling import FOLDER
 
 # Bytes of shared memory that one block may use.
@@ -77,6 +77,14 @@ KERNELS: dict[str, Kernel] = {
     "absorbed_backward_tokens": Kernel(
         absorbed.absorbed_backward_tokens, "q x d_out d_x", "lse delta", "key_mask", floats="scale",
         flags=(("HAS_MASK", True), ("ACCUMULATE", False)),
+    ),
+    "fused_forward": Kernel(
+        fused.fused_forward, "q x wk wv out", "lse entropy mass", "key_mask key_group", floats="scale",
+        flags=(("HAS_MASK", True), ("HAS_GROUP", True), ("WANT_ENTROPY", True)), width=_HEAD,
+    ),
+    "merge_parts": Kernel(
+        softmax.merge_parts, "out", "part_out part_lse part_entropy part_mass lse entropy mass",
+        flags=(("HAS_GROUP", True), ("WANT_ENTROPY", True)), bits=(32,), matrix=False,
     ),
     "stream_forward": Kernel(
         streams.stream_forward, "q k v out", "lse entropy mass", "key_mask key_group", floats="scale",
@@ -231,7 +239,7 @@ def limits_broken(report: Report, bits: int) -> list[str]:
     kernel = KERNELS[report.kernel]
     if kernel.matrix and bits == 16:
         # A warpgroup instruction needs 64 rows; smaller tiles use the warp-level form.
-        rows_of_tile = max(report.options.get(key, 0) for key in ("BLOCK_R", "BLOCK_S"))
+        rows_of_tile = max(report.options.get(key, 0) for key in ("BLOCK_R", "BLOCK_S", "BLOCK_N"))
         wanted = MATRIX[report.arch][0] if rows_of_tile >= 64 else None
         if report.matrix is None or (wanted is not None and report.matrix != wanted):
             broken.append(f"matrix instruction is {report.matrix}, not {wanted or 'any'}")

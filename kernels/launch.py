@@ -1,4 +1,4 @@
-"""What every launcher needs: the device context, unit last strides and a stand-in for absent pointers."""
+"""What every launcher needs: the device context and its size, unit last strides and a stand-in for absent pointers."""
 
 from __future__ import annotations
 
@@ -23,3 +23,9 @@ def unit_stride(x: Tensor) -> Tensor:
 def placeholder(device: torch.device) -> Tensor:
     """[1, 1] bool that stands for a mask that is not there; never read."""
     return torch.zeros(1, 1, dtype=torch.bool, device=device)
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; 1 for the CPU, on which the interpreter runs one program after the other."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

@@ -23,10 +23,9 @@ import triton.language as tl
 from torch import Tensor
 
 from tgq_fast.kernels.launch import on_device, placeholder, unit_stride
+from tgq_fast.kernels.softmax import LOG2E, load_log_sum, new_statistics, store_statistics
 from tgq_fast.kernels.tiling import precision, tile
 
-LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
-LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 ALL: tl.constexpr = tl.constexpr(0)
 BLOCK: tl.constexpr = tl.constexpr(1)
 ONE_WAY: tl.constexpr = tl.constexpr(2)
@@ -106,6 +105,21 @@ def _seeing_rows(segment, n_a, n_e, n_t, MODE: tl.constexpr, SEES_TEXT: tl.const
 
 
 @triton.jit
+def _own_rows(heads, n_a, n_e, n_t, BLOCK_S: tl.constexpr, MODE: tl.constexpr):
+    """(item, head, rows of an item, segment, this program's rows, which of them exist)."""
+    tiles = tl.cdiv(n_a, BLOCK_S)
+    rows = n_a
+    if MODE != ALL:
+        tiles += tl.cdiv(n_e, BLOCK_S) + tl.cdiv(n_t, BLOCK_S)
+        rows = n_a + n_e + n_t
+    pair = tl.program_id(0) // tiles
+    segment, first, count, local = _segment(tl.program_id(0) % tiles, n_a, n_e, n_t, BLOCK_S, MODE)
+    within = local * BLOCK_S + tl.arange(0, BLOCK_S)
+    row = (first + within).to(tl.int64)
+    return (pair // heads).to(tl.int64), (pair % heads).to(tl.int64), rows, segment, row, within < count
+
+
+@triton.jit
 def _member(index, start0, size0, start1):
     """Position of the index-th element of two ranges laid end to end."""
     return tl.where(index < size0, start0 + index, start1 + index - size0)
@@ -130,21 +144,10 @@ def stream_forward(
     BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One tile of rows of one segment, head and item; lse, entropy and mass are contiguous [B, H, rows] fp32."""
-    tiles = tl.cdiv(n_a, BLOCK_S)
-    rows = n_a
-    if MODE != ALL:
-        tiles += tl.cdiv(n_e, BLOCK_S) + tl.cdiv(n_t, BLOCK_S)
-        rows = n_a + n_e + n_t
-    pair = tl.program_id(0) // tiles
-    item = (pair // heads).to(tl.int64)
-    head = (pair % heads).to(tl.int64)
-    segment, first, count, local = _segment(tl.program_id(0) % tiles, n_a, n_e, n_t, BLOCK_S, MODE)
+    item, head, rows, segment, row, row_ok = _own_rows(heads, n_a, n_e, n_t, BLOCK_S, MODE)
     start0, size0, start1, size1 = _seen_keys(segment, n_a, n_e, n_t, length, MODE, SEES_TEXT)
     key_mask += item * mask_b
     key_group += item * group_b
-    within = local * BLOCK_S + tl.arange(0, BLOCK_S)
-    row_ok = within < count
-    row = (first + within).to(tl.int64)
     col = tl.arange(0, BLOCK_D)
     in_head = col[None, :] < head_width
     queries = tl.load(
@@ -181,15 +184,10 @@ def stream_forward(
         acc = tl.dot(p.to(values.dtype), values, acc * keep[:, None], input_precision=PRECISION)
         top = new_top
 
-    some = total > 0
-    inverse = tl.where(some, 1.0 / tl.where(some, total, 1.0), 0.0)
-    log_sum = tl.where(some, (tl.where(some, top, 0.0) + tl.log2(tl.where(some, total, 1.0))) * LN2, float("-inf"))
-    stats = (item * heads + head) * rows + row
-    tl.store(lse + stats, log_sum, mask=row_ok)
-    if WANT_ENTROPY:
-        tl.store(entropy + stats, tl.where(some, log_sum - spread * inverse * LN2, 0.0), mask=row_ok)
-    if HAS_GROUP:
-        tl.store(mass + stats, marked * inverse, mask=row_ok)
+    _, inverse = store_statistics(
+        lse, entropy, mass, (item * heads + head) * rows + row, row_ok, top, total, spread, marked, WANT_ENTROPY,
+        HAS_GROUP,
+    )  # fmt: skip
     tl.store(
         out + item * o_b + head * o_h + row[:, None] * o_s + col[None, :],
         (acc * inverse[:, None]).to(out.dtype.element_ty),
@@ -206,20 +204,9 @@ def stream_backward_rows(
     BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """dQ of one tile of rows; also writes δ for the key side."""
-    tiles = tl.cdiv(n_a, BLOCK_S)
-    rows = n_a
-    if MODE != ALL:
-        tiles += tl.cdiv(n_e, BLOCK_S) + tl.cdiv(n_t, BLOCK_S)
-        rows = n_a + n_e + n_t
-    pair = tl.program_id(0) // tiles
-    item = (pair // heads).to(tl.int64)
-    head = (pair % heads).to(tl.int64)
-    segment, first, count, local = _segment(tl.program_id(0) % tiles, n_a, n_e, n_t, BLOCK_S, MODE)
+    item, head, rows, segment, row, row_ok = _own_rows(heads, n_a, n_e, n_t, BLOCK_S, MODE)
     start0, size0, start1, size1 = _seen_keys(segment, n_a, n_e, n_t, length, MODE, SEES_TEXT)
     key_mask += item * mask_b
-    within = local * BLOCK_S + tl.arange(0, BLOCK_S)
-    row_ok = within < count
-    row = (first + within).to(tl.int64)
     col = tl.arange(0, BLOCK_D)
     in_head = col[None, :] < head_width
     there = row_ok[:, None] & in_head
@@ -229,9 +216,7 @@ def stream_backward_rows(
     dot_out = tl.sum(result.to(tl.float32) * gradient.to(tl.float32), 1)
     stats = (item * heads + head) * rows + row
     tl.store(delta + stats, dot_out, mask=row_ok)
-    log_sum = tl.load(lse + stats, mask=row_ok, other=float("-inf"))
-    some = log_sum > float("-inf")
-    log_sum = tl.where(some, log_sum, 0.0) * LOG2E
+    some, log_sum = load_log_sum(lse + stats, row_ok)
     k += item * k_b + head * k_h
     v += item * v_b + head * v_h
 
@@ -299,10 +284,8 @@ def stream_backward_keys(
         loaded = row_ok[:, None] & in_head
         queries = tl.load(q + row[:, None] * q_s + col[None, :], mask=loaded, other=0.0)
         gradient = tl.load(d_out + row[:, None] * g_s + col[None, :], mask=loaded, other=0.0)
-        log_sum = tl.load(lse + base + row, mask=row_ok, other=float("-inf"))
+        some, log_sum = load_log_sum(lse + base + row, row_ok)
         dot_out = tl.load(delta + base + row, mask=row_ok, other=0.0)
-        some = log_sum > float("-inf")
-        log_sum = tl.where(some, log_sum, 0.0) * LOG2E
         s = tl.dot(keys, tl.trans(queries), input_precision=PRECISION) * (scale * LOG2E)  # [keys, rows]
         p = tl.where(visible & some[None, :], tl.exp2(s - log_sum[None, :]), 0.0)
         acc_v = tl.dot(p.to(gradient.dtype), gradient, acc_v, input_precision=PRECISION)
@@ -350,9 +333,7 @@ def forward(
     q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
     batch, rows, heads, head = q.shape
     out = torch.empty(batch, rows, heads, head, dtype=q.dtype, device=q.device)
-    lse = torch.empty(batch, heads, rows, dtype=torch.float32, device=q.device)
-    entropy = torch.empty_like(lse) if want_entropy else None
-    mass = torch.empty_like(lse) if key_group is not None else None
+    lse, entropy, mass = new_statistics((batch, heads, rows), q.device, want_entropy, key_group is not None)
     none = placeholder(q.device)
     mask, group = (none if m is None else m for m in (key_mask, key_group))
     options = _options("stream_forward", q, k, lengths)

@@ -4,8 +4,8 @@ A table `tiles/<gpu>.json` maps kernel → element class ("16" or "32" bit) → 
 `max_…` bound of it holds; the last row of an architecture's table serves whatever fits nowhere. Bounds are shape
 classes, never exact lengths, so that a new length does not compile a new kernel. A table named after the device
 ("NVIDIA_H100_80GB_HBM3") comes before the one of its architecture ("sm_90"). `TGQ_TILES` names a folder that is
-searched first. "measured" in a table tells whether its rows were timed on that GPU or only follow from the performance
-model.
+searched first. Under "limits" a tuned table may hold numbers that rules compute otherwise (:func:`limit`). "measured"
+in a table tells whether its rows were timed on that GPU or only follow from the performance model.
 """
 
 from __future__ import annotations
@@ -51,12 +51,12 @@ def table(name: str) -> dict[str, Any] | None:
     return None
 
 
-_forced: dict[str, dict[str, int]] = {}
+_forced: dict[str, dict[str, Any]] = {}
 
 
 @contextlib.contextmanager
-def forced(kernel: str, options: dict[str, int]) -> Iterator[None]:
-    """Launch one kernel with these options, whatever the tables say."""
+def forced(kernel: str, options: dict[str, Any]) -> Iterator[None]:
+    """Launch one kernel with these options, whatever the tables say; `kernel` "limits": see :func:`limit`."""
     _forced[kernel] = options
     try:
         yield
@@ -98,10 +98,26 @@ def pick(kernel: str, names: tuple[str, ...], bits: int, **sizes: int) -> dict[s
     raise KeyError(f"no tiles for {kernel} ({bits} bit) in tables {names}")
 
 
+def _names(device: torch.device) -> tuple[str, ...]:
+    return (INTERPRETER,) if device.type != "cuda" else gpu_names(device.index or 0)
+
+
 def tile(kernel: str, like: Tensor, **sizes: int) -> dict[str, int]:
     """:func:`pick` for the device and element width of a tensor."""
-    names = (INTERPRETER,) if like.device.type != "cuda" else gpu_names(like.device.index or 0)
-    return pick(kernel, names, 32 if like.element_size() >= 4 else 16, **sizes)
+    return pick(kernel, _names(like.device), 32 if like.element_size() >= 4 else 16, **sizes)
+
+
+def limit(name: str, device: torch.device) -> float | None:
+    """A number that tuning found for a device, None where the rule in its place decides.
+
+    Args:
+        name: "chunk_bytes" (:func:`tgq_fast.ops.triton_attention.chunk_bytes`) or "fused_correction"
+            (:func:`tgq_fast.kernels.fusion.fusion_cost`).
+    """
+    for limits in (_forced.get("limits", {}), *((table(n) or {}).get("limits", {}) for n in _names(device))):
+        if name in limits:
+            return float(limits[name])
+    return None
 
 
 def precision(like: Tensor) -> str:

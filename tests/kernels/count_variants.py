@@ -14,7 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from tgq_fast.kernels import absorbed, contrastive, modulation, redundancy, streams, tiling
+from tgq_fast.kernels import absorbed, contrastive, fused, modulation, redundancy, softmax, streams, tiling
 
 
 class Driver:
@@ -42,14 +42,19 @@ def main() -> None:
     triton.runtime.driver.set_active(Driver())
     JITFunction._do_compile = record
     names = ("sm_90",)
-    for module in (absorbed, contrastive, modulation, redundancy, streams):
+    for module in (absorbed, contrastive, fused, modulation, redundancy, softmax, streams):
         module.tile = lambda kernel, like, **sizes: tiling.pick(kernel, names, 8 * like.element_size(), **sizes)
     for length in [*range(129, 147), 197, 256]:  # one shape class
         q, x = torch.empty(2, 2, 4, 32).half(), torch.empty(2, length, 32).half()
         mask, stats = torch.ones(2, length, dtype=torch.bool), torch.zeros(2, 2, 4)
-        absorbed.forward(q, x, mask, None, 1.0, False)
-        absorbed.backward_rows(q, x, mask, q, stats, stats, 1.0)
+        out = torch.empty_like(q)
+        absorbed.forward(q, x, mask, None, 1.0, out, stats)
+        absorbed.backward_rows(q, x, mask, q, stats, stats, 1.0, out)
         absorbed.backward_tokens(q, x, mask, q, stats, stats, 1.0)
+        queries, weight = torch.empty(2, 4, 2, 16).half(), torch.empty(32, 32).half()
+        fused.forward(queries, x, weight, weight, mask, None, 1.0, False)
+        parts = torch.empty(length, *q.shape), torch.empty(length, *stats.shape), None, None
+        softmax.merge(parts, out, stats, None, None)
         for lengths, mode in (((4, 4, length), "block"), ((length, 0, 0), "full")):
             heads = torch.empty(2, sum(lengths), 2, 16).half()
             text = torch.ones(2, length, dtype=torch.bool)

@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("triton", reason="kernel tests need triton")
 
-MATRIX_KERNELS = "absorbed_forward,absorbed_backward_rows,stream_forward,modulation_forward"
+MATRIX_KERNELS = "absorbed_forward,fused_forward,absorbed_backward_rows,stream_forward,modulation_forward"
 
 
 def run(*command: str) -> str:
@@ -46,7 +46,7 @@ def test_every_shipped_row(arch: str, bits: str) -> None:
 
 def test_a_new_length_compiles_nothing() -> None:
     counts = json.loads(run(str(Path(__file__).with_name("count_variants.py"))))
-    assert len(counts) == 14
+    assert len(counts) == 16
     for kernel, count in counts.items():
         # Stream kernels run in two modes here; all else is one variant for 20 lengths.
         assert count == (2 if kernel.startswith("stream") else 1), (kernel, count)

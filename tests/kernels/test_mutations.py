@@ -25,6 +25,10 @@ def absorbed(length: int = 21) -> None:
     check_cross("absorbed", F32, sizes=(*CROSS[:3], length, *CROSS[4:]), mask="some")
 
 
+def fused(length: int = 21, queries: int = 3) -> None:
+    check_cross("fused", F32, sizes=(2, 2, queries, length, *CROSS[4:]), mask="some")
+
+
 def projected() -> None:
     check_cross("projected", F32, sizes=(2, 4, 4, 45, 20, 16, 2), mask="some")
 
@@ -44,12 +48,32 @@ def groups() -> None:
 FAULTS: dict[str, tuple[str, str, str, Callable[[], None]]] = {
     "dropped key mask": (
         "absorbed",
-        "    if HAS_MASK:\n        inside = inside &",
-        "    if False:\n        inside = inside &",
+        "s = tl.where(visible[None, :], s *",
+        "s = tl.where(key_ok[None, :], s *",
         absorbed,
     ),
     "scale slip": ("absorbed", "s * (scale * LOG2E), float", "s * (scale * LOG2E * 1.02), float", absorbed),
-    "last key lost": ("absorbed", "    inside = key < length\n", "    inside = key < length - 1\n", absorbed),
+    "last key lost": ("absorbed", "        key_ok = key < length\n", "        key_ok = key < length - 1\n", absorbed),
+    "dropped key mask, fused": ("fused", "s = tl.where(visible, s *", "s = tl.where(key_ok[None, :], s *", fused),
+    "scale slip, fused": ("fused", "s * (scale * LOG2E), float", "s * (scale * LOG2E * 1.02), float", fused),
+    "wrong head's weights": ("fused", "(head * head_width + dim)", "(0 * head_width + dim)", fused),
+    "last chunk of q' lost": ("fused", "range(0, width, BLOCK_C)", "range(0, width - BLOCK_C, BLOCK_C)", fused),
+    "last chunk of O' lost": ("fused", "range(0, width, BLOCK_O)", "range(0, width - 20, BLOCK_O)", fused),
+    "not divided by the sum": ("fused", "* inverse[:, None]", "* 1.0", fused),
+    "second part of the keys is the first": (
+        "fused",
+        "key = part * BLOCK_L + tl.arange",
+        "key = 0 * BLOCK_L + tl.arange",
+        lambda: fused(37),
+    ),
+    "second tile of queries is the first": (
+        "fused",
+        "row = (rest % tiles) * BLOCK_N",
+        "row = 0 * (rest % tiles) * BLOCK_N",
+        lambda: fused(queries=17),
+    ),
+    "group mass over all keys": ("fused", "tl.where(group[None, :], p, 0.0)", "p", fused),
+    "entropy without scores": ("fused", "tl.where(visible, s, 0.0)", "tl.where(visible, 1.0, 0.0)", fused),
     "missing segment in the sum": ("absorbed", "total = total * keep + partial", "total = partial", absorbed),
     "segment not rescaled": ("absorbed", "tl.minimum(maxima[segment] - shift, 0.0)", "maxima[segment] * 0.0", absorbed),
     "last chunk of the width lost": (

@@ -131,7 +131,7 @@ def check_cross(
     biases = [tensor(d, dtype=dtype) if bias else None for _ in range(3)]
     key_mask = masks(batch, length, mask)
     group = (torch.rand(batch, length) > 0.5).to(DEVICE)
-    options = {"num_heads": heads, "key_mask": key_mask, "key_group": group, "return_stats": True, "form": form}
+    options = {"num_heads": heads, "key_mask": key_mask, "key_group": group, "return_stats": True}
 
     def flat(function: Callable[..., reference.HybridAttentionOutput], **more: str) -> Callable[..., list]:
         def call(a, e, x, wq, wk, wv, bq, bk, bv):  # type: ignore[no-untyped-def]
@@ -141,8 +141,9 @@ def check_cross(
         return call
 
     names = ["anchored", "exploratory", "visual", "q_weight", "k_weight", "v_weight", "q_bias", "k_bias", "v_bias"]
-    run = flat(ops.hybrid_cross_attention, backend=backend)
-    compare(names, [a, e, x, *weights, *biases], run, flat(reference.hybrid_cross_attention), 2, strided)
+    run = flat(ops.hybrid_cross_attention, form=form, backend=backend)
+    define = flat(reference.hybrid_cross_attention, form="absorbed" if form == "fused" else form)
+    compare(names, [a, e, x, *weights, *biases], run, define, 2, strided)
 
 
 def check_streams(

@@ -19,7 +19,7 @@ def gate_parameters(image: int, width: int) -> list[reference.GateParameters]:
     return [reference.GateParameters(leaf(4, n), leaf(4), leaf(width, 4), leaf(width)) for n in inputs]
 
 
-def absorbed() -> tuple:
+def absorbed(fused: bool) -> tuple:
     mask = torch.tensor([[True] * 5, [True, False, True, False, True]], device=DEVICE)
     return (
         triton_attention.absorbed_attention,
@@ -31,6 +31,7 @@ def absorbed() -> tuple:
         None,
         2,
         True,
+        fused,
     )
 
 
@@ -57,7 +58,8 @@ def redundancy() -> tuple:
 
 
 OPERATORS: dict[str, Callable[[], tuple]] = {
-    "absorbed": absorbed,
+    "absorbed": lambda: absorbed(False),
+    "fused": lambda: absorbed(True),
     "stream": stream,
     "modulation": modulation,
     "info_nce torch": lambda: info_nce(False),
@@ -92,7 +94,9 @@ def inputs(length: int = 5) -> tuple[tuple, list[torch.Tensor]]:
     return (a, e, x, weights, gates), [a, e, x, *weights, *gates[0], *gates[1]]
 
 
-@pytest.mark.parametrize(("backend", "form"), [("torch", "auto"), ("triton", "absorbed"), ("triton", "projected")])
+@pytest.mark.parametrize(
+    ("backend", "form"), [("torch", "auto"), ("triton", "absorbed"), ("triton", "fused"), ("triton", "projected")]
+)
 def test_fullgraph_compile(backend: str, form: str) -> None:
     torch._dynamo.reset()
     arguments, leaves = inputs()
@@ -110,7 +114,7 @@ def test_autocast_computes_in_the_lower_dtype() -> None:
     (a, e, x, weights, gates), _ = inputs()
     wq, wk, wv = weights
     with torch.autocast(DEVICE, low), ops.use_backend("triton"):
-        for form in ("absorbed", "projected"):
+        for form in ("absorbed", "fused", "projected"):
             out = ops.hybrid_cross_attention(a, e, x, wq, None, wk, None, wv, None, num_heads=2, form=form)
             assert out.anchored.dtype == low
         mod = ops.dual_gated_modulation(out.anchored, out.exploratory, x[:, 0, 0], x[:, 0, 1], x[:, 0], *gates)
@@ -121,6 +125,9 @@ def test_autocast_computes_in_the_lower_dtype() -> None:
 
 CHECKS: dict[str, Callable[[], None]] = {
     "absorbed": lambda: check_cross("absorbed", torch.float32, sizes=(2, 2, 3, 9, 16, 16, 2), mask="some"),
+    "absorbed groups": lambda: check_cross("absorbed", torch.float32, sizes=(2, 2, 3, 37, 16, 16, 2), mask="some"),
+    "fused": lambda: check_cross("fused", torch.float32, sizes=(2, 2, 3, 9, 16, 16, 2), mask="some"),
+    "fused parts": lambda: check_cross("fused", torch.float32, sizes=(2, 2, 3, 37, 16, 16, 2), mask="some"),
     "projected": lambda: check_cross("projected", torch.float32, sizes=(2, 2, 3, 9, 16, 16, 2), mask="some"),
     "streams": lambda: check_streams(torch.float32, lengths=(2, 3, 5), heads=1),
     "modulation": lambda: check_modulation(torch.float32, sizes=(3, 2, 3, 17, 5, 4)),
@@ -151,11 +158,12 @@ def test_poisoned_outputs_are_fully_written(name: str, monkeypatch: pytest.Monke
     assert poisoned
 
 
-def test_two_runs_are_bitwise_equal() -> None:
+@pytest.mark.parametrize("form", ["absorbed", "fused", "projected"])
+def test_two_runs_are_bitwise_equal(form: str) -> None:
     arguments, leaves = inputs(length=37)
     runs = []
     with ops.use_backend("triton"):
         for _ in range(2):
-            loss = model(*arguments, "absorbed")
+            loss = model(*arguments, form)
             runs.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
     assert all(torch.equal(first, second) for first, second in zip(*runs))

@@ -8,7 +8,7 @@ from op_checks import DTYPES, check_cross, check_info_nce, check_modulation, che
 
 from tgq_fast import ops
 
-FORMS = ("absorbed", "projected")
+FORMS = ("absorbed", "fused", "projected")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -100,14 +100,21 @@ def test_info_nce_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     check_info_nce(torch.float32, backend="torch")
 
 
-def test_absorbed_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tgq_fast.ops import triton_attention
+@pytest.mark.parametrize("items", [1, 2])
+def test_absorbed_chunks(items: int) -> None:
+    from tgq_fast.kernels import tiling
 
-    monkeypatch.setattr(triton_attention, "CHUNK_BYTES", 1)  # one item at a time
-    check_cross("absorbed", torch.float32, sizes=(3, 1, 2, 5, 16, 16, 2), mask="some")
+    with tiling.forced("limits", {"chunk_bytes": items * 2 * 3 * 16 * 4}):  # 2 heads, 3 queries, 16 channels
+        check_cross("absorbed", torch.float32, sizes=(3, 1, 2, 5, 16, 16, 2), mask="some")
 
 
-@pytest.mark.parametrize("form", [*FORMS, "auto"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_fused_tiles_and_parts(dtype: torch.dtype) -> None:
+    """Two tiles of queries, three parts of keys, the last of one key; heads wider than the width's chunk."""
+    check_cross("fused", dtype, sizes=(2, 10, 9, 33, 20, 36, 2), mask="some", frozen=True)
+
+
+@pytest.mark.parametrize("form", ["absorbed", "projected", "auto"])
 @pytest.mark.parametrize("mask", [None, "some", "none"])
 @pytest.mark.parametrize("sizes", [(2, 3, 4, 37, 24, 32, 2), (0, 2, 3, 5, 16, 16, 2), (1, 1, 0, 1, 16, 16, 1)], ids=str)
 def test_torch_cross_attention(form: str, mask: str | None, sizes: tuple[int, int, int, int, int, int, int]) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from functools import partial
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -16,14 +17,17 @@ from tgq_fast.ops.dispatch import (
     choose,
     explainer,
     flash_attn_importable,
+    multiprocessors,
     requested_backend,
     triton_reasons,
     wants_grad,
 )
 from tgq_fast.ops.triton_attention import absorbed_attention, stream_attention
-from tgq_fast.reference.attention import AttentionStats, Form, HybridAttentionOutput
+from tgq_fast.reference.attention import AttentionStats, HybridAttentionOutput
 
-__all__ = ["hybrid_cross_attention", "shared_keys_values"]
+__all__ = ["Form", "hybrid_cross_attention", "shared_keys_values"]
+
+Form = Literal["auto", "projected", "absorbed", "fused"]
 
 _OP = "hybrid_cross_attention"
 MAX_HEAD = 256
@@ -59,7 +63,9 @@ def hybrid_cross_attention(
     Arguments and result are those of :func:`tgq_fast.reference.hybrid_cross_attention`; in addition:
 
     Args:
-        form: "auto" (the cost model of :mod:`tgq_fast.ops.cost` decides), "projected" or "absorbed".
+        form: "projected"; "absorbed"; "fused", the absorbed form in one kernel, its products with the key and value
+            weights included (triton only); or "auto": the cost model of :mod:`tgq_fast.ops.cost` decides between the
+            first two, and :mod:`tgq_fast.kernels.fusion` whether the second runs fused.
         keys_values: [B, L, d] keys and values that were projected already (:func:`shared_keys_values`); implies the
             projected form. `k_weight` and `v_weight` are then not used; neither holds a bias.
         backend: "auto", "triton", "flash_attn" or "torch"; None: the one in force, see :mod:`tgq_fast.ops.dispatch`.
@@ -90,16 +96,20 @@ def hybrid_cross_attention(
     head = width // num_heads
     queries = torch.cat((anchored, exploratory), dim=1)  # [B, N, d]
     q = linear(queries, q_weight, q_bias).unflatten(-1, (num_heads, head))  # [B, N, H, dh]
-    if decision.form == "absorbed":
-        run = _absorbed_triton if decision.backend == "triton" else _absorbed
+    if decision.form != "projected":
+        run = _absorbed if decision.backend == "torch" else partial(_absorbed_triton, fused=decision.form == "fused")
         context, stats = run(q, visual, k_weight, v_weight, key_mask, key_group, return_stats)
     else:
         k, v = keys_values or (linear(visual, k_weight), linear(visual, v_weight))
         k, v = (x.unflatten(-1, (num_heads, head)) for x in (k, v))  # [B, L, H, dh]
         context, stats = _PROJECTED[decision.backend](q, k, v, key_mask, key_group, return_stats)
     if v_bias is not None:  # the weights of a row sum to one, or to zero when no key is visible
-        some = visual.shape[1] > 0 if key_mask is None else key_mask.any(dim=1)[:, None, None]
-        context = context + v_bias.to(context.dtype) * some
+        bias = v_bias.to(context.dtype)
+        if key_mask is not None:
+            bias = bias * key_mask.any(dim=1)[:, None, None]
+        elif not visual.shape[1]:
+            bias = bias * 0
+        context = context + bias
     return HybridAttentionOutput(context[:, :num_anchored], context[:, num_anchored:], stats)
 
 
@@ -112,8 +122,8 @@ def _check(anchored: Tensor, exploratory: Tensor, visual: Tensor, num_heads: int
         raise ArgumentError("anchored, exploratory, visual", shapes, "one batch size, and one width for both streams")
     if anchored.shape[2] % num_heads:
         raise ArgumentError("num_heads", num_heads, f"a divisor of the model width {anchored.shape[2]}")
-    if form not in ("auto", "projected", "absorbed"):
-        raise ArgumentError("form", repr(form), "'auto', 'projected' or 'absorbed'")
+    if form not in get_args(Form):
+        raise ArgumentError("form", repr(form), "one of " + ", ".join(map(repr, get_args(Form))))
 
 
 @explainer(_OP)
@@ -138,8 +148,9 @@ def _decide(
 ) -> Decision:
     _check(anchored, exploratory, visual, num_heads, form)
     notes: tuple[str, ...] = ("form asked for by the caller",)
+    open_form = form == "auto"
     if keys_values is not None:
-        if form == "absorbed":
+        if form in ("absorbed", "fused"):
             raise ArgumentError("form", repr(form), "'auto' or 'projected' when keys and values are given")
         form, notes = "projected", ("keys and values were given",)
     elif form == "auto" and requested_backend(backend) == "flash_attn":
@@ -162,15 +173,39 @@ def _decide(
     head = anchored.shape[2] // num_heads
     forced = requested_backend(backend) != "auto"
     reasons = triton_reasons(*tensors, forced=forced)
-    if form == "projected":
+    if form != "absorbed":
         reasons += head_reasons(head, visual.dtype)
     candidates = {
         "triton": reasons,
         "flash_attn": _flash_attn_reasons(visual, head, form, key_mask, return_stats),
-        "torch": (),
+        "torch": ["it has no fused form"] if form == "fused" else [],
     }
     requested, chosen, rejected = choose(_OP, backend, candidates)
+    if open_form and form == "absorbed" and chosen == "triton" and not head_reasons(head, visual.dtype):
+        form, note = _fused(anchored, exploratory, visual, num_heads)
+        notes += note
     return Decision(_OP, requested, chosen, form, rejected, notes)
+
+
+def _fused(anchored: Tensor, exploratory: Tensor, visual: Tensor, num_heads: int) -> tuple[str, tuple[str, ...]]:
+    """Whether an absorbed call runs as one launch, and the figures behind it."""
+    from tgq_fast.kernels.fusion import fusion_cost
+
+    processors, correction = multiprocessors(visual.device)
+    if not processors:
+        return "absorbed", ()
+    cost = fusion_cost(
+        batch=visual.shape[0],
+        queries=anchored.shape[1] + exploratory.shape[1],
+        length=visual.shape[1],
+        visual_width=visual.shape[2],
+        num_heads=num_heads,
+        head=anchored.shape[2] // num_heads,
+        item_size=anchored.element_size(),
+        processors=processors,
+        correction=correction,
+    )
+    return "fused" if cost.fuse else "absorbed", () if torch.compiler.is_compiling() else (str(cost),)
 
 
 def _flash_attn_reasons(visual: Tensor, head: int, form: str, key_mask: Tensor | None, return_stats: bool) -> list[str]:
@@ -244,12 +279,19 @@ _PROJECTED = {"torch": _projected, "triton": _projected_triton, "flash_attn": _p
 
 
 def _absorbed_triton(
-    q: Tensor, visual: Tensor, wk: Tensor, wv: Tensor, key_mask: Tensor | None, key_group: Tensor | None, stats: bool
+    q: Tensor,
+    visual: Tensor,
+    wk: Tensor,
+    wv: Tensor,
+    key_mask: Tensor | None,
+    key_group: Tensor | None,
+    stats: bool,
+    fused: bool,
 ) -> _Context:
     dtype, heads = q.dtype, q.shape[2]
     group = key_group if stats else None
     context, *found = absorbed_attention(
-        q.flatten(2), visual.to(dtype), wk.to(dtype), wv.to(dtype), key_mask, group, heads, stats
+        q.flatten(2), visual.to(dtype), wk.to(dtype), wv.to(dtype), key_mask, group, heads, stats, fused
     )
     return context, _stats(found, group) if stats else None
 

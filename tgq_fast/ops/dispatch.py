@@ -40,7 +40,7 @@ class Decision:
         op: name of the operator.
         requested: the backend asked for ("auto" unless argument, context or environment says otherwise).
         backend: the backend that runs.
-        form: algebraic form, where the operator has several ("projected" or "absorbed").
+        form: where the operator has several: "projected", "absorbed" or "fused" (absorbed, in one kernel).
         rejected: backend → why it cannot run here.
         notes: how the form was chosen and other facts worth knowing.
     """
@@ -102,14 +102,13 @@ def choose(
     Args:
         op: operator name, for messages.
         argument: the call's `backend=`.
-        candidates: backend → reasons why it cannot run (empty: it can), in the order "auto" prefers. The last
-            one must always be able to run.
+        candidates: backend → reasons why it cannot run (empty: it can), in the order "auto" prefers.
 
     Returns:
         requested name, chosen name, rejected backends with their reasons.
 
     Raises:
-        BackendError: a backend was asked for by name and cannot run.
+        BackendError: a backend was asked for by name and cannot run, or none can.
     """
     requested = requested_backend(argument)
     rejected = {name: why for name, why in candidates.items() if why}
@@ -118,6 +117,8 @@ def choose(
         if reasons:
             raise BackendError(op, requested, {requested: reasons})
         return requested, requested, rejected
+    if len(rejected) == len(candidates):
+        raise BackendError(op, requested, rejected)
     chosen = next(name for name, why in candidates.items() if not why)
     for name in candidates:
         if name == chosen:
@@ -188,6 +189,17 @@ def flash_attn_importable() -> bool:
 @torch.compiler.assume_constant_result
 def _capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
+
+
+@torch.compiler.assume_constant_result
+def multiprocessors(device: torch.device) -> tuple[int, float]:
+    """Multiprocessors of a GPU (0: not a GPU), and its correction of the model of :mod:`tgq_fast.kernels.fusion`."""
+    if device.type != "cuda":
+        return 0, 1.0
+    from tgq_fast.kernels.tiling import limit
+
+    count = torch.cuda.get_device_properties(device).multi_processor_count
+    return count, limit("fused_correction", device) or 1.0
 
 
 def wants_grad(*tensors: Tensor | None) -> bool:

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from tgq_fast.errors import ArgumentError
-from tgq_fast.ops.attention import hybrid_cross_attention
+from tgq_fast.ops.attention import Form, hybrid_cross_attention
 from tgq_fast.ops.self_attention import stream_self_attention
-from tgq_fast.reference.attention import Form
 
 __all__ = ["patch", "unpatch"]
 

@@ -1,38 +1,55 @@
 """Attention kernels as torch operators: schema, fake function and autograd of each in one place.
 
-* ``tgq_fast::absorbed_attention``: projected queries and raw visual tokens → context, heads merged. The absorbed
-  queries and pooled tokens exist for one chunk of items at a time and are rebuilt in the backward: training saves
-  nothing larger than the queries.
+* ``tgq_fast::absorbed_attention``: projected queries and raw visual tokens → context, heads merged; in one fused
+  launch, or with absorbed queries and pooled tokens that exist for one chunk of items at a time and are rebuilt in the
+  backward. Training saves nothing larger than the queries.
 * ``tgq_fast::stream_attention``: queries, keys and values per head → context; block structure from lengths.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 __all__ = ["absorbed_attention", "stream_attention"]
 
-# Absorbed queries and pooled tokens of one chunk of items take at most this many bytes each.
-CHUNK_BYTES = 128 * 2**20
+HOST_CHUNK = 128 * 2**20  # under the interpreter
 
 
-def _chunks(batch: int, row_bytes: int) -> Iterator[slice]:
-    step = max(1, CHUNK_BYTES // max(1, row_bytes))
-    for first in range(0, batch, step):
-        yield slice(first, min(first + step, batch))
+def chunk_bytes(device: torch.device) -> int:
+    """How many bytes the absorbed queries of one chunk of items may take, and their pooled tokens as much again.
+
+    A quarter of L2 keeps both buffers and the chunk's tokens in it, which pays only while a CUDA graph records the
+    launches: three of them per chunk take the host longer than such a chunk takes the GPU. Else four times that, when
+    the host is ahead. A tuned table (:mod:`tgq_fast.kernels.tune`) comes before the rule.
+    """
+    from tgq_fast.kernels.tiling import limit
+
+    tuned = limit("chunk_bytes", device)
+    if tuned is not None:
+        return int(tuned)
+    if device.type != "cuda":
+        return HOST_CHUNK
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    return cache // 4 if torch.cuda.is_current_stream_capturing() else cache
+
+
+def _chunks(batch: int, row_bytes: int, device: torch.device) -> tuple[int, list[slice]]:
+    """Items per chunk, and the chunks."""
+    step = max(1, min(batch, chunk_bytes(device) // max(1, row_bytes)))
+    return step, [slice(first, min(first + step, batch)) for first in range(0, batch, step)]
 
 
 def _per_head(x: Tensor, num_heads: int) -> Tensor:
-    """[b, N, d] → [H, b * N, dh]"""
-    return x.unflatten(-1, (num_heads, x.shape[-1] // num_heads)).permute(2, 0, 1, 3).flatten(1, 2)
+    """[B, N, d] → [H, B * N, dh], a view where `x` is contiguous."""
+    return x.reshape(-1, num_heads, x.shape[-1] // num_heads).transpose(0, 1)
 
 
-def _absorb(x: Tensor, weight: Tensor, shape: tuple[int, int]) -> Tensor:
-    """[H, b * N, dh] times [H, dh, dv] → [b, H, N, dv], heads outermost in memory."""
-    return torch.bmm(x, weight).unflatten(1, shape).transpose(0, 1)
+def _per_item(x: Tensor, queries: int) -> Tensor:
+    """[H, b * N, c] → [b, H, N, c]"""
+    return x.unflatten(1, (-1, queries)).transpose(0, 1)
 
 
 def _rows(mask: Tensor | None, items: slice) -> Tensor | None:
@@ -49,37 +66,46 @@ def absorbed_attention(
     key_group: Tensor | None,
     num_heads: int,
     want_stats: bool,
+    fused: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """[B, N, d] projected queries over [B, L, dv] → context [B, N, d]; lse, entropy, group mass [B, H, N] fp32.
 
     Entropy and mass are empty where not asked for. The value bias is the caller's.
     """
-    from tgq_fast.kernels import absorbed
+    from tgq_fast.kernels import absorbed, softmax
+    from tgq_fast.kernels import fused as fused_kernel
 
     batch, queries, width = q.shape
-    head = width // num_heads
+    head, visual_width = width // num_heads, visual.shape[2]
+    scale = head**-0.5
+    if fused:
+        heads = q.unflatten(-1, (num_heads, head))
+        context, *stats = fused_kernel.forward(
+            heads, visual, k_weight, v_weight, key_mask, key_group, scale, want_stats
+        )  # fmt: skip
+        lse, entropy, mass = (stats[0].new_empty(0) if s is None else s for s in stats)
+        return context.flatten(2), lse, entropy, mass
     wk, wv = k_weight.unflatten(0, (num_heads, head)), v_weight.unflatten(0, (num_heads, head))
-    context = q.new_empty(batch, queries, num_heads, head)
-    lse = q.new_empty(batch, num_heads, queries, dtype=torch.float32)
-    entropy = torch.empty_like(lse) if want_stats else lse.new_empty(0)
-    mass = torch.empty_like(lse) if key_group is not None else lse.new_empty(0)
-    for items in _chunks(batch, num_heads * queries * visual.shape[2] * q.element_size()):
-        shape = (items.stop - items.start, queries)
-        absorbed_q = _absorb(_per_head(q[items], num_heads), wk, shape)
-        pooled, lse[items], item_entropy, item_mass = absorbed.forward(
-            absorbed_q, visual[items], _rows(key_mask, items), _rows(key_group, items), head**-0.5, want_stats
-        )
-        if item_entropy is not None:
-            entropy[items] = item_entropy
-        if item_mass is not None:
-            mass[items] = item_mass
-        out = torch.bmm(pooled.transpose(0, 1).flatten(1, 2), wv.transpose(1, 2))  # [H, b * N, dh]
-        context[items] = out.unflatten(1, shape).permute(1, 2, 0, 3)
-    return context.flatten(2), lse, entropy, mass
+    context = torch.empty_like(q, memory_format=torch.contiguous_format)
+    stats = softmax.new_statistics((batch, num_heads, queries), q.device, want_stats, key_group is not None)
+    step, chunks = _chunks(batch, num_heads * queries * visual_width * q.element_size(), q.device)
+    # The same two buffers serve every chunk, so that a chunk finds them in L2.
+    absorbed_q, pooled = (q.new_empty(num_heads, step * queries, visual_width) for _ in range(2))
+    for items in chunks:
+        rows = slice(items.start * queries, items.stop * queries)
+        chunk_q, chunk_pooled = (buffer[:, : rows.stop - rows.start] for buffer in (absorbed_q, pooled))
+        torch.bmm(_per_head(q, num_heads)[:, rows], wk, out=chunk_q)
+        absorbed.forward(
+            _per_item(chunk_q, queries), visual[items], _rows(key_mask, items), _rows(key_group, items), scale,
+            _per_item(chunk_pooled, queries), *(_rows(s, items) for s in stats),
+        )  # fmt: skip
+        torch.bmm(chunk_pooled, wv.transpose(1, 2), out=_per_head(context, num_heads)[:, rows])
+    lse, entropy, mass = (stats[0].new_empty(0) if s is None else s for s in stats)
+    return context, lse, entropy, mass
 
 
 @absorbed_attention.register_fake
-def _(q, visual, k_weight, v_weight, key_mask, key_group, num_heads, want_stats):  # type: ignore[no-untyped-def]
+def _(q, visual, k_weight, v_weight, key_mask, key_group, num_heads, want_stats, fused):  # type: ignore[no-untyped-def]
     lse = q.new_empty(q.shape[0], num_heads, q.shape[1], dtype=torch.float32)
     none = lse.new_empty(0)
     entropy = torch.empty_like(lse) if want_stats else none
@@ -109,36 +135,38 @@ def absorbed_attention_backward(
     head, visual_width = width // num_heads, visual.shape[2]
     scale = head**-0.5
     wk, wv = k_weight.unflatten(0, (num_heads, head)), v_weight.unflatten(0, (num_heads, head))
-    d_q = q.new_empty(batch, queries, num_heads, head)
+    d_q = q.new_empty(batch, queries, width)
     d_visual = visual.new_empty(visual.shape) if need_visual else visual.new_empty(0)
     d_wk, d_wv = (
         weight.new_zeros(num_heads, head, visual_width, dtype=torch.float32) if need else weight.new_empty(0)
         for weight, need in ((k_weight, need_k_weight), (v_weight, need_v_weight))
     )
-    for items in _chunks(batch, num_heads * queries * visual_width * q.element_size()):
-        shape = (items.stop - items.start, queries)
+    step, chunks = _chunks(batch, num_heads * queries * visual_width * q.element_size(), q.device)
+    buffers = [q.new_empty(num_heads, step * queries, visual_width) for _ in range(3)]
+    for items in chunks:
+        rows = slice(items.start * queries, items.stop * queries)
         tokens, mask = visual[items], _rows(key_mask, items)
-        q_heads, g_heads = _per_head(q[items], num_heads), _per_head(d_context[items], num_heads)
-        absorbed_q = _absorb(q_heads, wk, shape)
+        q_heads, g_heads = (_per_head(t, num_heads)[:, rows] for t in (q, d_context))
+        absorbed_q, pooled, d_absorbed = (buffer[:, : rows.stop - rows.start] for buffer in buffers)
+        item_q, item_pooled, item_d = (_per_item(t, queries) for t in (absorbed_q, pooled, d_absorbed))
+        item_lse = lse[items]
+        torch.bmm(q_heads, wk, out=absorbed_q)
         if need_v_weight:
-            pooled = absorbed.forward(absorbed_q, tokens, mask, None, scale, False)[0]
-            d_wv += torch.bmm(g_heads.transpose(1, 2), pooled.transpose(0, 1).flatten(1, 2))
-            del pooled
-        d_pooled = _absorb(g_heads, wv, shape)
+            absorbed.forward(item_q, tokens, mask, None, scale, item_pooled, torch.empty_like(item_lse))
+            d_wv += torch.bmm(g_heads.transpose(1, 2), pooled)
+        torch.bmm(g_heads, wv, out=pooled)  # from here on the gradient of the pooled tokens
         # dO' · O' of a row equals d_context · context of its head, which is dh wide instead of dv.
         product = d_context[items].float() * context[items].float()
         delta = product.unflatten(-1, (num_heads, head)).sum(-1).transpose(1, 2).contiguous()
-        item_lse = lse[items]
-        d_absorbed = absorbed.backward_rows(absorbed_q, tokens, mask, d_pooled, item_lse, delta, scale)
+        absorbed.backward_rows(item_q, tokens, mask, item_pooled, item_lse, delta, scale, item_d)
         if need_visual:
-            d_visual[items] = absorbed.backward_tokens(absorbed_q, tokens, mask, d_pooled, item_lse, delta, scale)
-        d_heads = d_absorbed.transpose(0, 1).flatten(1, 2)  # [H, b * N, dv]
-        d_q[items] = torch.bmm(d_heads, wk.transpose(1, 2)).unflatten(1, shape).permute(1, 2, 0, 3)
+            d_visual[items] = absorbed.backward_tokens(item_q, tokens, mask, item_pooled, item_lse, delta, scale)
+        torch.bmm(d_absorbed, wk.transpose(1, 2), out=_per_head(d_q, num_heads)[:, rows])
         if need_k_weight:
-            d_wk += torch.bmm(q_heads.transpose(1, 2), d_heads)
+            d_wk += torch.bmm(q_heads.transpose(1, 2), d_absorbed)
     d_wk = d_wk.view(k_weight.shape).to(k_weight.dtype) if need_k_weight else d_wk
     d_wv = d_wv.view(v_weight.shape).to(v_weight.dtype) if need_v_weight else d_wv
-    return d_q.flatten(2), d_visual, d_wk, d_wv
+    return d_q, d_visual, d_wk, d_wv
 
 
 @absorbed_attention_backward.register_fake
@@ -148,7 +176,7 @@ def _(d_context, q, visual, k_weight, v_weight, key_mask, context, lse, num_head
 
 
 def _absorbed_setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    q, visual, k_weight, v_weight, key_mask, _, num_heads, _ = inputs
+    q, visual, k_weight, v_weight, key_mask, _, num_heads, *_ = inputs
     context, lse, entropy, mass = output
     ctx.mark_non_differentiable(lse, entropy, mass)
     ctx.set_materialize_grads(False)
@@ -158,13 +186,13 @@ def _absorbed_setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
 
 def _absorbed_backward(ctx, d_context, *_):  # type: ignore[no-untyped-def]
     if d_context is None:
-        return (None,) * 8
+        return (None,) * 9
     q, visual, k_weight, v_weight, key_mask, context, lse = ctx.saved_tensors
     needs = ctx.needs_input_grad
     grads = absorbed_attention_backward(
         d_context, q, visual, k_weight, v_weight, key_mask, context, lse, ctx.num_heads, needs[1], needs[2], needs[3]
     )
-    return (*(g if need else None for g, need in zip(grads, needs)), None, None, None, None)
+    return (*(g if need else None for g, need in zip(grads, needs)), *(None,) * 5)
 
 
 absorbed_attention.register_autograd(_absorbed_backward, setup_context=_absorbed_setup)
