@@ -1,5 +1,6 @@
 # make demo [CATALOG=folder]   train, embed, search and evaluate on the embedded or your own catalogue
-# make test                    build, ruff, mypy, C++ unit tests, pytest
+# make test                    build, ruff, mypy, C++ unit tests, the same under sanitizers, pytest
+# make sanitize                the C++ unit tests under AddressSanitizer, UBSan and ThreadSanitizer only
 # make lint                    ruff and mypy only
 #
 # Every target sets up what it needs in $(VENV) first. Variables:
@@ -32,7 +33,7 @@ NATIVE := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f 2>/de
 export TOKENIZERS_PARALLELISM := false
 export PATH := $(BIN):$(PATH)
 
-.PHONY: demo test lint setup ctest clean
+.PHONY: demo test lint setup ctest sanitize clean
 .DEFAULT_GOAL := test
 
 setup: $(VENV)/.tgq-built
@@ -71,9 +72,18 @@ lint: setup
 ctest: setup
 	cmake -S . -B build/ctest -G Ninja -DTGQ_BUILD_TESTS=ON -DCMAKE_BUILD_TYPE=Release --log-level=WARNING
 	cmake --build build/ctest -j 2
-	ctest --test-dir build/ctest --output-on-failure
+	ctest --test-dir build/ctest -j 2 --output-on-failure
 
-test: lint ctest
+SANITIZERS := address,undefined thread
+
+sanitize: setup
+	for kind in $(SANITIZERS); do \
+	  cmake -S . -B build/sanitize-$${kind%%,*} -G Ninja -DTGQ_BUILD_TESTS=ON -DTGQ_SANITIZE=$$kind --log-level=WARNING; \
+	  cmake --build build/sanitize-$${kind%%,*} -j 2; \
+	  ctest --test-dir build/sanitize-$${kind%%,*} -j 2 --output-on-failure; \
+	done
+
+test: lint ctest sanitize
 	$(PY) -m pytest -q $(PYTEST_ARGS)
 
 clean:
