@@ -75,6 +75,24 @@ def _fits(row: dict[str, int], sizes: dict[str, int]) -> bool:
     return all(sizes[key.removeprefix("max_")] <= bound for key, bound in row.items() if key.startswith("max_"))
 
 
+def first_fit(rows: list[dict[str, int]], sizes: dict[str, int]) -> int:
+    """Place of the first row all of whose bounds hold, of the last where none fits."""
+    return next((place for place, row in enumerate(rows) if _fits(row, sizes)), len(rows) - 1)
+
+
+def rows(kernel: str, names: tuple[str, ...], bits: int) -> list[dict[str, int]]:
+    """All rows of a kernel in the first of these tables (or in that of the nearest architecture) that has it.
+
+    Raises:
+        KeyError: none has.
+    """
+    for name in (*names, _nearest(names[-1])) if names[-1].startswith("sm_") else names:
+        found: list[dict[str, int]] = (table(name) or {}).get("kernels", {}).get(kernel, {}).get(str(bits), [])
+        if found:
+            return found
+    raise KeyError(f"no tiles for {kernel} ({bits} bit) in tables {names}")
+
+
 def pick(kernel: str, names: tuple[str, ...], bits: int, **sizes: int) -> dict[str, int]:
     """Launch options of one kernel: block sizes plus num_warps and num_stages.
 
@@ -86,16 +104,8 @@ def pick(kernel: str, names: tuple[str, ...], bits: int, **sizes: int) -> dict[s
     """
     if kernel in _forced:
         return _forced[kernel]
-    for name in (*names, _nearest(names[-1])) if names[-1].startswith("sm_") else names:
-        found = (table(name) or {}).get("kernels", {}).get(kernel, {}).get(str(bits))
-        if not found:
-            continue
-        fitting = [row for row in found if _fits(row, sizes)]
-        if not fitting and name != names[-1]:
-            continue  # a measured table may hold some shape classes only
-        row = fitting[0] if fitting else found[-1]
-        return {key: value for key, value in row.items() if not key.startswith("max_")}
-    raise KeyError(f"no tiles for {kernel} ({bits} bit) in tables {names}")
+    found = rows(kernel, names, bits)
+    return {key: value for key, value in found[first_fit(found, sizes)].items() if not key.startswith("max_")}
 
 
 def _names(device: torch.device) -> tuple[str, ...]:
@@ -111,8 +121,8 @@ def limit(name: str, device: torch.device) -> float | None:
     """A number that tuning found for a device, None where the rule in its place decides.
 
     Args:
-        name: "chunk_bytes" (:func:`tgq_fast.ops.triton_attention.chunk_bytes`) or "fused_correction"
-            (:func:`tgq_fast.kernels.fusion.fusion_cost`).
+        name: "chunk_bytes" or "graph_chunk_bytes" (:func:`tgq_fast.ops.triton_attention.chunk_bytes`), or
+            "fused_correction" (:func:`tgq_fast.kernels.fusion.fusion_cost`).
     """
     for limits in (_forced.get("limits", {}), *((table(n) or {}).get("limits", {}) for n in _names(device))):
         if name in limits:

@@ -272,7 +272,7 @@ def test_import_turns_a_download_into_a_catalogue(tmp_path: Path) -> None:
 
 
 def test_every_verb_has_help_with_an_example() -> None:
-    for verb in ("validate", "train", "embed", "search", "evaluate", "report", "import", "doctor"):
+    for verb in ("validate", "train", "embed", "search", "evaluate", "report", "import", "tune", "doctor"):
         assert f"tgq-fast {verb}" in " ".join(call(verb, "--help").stdout.split())
 
 
@@ -280,6 +280,26 @@ def test_help_loads_neither_torch_nor_transformers() -> None:
     code = "import sys; from tgq_fast import cli; print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_tune_without_a_gpu_says_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    result = call("tune", "--out", tmp_path / "tiles", code=2)
+    assert "no CUDA device" in result.stderr.replace("\n", " ") and not (tmp_path / "tiles").exists()
+
+
+def test_tune_prints_what_was_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tgq_fast.ops import tuning
+
+    def run(out: Path, *, only: str, budget_s: float) -> dict:
+        return {"table": out / "gpu.json", "gpu": "a gpu", "timed": {f"{only} 16": budget_s}}
+
+    monkeypatch.setattr(tuning, "tune", run)
+    options = ("tune", "--out", tmp_path, "--only", "fused*", "--budget-s", "5")
+    assert json.loads(call(*options, "--json").stdout)["timed"] == {"fused* 16": 5.0}
+    assert "fused* 16" in call(*options).stdout
 
 
 def test_doctor_reports_backends_with_reasons() -> None:

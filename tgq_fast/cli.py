@@ -367,6 +367,28 @@ def import_(
 
 @app.command()
 @guarded
+def tune(
+    out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Folder of the table.")] = Path("tiles"),
+    only: Annotated[str, typer.Option(metavar="GLOB", help="Kernels to tune; 'limits' for chunks and fusion.")] = "*",
+    budget_s: Annotated[float, typer.Option("--budget-s", min=1, help="Begin nothing after so many seconds.")] = 600.0,
+    as_json: Json = False,
+) -> None:
+    """Time the kernels' tiles on this GPU and write the table that TGQ_TILES=FOLDER uses; run it again to go on.
+
+    Example: tgq-fast tune --out tiles --only 'absorbed*' --budget-s 300
+    """
+    from tgq_fast.ops.tuning import tune as run
+
+    found = run(out, only=only, budget_s=budget_s)
+    if as_json:
+        console.print_json(found)
+    else:
+        console.table(str(found["gpu"]), ("", "ms or value"), [(name, _short(v)) for name, v in found["timed"].items()])
+        console.note(f"{found['table']}: TGQ_TILES={out} uses it" if found["timed"] else "nothing was tuned")
+
+
+@app.command()
+@guarded
 def doctor(as_json: Json = False) -> None:
     """Versions, backends with reasons, build facts, and a smoke test of each backend.
 

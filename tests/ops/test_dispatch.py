@@ -103,12 +103,58 @@ def test_cost_model_orders_the_known_cases() -> None:
     assert frozen.absorbed / frozen.projected > learned.absorbed / learned.projected
 
 
+def test_fusion_is_for_small_calls() -> None:
+    from tgq_fast.kernels.fusion import fusion_cost, parts
+
+    paper = {"queries": 16, "length": 197, "visual_width": 768, "num_heads": 12, "head": 64, "item_size": 2}
+    siglip = {"queries": 16, "length": 729, "visual_width": 1152, "num_heads": 16, "head": 72, "item_size": 2}
+    for shape, fused, separate in ((paper, 8, 16), (siglip, 2, 8)):
+        assert fusion_cost(batch=fused, processors=132, **shape).fuse
+        assert not fusion_cost(batch=separate, processors=132, **shape).fuse
+    assert not fusion_cost(batch=1, processors=132, correction=5.0, **paper).fuse
+    assert parts(12, 197, 132) == 4  # no part below 64 keys
+    assert parts(96, 197, 132) == 1  # the heads alone fill the multiprocessors
+    assert parts(10**4, 729, 132) == 3  # no part above 256 keys
+    assert parts(1, 0, 132) == 1
+
+
+def test_explain_says_whether_a_call_is_fused_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tgq_fast.ops import attention
+
+    monkeypatch.setattr(attention, "triton_reasons", lambda *tensors, forced: [])
+    monkeypatch.setattr(attention, "multiprocessors", lambda device: (132, 1.0))
+
+    def call(batch: int, **options) -> dispatch.Decision:  # type: ignore[no-untyped-def]
+        d, dv = torch.empty(768, 768), torch.empty(768, 768)
+        a, x = torch.empty(1, 16, 768).expand(batch, -1, -1), torch.empty(1, 197, 768).expand(batch, -1, -1)
+        return ops.explain(
+            "hybrid_cross_attention", a, a[:, :0], x, d, None, dv, None, dv, None, num_heads=12, **options
+        )
+
+    small, large = call(1), call(1024)
+    assert (small.form, large.form) == ("fused", "absorbed")
+    assert "us fused" in str(small) and "us fused" in str(large)
+    assert call(1, form="absorbed").form == "absorbed" and call(1024, form="fused").form == "fused"
+
+
+def test_fused_form_needs_its_kernel() -> None:
+    with pytest.raises(BackendError, match="no fused form"):
+        ops.hybrid_cross_attention(*cross_arguments(), num_heads=2, form="fused", backend="torch")
+    with pytest.raises(BackendError, match=r"head.*no fused form"):
+        weights = [torch.randn(600, n) for n in (600, 12, 12)]
+        a, x = torch.randn(2, 4, 600), torch.randn(2, 9, 12)
+        ops.hybrid_cross_attention(
+            a, a[:, :0], x, weights[0], None, weights[1], None, weights[2], None, num_heads=2, form="fused"
+        )
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"num_heads": 3}, "num_heads"),
         ({"form": "fast"}, "form"),
         ({"form": "absorbed", "keys_values": (torch.zeros(2, 9, 16),) * 2}, "form"),
+        ({"form": "fused", "keys_values": (torch.zeros(2, 9, 16),) * 2}, "form"),
     ],
 )
 def test_bad_arguments(change: dict, message: str) -> None:

@@ -22,18 +22,19 @@ def chunk_bytes(device: torch.device) -> int:
     """How many bytes the absorbed queries of one chunk of items may take, and their pooled tokens as much again.
 
     A quarter of L2 keeps both buffers and the chunk's tokens in it, which pays only while a CUDA graph records the
-    launches: three of them per chunk take the host longer than such a chunk takes the GPU. Else four times that, when
-    the host is ahead. A tuned table (:mod:`tgq_fast.kernels.tune`) comes before the rule.
+    launches: three of them per chunk take the host longer than such a chunk takes the GPU. Else it is four times that,
+    which lets the host run ahead. A tuned table (:mod:`tgq_fast.kernels.tune`) comes before the rule.
     """
     from tgq_fast.kernels.tiling import limit
 
-    tuned = limit("chunk_bytes", device)
+    recording = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    tuned = limit("graph_chunk_bytes" if recording else "chunk_bytes", device)
     if tuned is not None:
         return int(tuned)
     if device.type != "cuda":
         return HOST_CHUNK
     cache = torch.cuda.get_device_properties(device).L2_cache_size
-    return cache // 4 if torch.cuda.is_current_stream_capturing() else cache
+    return cache // 4 if recording else cache
 
 
 def _chunks(batch: int, row_bytes: int, device: torch.device) -> tuple[int, list[slice]]:
