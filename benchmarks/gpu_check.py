@@ -1,9 +1,9 @@
 """``python -m benchmarks.gpu_check``: everything that only a GPU can show, in one command and one result file.
 
 Builds the extension, runs the GPU tests, the compute sanitizer (memcheck, racecheck) over small shapes, then the
-benchmark registry. Every step has a share of the time budget; the result file is rewritten after each step and each
-benchmark case, so a time-out loses one of them. Needs no network, and no package beyond torch, numpy, pytest and the
-build tools.
+benchmark registry, and tunes chunk sizes and tiles in the time that is left, into a folder beside the result. Every
+step has a share of the time budget; the result file is rewritten after each step and each benchmark case, so a
+time-out loses one of them. Needs no network, and no package beyond torch, numpy, pytest and the build tools.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from benchmarks.results import Results
 from benchmarks.steps import run_step
 from benchmarks.targets import best_peer, outcomes
 
-STEPS = ("build", "tests", "memcheck", "racecheck", "registry")
+STEPS = ("build", "tests", "memcheck", "racecheck", "registry", "tune")
 # Share of the whole budget that a step may take, and what must be left for the steps after it.
-_SHARE = {"build": 0.4, "tests": 0.25, "memcheck": 0.15, "racecheck": 0.15, "registry": 1.0}
-_KEPT_FOR_REGISTRY = 0.35
+_SHARE = {"build": 0.4, "tests": 0.25, "memcheck": 0.15, "racecheck": 0.15, "registry": 1.0, "tune": 1.0}
+_KEPT = {"registry": 0.35, "tune": 0.1}
 _FAILURE_CODE = "86"
 
 
@@ -54,8 +54,9 @@ class Check:
         return self.budget_s - (time.monotonic() - self.begin)
 
     def limit(self, step: str) -> float:
-        kept = 0.0 if step == "registry" or "registry" not in self.only else _KEPT_FOR_REGISTRY * self.budget_s
-        return max(1.0, min(_SHARE[step] * self.budget_s, self.left() - kept))
+        later = STEPS[STEPS.index(step) + 1 :]
+        kept = sum(share for name, share in _KEPT.items() if name in later and name in self.only)
+        return max(1.0, min(_SHARE[step] * self.budget_s, self.left() - kept * self.budget_s))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -206,12 +207,22 @@ def _registry(check: Check) -> dict[str, Any]:
     return run_step("registry", command, limit_s=limit)
 
 
+def _tune(check: Check) -> dict[str, Any]:
+    limit = check.limit("tune")
+    code = "from pathlib import Path; from tgq_fast.ops.tuning import tune"
+    if not check.dry:
+        folder, budget = str(check.path.resolve().parent / "tiles"), max(1.0, limit - 10)
+        code += f"; print(tune(Path({folder!r}), budget_s={budget}))"
+    return run_step("tune", [sys.executable, "-c", code], limit_s=limit)
+
+
 _RUNNERS: dict[str, Callable[[Check], dict[str, Any]]] = {
     "build": _build,
     "tests": _tests,
     "memcheck": _sanitizer("memcheck"),
     "racecheck": _sanitizer("racecheck"),
     "registry": _registry,
+    "tune": _tune,
 }
 
 

@@ -108,6 +108,46 @@ def _ours_named(name: str, heads: int, form: str, backend: str | None) -> Candid
     )
 
 
+class _Graphed:
+    """A function of named tensors as the replay of a CUDA graph, one per input set; the first call records it."""
+
+    def __init__(self, function: Function) -> None:
+        self.function = function
+        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, dict[str, Tensor]]] = {}
+
+    def __call__(self, t: dict[str, Tensor]) -> dict[str, Tensor]:
+        place = t["visual"].data_ptr()
+        if place not in self.graphs:
+            self.function(t)  # compiles
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                out = self.function(t)
+            self.graphs[place] = graph, out
+        graph, out = self.graphs[place]
+        graph.replay()
+        return out
+
+
+def _with_chunks(t: dict[str, Tensor], *, heads: int, size: int) -> dict[str, Tensor]:
+    from tgq_fast.kernels import tiling
+
+    with tiling.forced("limits", {"chunk_bytes": size, "graph_chunk_bytes": size}):
+        return _ours(t, heads=heads, form="absorbed", backend="triton")
+
+
+def chunk_candidates(heads: int) -> list[Candidate]:
+    """The absorbed form with its own chunk size and with others, launched one by one and from a CUDA graph."""
+    named: dict[str, Function] = {"": partial(_ours, heads=heads, form="absorbed", backend="triton")}
+    for mib in (8, 12, 16, 24, 32, 48, 64, 128):
+        named[f", chunks of {mib} MiB"] = partial(_with_chunks, heads=heads, size=mib * 2**20)
+    found = [Candidate("reference", "reference", partial(_reference, heads=heads, form="absorbed"))]
+    for name, function in named.items():
+        found.append(Candidate(f"tgq_fast{name}", "ours", function))
+        found.append(Candidate(f"tgq_fast{name}, graph", "ours", _Graphed(function)))
+    return found
+
+
 def candidates(heads: int, device: str, *, compiled: bool) -> list[Candidate]:
     """Our forms and backends, the reference, and every library route over projected tokens."""
     eager: Function = partial(_reference, heads=heads, form="projected")
@@ -119,6 +159,7 @@ def candidates(heads: int, device: str, *, compiled: bool) -> list[Candidate]:
             for form in ("absorbed", "projected")
             for backend in ("triton", "torch")
         ]
+        found.append(_ours_named("tgq_fast fused triton", heads, "fused", "triton"))
     else:
         found += [_ours_named(f"tgq_fast {form}", heads, form, "torch") for form in ("absorbed", "projected")]
     found += [Candidate("reference", "reference", eager), Candidate("projected + SDPA", "peer", library)]
@@ -163,14 +204,14 @@ def least_work(sizes: dict[str, Any], direction: str, item: int) -> Work:
     }[direction]
 
 
-def _build(case: Case, sizes: dict[str, Any], setting: Setting, *, compiled: bool) -> Workload:
+def _build(case: Case, sizes: dict[str, Any], setting: Setting, *, compiled: bool, chunks: bool = False) -> Workload:
     dtype = dtype_of(case)
     heads = sizes["H"]
     return tensor_workload(
         case,
         setting,
         make=lambda generator: _inputs(sizes, dtype, setting.device, generator),
-        candidates=candidates(heads, setting.device, compiled=compiled),
+        candidates=chunk_candidates(heads) if chunks else candidates(heads, setting.device, compiled=compiled),
         references=[partial(_reference, heads=heads, form=form) for form in ("projected", "absorbed")],
         wrt=("anchored", "exploratory", *_WEIGHTS),
         weights=_WEIGHTS,
@@ -193,6 +234,7 @@ def _register(
     *,
     priority: int,
     compiled: bool = False,
+    chunks: bool = False,
 ) -> None:
     for dtype in dtypes:
         for direction in directions:
@@ -205,17 +247,21 @@ def _register(
                     shape,
                     _TINY,
                     frozenset({device}),
-                    partial(_build, compiled=compiled),
+                    partial(_build, compiled=compiled, chunks=chunks),
                     priority,
                 )
             )
 
 
+# First what no peer decides: which of our own forms and sizes is right.
+_register("paper-b1", {"B": 1, **_PAPER}, ("bfloat16",), ("forward",), "cuda", priority=0)
+_register("paper-b8", {"B": 8, **_PAPER}, ("bfloat16",), ("forward",), "cuda", priority=0)
+_register("chunks-b1024", {"B": 1024, **_PAPER}, ("bfloat16",), ("forward",), "cuda", priority=0, chunks=True)
 _register("paper-b1024", {"B": 1024, **_PAPER}, ("bfloat16",), ("forward", "full"), "cuda", priority=1, compiled=True)
 _register("siglip-b256", {"B": 256, **_SIGLIP}, ("bfloat16",), ("forward", "full"), "cuda", priority=2, compiled=True)
 _register("wide-b256", {"B": 256, **_WIDE}, ("bfloat16",), ("forward", "full"), "cuda", priority=3)
-_register("paper-b1", {"B": 1, **_PAPER}, ("bfloat16",), ("forward",), "cuda", priority=3)
-_register("paper-b8", {"B": 8, **_PAPER}, ("bfloat16",), ("forward",), "cuda", priority=3)
+_register("siglip-b1", {"B": 1, **_SIGLIP}, ("bfloat16",), ("forward",), "cuda", priority=2)
+_register("paper-b32", {"B": 32, **_PAPER}, ("bfloat16",), ("forward",), "cuda", priority=3)
 _register("paper-b1024-more", {"B": 1024, **_PAPER}, ("float16",), ("forward",), "cuda", priority=6)
 _register("paper-b1024-more", {"B": 1024, **_PAPER}, ("bfloat16",), ("backward",), "cuda", priority=6)
 _register("paper-b256-fp32", {"B": 256, **_PAPER}, ("float32",), ("forward",), "cuda", priority=6)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -55,6 +57,30 @@ def test_names_are_unique() -> None:
         register(cases()[0])
 
 
+def test_chunk_sizes_are_variants_of_one_result() -> None:
+    import torch
+
+    from benchmarks.cases import attention
+
+    torch.manual_seed(0)
+    sizes = {"B": 3, "N": 4, "L": 9, "d": 16, "dv": 12}
+    tensors = attention._inputs(sizes, torch.float32, "cpu", torch.Generator().manual_seed(0))
+    known = attention._reference(tensors, heads=2, form="absorbed")
+    by_name = {candidate.name: candidate.function for candidate in attention.chunk_candidates(2)}
+    assert sum(name.endswith("graph") for name in by_name) == len(by_name) // 2
+    for name in ("tgq_fast", "tgq_fast, chunks of 8 MiB"):
+        found = by_name[name](tensors)
+        torch.testing.assert_close(found["exploratory"], known["exploratory"])
+
+
+def test_time_is_kept_for_the_steps_to_come() -> None:
+    check = gpu_check.Check(Path(), 400.0, gpu_check.STEPS, (), True, 0.0, False, time.monotonic())
+    assert check.limit("tests") == pytest.approx(100)
+    assert check.limit("registry") == pytest.approx(360, abs=1)  # a tenth is for tuning
+    late = dataclasses.replace(check, begin=time.monotonic() - 380)
+    assert late.limit("memcheck") == 1 and late.limit("tune") == pytest.approx(20, abs=1)
+
+
 def test_wrong_usage_is_an_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
     assert run.main(["--case", "nothing"]) == 2
     assert "no case matches" in capsys.readouterr().err
@@ -79,7 +105,7 @@ def test_steps_end_at_their_limit() -> None:
 
 def test_gpu_check_dry_run_writes_one_result_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "check.json"
-    arguments = ["--dry-run", "--only", "build,memcheck,registry", "--case", "redundancy/b4096/*/forward"]
+    arguments = ["--dry-run", "--only", "build,memcheck,registry,tune", "--case", "redundancy/b4096/*/forward"]
     assert gpu_check.main([*arguments, "--threads", "1", "--budget-s", "100000", "--json", str(path)]) == 0
     found = json.loads(path.read_text())
     assert found["complete"] is True and found["environment"]["tiny"] is True
@@ -87,6 +113,7 @@ def test_gpu_check_dry_run_writes_one_result_file(tmp_path: Path, capsys: pytest
         ("build", "ok"),
         ("memcheck", "ok"),
         ("registry", "ok"),
+        ("tune", "ok"),
     ]
     assert {row["variant"] for row in found["rows"]} == {"tgq_fast", "reference"}
     assert all("median_ms" in row for row in found["rows"]) and found["ceilings"]["copy_bytes_s"] > 0
