@@ -25,6 +25,7 @@ inline CudaRequest cuda_request(const Matrix& queries, const Matrix& pool, std::
   for (const auto& [key, value] : options) {
     const std::string name = pybind11::str(key);
     if (name == "engine") tuning.engine = static_cast<Engine>(value.cast<int>());
+    else if (name == "hopper_tile") tuning.hopper_tile = static_cast<HopperTile>(value.cast<int>());
     else if (name == "sample_stride") tuning.sample_stride = value.cast<std::int64_t>();
     else if (name == "first_rows") tuning.first_rows = value.cast<std::int64_t>();
     else if (name == "chunk_rows") tuning.chunk_rows = value.cast<std::int64_t>();

@@ -159,7 +159,7 @@ TGQ_HD void prepare_rows(Team& team, const Job& job, const Phase& phase, std::ui
 #pragma unroll 8
 #endif
     for (std::uint32_t row = 0; row < kBoundRows; ++row) most = fmaxf(most, bounds[row * kRowParts]);
-    (which == 0 ? job.tile_norm : job.tile_error)[tile] = most;
+    (which == 0 ? job.tile_norm : job.tile_error)[phase.first_tile + tile] = most;
   });
 }
 
@@ -278,13 +278,16 @@ TGQ_HD void finish(Team& team, const Job& job, std::uint32_t q, SelectScratch& s
 // The rows of a phase as the filter takes them.
 inline FilterJob filter_job(const Job& job, const Phase& phase) {
   FilterJob filter{};
+  filter.shadow = job.shadow;
+  filter.dtype = job.row_shadow != nullptr ? job.shadow : job.pool.dtype;
   filter.queries = job.query_shadow;
   filter.query_stride = job.depth;
   if (job.row_shadow != nullptr) {
     filter.rows = job.row_shadow;
     filter.row_stride = job.depth;
   } else {
-    filter.rows = static_cast<const std::uint16_t*>(job.pool.data) + phase.first * job.pool.row_stride;
+    const std::int64_t element = job.pool.dtype == DType::f32 ? 4 : 2;
+    filter.rows = static_cast<const char*>(job.pool.data) + phase.first * job.pool.row_stride * element;
     filter.row_stride = job.pool.row_stride * phase.step;
   }
   filter.num_queries = job.num_queries;
@@ -295,8 +298,10 @@ inline FilterJob filter_job(const Job& job, const Phase& phase) {
   filter.floor_score = job.floor_score;
   filter.slope = job.slope;
   filter.lift = job.lift;
-  filter.tile_norm = job.tile_norm;
-  filter.tile_error = job.tile_error;
+  if (job.tile_norm != nullptr) {
+    filter.tile_norm = job.tile_norm + phase.first_tile;
+    filter.tile_error = job.tile_error + phase.first_tile;
+  }
   filter.absolute = job.margin.absolute;
   filter.hit_count = job.hit_count;
   filter.hits = job.hits;
@@ -319,8 +324,9 @@ int run(Device& device, const Plan& plan, const CudaRequest& request) {
     job.indices = request.rows + begin * request.k;
     if (const int error = device.prepare_queries(job)) return error;
     for (const Phase& phase : plan.phases) {
-      if (const int error = device.prepare_rows(job, phase)) return error;
-      if (const int error = device.filter(filter_job(job, phase), job.shadow)) return error;
+      if (job.tile_norm != nullptr && (begin == 0 || !plan.keep_bounds))
+        if (const int error = device.prepare_rows(job, phase)) return error;
+      if (const int error = device.filter(filter_job(job, phase))) return error;
       if (const int error = device.rescore(job)) return error;
       if (const int error = device.merge(job, phase)) return error;
     }

@@ -12,9 +12,14 @@ namespace tgq::cuda {
 
 constexpr std::uint32_t kBoundRows = 128;  // rows that share one bound of their norms: the width of a filter tile
 
-// Scores of 16-bit queries [num_queries, depth] against 16-bit rows [num_rows, depth]. Row i stands for pool row
-// first_row + i * row_step. Rows that reach their query's threshold are appended to its hits.
+// Most queries of one launch of the skinny filter.
+constexpr std::int64_t kSkinnyQueries = 32;
+
+// Scores of 16-bit queries [num_queries, depth] against rows [num_rows, depth]. Row i stands for pool row first_row +
+// i * row_step. Rows that reach their query's threshold are appended to its hits.
 struct FilterJob {
+  DType shadow;  // of the queries, and what is multiplied
+  DType dtype;   // of the rows: the skinny filter rounds them itself, to the others they come rounded
   const void* queries;
   const void* rows;
   std::int64_t query_stride;  // elements, a multiple of 8; memory is 16-byte aligned
@@ -22,7 +27,7 @@ struct FilterJob {
   std::uint32_t num_queries, num_rows, depth;  // depth: a multiple of 8
   std::uint32_t first_row, row_step;
   const float *floor_score, *slope, *lift;  // [num_queries]
-  const float *tile_norm, *tile_error;      // [num_rows / kBoundRows, rounded up]
+  const float *tile_norm, *tile_error;      // [num_rows / kBoundRows, rounded up]; null: bounded by the filter itself
   float absolute;
   std::uint32_t* hit_count;  // [num_queries]; counts on beyond the capacity: nothing is lost unnoticed
   Key* hits;                 // [num_queries, hit_capacity], pool rows until they are rescored
@@ -47,8 +52,10 @@ __device__ inline void append_hit(const FilterJob& job, std::uint32_t query, std
 #endif
 
 // Runs a filter on `stream`; returns the first CUDA error, as an integer, 0 when there is none.
-int launch_portable_filter(const FilterJob& job, DType dtype, void* stream);
+int launch_portable_filter(const FilterJob& job, void* stream);
+// For few queries, and rows that are 16-byte aligned and a multiple of 8 long.
+int launch_skinny_filter(const FilterJob& job, int multiprocessors, void* stream);
 // TMA and wgmma; only where built for sm_90a.
-int launch_hopper_filter(const FilterJob& job, DType dtype, int multiprocessors, void* stream);
+int launch_hopper_filter(const FilterJob& job, HopperTile tile, int multiprocessors, void* stream);
 
 }  // namespace tgq::cuda

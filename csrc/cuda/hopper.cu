@@ -1,5 +1,5 @@
-// The filter on Hopper: CUTLASS' collective mainloop (TMA and wgmma, warp-specialised, two consumer warpgroups in turn)
-// with the threshold test as its epilogue. One warpgroup tests its scores while the other multiplies.
+// The filter on Hopper: CUTLASS' collective mainloop (TMA and wgmma, warp-specialised, two consumer warpgroups) with the
+// threshold test as its epilogue. Where the warpgroups take tiles in turn, one tests its scores while the other multiplies.
 #include <cute/tensor.hpp>
 #include <cutlass/cutlass.h>
 #include <cutlass/epilogue/collective/detail.hpp>
@@ -66,17 +66,19 @@ class ThresholdEpilogue {
                                  const cute::Tensor<Engine, Layout>& scores, TiledMma tiled_mma, Residue, int thread,
                                  char*) {
     using namespace cute;
-    static_assert(get<1>(TileShape{}) == kBoundRows, "one bound of the norms per tile");
+    constexpr int kColumns = get<1>(TileShape{}), kBounds = kColumns / static_cast<int>(kBoundRows);
+    static_assert(kColumns == kBounds * static_cast<int>(kBoundRows), "whole bounds of the norms per tile");
     const auto m_tile = static_cast<std::uint32_t>(get<0>(tile_coord));
     const auto n_tile = static_cast<std::uint32_t>(get<1>(tile_coord));
     const std::uint32_t first_query = m_tile * static_cast<std::uint32_t>(get<0>(TileShape{}));
-    const std::uint32_t first_index = n_tile * kBoundRows;
+    const std::uint32_t first_index = n_tile * kColumns;
     if (first_query >= job_.num_queries || first_index >= job_.num_rows) return;  // a cluster's tile beyond the edge
     // Coordinates within the tile of this thread's scores, laid out as the scores: ((2, 2, N/8), M/64, 1).
     const Tensor identity = make_identity_tensor(take<0, 2>(tile_shape));
     const Tensor where = tiled_mma.get_thread_slice(thread).partition_C(identity);
     static_assert(size<0, 0>(Layout{}) == 2 && size<0, 1>(Layout{}) == 2 && size<2>(Layout{}) == 1);
-    static_assert(size<0, 2>(Layout{}) * 8 == kBoundRows, "32 scores of a query per thread");
+    static_assert(size<0, 2>(Layout{}) * 8 == kColumns, "a quarter of a query's scores per thread");
+    constexpr int kEach = static_cast<int>(kBoundRows) / 8;  // pairs of scores of a query that share a bound
     const auto first_column = static_cast<std::uint32_t>(get<1>(where(_0{})));
     CUTLASS_PRAGMA_UNROLL
     for (int m = 0; m < size<1>(Layout{}); ++m) {
@@ -84,18 +86,23 @@ class ThresholdEpilogue {
       for (int half = 0; half < 2; ++half) {
         const auto row = static_cast<std::uint32_t>(get<0>(where(make_coord(make_coord(0, half, 0), m, 0))));
         const std::uint32_t query = first_query + row;
-        const float least = tile_threshold(job_, query, n_tile);
-        std::uint32_t passed = 0;
         CUTLASS_PRAGMA_UNROLL
-        for (int j = 0; j < size<0, 2>(Layout{}); ++j) {
+        for (int bound = 0; bound < kBounds; ++bound) {
+          const std::uint32_t first = first_index + bound * kBoundRows;
+          if (first >= job_.num_rows) break;  // it has no bound
+          const float least = tile_threshold(job_, query, n_tile * kBounds + bound);
+          std::uint32_t passed = 0;
           CUTLASS_PRAGMA_UNROLL
-          for (int c = 0; c < 2; ++c)
-            if (!(scores(make_coord(make_coord(c, half, j), m, 0)) < least)) passed |= 1u << (2 * j + c);
-        }
-        while (passed != 0) {
-          const auto bit = static_cast<std::uint32_t>(__ffs(static_cast<int>(passed)) - 1);
-          passed &= passed - 1;
-          append_hit(job_, query, first_index + first_column + (bit >> 1) * 8 + (bit & 1));
+          for (int j = 0; j < kEach; ++j) {
+            CUTLASS_PRAGMA_UNROLL
+            for (int c = 0; c < 2; ++c)
+              if (!(scores(make_coord(make_coord(c, half, bound * kEach + j), m, 0)) < least)) passed |= 1u << (2 * j + c);
+          }
+          while (passed != 0) {
+            const auto bit = static_cast<std::uint32_t>(__ffs(static_cast<int>(passed)) - 1);
+            passed &= passed - 1;
+            append_hit(job_, query, first + first_column + (bit >> 1) * 8 + (bit & 1));
+          }
         }
       }
     }
@@ -105,15 +112,15 @@ class ThresholdEpilogue {
   FilterJob job_;
 };
 
-using TileShape = cute::Shape<cute::_128, cute::Int<static_cast<int>(kBoundRows)>, cute::_64>;
 using ClusterShape = cute::Shape<cute::_2, cute::_1, cute::_1>;  // two query tiles share the pool's rows by multicast
 
-template <class Element>
+template <class Element, int kQueries, int kColumns, class Schedule>
 int launch(const FilterJob& job, int multiprocessors, cudaStream_t stream) {
+  using TileShape = cute::Shape<cute::Int<kQueries>, cute::Int<kColumns>, cute::_64>;
   using Mainloop = typename cutlass::gemm::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Element, cutlass::layout::RowMajor, 8, Element,
       cutlass::layout::ColumnMajor, 8, float, TileShape, ClusterShape, cutlass::gemm::collective::StageCountAutoCarveout<0>,
-      cutlass::gemm::KernelTmaWarpSpecializedPingpong>::CollectiveOp;
+      Schedule>::CollectiveOp;
   using Epilogue = cutlass::epilogue::collective::detail::Sm90TmaWarpSpecializedAdapter<ThresholdEpilogue>;
   using Kernel = cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>, Mainloop, Epilogue>;
   using Gemm = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
@@ -142,12 +149,23 @@ int launch(const FilterJob& job, int multiprocessors, cudaStream_t stream) {
   return static_cast<int>(cudaGetLastError());
 }
 
+template <class Element>
+int launch(const FilterJob& job, HopperTile tile, int multiprocessors, cudaStream_t stream) {
+  using cutlass::gemm::KernelTmaWarpSpecializedCooperative;
+  using cutlass::gemm::KernelTmaWarpSpecializedPingpong;
+  if (tile == HopperTile::q64_n256)
+    return launch<Element, 64, 256, KernelTmaWarpSpecializedPingpong>(job, multiprocessors, stream);
+  if (tile == HopperTile::q128_n256)
+    return launch<Element, 128, 256, KernelTmaWarpSpecializedCooperative>(job, multiprocessors, stream);
+  return launch<Element, 128, 128, KernelTmaWarpSpecializedPingpong>(job, multiprocessors, stream);
+}
+
 }  // namespace
 
-int launch_hopper_filter(const FilterJob& job, DType dtype, int multiprocessors, void* stream) {
+int launch_hopper_filter(const FilterJob& job, HopperTile tile, int multiprocessors, void* stream) {
   const auto on = static_cast<cudaStream_t>(stream);
-  return dtype == DType::f16 ? launch<cutlass::half_t>(job, multiprocessors, on)
-                             : launch<cutlass::bfloat16_t>(job, multiprocessors, on);
+  return job.shadow == DType::f16 ? launch<cutlass::half_t>(job, tile, multiprocessors, on)
+                                  : launch<cutlass::bfloat16_t>(job, tile, multiprocessors, on);
 }
 
 bool hopper_filter_built() { return true; }

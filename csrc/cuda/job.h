@@ -17,6 +17,7 @@ struct Phase {
   std::int64_t first = 0, step = 1, rows = 0;
   std::uint32_t limit = 0;   // keys to keep: k, or the rank taken from a sample
   bool ends_sample = false;  // the lowest key kept becomes the floor and the keys are forgotten
+  std::uint32_t first_tile = 0;  // of its bounds of norms
 };
 
 // State of a query.
@@ -51,9 +52,8 @@ struct Job {
   // Queries to scan exactly, in any order.
   std::uint32_t* listed;        // [num_queries]
   std::uint32_t* num_listed;
-  // Rows of the current phase.
-  std::uint16_t* row_shadow;    // [chunk rows, depth], null where the pool itself will do
-  float *tile_norm, *tile_error;
+  std::uint16_t* row_shadow;    // rows of the current phase: [chunk rows, depth], null where the pool itself will do
+  float *tile_norm, *tile_error;  // [bound tiles], null where the filter bounds norms itself
   // Lists of the exact scan: one of owned_capacity keys for every query of every block.
   Key* owned;
   std::uint32_t* owned_count;
@@ -93,6 +93,8 @@ struct Plan {
   std::int64_t tile_queries = 0;
   std::vector<Phase> phases;
   bool shadow_rows = false;
+  bool keep_bounds = false;  // every phase has its own bounds of norms: later tiles of queries find them
+  std::uint32_t bound_tiles = 0;
   DType shadow = DType::bf16;
   std::uint32_t depth = 0, best_capacity = 0, hit_capacity = 0, owned_capacity = 0, direct_blocks = 0, direct_queries = 0;
   std::int64_t chunk_rows = 0;

@@ -17,8 +17,11 @@ constexpr std::int64_t kHitBytes = 64 << 20;     // of all hit buffers
 constexpr std::int64_t kShadowBytes = 64 << 20;   // of the rows of one pass in 16 bits
 constexpr std::int64_t kOwnedBytes = 32 << 20;    // of the lists of the exact scan
 constexpr std::int64_t kFirstRows = 512;          // scored exactly to get a first floor
+constexpr std::int64_t kSkinnyFirstRows = 2048;   // launches weigh more where there are few queries, exact scores less
+constexpr std::int64_t kSkinnyBytes = 64 << 10;   // of the queries in shared memory
 constexpr std::int64_t kMinChunk = 1 << 16;
-constexpr std::int64_t kChunks = 8;               // passes over the pool: the floors rise in between
+constexpr std::int64_t kChunks = 3;               // passes over the pool: the floors rise in between
+constexpr std::int64_t kMaxBoundTiles = 1 << 21;  // of norms that are kept for later tiles of queries: 16 MB
 
 std::int64_t round_up(std::int64_t value, std::int64_t unit) { return (value + unit - 1) / unit * unit; }
 
@@ -33,22 +36,29 @@ bool fits_filter(const Matrix& pool, DType shadow) {
          pool.row_stride >= pool.cols && reinterpret_cast<std::uintptr_t>(pool.data) % 16 == 0;
 }
 
+bool fits_skinny(const Matrix& pool, std::int64_t queries) {
+  const std::int64_t element = pool.dtype == DType::f32 ? 4 : 2, groups = queries <= 16 ? 2 : 4;
+  return pool.col_stride == 1 && pool.cols % 8 == 0 && pool.row_stride * element % 16 == 0 &&
+         reinterpret_cast<std::uintptr_t>(pool.data) % 16 == 0 && groups * 8 * round_up(pool.cols, 32) * 2 <= kSkinnyBytes;
+}
+
 std::int64_t sample_stride(const CudaRequest& request) {
   if (request.tuning.has_forced_floor) return 0;
   const std::int64_t rows = request.pool.rows, wish = request.tuning.sample_stride;
   // A part of a larger pool has floors already; the sample keeps a pool in rising order from overflowing every part.
-  const std::int64_t stride = wish >= 0 ? wish : rows >= 1 << 20 ? 64 : rows >= 1 << 15 || request.resume ? 16 : 0;
+  const std::int64_t stride = wish >= 0 ? wish : rows >= 1 << 18 ? 64 : rows >= 1 << 15 || request.resume ? 16 : 0;
   if (stride < 2 || rows < stride) return 0;
   const std::uint32_t rank = sample_rank(request.k, static_cast<std::uint32_t>(stride));
   if (rank > kMaxK || (wish < 0 && rows / stride < 4 * static_cast<std::int64_t>(rank))) return 0;
   return stride;
 }
 
-// First the sample, then every row once. No pass of either is expected to fill more than a quarter of the hit buffers; the
+// First the sample, then every row once. No pass of either is expected to fill more than half of the hit buffers; the
 // very first pass of a search without floors has so few rows that it cannot overflow.
 void add_phases(Plan& plan, const CudaRequest& request, std::int64_t stride) {
   const std::int64_t rows = request.pool.rows;
-  const std::int64_t wish = request.tuning.first_rows > 0 ? request.tuning.first_rows : kFirstRows;
+  const bool skinny = plan.engine == Engine::skinny;
+  const std::int64_t wish = request.tuning.first_rows > 0 ? request.tuning.first_rows : skinny ? kSkinnyFirstRows : kFirstRows;
   std::int64_t first = std::min<std::int64_t>(std::max<std::int64_t>(wish, 1), plan.hit_capacity);
   if (stride > 0) {
     const std::uint32_t rank = sample_rank(request.k, static_cast<std::uint32_t>(stride));
@@ -61,7 +71,8 @@ void add_phases(Plan& plan, const CudaRequest& request, std::int64_t stride) {
   }
   const bool floors = stride > 0 || request.tuning.has_forced_floor || request.resume;
   if (!floors) first = std::min<std::int64_t>(std::max<std::int64_t>(first, 2 * request.k), plan.hit_capacity);
-  const std::int64_t even = std::max(kMinChunk, round_up((rows + kChunks - 1) / kChunks, kBoundRows));
+  const std::int64_t passes = skinny ? 1 : kChunks;
+  const std::int64_t even = std::max(kMinChunk, round_up((rows + passes - 1) / passes, kBoundRows));
   for (std::int64_t at = 0; at < rows;) {
     const std::int64_t next = floors ? even : at == 0 ? first : at;
     const std::int64_t count = std::min({next, rows - at, plan.chunk_rows});
@@ -79,34 +90,50 @@ Plan make_plan(const CudaRequest& request, const DeviceFacts& facts) {
   Plan plan;
   plan.engine = tuning.engine;
   if (plan.engine == Engine::automatic)
-    plan.engine = queries <= kDirectQueries || rows <= kDirectRows ? Engine::direct
-                  : facts.hopper                                   ? Engine::hopper
-                                                                   : Engine::portable;
+    plan.engine = rows <= kDirectRows                                                ? Engine::direct
+                  : queries <= kSkinnyQueries && fits_skinny(request.pool, queries) ? Engine::skinny
+                  : queries <= kDirectQueries                                       ? Engine::direct
+                  : facts.hopper                                                    ? Engine::hopper
+                                                                                    : Engine::portable;
   if (cols == 0 || cols > kMaxFilterDepth || rows == 0) plan.engine = Engine::direct;
-  const bool filtered = plan.engine != Engine::direct;
+  if (plan.engine == Engine::skinny && !fits_skinny(request.pool, std::min(queries, kSkinnyQueries)))
+    plan.engine = Engine::portable;
+  const bool filtered = plan.engine != Engine::direct, skinny = plan.engine == Engine::skinny;
 
   plan.shadow = request.queries.dtype == DType::f16 && request.pool.dtype == DType::f16 ? DType::f16 : DType::bf16;
   plan.depth = static_cast<std::uint32_t>(round_up(cols, 8));
-  plan.shadow_rows = filtered && !fits_filter(request.pool, plan.shadow);
+  plan.shadow_rows = filtered && !skinny && !fits_filter(request.pool, plan.shadow);
 
   const std::int64_t stride = filtered ? sample_stride(request) : 0;
   plan.best_capacity = std::max(k, stride > 0 ? sample_rank(k, static_cast<std::uint32_t>(stride)) : 0u);
-  plan.hit_capacity = !filtered ? 0 : tuning.hit_capacity > 0 ? tuning.hit_capacity : std::max(2048u, power_of_two(4 * k));
+  plan.hit_capacity = !filtered ? 0 : tuning.hit_capacity > 0 ? tuning.hit_capacity : std::max(skinny ? 16384u : 2048u, power_of_two(4 * k));
   plan.tile_queries = tuning.tile_queries > 0 ? tuning.tile_queries : kTileQueries;
+  if (skinny) plan.tile_queries = std::min(plan.tile_queries, kSkinnyQueries);
   const std::int64_t hit_bytes = std::max<std::int64_t>(1, plan.hit_capacity) * static_cast<std::int64_t>(sizeof(Key));
   plan.tile_queries = std::max<std::int64_t>(1, std::min({plan.tile_queries, queries, kMaxTileQueries, kHitBytes / hit_bytes}));
 
   if (filtered) {
-    const std::int64_t fit = plan.shadow_rows ? kShadowBytes / (2 * static_cast<std::int64_t>(plan.depth)) : 1 << 22;
+    const std::int64_t fit = plan.shadow_rows ? kShadowBytes / (2 * static_cast<std::int64_t>(plan.depth)) : skinny ? 1 << 30 : 1 << 22;
     plan.chunk_rows = std::max<std::int64_t>(kBoundRows, fit / kBoundRows * kBoundRows);
     if (tuning.chunk_rows > 0) plan.chunk_rows = std::min(plan.chunk_rows, tuning.chunk_rows);
     add_phases(plan, request, stride);
-    std::int64_t most = 1;
-    for (const Phase& phase : plan.phases) most = std::max(most, phase.rows);
+    std::int64_t most = 1, tiles = 0;
+    const auto bound_tiles = [](const Phase& phase) { return round_up(phase.rows, kBoundRows) / kBoundRows; };
+    for (const Phase& phase : plan.phases) {
+      most = std::max(most, phase.rows);
+      tiles += bound_tiles(phase);
+    }
     plan.chunk_rows = most;
+    plan.keep_bounds = !skinny && !plan.shadow_rows && queries > plan.tile_queries && tiles <= kMaxBoundTiles;
+    for (Phase& phase : plan.phases) {
+      if (skinny) break;
+      if (plan.keep_bounds) phase.first_tile = plan.bound_tiles;
+      const auto here = static_cast<std::uint32_t>(bound_tiles(phase));
+      plan.bound_tiles = plan.keep_bounds ? plan.bound_tiles + here : std::max(plan.bound_tiles, here);
+    }
   }
 
-  plan.direct_queries = !filtered && queries <= 2 * kDirectQueries ? 8 : 32;
+  plan.direct_queries = (!filtered || skinny) && queries <= 2 * kDirectQueries ? 8 : 32;
   plan.owned_capacity = std::max(2 * k, k + 256);
   const std::int64_t list_bytes = static_cast<std::int64_t>(plan.direct_queries) * plan.owned_capacity * static_cast<std::int64_t>(sizeof(Key));
   const std::int64_t blocks = tuning.direct_blocks > 0 ? tuning.direct_blocks : 2 * facts.multiprocessors;
@@ -127,7 +154,6 @@ std::size_t carve(const Plan& plan, const CudaRequest& request, void* workspace,
   const auto q = static_cast<std::size_t>(plan.tile_queries), d = static_cast<std::size_t>(request.queries.cols);
   const bool direct = plan.engine == Engine::direct;
   const auto chunk = static_cast<std::size_t>(plan.chunk_rows);
-  const std::size_t tiles = (chunk + kBoundRows - 1) / kBoundRows;
   const std::size_t lists = static_cast<std::size_t>(plan.direct_blocks) * plan.direct_queries;
 
   j.queries = request.queries;
@@ -164,8 +190,10 @@ std::size_t carve(const Plan& plan, const CudaRequest& request, void* workspace,
     take(j.lift, q);
     take(j.hit_count, q);
     take(j.hits, q * plan.hit_capacity);
-    take(j.tile_norm, tiles);
-    take(j.tile_error, tiles);
+    if (plan.bound_tiles > 0) {
+      take(j.tile_norm, plan.bound_tiles);
+      take(j.tile_error, plan.bound_tiles);
+    }
     if (plan.shadow_rows) take(j.row_shadow, chunk * plan.depth);
   }
   return used;

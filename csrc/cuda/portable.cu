@@ -142,9 +142,9 @@ int launch(const FilterJob& job, cudaStream_t stream) {
 
 }  // namespace
 
-int launch_portable_filter(const FilterJob& job, DType dtype, void* stream) {
+int launch_portable_filter(const FilterJob& job, void* stream) {
   const auto on = static_cast<cudaStream_t>(stream);
-  return dtype == DType::f16 ? launch<true>(job, on) : launch<false>(job, on);
+  return job.shadow == DType::f16 ? launch<true>(job, on) : launch<false>(job, on);
 }
 
 }  // namespace tgq::cuda

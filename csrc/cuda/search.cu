@@ -10,7 +10,7 @@
 namespace tgq::cuda {
 namespace {
 
-__global__ void __launch_bounds__(kQueryParts) prepare_queries_kernel(const __grid_constant__ Job job) {
+__global__ void __launch_bounds__(kQueryParts, 8) prepare_queries_kernel(const __grid_constant__ Job job) {
   __shared__ PrepareScratch scratch;
   BlockTeam team;
   prepare_query(team, job, blockIdx.x, scratch);
@@ -78,8 +78,8 @@ int launched() { return static_cast<int>(cudaGetLastError()); }
 // The steps as launches on one stream.
 class Stream {
  public:
-  Stream(Engine engine, int multiprocessors, cudaStream_t stream)
-      : engine_(engine), multiprocessors_(multiprocessors), stream_(stream) {}
+  Stream(Engine engine, HopperTile tile, int multiprocessors, cudaStream_t stream)
+      : engine_(engine), tile_(tile), multiprocessors_(multiprocessors), stream_(stream) {}
 
   int prepare_queries(const Job& job) {
     prepare_queries_kernel<<<job.num_queries, kQueryParts, 0, stream_>>>(job);
@@ -90,9 +90,10 @@ class Stream {
     prepare_rows_kernel<<<tiles, 256, 0, stream_>>>(job, phase);
     return launched();
   }
-  int filter(const FilterJob& job, DType dtype) {
-    return engine_ == Engine::hopper ? launch_hopper_filter(job, dtype, multiprocessors_, stream_)
-                                     : launch_portable_filter(job, dtype, stream_);
+  int filter(const FilterJob& job) {
+    if (engine_ == Engine::skinny) return launch_skinny_filter(job, multiprocessors_, stream_);
+    return engine_ == Engine::hopper ? launch_hopper_filter(job, tile_, multiprocessors_, stream_)
+                                     : launch_portable_filter(job, stream_);
   }
   int rescore(const Job& job) {
     const unsigned slices = job.num_queries >= 2048 ? 1 : 2048 / job.num_queries < 64 ? 2048 / job.num_queries : 64;
@@ -120,6 +121,7 @@ class Stream {
 
  private:
   Engine engine_;
+  HopperTile tile_;
   int multiprocessors_;
   cudaStream_t stream_;
 };
@@ -211,7 +213,7 @@ CudaResult check(const CudaRequest& request, int device, Probe* found) {
 }  // namespace
 
 #if !defined(TGQ_WITH_HOPPER)
-int launch_hopper_filter(const FilterJob&, DType, int, void*) { return static_cast<int>(cudaErrorNotSupported); }
+int launch_hopper_filter(const FilterJob&, HopperTile, int, void*) { return static_cast<int>(cudaErrorNotSupported); }
 bool hopper_filter_built() { return false; }
 #endif
 
@@ -238,7 +240,8 @@ CudaResult search_cuda(const CudaRequest& request, int device) {
     return {Status::bad_argument, "results or workspace"};
   const cuda::DeviceGuard guard(device);
   if (guard.error() != cudaSuccess) return {Status::unsupported, cudaGetErrorString(guard.error())};
-  cuda::Stream stream(plan.engine, found.facts.multiprocessors, static_cast<cudaStream_t>(request.stream));
+  cuda::Stream stream(plan.engine, request.tuning.hopper_tile, found.facts.multiprocessors,
+                      static_cast<cudaStream_t>(request.stream));
   if (const int error = cuda::run(stream, plan, request))
     return {static_cast<cudaError_t>(error) == cudaErrorMemoryAllocation ? Status::out_of_memory : Status::unsupported,
             cudaGetErrorString(static_cast<cudaError_t>(error))};

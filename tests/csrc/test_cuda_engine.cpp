@@ -73,28 +73,55 @@ float exact_score(const Job& job, std::uint32_t q, std::int64_t row) {
   return add_lanes(sums);
 }
 
+// A row as the filter multiplies it, and its bounds where the filter has to find them (the skinny one).
+struct FilterRow {
+  std::vector<float> values;
+  float norm, error;
+};
+
+FilterRow filter_row(const FilterJob& job, std::uint32_t index) {
+  FilterRow row{std::vector<float>(job.depth), 0, 0};
+  with_type(job.dtype, [&](auto type) {
+    using Type = decltype(type);
+    const auto* from = static_cast<const typename Type::Stored*>(job.rows) + index * job.row_stride;
+    float squares = 0, errors = 0;
+    for (std::uint32_t d = 0; d < job.depth; ++d) {
+      row.values[d] = shadow_value(job.shadow, shadow_bits<Type>(from[d], job.shadow == job.dtype));
+      const float lost = Type::value(from[d]) - row.values[d];
+      squares = std::fmaf(row.values[d], row.values[d], squares);
+      errors = std::fmaf(lost, lost, errors);
+    }
+    row.norm = norm_bound(squares);
+    row.error = norm_bound(errors);
+  });
+  return row;
+}
+
 struct HostDevice {
   HostTeam team;
   PrepareScratch prepare;
   SelectScratch select;
-  std::int64_t hits = 0, scanned = 0;
+  std::int64_t hits = 0, scanned = 0, bounded = 0;  // rows whose norms were bounded
 
   int prepare_queries(const Job& job) {
     for (std::uint32_t q = 0; q < job.num_queries; ++q) prepare_query(team, job, q, prepare);
     return 0;
   }
   int prepare_rows(const Job& job, const Phase& phase) {
+    bounded += phase.rows;
     for (std::uint32_t tile = 0; tile * kBoundRows < phase.rows; ++tile) cuda::prepare_rows(team, job, phase, tile, prepare);
     return 0;
   }
-  int filter(const FilterJob& job, DType shadow) {
+  int filter(const FilterJob& job) {
     const auto* queries = static_cast<const std::uint16_t*>(job.queries);
-    const auto* rows = static_cast<const std::uint16_t*>(job.rows);
     for (std::uint32_t i = 0; i < job.num_rows; ++i) {
-      const std::vector<float> row = shadow_row(rows + i * job.row_stride, job.depth, shadow);
+      const FilterRow row = filter_row(job, i);
       for (std::uint32_t q = 0; q < job.num_queries; ++q) {
-        const std::vector<float> query = shadow_row(queries + q * job.query_stride, job.depth, shadow);
-        if (tensor_core_dot(query.data(), row.data(), job.depth, 8) < tile_threshold(job, q, i / kBoundRows)) continue;
+        const std::vector<float> query = shadow_row(queries + q * job.query_stride, job.depth, job.shadow);
+        const float least = job.tile_norm != nullptr
+                                ? tile_threshold(job, q, i / kBoundRows)
+                                : threshold(job.floor_score[q], job.slope[q], job.lift[q], job.absolute, row.norm, row.error);
+        if (tensor_core_dot(query.data(), row.values.data(), job.depth, 8) < least) continue;
         const std::uint32_t slot = job.hit_count[q]++;
         if (slot < job.hit_capacity) job.hits[std::size_t{q} * job.hit_capacity + slot] = job.first_row + i * job.row_step;
       }
@@ -381,6 +408,12 @@ void test_plans() {
           for (const Phase& phase : plan.phases) {
             CHECK(phase.rows >= 1 && phase.rows <= plan.chunk_rows && phase.limit <= plan.best_capacity);
             CHECK(phase.first + (phase.rows - 1) * phase.step < rows);
+            // A floor from the sample is not expected to let more pass than half of the buffer takes.
+            if (phase.step == 1 && samples > 0) {
+              const std::int64_t stride = plan.phases.front().step;
+              const std::int64_t above = sample_rank(k, static_cast<std::uint32_t>(stride)) * stride;
+              CHECK(above * phase.rows / rows <= plan.hit_capacity / 2);
+            }
             if (phase.step > 1) {
               ++samples;
               CHECK(next == 0 && phase.limit < plan.hit_capacity);
@@ -391,11 +424,63 @@ void test_plans() {
           }
           CHECK(next == rows);
           CHECK(plan.phases.front().rows <= plan.hit_capacity);  // everything passes, and it fits
+          CHECK(rows < 1000000 || samples > 0);
           CHECK((samples > 0) == (rows >= 40000));
           request.tuning.engine = Engine::automatic;
           CHECK(make_plan(request, {132, true}).engine == (rows <= 4096 ? Engine::direct : Engine::hopper));
           CHECK(make_plan(request, {132, false}).engine == (rows <= 4096 ? Engine::direct : Engine::portable));
         }
+}
+
+// Which engine takes a search, from the shape and layout alone.
+void test_choice_of_engine() {
+  const auto engine = [](std::int64_t queries, std::int64_t rows, std::int64_t cols, std::int64_t stride, DType dtype,
+                         Engine wish = Engine::automatic) {
+    CudaRequest request;
+    request.queries = {nullptr, queries, cols, cols, 1, dtype};
+    request.pool = {nullptr, rows, cols, stride, 1, dtype};
+    request.k = 100;
+    request.tuning.engine = wish;
+    const Plan plan = make_plan(request, {132, true});
+    if (plan.engine == Engine::skinny) {
+      CHECK(plan.tile_queries <= kSkinnyQueries && !plan.shadow_rows && plan.bound_tiles == 0);
+      CHECK(plan.workspace_bytes < (64u << 20));
+      CHECK(plan.phases.back().rows == rows);  // the pool is read once
+    }
+    return plan.engine;
+  };
+  constexpr std::int64_t kMillion = 1000000;
+  for (const DType dtype : {DType::f32, DType::f16, DType::bf16}) {
+    for (const std::int64_t queries : {1, 16, 32}) CHECK(engine(queries, kMillion, 256, 256, dtype) == Engine::skinny);
+    CHECK(engine(33, kMillion, 256, 256, dtype) == Engine::hopper);
+    CHECK(engine(16, 4096, 256, 256, dtype) == Engine::direct);
+    CHECK(engine(8, kMillion, 250, 250, dtype) == Engine::direct);   // rows are no multiple of 16 bytes
+    CHECK(engine(9, kMillion, 250, 250, dtype) == Engine::hopper);
+    CHECK(engine(16, kMillion, 256, 257, dtype) == Engine::hopper);
+    CHECK(engine(32, kMillion, 2048, 2048, dtype) == Engine::hopper);  // too long for shared memory
+    CHECK(engine(16, kMillion, 2048, 2048, dtype) == Engine::skinny);
+    CHECK(engine(1000, kMillion, 256, 256, dtype, Engine::skinny) == Engine::skinny);
+    CHECK(engine(10, kMillion, 250, 250, dtype, Engine::skinny) == Engine::portable);
+  }
+}
+
+// Norms are bounded once, not once for every tile of queries, unless a tile needs the rounded rows again.
+void test_norms_are_bounded_once() {
+  for (const DType dtype : {DType::bf16, DType::f32}) {
+    Values queries, pool;
+    fill(queries, numbers(5 * 16, ""), 5, 16, dtype);
+    fill(pool, numbers(700 * 16, ""), 700, 16, dtype);
+    CudaRequest request;
+    request.queries = queries.matrix;
+    request.pool = pool.matrix;
+    request.k = 10;
+    request.tuning.engine = Engine::portable;
+    request.tuning.tile_queries = 2;
+    request.tuning.chunk_rows = 200;
+    HostDevice device;
+    compare(request, device, "bounds");
+    CHECK(device.bounded == (dtype == DType::bf16 ? 700 : 3 * 700));
+  }
 }
 
 void test_searches() {
@@ -413,6 +498,7 @@ void test_searches() {
       {"denormal", 2, 300, 8, 5, DType::f32, DType::f32},    {"exponents", 4, 400, 16, 12, DType::f32, DType::bf16},
       {"halfway", 3, 400, 40, 11, DType::f32, DType::f32},   {"", 2, 30, 8, 100, DType::f32, DType::f32},
       {"special", 5, 300, 16, 299, DType::bf16, DType::bf16}, {"integers", 33, 260, 8, 1, DType::f32, DType::f32},
+      {"integers", 3, 300, 8, 9, DType::bf16, DType::f16},   {"special", 40, 300, 8, 20, DType::bf16, DType::bf16},
   };
   for (const Case& c : cases) {
     Values queries, pool;
@@ -425,12 +511,12 @@ void test_searches() {
     request.pool = pool.matrix;
     request.k = c.k;
     const std::string note = std::string(c.kind) + " k " + std::to_string(c.k);
-    for (int variant = 0; variant < 8; ++variant) {
+    for (int variant = 0; variant < 11; ++variant) {
       CudaRequest r = request;
-      r.tuning.engine = variant == 0 ? Engine::direct : Engine::portable;
+      r.tuning.engine = variant == 0 ? Engine::direct : variant >= 8 ? Engine::skinny : Engine::portable;
       r.tuning.first_rows = 16;
-      if (variant == 2) r.tuning.sample_stride = 4;
-      if (variant == 3) r.tuning.hit_capacity = 20;  // overflows again and again
+      if (variant == 2 || variant == 8) r.tuning.sample_stride = 4;
+      if (variant == 3 || variant == 9) r.tuning.hit_capacity = 20;  // overflows again and again
       if (variant == 4) {
         r.tuning.has_forced_floor = true;  // a sample that failed for every query
         r.tuning.forced_floor = 1e30f;
@@ -479,7 +565,7 @@ void test_parts() {
       r.k = c.k;
       r.exclude = exclude.data();
       r.exclude_width = 3;
-      r.tuning.engine = variant == 0 ? Engine::direct : Engine::portable;
+      r.tuning.engine = variant == 0 ? Engine::direct : variant == 1 ? Engine::skinny : Engine::portable;
       if (variant >= 2) r.tuning.first_rows = 16;
       if (variant == 2) r.tuning.sample_stride = 4;
       if (variant == 3) r.tuning.hit_capacity = 24;
@@ -586,6 +672,8 @@ int main() {
   test_margin();
   test_splits();
   test_plans();
+  test_choice_of_engine();
+  test_norms_are_bounded_once();
   test_searches();
   test_parts();
   test_a_floor_from_the_sample_is_verified();

@@ -8,12 +8,18 @@
 
 namespace tgq {
 
-// What multiplies: automatic; fp32 cores in fixed order; mma.sync (sm_80 and later); TMA and wgmma (sm_90a).
-enum class Engine : int { automatic = 0, direct = 1, portable = 2, hopper = 3 };
+// What multiplies: automatic; fp32 cores in fixed order; mma.sync (sm_80 and later); TMA and wgmma (sm_90a); mma.sync for
+// few queries, from the pool as it is stored (portable where its layout does not allow that).
+enum class Engine : int { automatic = 0, direct = 1, portable = 2, hopper = 3, skinny = 4 };
+
+// Queries x rows of a block of the Hopper engine: 128 x 128 and 64 x 256 have two consumers in turn, each with its own
+// tile; 128 x 256 has two that share one.
+enum class HopperTile : int { automatic = 0, q128_n128 = 1, q64_n256 = 2, q128_n256 = 3 };
 
 // Switches for tests and measurements; answers never depend on them. 0 or -1: chosen.
 struct CudaTuning {
   Engine engine = Engine::automatic;
+  HopperTile hopper_tile = HopperTile::automatic;
   std::int64_t sample_stride = -1;  // one row in so many is sampled; 0: no sample
   std::int64_t first_rows = 0;      // rows of the first filter pass, all of which are scored exactly
   std::int64_t chunk_rows = 0;      // rows of one filter pass at most
