@@ -112,15 +112,17 @@ def make_config(
 
 def load_towers(config: TGQFormerConfig) -> tuple[VisionTower, TextTower]:
     """The frozen towers that a configuration names; loaded once per process."""
-    return _towers(config.vision_tower, config.text_tower, config.llm, config.max_field_tokens)
+    return _towers(config.vision_tower, config.text_tower, config.llm, config.max_field_tokens, config.tower_attention)
 
 
 @functools.lru_cache(maxsize=2)
-def _towers(vision: str, text: str, llm: str | None, max_field_tokens: int) -> tuple[VisionTower, TextTower]:
+def _towers(
+    vision: str, text: str, llm: str | None, max_field_tokens: int, attention: str | None
+) -> tuple[VisionTower, TextTower]:
     from tgq_fast.models import load_text_tower, load_vision_tower
 
     console.note(f"frozen towers: {vision}, {text}")
-    tower = load_vision_tower(vision)
+    tower = load_vision_tower(vision, attention=attention)
     return tower, load_text_tower(text, vision=tower, llm=llm, max_field_tokens=max_field_tokens)
 
 

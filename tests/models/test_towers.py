@@ -11,9 +11,10 @@ import tiny_models as tiny
 import torch
 from PIL import Image
 
-from tgq_fast.errors import ArgumentError, CheckpointError, DependencyError
-from tgq_fast.models import backbones
+from tgq_fast.errors import ArgumentError, BackendError, CheckpointError, DependencyError
+from tgq_fast.models import TGQFormerConfig, backbones, towers
 from tgq_fast.models.field_tokens import FieldEncoder, pack_fields, text_agreement
+from tgq_fast.models.readers import LLMReader
 from tgq_fast.models.towers import load_text_tower, load_vision_tower
 
 
@@ -45,6 +46,50 @@ def test_vision_tower_is_frozen_and_keyed_by_weights_and_preprocessing(vit: Path
 
     ViTImageProcessorPil(size={"height": 32, "width": 32}, image_mean=[0.1] * 3).save_pretrained(other_preprocessing)
     assert load_vision_tower(str(other_preprocessing)).key != tower.key
+
+
+def test_attention_of_towers_is_a_choice_of_the_configuration(vit: Path, llama: Path) -> None:
+    pixels = [picture()]
+    default = load_vision_tower(str(vit))
+    found = []
+    for name in ("sdpa", "eager"):
+        tower = load_vision_tower(str(vit), attention=name)
+        assert tower.model.config._attn_implementation == name
+        assert tower.key == default.key
+        found.append(tower(tower.image_processor(pixels))[0])
+    torch.testing.assert_close(*found)
+    config = TGQFormerConfig(llm=str(llama), lora_rank=0, tower_attention="eager")
+    assert LLMReader(TGQFormerConfig.from_dict(config.to_dict())).llm.config._attn_implementation == "eager"
+    with pytest.raises(ArgumentError, match="tower_attention"):
+        TGQFormerConfig(llm=None, tower_attention="flash")
+
+
+def test_flash_attention_that_cannot_run_is_refused_with_reasons(
+    vit: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(towers, "flash_attn_importable", lambda: False)
+    config = TGQFormerConfig(llm=str(llama), lora_rank=0, tower_attention="flash_attention_2")
+    with pytest.raises(BackendError, match="flash-attn is not installed"):
+        load_vision_tower(str(vit), attention=config.tower_attention)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(BackendError, match=r"no CUDA device.*tower_attention=None"):
+        LLMReader(config)
+
+
+def test_flash_attention_reaches_transformers_and_takes_bf16(vit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import AutoModel
+
+    given, load = {}, AutoModel.from_pretrained
+
+    def from_pretrained(name: str, **options: object) -> object:
+        given.update(options)
+        return load(name, **options | {"attn_implementation": "eager"})
+
+    monkeypatch.setattr(towers, "_no_flash", list)
+    monkeypatch.setattr(AutoModel, "from_pretrained", from_pretrained)
+    tower = load_vision_tower(str(vit), attention="flash_attention_2")
+    assert given["attn_implementation"] == "flash_attention_2"
+    assert tower.dtype == given["dtype"] == torch.bfloat16
 
 
 def test_checkpoint_without_pooler_uses_the_mean_token(tmp_path: Path) -> None:

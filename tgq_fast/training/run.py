@@ -179,7 +179,7 @@ def train(
 
 
 def _load_towers(config: TGQFormerConfig) -> tuple[VisionTower, TextTower]:
-    vision = load_vision_tower(config.vision_tower)
+    vision = load_vision_tower(config.vision_tower, attention=config.tower_attention)
     text = load_text_tower(config.text_tower, vision=vision, llm=config.llm, max_field_tokens=config.max_field_tokens)
     return vision, text
 
