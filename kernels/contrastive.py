@@ -43,6 +43,24 @@ def _seen(item, item_ok, item_group, anchor, positive, anchor_group, HAS_GROUPS:
     return item_ok[None, :] & ((item[None, :] == positive[:, None]) | (hidden == 0))
 
 
+@triton.jit
+def _anchors(first, anchors, rows, positives, groups, HAS_GROUPS: tl.constexpr, BLOCK_A: tl.constexpr):
+    """(place, whether there is one, item, positive item, group) of the anchors from `first` on."""
+    index = first + tl.arange(0, BLOCK_A)
+    ok = index < anchors
+    anchor = tl.load(rows + index, mask=ok, other=0)
+    positive = tl.load(positives + index, mask=ok, other=0)
+    return index, ok, anchor, positive, tl.load(groups + anchor, mask=ok, other=-1) if HAS_GROUPS else anchor
+
+
+@triton.jit
+def _slope(s, seen, log_sum, item, item_ok, positive, ok):
+    """[anchors, items]: derivative of the anchors' losses with respect to their logits."""
+    g = tl.where(seen, tl.exp(s - log_sum[:, None]), 0.0)
+    g -= tl.where((item[None, :] == positive[:, None]) & item_ok[None, :], 1.0, 0.0)
+    return tl.where(ok[:, None], g, 0.0)
+
+
 @triton.jit(do_not_specialize=_SIZES)
 def contrastive_forward(
     x, rows, positives, groups, log_scale, lse, picked, anchors, items, width, stride,
@@ -50,12 +68,10 @@ def contrastive_forward(
     BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One tile of anchors over all items."""
-    index = tl.program_id(0) * BLOCK_A + tl.arange(0, BLOCK_A)
-    ok = index < anchors
-    anchor = tl.load(rows + index, mask=ok, other=0)
-    positive = tl.load(positives + index, mask=ok, other=0)
+    index, ok, anchor, positive, anchor_group = _anchors(
+        tl.program_id(0) * BLOCK_A, anchors, rows, positives, groups, HAS_GROUPS, BLOCK_A
+    )
     scale = tl.exp(tl.load(log_scale).to(tl.float32))
-    anchor_group = tl.load(groups + anchor, mask=ok, other=-1) if HAS_GROUPS else anchor
     top = tl.full([BLOCK_A], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_A], tl.float32)
     target = tl.zeros([BLOCK_A], tl.float32)
@@ -83,13 +99,11 @@ def contrastive_backward_anchors(
     BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
     """Σ_j G_ij e_j · scale for one tile of anchors and BLOCK_O columns; column chunk 0 also leaves Σ_j G_ij s_ij."""
-    index = tl.program_id(0) * BLOCK_A + tl.arange(0, BLOCK_A)
-    ok = index < anchors
-    anchor = tl.load(rows + index, mask=ok, other=0)
-    positive = tl.load(positives + index, mask=ok, other=0)
+    index, ok, anchor, positive, anchor_group = _anchors(
+        tl.program_id(0) * BLOCK_A, anchors, rows, positives, groups, HAS_GROUPS, BLOCK_A
+    )
     log_sum = tl.load(lse + index, mask=ok, other=0.0)
     scale = tl.exp(tl.load(log_scale).to(tl.float32))
-    anchor_group = tl.load(groups + anchor, mask=ok, other=-1) if HAS_GROUPS else anchor
     out_col = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
     in_out = (out_col < width)[None, :]
     acc = tl.zeros([BLOCK_A, BLOCK_O], tl.float32)
@@ -101,9 +115,7 @@ def contrastive_backward_anchors(
         item_group = tl.load(groups + item, mask=item_ok, other=-1) if HAS_GROUPS else item
         s = _logits(x, anchor, item, ok, item_ok, width, stride, scale, BLOCK_A, BLOCK_B, BLOCK_D, PRECISION)
         seen = _seen(item, item_ok, item_group, anchor, positive, anchor_group, HAS_GROUPS)
-        g = tl.where(seen, tl.exp(s - log_sum[:, None]), 0.0)
-        g -= tl.where((item[None, :] == positive[:, None]) & item_ok[None, :], 1.0, 0.0)
-        g = tl.where(ok[:, None], g, 0.0)
+        g = _slope(s, seen, log_sum, item, item_ok, positive, ok)
         slope += tl.sum(g * s, 1)
         values = tl.load(x + item[:, None] * stride + out_col[None, :], mask=item_ok[:, None] & in_out, other=0.0)
         acc = tl.dot(g, values, acc, input_precision=PRECISION)
@@ -128,17 +140,13 @@ def contrastive_backward_items(
     in_out = (out_col < width)[None, :]
     acc = tl.zeros([BLOCK_B, BLOCK_O], tl.float32)
     for first in range(0, anchors, BLOCK_A):
-        index = first + tl.arange(0, BLOCK_A)
-        ok = index < anchors
-        anchor = tl.load(rows + index, mask=ok, other=0)
-        positive = tl.load(positives + index, mask=ok, other=0)
+        index, ok, anchor, positive, anchor_group = _anchors(
+            first, anchors, rows, positives, groups, HAS_GROUPS, BLOCK_A
+        )
         log_sum = tl.load(lse + index, mask=ok, other=0.0)
-        anchor_group = tl.load(groups + anchor, mask=ok, other=-1) if HAS_GROUPS else anchor
         s = _logits(x, anchor, item, ok, item_ok, width, stride, scale, BLOCK_A, BLOCK_B, BLOCK_D, PRECISION)
         seen = _seen(item, item_ok, item_group, anchor, positive, anchor_group, HAS_GROUPS)
-        g = tl.where(seen, tl.exp(s - log_sum[:, None]), 0.0)
-        g -= tl.where((item[None, :] == positive[:, None]) & item_ok[None, :], 1.0, 0.0)
-        g = tl.where(ok[:, None], g, 0.0)
+        g = _slope(s, seen, log_sum, item, item_ok, positive, ok)
         values = tl.load(x + anchor[:, None] * stride + out_col[None, :], mask=ok[:, None] & in_out, other=0.0)
         acc = tl.dot(tl.trans(g), values, acc, input_precision=PRECISION)
     tl.store(d_x + item[:, None] * width + out_col[None, :], acc * scale, mask=item_ok[:, None] & in_out)

@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tgq_fast.kernels.launch import on_device, placeholder, unit_stride
+from tgq_fast.kernels.redundancy import store_moments
 from tgq_fast.kernels.tiling import precision, tile
 
 _SIZES = ["batch", "n_a", "n_e"]
@@ -81,20 +82,11 @@ def _scale_tokens(x, out, factor, item, item_ok, tokens, col, in_width, x_b, x_n
 
 
 @triton.jit
-def _store_moments(target, mean_a, mean_e, item_ok, col, in_width, width):
-    """Count, means and centred second moments of one program's items, per channel: [6, width] fp32."""
-    valid = item_ok[:, None]
-    count = tl.sum(item_ok.to(tl.float32), 0)
-    center_a = tl.sum(tl.where(valid, mean_a, 0.0), 0) / tl.maximum(count, 1.0)
-    center_e = tl.sum(tl.where(valid, mean_e, 0.0), 0) / tl.maximum(count, 1.0)
-    a = tl.where(valid, mean_a - center_a[None, :], 0.0)
-    e = tl.where(valid, mean_e - center_e[None, :], 0.0)
-    tl.store(target + col, tl.zeros_like(center_a) + count, mask=in_width)
-    tl.store(target + width + col, center_a, mask=in_width)
-    tl.store(target + 2 * width + col, center_e, mask=in_width)
-    tl.store(target + 3 * width + col, tl.sum(a * a, 0), mask=in_width)
-    tl.store(target + 4 * width + col, tl.sum(e * e, 0), mask=in_width)
-    tl.store(target + 5 * width + col, tl.sum(a * e, 0), mask=in_width)
+def _own_items(batch, ITEMS: tl.constexpr, BLOCK_M: tl.constexpr):
+    """(this program's items, 64 bits, and which of the BLOCK_M lanes hold one)."""
+    lane = tl.arange(0, BLOCK_M)
+    item = tl.program_id(0) * ITEMS + lane
+    return item.to(tl.int64), (lane < ITEMS) & (item < batch)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -108,10 +100,7 @@ def modulation_forward(
 ):  # fmt: skip
     """ITEMS ≤ BLOCK_M items; flag_a is [2, rank_a], w1a the anchored W1 without its two flag columns."""
     dtype = a.dtype.element_ty
-    lane = tl.arange(0, BLOCK_M)
-    item32 = tl.program_id(0) * ITEMS + lane
-    item_ok = (lane < ITEMS) & (item32 < batch)
-    item = item32.to(tl.int64)
+    item, item_ok = _own_items(batch, ITEMS, BLOCK_M)
     unit = tl.arange(0, RANK)
     in_a = unit < rank_a
     in_e = unit < rank_e
@@ -142,7 +131,7 @@ def modulation_forward(
         tl.store(mean_a + item[:, None] * width + col[None, :], ma.to(dtype), mask=there)
         tl.store(mean_e + item[:, None] * width + col[None, :], me.to(dtype), mask=there)
         if WANT_MOMENTS:
-            _store_moments(moments + tl.program_id(0) * 6 * width, ma, me, item_ok, col, in_width, width)
+            store_moments(ma, me, item_ok, moments + tl.program_id(0) * 6 * width, width, col, in_width)
         waa = _weights(w1a + image_width, unit, in_a, w1a_r, col, width)
         wae = _weights(w1a + image_width + width, unit, in_a, w1a_r, col, width)
         wee = _weights(w1e + image_width, unit, in_e, w1e_r, col, width)
@@ -220,10 +209,7 @@ def modulation_backward(
 ):  # fmt: skip
     """Token and image gradients; d_logit [B, width] and d_pre [B, rank] fp32 are factors of the weight gradients."""
     dtype = a.dtype.element_ty
-    lane = tl.arange(0, BLOCK_M)
-    item32 = tl.program_id(0) * ITEMS + lane
-    item_ok = (lane < ITEMS) & (item32 < batch)
-    item = item32.to(tl.int64)
+    item, item_ok = _own_items(batch, ITEMS, BLOCK_M)
     unit = tl.arange(0, RANK)
     in_a = unit < rank_a
     in_e = unit < rank_e

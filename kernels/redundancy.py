@@ -16,6 +16,23 @@ from tgq_fast.kernels.launch import on_device, unit_stride
 from tgq_fast.kernels.tiling import tile
 
 
+@triton.jit
+def store_moments(a, e, item_ok, target, width, col, in_width):
+    """Count, means and centred second moments of one program's items, per channel: [6, width] fp32."""
+    valid = item_ok[:, None]
+    count = tl.sum(item_ok.to(tl.float32), 0)
+    center_a = tl.sum(tl.where(valid, a, 0.0), 0) / tl.maximum(count, 1.0)
+    center_e = tl.sum(tl.where(valid, e, 0.0), 0) / tl.maximum(count, 1.0)
+    a = tl.where(valid, a - center_a[None, :], 0.0)
+    e = tl.where(valid, e - center_e[None, :], 0.0)
+    tl.store(target + col, tl.zeros_like(center_a) + count, mask=in_width)
+    tl.store(target + width + col, center_a, mask=in_width)
+    tl.store(target + 2 * width + col, center_e, mask=in_width)
+    tl.store(target + 3 * width + col, tl.sum(a * a, 0), mask=in_width)
+    tl.store(target + 4 * width + col, tl.sum(e * e, 0), mask=in_width)
+    tl.store(target + 5 * width + col, tl.sum(a * e, 0), mask=in_width)
+
+
 @triton.jit(do_not_specialize=["batch"])
 def block_moments(a, e, out, batch, width, a_b, e_b, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr):
     """Moments of BLOCK_B items × BLOCK_C channels; grid (blocks of items, chunks of channels)."""
@@ -23,21 +40,11 @@ def block_moments(a, e, out, batch, width, a_b, e_b, BLOCK_B: tl.constexpr, BLOC
     row = row32.to(tl.int64)
     col = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     in_width = col < width
-    there = (row32 < batch)[:, None] & in_width[None, :]
-    count = tl.minimum(batch - tl.program_id(0) * BLOCK_B, BLOCK_B).to(tl.float32)
+    row_ok = row32 < batch
+    there = row_ok[:, None] & in_width[None, :]
     va = tl.load(a + row[:, None] * a_b + col[None, :], mask=there, other=0.0).to(tl.float32)
     ve = tl.load(e + row[:, None] * e_b + col[None, :], mask=there, other=0.0).to(tl.float32)
-    center_a = tl.sum(va, 0) / count
-    center_e = tl.sum(ve, 0) / count
-    va = tl.where(there, va - center_a[None, :], 0.0)
-    ve = tl.where(there, ve - center_e[None, :], 0.0)
-    out += tl.program_id(0).to(tl.int64) * 6 * width
-    tl.store(out + col, tl.zeros_like(center_a) + count, mask=in_width)
-    tl.store(out + width + col, center_a, mask=in_width)
-    tl.store(out + 2 * width + col, center_e, mask=in_width)
-    tl.store(out + 3 * width + col, tl.sum(va * va, 0), mask=in_width)
-    tl.store(out + 4 * width + col, tl.sum(ve * ve, 0), mask=in_width)
-    tl.store(out + 5 * width + col, tl.sum(va * ve, 0), mask=in_width)
+    store_moments(va, ve, row_ok, out + tl.program_id(0).to(tl.int64) * 6 * width, width, col, in_width)
 
 
 @triton.jit(do_not_specialize=["blocks"])

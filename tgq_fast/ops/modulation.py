@@ -54,19 +54,8 @@ def dual_gated_modulation(
         ArgumentError: shapes that do not fit.
         BackendError: a backend that was asked for by name cannot run this call.
     """
-    arguments = (
-        anchored,
-        exploratory,
-        agreement,
-        has_metadata,
-        global_image,
-        anchored_parameters,
-        exploratory_parameters,
-    )
-    decision = _decide(*arguments, alpha=alpha, backend=backend)
-    if decision.backend == "triton":
-        return _triton(*arguments, alpha, False)[0]
-    return reference.dual_gated_modulation(*arguments, alpha=alpha)
+    gates = anchored_parameters, exploratory_parameters
+    return _run((anchored, exploratory, agreement, has_metadata, global_image), gates, alpha, backend, False)[0]
 
 
 def dual_gated_modulation_with_moments(
@@ -85,41 +74,29 @@ def dual_gated_modulation_with_moments(
 
     The moments describe this process' batch only: with several ranks gather the means instead.
     """
-    arguments = (
-        anchored,
-        exploratory,
-        agreement,
-        has_metadata,
-        global_image,
-        anchored_parameters,
-        exploratory_parameters,
-    )
-    decision = _decide(*arguments, alpha=alpha, backend=backend)
-    if decision.backend == "triton":
-        return _triton(*arguments, alpha, True)
-    means = StreamMoments(anchored.mean(dim=1), exploratory.mean(dim=1), None)
-    return reference.dual_gated_modulation(*arguments, alpha=alpha), means
+    gates = anchored_parameters, exploratory_parameters
+    output, moments = _run((anchored, exploratory, agreement, has_metadata, global_image), gates, alpha, backend, True)
+    return output, moments or StreamMoments(anchored.mean(dim=1), exploratory.mean(dim=1), None)
 
 
-def _triton(
-    anchored: Tensor,
-    exploratory: Tensor,
-    agreement: Tensor,
-    has_metadata: Tensor,
-    global_image: Tensor,
-    anchored_parameters: GateParameters,
-    exploratory_parameters: GateParameters,
+def _run(
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    gates: tuple[GateParameters, GateParameters],
     alpha: float,
+    backend: str | None,
     want_moments: bool,
-) -> tuple[ModulationOutput, StreamMoments]:
-    dtype = anchored.dtype
-    if torch.is_autocast_enabled(anchored.device.type):
-        dtype = torch.get_autocast_dtype(anchored.device.type)
-    low = [t.to(dtype) for t in (anchored, exploratory, agreement, has_metadata, global_image)]
-    weights = [w.to(dtype) for w in (*anchored_parameters, *exploratory_parameters)]
-    out_a, out_e, gate_a, gate_e, mean_a, mean_e, moments, *_ = modulate(*low, *weights, alpha, want_moments)
+) -> tuple[ModulationOutput, StreamMoments | None]:
+    """Moments come from the kernel only."""
+    decision = _decide(*inputs, *gates, alpha=alpha, backend=backend)
+    if decision.backend != "triton":
+        return reference.dual_gated_modulation(*inputs, *gates, alpha=alpha), None
+    dtype, device = inputs[0].dtype, inputs[0].device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    low = [t.to(dtype) for t in (*inputs, *gates[0], *gates[1])]
+    out_a, out_e, gate_a, gate_e, mean_a, mean_e, moments, *_ = modulate(*low, alpha, want_moments)
     output = ModulationOutput(out_a, out_e, gate_a, gate_e)
-    return output, StreamMoments(mean_a, mean_e, moments if want_moments else None)
+    return output, StreamMoments(mean_a, mean_e, moments) if want_moments else None
 
 
 @explainer(_OP)
