@@ -21,6 +21,13 @@ tgq::Matrix matrix(const py::tuple& fields) {
           static_cast<tgq::DType>(fields[5].cast<int>())};
 }
 
+// A shadow as topk_native.py passes it: (codes, width, scale, norm, error), addresses but for the width.
+tgq::Shadow shadow_of(const py::tuple& fields) {
+  const auto values = [&](int i) { return reinterpret_cast<const float*>(fields[i].cast<std::uintptr_t>()); };
+  return {reinterpret_cast<const std::uint8_t*>(fields[0].cast<std::uintptr_t>()), fields[1].cast<std::int64_t>(), values(2),
+          values(3), values(4)};
+}
+
 tgq::Tuning tuning_of(const py::dict& options) {
   tgq::Tuning tuning;
   for (const auto& [key, value] : options) {
@@ -44,7 +51,8 @@ tgq::Tuning tuning_of(const py::dict& options) {
 // Returns the status; raises what a signal handler or the progress function raised.
 int search_cpu(const py::tuple& queries, const py::tuple& pool, std::uint32_t k, std::uintptr_t exclude,
                std::int64_t exclude_width, std::uintptr_t scores, std::uintptr_t rows, int threads, bool self_join,
-               const py::object& progress, const py::object& isa, const py::dict& tuning, const py::object& counters) {
+               const py::object& progress, const py::object& isa, const py::dict& tuning, const py::object& counters,
+               const py::object& shadow) {
   tgq::Request request;
   request.queries = matrix(queries);
   request.pool = matrix(pool);
@@ -55,6 +63,7 @@ int search_cpu(const py::tuple& queries, const py::tuple& pool, std::uint32_t k,
   request.rows = reinterpret_cast<std::int64_t*>(rows);
   request.threads = threads;
   request.self_join = self_join;
+  if (!shadow.is_none()) request.shadow = shadow_of(shadow.cast<py::tuple>());
   const std::string isa_name = isa.is_none() ? std::string() : isa.cast<std::string>();
   request.isa = isa.is_none() ? nullptr : isa_name.c_str();
   request.tuning = tuning_of(tuning);
@@ -88,6 +97,14 @@ int search_cpu(const py::tuple& queries, const py::tuple& pool, std::uint32_t k,
   return static_cast<int>(status);
 }
 
+int build_shadow(const py::tuple& pool, std::uintptr_t codes, std::uintptr_t scale, std::uintptr_t norm, std::uintptr_t error,
+                 int threads) {
+  const tgq::Matrix rows = matrix(pool);
+  const py::gil_scoped_release unlocked;
+  return static_cast<int>(tgq::build_shadow(rows, reinterpret_cast<std::uint8_t*>(codes), reinterpret_cast<float*>(scale),
+                                            reinterpret_cast<float*>(norm), reinterpret_cast<float*>(error), threads));
+}
+
 py::dict build_info() {
   const tgq::BuildInfo& info = tgq::build_info();
   py::dict facts;
@@ -118,7 +135,11 @@ PYBIND11_MODULE(_C, module) {
   });
   module.def("search_cpu", &search_cpu, py::arg("queries"), py::arg("pool"), py::arg("k"), py::arg("exclude"),
              py::arg("exclude_width"), py::arg("scores"), py::arg("rows"), py::arg("threads"), py::arg("self_join"),
-             py::arg("progress"), py::arg("isa"), py::arg("tuning"), py::arg("counters"));
+             py::arg("progress"), py::arg("isa"), py::arg("tuning"), py::arg("counters"),
+             py::arg("shadow") = py::none());
+  module.def("shadow_width", &tgq::shadow_width, py::arg("cols"));
+  module.def("build_shadow", &build_shadow, py::arg("pool"), py::arg("codes"), py::arg("scale"), py::arg("norm"),
+             py::arg("error"), py::arg("threads"));
 #if defined(TGQ_WITH_CUDA)
   tgq::cuda::bind(module, &matrix);
 #endif

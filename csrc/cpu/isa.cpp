@@ -17,32 +17,35 @@
 namespace tgq {
 namespace {
 
-constexpr int kMaxIsas = 4;
+constexpr int kMaxIsas = 6;
 
 struct Registry {
   Isa isas[kMaxIsas];
   const char* names[kMaxIsas + 1] = {};
   int count = 0;
 
-  void add(const char* name, const Kernels& kernels, const Filter* filter) {
-    isas[count] = {name, &kernels, filter};
+  void add(const char* name, const Kernels& kernels, const Filter* filter, const Filter* byte_filter) {
+    isas[count] = {name, &kernels, filter, byte_filter};
     names[count++] = name;
   }
 };
 
 #if defined(TGQ_X86)
+enum class Register { eax, edx };
+
+bool feature(unsigned leaf, unsigned part, Register in, int bit) {
+  unsigned eax, ebx, ecx, edx;
+  if (!__get_cpuid_count(leaf, part, &eax, &ebx, &ecx, &edx)) return false;
+  return ((in == Register::eax ? eax : edx) >> bit & 1u) != 0;
+}
+
 // Linux hands the tile registers out on request, once per process.
 bool amx_permitted() {
 #if defined(__linux__) && defined(SYS_arch_prctl)
   constexpr long kRequestPermission = 0x1023, kTileData = 18;
-  unsigned eax, ebx, ecx, edx;
-  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
-  constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
-  if ((edx & kAmxBf16) == 0 || (edx & kAmxTile) == 0) return false;
-  if (!__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx)) return false;
-  constexpr unsigned kAvx512Bf16 = 1u << 5;
-  if ((eax & kAvx512Bf16) == 0) return false;
-  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  const bool bf16 = feature(7, 1, Register::eax, 5);  // of AVX-512
+  const bool unit = feature(7, 0, Register::edx, 22) && feature(7, 0, Register::edx, 24) && feature(7, 0, Register::edx, 25);
+  return bf16 && unit && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 #else
   return false;
 #endif
@@ -52,16 +55,19 @@ bool amx_permitted() {
 const Registry& registry() {
   static const Registry found = [] {
     Registry r;
-    r.add("scalar", scalar_kernels(), nullptr);
+    r.add("scalar", scalar_kernels(), nullptr, nullptr);
 #if defined(TGQ_X86)
     __builtin_cpu_init();
     if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return r;
-    r.add("avx2", avx2_kernels(), nullptr);
+    r.add("avx2", avx2_kernels(), &avx2_filter(), &avx2_filter());
+    if (feature(7, 1, Register::eax, 4)) r.add("avx2vnni", avx2_kernels(), &avx2vnni_filter(), &avx2vnni_filter());
     if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512dq") ||
         !__builtin_cpu_supports("avx512vl"))
       return r;
-    r.add("avx512", avx512_kernels(), nullptr);
-    if (amx_permitted()) r.add("amx", avx512_kernels(), &amx_filter());
+    r.add("avx512", avx512_kernels(), &avx2_filter(), &avx2_filter());
+    if (!__builtin_cpu_supports("avx512vnni")) return r;
+    r.add("avx512vnni", avx512_kernels(), &avx512vnni_filter(), &avx512vnni_filter());
+    if (amx_permitted()) r.add("amx", avx512_kernels(), &amx_filter(), &amx_byte_filter());
 #endif
     return r;
   }();

@@ -1,8 +1,6 @@
 // AVX2 + FMA + F16C kernels. The sixteen partial sums are two registers of eight.
 #if defined(TGQ_X86)
-#include <immintrin.h>
-
-#include "cpu/kernels.h"
+#include "cpu/byte_filter_avx2.h"
 
 namespace tgq {
 namespace {
@@ -102,7 +100,21 @@ void bfloat_to_float(const uint16_t* from, int64_t count, float* to) {
   }
 }
 
+// Without VNNI: two products meet in 16 bits, so a query's codes stay within 255 * 64 * 2 < 2^15.
+struct Pairs {
+  static constexpr int query_limit = 64;
+  static constexpr int rows = 5;
+  static __m256i add(__m256i sums, __m256i rows, __m256i queries) {
+    return _mm256_add_epi32(sums, _mm256_madd_epi16(_mm256_maddubs_epi16(rows, queries), _mm256_set1_epi16(1)));
+  }
+};
+
 }  // namespace
+
+const Filter& avx2_filter() {
+  static const Filter filter = byte_filter<Pairs>("avx2");
+  return filter;
+}
 
 const Kernels& avx2_kernels() {
   static const Kernels kernels{"avx2", score_tile, score_pairs, collect, half_to_float, bfloat_to_float};

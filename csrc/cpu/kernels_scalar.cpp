@@ -57,75 +57,50 @@ void half_to_float(const uint16_t* from, int64_t count, float* to) {
   for (int64_t i = 0; i < count; ++i) to[i] = half_value(from[i]);
 }
 
-float bfloat_value(uint16_t bits) { return bits_float(static_cast<uint32_t>(bits) << 16); }
-
 void bfloat_to_float(const uint16_t* from, int64_t count, float* to) {
-  for (int64_t i = 0; i < count; ++i) to[i] = bfloat_value(from[i]);
+  for (int64_t i = 0; i < count; ++i) to[i] = bits_float(static_cast<uint32_t>(from[i]) << 16);
 }
 
-// Round to nearest, ties to even; NaN stays NaN; denormals flush to zero, as the matrix unit would read them.
-uint16_t round_to_bfloat(float value) {
-  uint32_t bits = float_bits(value);
-  if (is_nan(value)) return static_cast<uint16_t>((bits >> 16) | 0x40u);
-  bits += 0x7fffu + ((bits >> 16) & 1u);
-  uint16_t rounded = static_cast<uint16_t>(bits >> 16);
-  if ((rounded & 0x7f80u) == 0) rounded &= 0x8000u;
-  return rounded;
-}
-
-uint16_t* tile_cell(uint16_t* tiles, int64_t depth, int64_t row, int64_t d) {
-  const int64_t steps = depth / kTileDepth;
-  const int64_t tile = (row / kTileRows) * steps + d / kTileDepth;
-  return tiles + (tile * kTileRows + row % kTileRows) * kTileDepth + d % kTileDepth;
-}
-
-void round_rows(const float* rows, int64_t row_stride, int num_rows, int64_t width, int64_t depth, uint16_t* tiles,
-                float* norm, float* error) {
+template <int Zero>
+void encode(const float* rows, int64_t row_stride, int num_rows, int64_t width, int64_t row_bytes, uint8_t* codes, float* scale,
+            float* norm, float* error) {
   const int padded = (num_rows + kPanel - 1) / kPanel * kPanel;
   for (int r = 0; r < padded; ++r) {
-    double squares = 0, error_squares = 0;
-    for (int64_t d = 0; d < depth; ++d) {
-      const float value = r < num_rows && d < width ? rows[r * row_stride + d] : 0.0f;
-      const uint16_t rounded = round_to_bfloat(value);
-      const float kept = bfloat_value(rounded);
-      *tile_cell(tiles, depth, r, d) = rounded;
-      squares += static_cast<double>(kept) * kept;
-      const double lost = static_cast<double>(value) - kept;
-      error_squares += lost * lost;
+    const int64_t size = r < num_rows ? width : 0;
+    float largest = 0;
+    for (int64_t d = 0; d < size; ++d) largest = std::fmax(largest, std::fabs(rows[r * row_stride + d]));
+    const float unit = code_scale(largest, kByteLimit), inverse = unit > 0 ? 1.0f / unit : 0.0f;
+    double squares = 0, lost_squares = 0;
+    for (int64_t d = 0; d < row_bytes; ++d) {
+      const float value = d < size ? rows[r * row_stride + d] : 0.0f;
+      const int count = unit > 0 && !is_nan(value) ? static_cast<int>(std::nearbyint(value * inverse)) : 0;
+      codes[r * row_bytes + d] = static_cast<uint8_t>(count + Zero);
+      const double kept = static_cast<double>(count) * unit, lost = value - kept;
+      squares += kept * kept;
+      lost_squares += lost * lost;
     }
+    scale[r] = unit;
     norm[r] = norm_upper_bound(static_cast<float>(squares));
-    error[r] = norm_upper_bound(static_cast<float>(error_squares));
+    error[r] = norm_upper_bound(static_cast<float>(lost_squares));
   }
 }
 
-void pack_panel(const uint16_t* rounded_tiles, int64_t depth, uint16_t* panel) {
-  for (int q = 0; q < kPanel; ++q)
-    for (int64_t d = 0; d < depth; ++d) {
-      const int64_t step = d / kTileDepth, pair = d % kTileDepth / 2;
-      panel[(((step * 2 + q / 16) * 16 + pair) * 16 + q % 16) * 2 + d % 2] =
-          *tile_cell(const_cast<uint16_t*>(rounded_tiles), depth, q, d);
-    }
-}
-
-int filter_block(const uint16_t* tiles, int groups, int64_t depth, const uint16_t* panel, const float* floor,
-                 const float* slope, const float* lift, float constant, const float* group_norm, const float* group_error,
-                 const float* row_floor, FilterHit* hits, uint8_t* dense) {
+int filter_block(const FilterBlock& block, const FilterPanel& panel, FilterHit* hits, uint8_t* dense) {
   int total = 0;
-  for (int g = 0; g < groups; ++g) {
+  for (int g = 0; g < block.groups; ++g) {
     int found = 0;
     for (int r = g * kPanel; r < (g + 1) * kPanel; ++r)
       for (int q = 0; q < kPanel; ++q) {
-        float score = 0;
-        for (int64_t d = 0; d < depth; ++d) {
-          const int64_t step = d / kTileDepth, pair = d % kTileDepth / 2;
-          const uint16_t x = *tile_cell(const_cast<uint16_t*>(tiles), depth, r, d);
-          const uint16_t y = panel[(((step * 2 + q / 16) * 16 + pair) * 16 + q % 16) * 2 + d % 2];
-          score += bfloat_value(x) * bfloat_value(y);
+        uint32_t sum = static_cast<uint32_t>(panel.offset[q]);  // wraps on the way, fits at the end
+        for (int64_t d = 0; d < block.row_bytes; ++d) {
+          const uint32_t word = panel.codes[((d / kCodeLine * 2 + q / 16) * 16 + d % kCodeLine / 4) * 16 + q % 16];
+          sum += static_cast<uint32_t>(block.codes[r * block.stride + d] * static_cast<int8_t>(word >> (8 * (d % 4))));
         }
-        const float margin = slope[q] * group_norm[g] + lift[q] * group_error[g] + constant;
+        const float score = static_cast<float>(static_cast<int32_t>(sum)) * block.scale[r] * panel.scale[q];
+        const float margin = panel.slope[q] * block.group_norm[g] + panel.lift[q] * block.group_error[g] + block.constant;
         const float bound = score + margin;
-        bool keep = !(score < filter_floor(floor[q], margin));
-        if (row_floor != nullptr) keep = keep || !(bound + std::fabs(bound) * 0x1p-22f < row_floor[r]);
+        bool keep = !(score < filter_floor(panel.floor[q], margin));
+        if (block.row_floor != nullptr) keep = keep || !(bound + std::fabs(bound) * 0x1p-22f < block.row_floor[r]);
         if (!keep) continue;
         if (found < kDense) hits[total + found] = {static_cast<uint16_t>(q), static_cast<uint16_t>(r), score};
         ++found;
@@ -146,7 +121,7 @@ const Kernels& scalar_kernels() {
 }
 
 const Filter& scalar_filter() {
-  static const Filter filter{"scalar", round_rows, pack_panel, filter_block, nothing, nothing};
+  static const Filter filter{"scalar", 1, encode<kByteZero>, encode<0>, nullptr, filter_block, nothing, nothing};
   return filter;
 }
 

@@ -6,6 +6,11 @@
 #include "cpu/columns.h"
 
 namespace tgq {
+namespace {
+
+constexpr int kShareEvery = 4;  // chunks between two exchanges of floors
+
+}  // namespace
 
 Pass::Pass(const ScanPlan& plan, std::int64_t num_queries, const Cut& cut, Progress& progress, Columns* columns)
     : plan_(plan), cut_(cut), progress_(progress), columns_(columns),
@@ -19,6 +24,9 @@ Pass::Pass(const ScanPlan& plan, std::int64_t num_queries, const Cut& cut, Progr
     tile.count = std::min(size, num_queries - begin);
     tile.next_row = columns_ == nullptr ? 0 : begin;
   }
+  const auto threads = static_cast<int>(ceil_div(cut_.threads, static_cast<std::int64_t>(std::max<std::size_t>(num_tiles_, 1))));
+  for (std::size_t i = 0; columns_ == nullptr && i < num_tiles_; ++i)
+    tiles_[i].floors = std::make_unique<SharedFloors>(threads, tiles_[i].count);
   plan_.max_tile = std::min(size, num_queries);
 }
 
@@ -44,23 +52,29 @@ bool Pass::claim(Tile& tile, std::int64_t* first, std::int64_t* last) {
 }
 
 void Pass::join(Tile& tile, Scanner& scanner, std::vector<Key>& merged) {
+  int number = 0;
   {
     const std::lock_guard<std::mutex> lock(tile.mutex);
     if (tile.next_row >= plan_.pool.rows) return;
     ++tile.joined;
+    number = tile.started++;
   }
   scanner.load_queries(tile.begin, tile.count);
   if (columns_ != nullptr) scanner.raise_floors(*columns_);
   std::int64_t first = 0, last = 0;
-  while (!progress_.stop && claim(tile, &first, &last)) scan(tile, scanner, first, last);
+  for (int chunk = 1; !progress_.stop && claim(tile, &first, &last); ++chunk) {
+    scan(tile, scanner, first, last);
+    if (columns_ == nullptr && chunk % kShareEvery == 0) scanner.share_floors(*tile.floors, number);
+  }
   leave(tile, scanner, merged);
 }
 
 void Pass::scan(const Tile& tile, Scanner& scanner, std::int64_t first, std::int64_t last) {
   const std::int64_t own_end = columns_ == nullptr ? 0 : tile.begin + tile.count;  // rows that are the tile's own queries
   while (first < last && !progress_.stop) {
-    const std::int64_t end = std::min({last, first + plan_.block_rows, first < own_end ? own_end : last});
-    scanner.scan_block(first, static_cast<int>(end - first), first < own_end ? nullptr : columns_);
+    const std::int64_t end = std::min({last, first + scanner.next_rows(), first < own_end ? own_end : last});
+    const std::int64_t ahead = std::min<std::int64_t>(last - end, plan_.block_rows);
+    scanner.scan_block(first, static_cast<int>(end - first), ahead, first < own_end ? nullptr : columns_);
     progress_.done += (end - first) * tile.count;
     first = end;
   }

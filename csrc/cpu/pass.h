@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <mutex>
 #include <vector>
 
@@ -12,6 +13,11 @@ namespace tgq {
 
 inline std::int64_t round_up(std::int64_t value, std::int64_t unit) { return (value + unit - 1) / unit * unit; }
 inline std::int64_t ceil_div(std::int64_t value, std::int64_t unit) { return (value + unit - 1) / unit; }
+
+inline bool valid(const Matrix& m) {
+  const int dtype = static_cast<int>(m.dtype);
+  return m.rows >= 0 && m.cols >= 0 && dtype >= 0 && dtype <= 2 && (m.data != nullptr || m.rows * m.cols == 0);
+}
 
 class Columns;
 
@@ -28,6 +34,8 @@ struct Tile {
   std::mutex mutex;
   std::int64_t next_row = 0;  // first row that nobody has claimed
   int joined = 0;             // threads at work on it
+  int started = 0;            // threads that have been
+  std::unique_ptr<SharedFloors> floors;
   std::vector<std::vector<Key>> parts;  // per finished thread: [count, k + 1], first the number of keys
 };
 

@@ -3,6 +3,8 @@
 
 #include <algorithm>
 #include <cfloat>
+#include <cstring>
+#include <numeric>
 
 #include "cpu/columns.h"
 
@@ -11,23 +13,29 @@ namespace {
 
 constexpr int kDirectRows = 64;     // rows of one exact tile
 constexpr int kDirectQueries = 16;  // at most
+constexpr int kColdRows = 16;       // times k: rows scored exactly where no floor is known
 constexpr int kRetryAfter = 15;     // blocks scored exactly after a block that the filter did not thin out
 
 std::int64_t pad(std::int64_t value, std::int64_t unit) { return (value + unit - 1) / unit * unit; }
 
-const std::uint16_t* halves(const Matrix& m, std::int64_t row, std::int64_t col) {
-  return static_cast<const std::uint16_t*>(m.data) + row * m.row_stride + col * m.col_stride;
-}
-
 }  // namespace
 
-MarginConstants margin_constants(std::int64_t dimensions) {
+MarginConstants margin_constants(const Filter& filter, std::int64_t dimensions) {
   const auto relative = [](double roundings) { return roundings * 0x1p-24 / (1.0 - roundings * 0x1p-24) * 1.01; };
   MarginConstants c;
-  c.filter_error = static_cast<float>(relative(2.0 * dimensions + 64));
+  // Sums of byte codes are exact: what rounds is their conversion and the two scales.
+  c.filter_error = static_cast<float>(relative(filter.code_bytes == 1 ? 4.0 : 2.0 * dimensions + 64));
   c.exact_error = static_cast<float>(relative(dimensions / 16.0 + 8));
   c.absolute = static_cast<float>((8.0 * dimensions + 512) * 0x1p-126);
   return c;
+}
+
+void pack_panel(const std::uint8_t* codes, std::int64_t row_bytes, std::uint32_t* panel) {
+  for (std::int64_t line = 0; line < row_bytes; line += kCodeLine)
+    for (int half = 0; half < 2; ++half)
+      for (int word = 0; word < 16; ++word)
+        for (int q = 0; q < 16; ++q)
+          std::memcpy(panel++, codes + (16 * half + q) * row_bytes + line + 4 * word, sizeof *panel);
 }
 
 void RowReader::read_row(std::int64_t row, float* to) const {
@@ -38,9 +46,9 @@ void RowReader::read_row(std::int64_t row, float* to) const {
   } else {
     const auto convert = matrix_.dtype == DType::f16 ? kernels_.half_to_float : kernels_.bfloat_to_float;
     if (matrix_.col_stride == 1) {
-      convert(halves(matrix_, row, 0), cols, to);
+      convert(halves(row), cols, to);
     } else {
-      for (std::int64_t d = 0; d < cols; ++d) convert(halves(matrix_, row, d), 1, to + d);
+      for (std::int64_t d = 0; d < cols; ++d) convert(halves(row) + d * matrix_.col_stride, 1, to + d);
     }
   }
   std::fill(to + cols, to + width_, 0.0f);
@@ -54,6 +62,13 @@ const float* RowReader::read(std::int64_t first, std::int64_t count, float* scra
   for (std::int64_t i = 0; i < count; ++i) read_row(first + i, scratch + i * width_);
   *stride = width_;
   return scratch;
+}
+
+Ahead RowReader::memory(std::int64_t first, std::int64_t count) const {
+  if (matrix_.col_stride != 1) return {};
+  const std::int64_t size = matrix_.dtype == DType::f32 ? 4 : 2;
+  return {static_cast<const char*>(matrix_.data) + first * matrix_.row_stride * size, matrix_.row_stride * size,
+          matrix_.cols * size, count};
 }
 
 Scanner::Scanner(const ScanPlan& plan)
@@ -70,20 +85,22 @@ Scanner::Scanner(const ScanPlan& plan)
       floor_(static_cast<std::size_t>(padded_tile_)),
       row_floor_(static_cast<std::size_t>(plan.block_rows)),
       nan_(static_cast<std::size_t>(padded_tile_)),
-      margin_(margin_constants(plan.pool.cols)),
-      panels_(plan.filter == nullptr ? 0 : static_cast<std::size_t>(padded_tile_ * plan.depth)),
-      tiles_(plan.filter == nullptr ? 0 : static_cast<std::size_t>(plan.block_rows * plan.depth)),
+      margin_(plan.filter == nullptr ? MarginConstants{} : margin_constants(*plan.filter, plan.pool.cols)),
+      panels_(plan.filter == nullptr ? 0 : static_cast<std::size_t>(padded_tile_ * plan.row_bytes / 4)),
+      codes_(plan.filter == nullptr ? 0 : static_cast<std::size_t>(std::max(plan.block_rows, kPanel) * plan.row_bytes)),
       hits_(plan.filter == nullptr
                 ? 0
                 : static_cast<std::size_t>(plan.block_rows / kPanel * kDense + kPanel * kPanel)) {
+  stored_codes_ = plan.filter != nullptr && plan.filter->measure_rows != nullptr && plan.pool.dtype == DType::bf16 &&
+                  plan.pool.col_stride == 1 && plan.pool.cols * 2 == plan.row_bytes;
   for (std::size_t q = 0; q < candidates_.size(); ++q)
     candidates_[q] = {keys_.data() + q * plan.capacity, plan.capacity, plan.k, 0, kNoKey};
-  if (plan.filter != nullptr) {
-    for (auto* values : {&slope_, &lift_}) values->resize(static_cast<std::size_t>(padded_tile_));
-    for (auto* values : {&norm_, &error_}) values->resize(static_cast<std::size_t>(std::max<int>(plan.block_rows, kPanel)));
-    for (auto* values : {&group_norm_, &group_error_}) values->resize(static_cast<std::size_t>(plan.block_rows / kPanel));
-    dense_.resize(static_cast<std::size_t>(plan.block_rows / kPanel));
-  }
+  if (plan.filter == nullptr) return;
+  offset_.resize(static_cast<std::size_t>(padded_tile_));
+  for (auto* values : {&unit_, &slope_, &lift_}) values->resize(static_cast<std::size_t>(padded_tile_));
+  for (auto* values : {&scale_, &norm_, &error_}) values->resize(static_cast<std::size_t>(std::max(plan.block_rows, kPanel)));
+  for (auto* values : {&group_norm_, &group_error_}) values->resize(static_cast<std::size_t>(plan.block_rows / kPanel));
+  dense_.resize(static_cast<std::size_t>(plan.block_rows / kPanel));
 }
 
 void Scanner::load_queries(std::int64_t begin, std::int64_t count) {
@@ -109,16 +126,18 @@ void Scanner::load_queries(std::int64_t begin, std::int64_t count) {
   }
   update_floors(0, count, 0);
   if (plan_.filter == nullptr) return;
-  Buffer<std::uint16_t> rounded(static_cast<std::size_t>(kPanel * plan_.depth));
   for (std::int64_t p = 0; p < padded; p += kPanel) {
-    plan_.filter->round_rows(queries_.data() + p * plan_.width, plan_.width, kPanel, plan_.width, plan_.depth,
-                             rounded.data(), norm_.data(), error_.data());
-    plan_.filter->pack_panel(rounded.data(), plan_.depth, panels_.data() + p * plan_.depth);
+    plan_.filter->encode_queries(queries_.data() + p * plan_.width, plan_.width, kPanel, plan_.width, plan_.row_bytes,
+                                 codes_.data(), scale_.data(), norm_.data(), error_.data());
+    pack_panel(codes_.data(), plan_.row_bytes, panels_.data() + p * plan_.row_bytes / 4);
     for (int i = 0; i < kPanel; ++i) {
       const auto u = static_cast<std::size_t>(i), q = static_cast<std::size_t>(p + i);
       const float whole = norm_[u] + error_[u];  // >= norm of the query
       slope_[q] = error_[u] + margin_.exact_error * whole + margin_.filter_error * norm_[u];
       lift_[q] = whole * (1.0f + margin_.exact_error);
+      unit_[q] = scale_[u];
+      const auto* codes = reinterpret_cast<const std::int8_t*>(codes_.data() + i * plan_.row_bytes);
+      offset_[q] = plan_.filter->code_bytes == 1 ? -kByteZero * std::accumulate(codes, codes + plan_.row_bytes, 0) : 0;
     }
   }
 }
@@ -159,6 +178,19 @@ void Scanner::raise_floors(const Columns& columns) {
   update_floors(0, num_queries_, 0);
 }
 
+void Scanner::share_floors(SharedFloors& shared, int thread) {
+  const auto rank = static_cast<std::uint32_t>(pad(plan_.k, shared.threads()) / shared.threads());
+  for (std::int64_t q = 0; q < num_queries_; ++q) {
+    Candidates& best = candidates_[static_cast<std::size_t>(q)];
+    if (thread < shared.threads() && best.count >= rank) {
+      if (best.count > rank) select_largest(best.keys, best.count, rank);
+      shared.publish(thread, q, *std::min_element(best.keys, best.keys + rank));
+    }
+    best.floor = std::max(best.floor, shared.floor(q));
+  }
+  update_floors(0, num_queries_, 0);
+}
+
 void Scanner::load_row_floors(const Columns& columns, std::int64_t first, int count) {
   // What this tile offers to a row comes from queries at begin_ or later.
   for (int r = 0; r < count; ++r)
@@ -166,27 +198,34 @@ void Scanner::load_row_floors(const Columns& columns, std::int64_t first, int co
   std::fill(row_floor_.begin() + count, row_floor_.end(), FLT_MAX);
 }
 
-void Scanner::scan_block(std::int64_t first, int count, Columns* columns) {
-  std::int64_t stride = 0;
-  const float* rows = pool_.read(first, count, row_scratch_.data(), &stride);
-  // Without a sampled floor everything passes until k rows are seen: the filter would only be in the way.
+// Without a sampled floor so much passes at first that the filter would only be in the way.
+bool Scanner::cold() const { return plan_.floors == nullptr && scanned_ < kColdRows * static_cast<std::int64_t>(plan_.k); }
+
+int Scanner::next_rows() const {
+  if (plan_.filter == nullptr || !cold()) return plan_.block_rows;
+  const std::int64_t rest = pad(kColdRows * static_cast<std::int64_t>(plan_.k) - scanned_, kPanel);
+  return static_cast<int>(std::min<std::int64_t>(plan_.block_rows, rest));
+}
+
+void Scanner::scan_block(std::int64_t first, int count, std::int64_t ahead, Columns* columns) {
+  rows_ = pool_.in_place() ? pool_.read(first, count, nullptr, &row_stride_) : nullptr;
   if (columns != nullptr) load_row_floors(*columns, first, count);
-  const bool cold = plan_.floors == nullptr && scanned_ < 2 * static_cast<std::int64_t>(plan_.k);
-  if (plan_.filter == nullptr || cold || direct_blocks_ > 0) {
+  const bool was_cold = cold();
+  if (plan_.filter == nullptr || was_cold || direct_blocks_ > 0) {
     if (direct_blocks_ > 0) --direct_blocks_;
-    scan_direct(rows, stride, first, count, columns);
+    scan_direct(first, count, columns);
   } else {
-    scan_filtered(rows, stride, first, count, columns);
+    scan_filtered(first, count, ahead, columns);
   }
   scanned_ += count;
-  if (cold) {
+  if (was_cold) {
     raise_all_floors();
     update_floors(0, num_queries_, first + count);
   }
 }
 
-void Scanner::scan_direct(const float* rows, std::int64_t stride, std::int64_t first, int count,
-                          Columns* columns) {
+void Scanner::scan_direct(std::int64_t first, int count, Columns* columns) {
+  if (rows_ == nullptr) rows_ = pool_.read(first, count, row_scratch_.data(), &row_stride_);
   // As many queries as half of the first-level cache holds.
   const auto fit = static_cast<int>(24 * 1024 / (plan_.width * static_cast<std::int64_t>(sizeof(float)) + 1));
   const int group = std::clamp(fit / 4 * 4, 4, kDirectQueries);
@@ -194,8 +233,8 @@ void Scanner::scan_direct(const float* rows, std::int64_t stride, std::int64_t f
     const int queries = static_cast<int>(std::min<std::int64_t>(group, num_queries_ - q));
     for (int r = 0; r < count; r += kDirectRows) {
       const int part = std::min(kDirectRows, count - r);
-      plan_.kernels->score_tile(queries_.data() + q * plan_.width, plan_.width, queries, rows + r * stride, stride, part,
-                                plan_.width, scores_.data(), kDirectRows);
+      plan_.kernels->score_tile(queries_.data() + q * plan_.width, plan_.width, queries, rows_ + r * row_stride_,
+                                row_stride_, part, plan_.width, scores_.data(), kDirectRows);
       for (int i = 0; i < queries; ++i) {
         const float* scores = scores_.data() + i * kDirectRows;
         const int hits = plan_.kernels->collect(scores, part, floor_[static_cast<std::size_t>(q + i)],
@@ -212,39 +251,91 @@ void Scanner::scan_direct(const float* rows, std::int64_t stride, std::int64_t f
   counters_.direct += num_queries_ * count;
 }
 
-void Scanner::scan_filtered(const float* rows, std::int64_t stride, std::int64_t first, int count,
-                          Columns* columns) {
-  plan_.filter->round_rows(rows, stride, count, plan_.width, plan_.depth, tiles_.data(), norm_.data(), error_.data());
-  const int groups = (count + kPanel - 1) / kPanel;
-  for (int g = 0; g < groups; ++g) {
+void Scanner::encode(std::int64_t first, int count) {
+  const int padded = static_cast<int>(pad(count, kPanel));
+  const bool own = plan_.shadow.codes == nullptr && !stored_codes_;
+  block_.codes = codes_.data();
+  block_.stride = plan_.row_bytes;
+  if (own) {
+    if (rows_ == nullptr) rows_ = pool_.read(first, count, row_scratch_.data(), &row_stride_);
+    plan_.filter->encode_rows(rows_, row_stride_, count, plan_.width, plan_.row_bytes, codes_.data(), scale_.data(),
+                              norm_.data(), error_.data());
+  } else {
+    const std::uint8_t* codes = nullptr;
+    std::int64_t stride = 0;
+    if (stored_codes_) {
+      const std::uint16_t* stored = pool_.halves(first);
+      plan_.filter->measure_rows(stored, plan_.pool.row_stride, count, plan_.pool.cols, norm_.data(), error_.data());
+      codes = reinterpret_cast<const std::uint8_t*>(stored);
+      stride = plan_.pool.row_stride * 2;
+    } else {
+      const std::int64_t step = plan_.shadow_step;
+      for (int r = 0; r < count; ++r) {
+        const auto to = static_cast<std::size_t>(r);
+        const std::int64_t from = (first + r) * step;
+        scale_[to] = plan_.shadow.scale[from];
+        norm_[to] = plan_.shadow.norm[from];
+        error_[to] = plan_.shadow.error[from];
+      }
+      codes = plan_.shadow.codes + first * step * plan_.shadow.width;
+      stride = step * plan_.shadow.width;
+    }
+    for (auto* values : {&scale_, &norm_, &error_}) std::fill(values->begin() + count, values->begin() + padded, 0.0f);
+    if (count == padded) {
+      block_.codes = codes;
+      block_.stride = stride;
+    } else {  // the filter reads whole groups: not beyond the end of the memory
+      for (int r = 0; r < padded; ++r)
+        std::memcpy(codes_.data() + r * plan_.row_bytes, codes + std::min(r, count - 1) * stride,
+                    static_cast<std::size_t>(plan_.row_bytes));
+    }
+  }
+  block_.row_bytes = plan_.row_bytes;
+  block_.groups = padded / kPanel;
+  for (int g = 0; g < block_.groups; ++g) {
     const auto at = static_cast<std::size_t>(g);
     group_norm_[at] = *std::max_element(norm_.begin() + g * kPanel, norm_.begin() + (g + 1) * kPanel);
     group_error_[at] = *std::max_element(error_.begin() + g * kPanel, error_.begin() + (g + 1) * kPanel);
   }
+  block_.scale = scale_.data();
+  block_.group_norm = group_norm_.data();
+  block_.group_error = group_error_.data();
+  block_.constant = margin_.absolute;
+}
+
+Ahead Scanner::memory_ahead(std::int64_t first, std::int64_t count) const {
+  if (plan_.shadow.codes == nullptr) return pool_.memory(first, count);
+  const std::int64_t stride = plan_.shadow.width * plan_.shadow_step;
+  return {reinterpret_cast<const char*>(plan_.shadow.codes) + first * stride, stride, plan_.shadow.width, count};
+}
+
+void Scanner::scan_filtered(std::int64_t first, int count, std::int64_t ahead, Columns* columns) {
+  encode(first, count);
+  block_.row_floor = columns == nullptr ? nullptr : row_floor_.data();
   int dense_tiles = 0, tiles = 0;
   for (std::int64_t p = 0; p < num_queries_; p += kPanel) {
     const auto at = static_cast<std::size_t>(p);
-    const int hits = plan_.filter->filter_block(tiles_.data(), groups, plan_.depth, panels_.data() + p * plan_.depth,
-                                                floor_.data() + at, slope_.data() + at, lift_.data() + at,
-                                                margin_.absolute, group_norm_.data(), group_error_.data(),
-                                                columns == nullptr ? nullptr : row_floor_.data(), hits_.data(),
-                                                dense_.data());
-    if (hits > 0) rescore(p, hits, rows, stride, first, count, columns);
-    for (int g = 0; g < groups; ++g) {
+    // Each panel fetches its share of the rows to come.
+    const std::int64_t begin = ahead * p / padded_tile_, end = ahead * (p + kPanel) / padded_tile_;
+    block_.ahead = memory_ahead(first + count + begin, end - begin);
+    const FilterPanel panel{panels_.data() + p * plan_.row_bytes / 4, offset_.data() + at, unit_.data() + at,
+                            floor_.data() + at, slope_.data() + at, lift_.data() + at};
+    const int hits = plan_.filter->filter_block(block_, panel, hits_.data(), dense_.data());
+    if (hits > 0) rescore(p, hits, first, count, columns);
+    for (int g = 0; g < block_.groups; ++g) {
       if (!dense_[static_cast<std::size_t>(g)]) continue;
-      score_dense(p, g, rows, stride, first, count, columns);
+      score_dense(p, g, first, count, columns);
       ++dense_tiles;
     }
-    tiles += groups;
+    tiles += block_.groups;
     update_floors(p, p + kPanel, first + count);
   }
   counters_.filtered += num_queries_ * count;
   if (2 * dense_tiles > tiles) direct_blocks_ = kRetryAfter;
 }
 
-void Scanner::rescore(std::int64_t panel, int hits, const float* rows, std::int64_t stride, std::int64_t first, int count,
-                          Columns* columns) {
-  constexpr int kBatch = 64;
+void Scanner::rescore(std::int64_t panel, int hits, std::int64_t first, int count, Columns* columns) {
+  constexpr int kBatch = kDirectRows;
   const float *queries[kBatch], *candidates[kBatch];
   float scores[kBatch];
   int taken[kBatch], size = 0;
@@ -255,7 +346,7 @@ void Scanner::rescore(std::int64_t panel, int hits, const float* rows, std::int6
         offer(panel + hit.query, first + hit.row, hit.score, nullptr);
       } else {
         queries[size] = queries_.data() + (panel + hit.query) * plan_.width;
-        candidates[size] = rows + hit.row * stride;
+        candidates[size] = row(first, hit.row, size);
         taken[size++] = h;
       }
     }
@@ -271,12 +362,26 @@ void Scanner::rescore(std::int64_t panel, int hits, const float* rows, std::int6
   }
 }
 
-void Scanner::score_dense(std::int64_t panel, int group, const float* rows, std::int64_t stride, std::int64_t first,
-                          int count, Columns* columns) {
+// Row `at` of the block as fp32; `slot` is a place for it if it has to be converted.
+const float* Scanner::row(std::int64_t first, int at, int slot) {
+  if (rows_ != nullptr) {
+    const float* found = rows_ + at * row_stride_;
+    if (plan_.shadow.codes != nullptr)  // nobody has read it yet
+      for (std::int64_t d = 0; d < plan_.width; d += 16) __builtin_prefetch(found + d, 0, 2);
+    return found;
+  }
+  float* to = row_scratch_.data() + slot * plan_.width;
+  pool_.read_row(first + at, to);
+  return to;
+}
+
+void Scanner::score_dense(std::int64_t panel, int group, std::int64_t first, int count, Columns* columns) {
   const int begin = group * kPanel, part = std::min(kPanel, count - begin);
   const int queries = static_cast<int>(std::min<std::int64_t>(kPanel, num_queries_ - panel));
-  plan_.kernels->score_tile(queries_.data() + panel * plan_.width, plan_.width, queries, rows + begin * stride, stride,
-                            part, plan_.width, scores_.data(), kDirectRows);
+  std::int64_t stride = row_stride_;
+  const float* rows = rows_ != nullptr ? rows_ + begin * stride : pool_.read(first + begin, part, row_scratch_.data(), &stride);
+  plan_.kernels->score_tile(queries_.data() + panel * plan_.width, plan_.width, queries, rows, stride, part, plan_.width,
+                            scores_.data(), kDirectRows);
   for (int q = 0; q < queries; ++q) {
     const float* scores = scores_.data() + q * kDirectRows;
     const int hits = plan_.kernels->collect(scores, part, floor_[static_cast<std::size_t>(panel + q)],

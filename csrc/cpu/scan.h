@@ -1,6 +1,7 @@
 // One thread's scan of pool rows against one tile of queries.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <vector>
@@ -37,6 +38,12 @@ class RowReader {
   // Rows [first, first + count): a pointer to the first and the distance between two. `scratch` holds count * width.
   const float* read(std::int64_t first, std::int64_t count, float* scratch, std::int64_t* stride) const;
   void read_row(std::int64_t row, float* to) const;
+  bool in_place() const { return in_place_; }
+  // The memory of rows [first, first + count) as it is stored; nothing where a row is not one piece.
+  Ahead memory(std::int64_t first, std::int64_t count) const;
+  const std::uint16_t* halves(std::int64_t row) const {
+    return static_cast<const std::uint16_t*>(matrix_.data) + row * matrix_.row_stride;
+  }
 
  private:
   Matrix matrix_;
@@ -58,8 +65,10 @@ struct ScanPlan {
   bool approximate = false;  // a sample: the filter's own scores will do, exclusions do not matter
   const Kernels* kernels = nullptr;
   const Filter* filter = nullptr;  // null: score everything exactly
+  Shadow shadow;                   // codes of the pool for a byte filter; no codes: the filter encodes rows as it goes
+  std::int64_t shadow_step = 1;    // row i of the pool is row i * shadow_step of the shadow
   std::int64_t width = 0;          // D padded to kLanes
-  std::int64_t depth = 0;          // D padded to kTileDepth
+  std::int64_t row_bytes = 0;      // of a row of codes
   int block_rows = 0;              // multiple of kPanel
   std::int64_t max_tile = 0;       // queries of the largest tile
 
@@ -72,7 +81,39 @@ struct MarginConstants {
   float exact_error;   // of the fixed-order dot, likewise
   float absolute;      // underflow, both
 };
-MarginConstants margin_constants(std::int64_t dimensions);
+MarginConstants margin_constants(const Filter& filter, std::int64_t dimensions);
+
+// Packs kPanel queries' codes, row_bytes apart, for the filters: FilterPanel::codes.
+void pack_panel(const std::uint8_t* codes, std::int64_t row_bytes, std::uint32_t* panel);
+
+// What threads that scan different rows for the same queries know of the k-th best together: when each of T threads has
+// ceil(k / T) keys that are not below L, no key below L is among the k best.
+class SharedFloors {
+ public:
+  SharedFloors(int threads, std::int64_t queries)
+      : threads_(threads), queries_(queries),
+        keys_(new std::atomic<Key>[static_cast<std::size_t>(threads) * static_cast<std::size_t>(queries)]) {
+    for (std::int64_t i = 0; i < threads * queries; ++i) keys_[static_cast<std::size_t>(i)].store(kNoKey, std::memory_order_relaxed);
+  }
+  int threads() const { return threads_; }
+  void publish(int thread, std::int64_t query, Key key) { at(thread, query).store(key, std::memory_order_relaxed); }
+  Key floor(std::int64_t query) const {
+    Key least = at(0, query).load(std::memory_order_relaxed);
+    for (int t = 1; t < threads_; ++t) {
+      const Key key = at(t, query).load(std::memory_order_relaxed);
+      least = key < least ? key : least;
+    }
+    return least;
+  }
+
+ private:
+  std::atomic<Key>& at(int thread, std::int64_t query) const {
+    return keys_[static_cast<std::size_t>(thread * queries_ + query)];
+  }
+  int threads_;
+  std::int64_t queries_;
+  std::unique_ptr<std::atomic<Key>[]> keys_;
+};
 
 class Columns;
 
@@ -84,9 +125,14 @@ class Scanner {
   void load_queries(std::int64_t begin, std::int64_t count);
   // Takes over the floors that the queries reached as rows of a self-join.
   void raise_floors(const Columns& columns);
-  // Scans pool rows [first, first + count), count <= block_rows. Calls must come in rising order of rows. With `columns`
-  // the rows are queries too, and the scores count for both sides.
-  void scan_block(std::int64_t first, int count, Columns* columns);
+  // Exchanges with the other threads what is known of the k-th best. `thread` is this one's number among them; one
+  // beyond those that `shared` counts only listens.
+  void share_floors(SharedFloors& shared, int thread);
+  // Rows to scan next at most.
+  int next_rows() const;
+  // Scans pool rows [first, first + count), count <= next_rows(). Calls must come in rising order of rows; those of the next
+  // one follow, `ahead` of them. With `columns` the rows are queries too, and the scores count for both sides.
+  void scan_block(std::int64_t first, int count, std::int64_t ahead, Columns* columns);
 
   std::int64_t num_queries() const { return num_queries_; }
   Candidates& candidates(std::int64_t q) { return candidates_[static_cast<std::size_t>(q)]; }
@@ -94,12 +140,15 @@ class Scanner {
   const Counters& counters() const { return counters_; }
 
  private:
-  void scan_direct(const float* rows, std::int64_t stride, std::int64_t first, int count, Columns* columns);
-  void scan_filtered(const float* rows, std::int64_t stride, std::int64_t first, int count, Columns* columns);
-  void score_dense(std::int64_t panel, int group, const float* rows, std::int64_t stride, std::int64_t first, int count,
-                   Columns* columns);
-  void rescore(std::int64_t panel, int hits, const float* rows, std::int64_t stride, std::int64_t first, int count,
-               Columns* columns);
+  bool cold() const;
+  void scan_direct(std::int64_t first, int count, Columns* columns);
+  void scan_filtered(std::int64_t first, int count, std::int64_t ahead, Columns* columns);
+  // Makes `block_` out of the rows.
+  void encode(std::int64_t first, int count);
+  Ahead memory_ahead(std::int64_t first, std::int64_t count) const;
+  const float* row(std::int64_t first, int at, int slot);
+  void score_dense(std::int64_t panel, int group, std::int64_t first, int count, Columns* columns);
+  void rescore(std::int64_t panel, int hits, std::int64_t first, int count, Columns* columns);
   void offer(std::int64_t q, std::int64_t row, float score, Columns* columns);
   void load_row_floors(const Columns& columns, std::int64_t first, int count);
   void update_floors(std::int64_t begin, std::int64_t end, std::int64_t next_row);
@@ -112,6 +161,8 @@ class Scanner {
   std::int64_t padded_tile_;
   Buffer<float> queries_;      // [tile, width]
   Buffer<float> row_scratch_;  // [block_rows, width]
+  const float* rows_ = nullptr;  // the block's rows as fp32 where they are at hand, else null
+  std::int64_t row_stride_ = 0;
   Buffer<float> scores_;       // scores of one direct tile
   Buffer<std::uint32_t> positions_;
   Buffer<Key> keys_;           // [tile, capacity]
@@ -123,9 +174,13 @@ class Scanner {
   std::int64_t scanned_ = 0;   // rows since load_queries
   int direct_blocks_ = 0;      // blocks to score exactly before the filter is tried again
   MarginConstants margin_;
-  Buffer<std::uint16_t> panels_;  // queries packed for the filter
-  Buffer<std::uint16_t> tiles_;   // the block's rows, rounded
-  std::vector<float> slope_, lift_, norm_, error_, group_norm_, group_error_;
+  Buffer<std::uint32_t> panels_;  // queries packed for the filter
+  Buffer<std::uint8_t> codes_;    // the block's rows, encoded
+  std::vector<std::int32_t> offset_;
+  std::vector<float> unit_, slope_, lift_;                       // of the queries
+  std::vector<float> scale_, norm_, error_, group_norm_, group_error_;  // of the block's rows
+  FilterBlock block_{};
+  bool stored_codes_;             // the pool's own memory serves as codes
   Buffer<FilterHit> hits_;
   std::vector<std::uint8_t> dense_;
   Counters counters_;

@@ -17,16 +17,11 @@ namespace {
 
 constexpr std::int64_t kMaxTile = 1024;       // queries scanned together: bounds the traffic of reading the pool
 constexpr std::int64_t kSmallQueries = 12;    // from so many on, rounding the pool for the filter pays
-constexpr std::int64_t kMaxFilterDepth = 1 << 17;  // the margin's proof covers D up to here
-constexpr std::int64_t kBlockBytes = 256 * 1024;  // rounded rows of a block: half of a small second-level cache
+constexpr std::int64_t kMaxFilterDepth = 1 << 16;  // the margin's proof covers D up to here
+constexpr std::int64_t kBlockBytes = 256 * 1024;  // fp32 rows of a block: a quarter of a small second-level cache
 constexpr std::int64_t kMinRowsToSample = 4096;
 constexpr std::int64_t kMinSelfJoin = 2048;
 constexpr int kSampleStride = 16;
-
-bool valid(const Matrix& m) {
-  const int dtype = static_cast<int>(m.dtype);
-  return m.rows >= 0 && m.cols >= 0 && dtype >= 0 && dtype <= 2 && (m.data != nullptr || m.rows * m.cols == 0);
-}
 
 // The pass over the sample: the last of the best keys becomes the floor.
 class SamplePass : public Pass {
@@ -83,8 +78,9 @@ class SearchPass : public Pass {
   std::atomic<std::int64_t> unfinished_{0};  // queries of a self-join from here on are not written yet
 };
 
+// Rows of a block: their fp32 values, those of the block being fetched meanwhile and the codes share the second-level cache.
 std::int64_t pick_block_rows(std::int64_t width) {
-  const std::int64_t rows = kBlockBytes / (2 * std::max<std::int64_t>(width, 1)) / kPanel * kPanel;
+  const std::int64_t rows = kBlockBytes / (4 * std::max<std::int64_t>(width, 1)) / kPanel * kPanel;
   return std::clamp<std::int64_t>(rows, 2 * kPanel, 512);
 }
 
@@ -107,11 +103,17 @@ class Search {
     plan_.exclude_width = request.exclude_width;
     plan_.kernels = isa.kernels;
     plan_.width = round_up(request.pool.cols, kLanes);
-    plan_.depth = round_up(request.pool.cols, kTileDepth);
     plan_.filter = isa.filter;
-    if (tuning_.use_filter == 0 || (tuning_.use_filter < 0 && request.queries.rows < kSmallQueries)) plan_.filter = nullptr;
+    if (request.shadow.codes != nullptr && isa.byte_filter != nullptr) {
+      plan_.filter = isa.byte_filter;
+      plan_.shadow = request.shadow;
+    }
+    const bool few = request.queries.rows < kSmallQueries && plan_.shadow.codes == nullptr;
+    if (tuning_.use_filter == 0 || (tuning_.use_filter < 0 && few)) plan_.filter = nullptr;
     if (tuning_.use_filter > 0 && plan_.filter == nullptr) plan_.filter = &scalar_filter();
     if (request.pool.cols > kMaxFilterDepth || request.pool.cols == 0) plan_.filter = nullptr;
+    if (plan_.filter == nullptr) plan_.shadow = Shadow();
+    else plan_.row_bytes = round_up(request.pool.cols * plan_.filter->code_bytes, kCodeLine);
     plan_.block_rows = static_cast<int>(pick_block_rows(plan_.width));
     progress_.total = std::max<std::int64_t>(1, request.queries.rows * request.pool.rows);
   }
@@ -175,7 +177,7 @@ class Search {
     ScanPlan plan = plan_;
     plan.pool.rows = rows;
     plan.pool.row_stride *= stride;
-    plan.pool.data = plan_.pool.data;
+    plan.shadow_step = stride;
     plan.k = rank;
     plan.capacity = 2 * rank + 64;
     plan.approximate = true;
@@ -235,10 +237,13 @@ class Search {
 
 Status search_cpu(const Request& request) {
   const Matrix &queries = request.queries, &pool = request.pool;
+  const Shadow& shadow = request.shadow;
   if (!valid(queries) || !valid(pool) || queries.cols != pool.cols || request.k < 1 || request.k > kMaxK ||
       pool.rows > 0xffffffffLL || request.threads < 1 || (queries.rows > 0 && request.exclude_width > 0 && request.exclude == nullptr) ||
       (request.self_join && (queries.data != pool.data || queries.rows != pool.rows || queries.dtype != pool.dtype ||
                              queries.row_stride != pool.row_stride || queries.col_stride != pool.col_stride)) ||
+      (shadow.codes != nullptr && (shadow.width != shadow_width(pool.cols) || shadow.scale == nullptr || shadow.norm == nullptr ||
+                                   shadow.error == nullptr)) ||
       (queries.rows > 0 && (request.scores == nullptr || request.rows == nullptr)))
     return Status::bad_argument;
   const Isa* isa = find_isa(request.isa);

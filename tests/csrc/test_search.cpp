@@ -81,7 +81,20 @@ Answer define(const Problem& p, std::uint32_t k) {
   return a;
 }
 
-Answer run(const Problem& p, std::uint32_t k, int threads, const char* isa, const Tuning& tuning) {
+// A pool's shadow and the memory it lies in.
+struct OwnShadow {
+  std::vector<std::uint8_t> codes;
+  std::vector<float> scale, norm, error;
+  explicit OwnShadow(const Problem& p, int threads = 2)
+      : codes(p.rows * shadow_width(p.width)), scale(p.rows), norm(p.rows), error(p.rows) {
+    const Matrix pool{p.x.data(), p.rows, p.width, p.width, 1, DType::f32};
+    CHECK(build_shadow(pool, codes.data(), scale.data(), norm.data(), error.data(), threads) == Status::ok);
+  }
+  Shadow get(const Problem& p) const { return {codes.data(), shadow_width(p.width), scale.data(), norm.data(), error.data()}; }
+};
+
+Answer run(const Problem& p, std::uint32_t k, int threads, const char* isa, const Tuning& tuning,
+           const OwnShadow* shadow = nullptr) {
   Answer a{std::vector<float>(p.queries * k, 7.0f), std::vector<std::int64_t>(p.queries * k, -7), {}, Status::ok};
   Request r;
   r.queries = {p.q.data(), p.queries, p.width, p.width, 1, DType::f32};
@@ -95,6 +108,7 @@ Answer run(const Problem& p, std::uint32_t k, int threads, const char* isa, cons
   r.isa = isa;
   r.tuning = tuning;
   r.counters = &a.counters;
+  if (shadow != nullptr) r.shadow = shadow->get(p);
   a.status = search_cpu(r);
   CHECK(a.status == Status::ok);
   return a;
@@ -117,6 +131,7 @@ void test_everything() {
   for (int kind = 0; kind <= 5; ++kind)
     for (auto [queries, rows, width] : {std::tuple<int, int, int>{1, 40, 5}, {37, 700 / kShrink, 20}, {70, 1500 / kShrink, 33}}) {
       const Problem p = make(queries, rows, width, kind, ++seed);
+      const OwnShadow shadow(p);
       for (std::uint32_t k : {1u, 12u, 200u}) {
         const Answer expected = define(p, k);
         for (const char* const* isa = available_isas(); *isa != nullptr; ++isa) {
@@ -127,6 +142,8 @@ void test_everything() {
               const Answer found = run(p, k, threads, *isa, tuning);
               CHECK_NOTE(found == expected, "kind %d, %d x %d x %d, k %u, %s, tuning %d, threads %d", kind, queries, rows,
                          width, k, *isa, which, threads);
+              CHECK_NOTE(run(p, k, threads, *isa, tuning, &shadow) == expected, "with a shadow: kind %d, %d x %d x %d, k %u, %s, tuning %d",
+                         kind, queries, rows, width, k, *isa, which);
               if (which == 4) CHECK(kind == 4 || found.counters.rescanned == queries);
             }
             ++which;
@@ -151,6 +168,27 @@ void test_paths() {
   direct.use_filter = 0;
   CHECK(run(p, 50, 2, nullptr, direct) == thinned);
   CHECK(run(clustered, 50, 2, nullptr, direct) == dense);
+}
+
+// With a shadow even one query is filtered, and few rows are read.
+void test_shadow() {
+  const Problem p = make(3, 30000, 64, 0, 2);
+  const OwnShadow shadow(p);
+  for (std::int64_t r = 0; r < 100; ++r) {
+    double lost = 0;
+    for (int d = 0; d < 64; ++d) {
+      const double gap = p.x[r * 64 + d] - static_cast<double>(shadow.scale[r]) * (shadow.codes[r * 64 + d] - 128);
+      lost += gap * gap;
+    }
+    CHECK(std::sqrt(lost) <= shadow.error[r] && std::sqrt(lost) > 0.5 * shadow.error[r]);
+  }
+  for (const char* const* isa = available_isas(); *isa != nullptr; ++isa) {
+    const Answer found = run(p, 10, 2, *isa, Tuning(), &shadow);
+    CHECK(found == run(p, 10, 1, *isa, Tuning()));
+    if (std::string(*isa) != "scalar")
+      CHECK_NOTE(found.counters.direct < 3 * 4000 && found.counters.rescored < 3 * 3000, "%s: %lld %lld", *isa,
+                 static_cast<long long>(found.counters.direct), static_cast<long long>(found.counters.rescored));
+  }
 }
 
 // A self-join by the upper triangle gives what the square gives.
@@ -239,6 +277,12 @@ void test_bad_arguments() {
   CHECK(refused([](Request& r) { r.scores = nullptr; }) == Status::bad_argument);
   CHECK(refused([](Request& r) { r.exclude_width = 1; }) == Status::bad_argument);
   CHECK(refused([](Request& r) { r.pool.dtype = static_cast<DType>(9); }) == Status::bad_argument);
+  const OwnShadow shadow(p, 1);
+  const Shadow whole = shadow.get(p);
+  CHECK(refused([&](Request& r) { r.shadow = whole; }) == Status::ok);
+  CHECK(refused([&](Request& r) { r.shadow = whole, r.shadow.width = 128; }) == Status::bad_argument);
+  CHECK(refused([&](Request& r) { r.shadow = whole, r.shadow.norm = nullptr; }) == Status::bad_argument);
+  CHECK(build_shadow(good.pool, nullptr, nullptr, nullptr, nullptr, 1) == Status::bad_argument);
   CHECK(refused([](Request& r) { r.self_join = true; }) == Status::bad_argument);
   CHECK(refused([](Request& r) { r.isa = "sse9"; }) == Status::unsupported);
 }
@@ -264,6 +308,7 @@ void test_concurrent_callers() {
 int main() {
   test_everything();
   test_paths();
+  test_shadow();
   test_self_join();
   test_cancel();
   test_bad_arguments();

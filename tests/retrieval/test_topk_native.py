@@ -6,6 +6,7 @@ which the C++ tests check against the fixed-order dot.
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
 import os
 import signal
@@ -42,9 +43,9 @@ TUNINGS = [
 ]
 
 
-def search(queries, pool, k, *, exclude=None, threads=1, isa=None, tuning=None, counters=None) -> TopK:
+def search(queries, pool, k, *, exclude=None, threads=1, **options) -> TopK:
     out = TopK(torch.full((len(queries), k), 7.0), torch.full((len(queries), k), -7))
-    return topk_native.search(queries, pool, k, exclude, out, threads, None, isa=isa, tuning=tuning, counters=counters)
+    return topk_native.search(queries, pool, k, exclude, out, threads, None, **options)
 
 
 def oracle(queries, pool, k, exclude=None) -> TopK:
@@ -85,9 +86,13 @@ KINDS = ["random", "clustered", "ascending", "exponents", "denormal", "halfway",
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_same_bits_from_every_instruction_set_path_and_thread_count(kind: str, dtype: torch.dtype) -> None:
-    queries, pool = dataset(kind, 45, 40).to(dtype), dataset(kind, 1300, 40).to(dtype)
+@pytest.mark.parametrize(
+    ("dtype", "width"),
+    [(torch.float32, 40), (torch.float32, 64), (torch.bfloat16, 40), (torch.bfloat16, 64), (torch.float16, 40)],
+)
+def test_same_bits_from_every_instruction_set_path_and_thread_count(kind: str, dtype: torch.dtype, width: int) -> None:
+    queries, pool = dataset(kind, 45, width).to(dtype), dataset(kind, 1300, width).to(dtype)
+    shadow = topk_native.build_shadow(pool)
     exclude = torch.randint(-1, 1300, (45, 2))
     expected = oracle(queries, pool, 30, exclude)
     for isa in ISAS:
@@ -95,6 +100,8 @@ def test_same_bits_from_every_instruction_set_path_and_thread_count(kind: str, d
             threads = 1 + number % 3
             found = search(queries, pool, 30, exclude=exclude, threads=threads, isa=isa, tuning=tuning)
             assert_same(found, expected, (isa, tuning, threads))
+            options = {"exclude": exclude, "threads": threads, "isa": isa, "tuning": tuning, "shadow": shadow}
+            assert_same(search(queries, pool, 30, **options), expected, ("with a shadow", isa, tuning, threads))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -138,6 +145,39 @@ def test_the_filter_thins_out_and_failed_samples_rescan(isa: str) -> None:
     assert 64 * 20 <= counters["rescored"] < 64 * 2000 and counters["rescanned"] == 0
     search(queries, pool, 20, isa=isa, tuning={"forced_floor": 1e30}, counters=counters)
     assert counters["rescanned"] == 64
+
+
+def test_with_a_shadow_few_rows_are_read() -> None:
+    pool = torch.randn(20000, 96).half()[::2]  # strided
+    shadow = topk_native.build_shadow(pool, threads=2)
+    values = shadow.scale[:, None] * (shadow.codes[:, :96].float() - 128)
+    lost = (values - pool.float()).norm(dim=1)
+    assert bool((lost <= shadow.error).all()) and bool((lost > 0.9 * shadow.error).all())
+    assert bool((values.norm(dim=1) <= shadow.norm).all())
+    for count in (1, 5, 40):
+        counters: dict[str, int] = {}
+        queries = torch.randn(count, 96)
+        found = search(queries, pool, 20, shadow=shadow, counters=counters, threads=2)
+        assert_same(found, oracle(queries, pool, 20))
+        assert counters["rescored"] + counters["direct"] < 0.2 * count * 10000
+
+
+def test_a_shadow_that_cannot_be_the_pools_is_refused() -> None:
+    pool = torch.randn(50, 40)
+    shadow = topk_native.build_shadow(pool)
+    assert shadow.codes.shape == (50, 64) and shadow.codes.dtype == torch.uint8
+    for name, wrong in {
+        "codes": shadow.codes[:49],
+        "scale": shadow.scale.double(),
+        "norm": shadow.norm[::2],
+        "error": shadow.error.repeat(2)[::2],
+    }.items():
+        with pytest.raises(ArgumentError, match=f"shadow.{name}: got .* expected torch"):
+            search(pool[:2], pool, 3, shadow=dataclasses.replace(shadow, **{name: wrong}))
+    with pytest.raises(ArgumentError, match=r"pool: got .* expected"):
+        topk_native.build_shadow(pool.double())
+    empty = topk_native.build_shadow(pool[:0])
+    assert search(pool[:2], pool[:0], 3, shadow=empty).indices.tolist() == [[-1] * 3] * 2
 
 
 def test_a_periodic_pool_defeats_the_sample_and_not_the_answer() -> None:

@@ -18,6 +18,16 @@ struct Matrix {
   DType dtype;
 };
 
+// Codes of every pool row, made once by build_shadow and kept beside the pool: a search that has them reads the pool itself
+// only where a row may be an answer. docs/topk.md describes the layout. Not owned; no codes: no shadow.
+struct Shadow {
+  const std::uint8_t* codes = nullptr;  // [N, width]
+  std::int64_t width = 0;               // shadow_width(D)
+  const float* scale = nullptr;         // [N]
+  const float* norm = nullptr;          // [N] upper bound of the norm of the coded row
+  const float* error = nullptr;         // [N] upper bound of the norm of the coding error
+};
+
 enum class Status : int { ok = 0, bad_argument = 1, out_of_memory = 2, cancelled = 3, unsupported = 4 };
 
 // Switches for tests and measurements; the defaults are right everywhere else. Answers never depend on them.
@@ -43,6 +53,7 @@ struct Counters {
 struct Request {
   Matrix queries;               // [Q, D]
   Matrix pool;                  // [N, D], N < 2^32
+  Shadow shadow;                // of the pool
   std::uint32_t k = 0;          // 1 … 2048
   const std::int64_t* exclude = nullptr;  // [Q, exclude_width], rows < 0 mean none
   std::int64_t exclude_width = 0;
@@ -58,6 +69,12 @@ struct Request {
 };
 
 Status search_cpu(const Request& request);
+
+// Bytes of one row of codes: D padded to a multiple of 64.
+std::int64_t shadow_width(std::int64_t cols);
+
+// Fills a shadow of the pool: codes [N, shadow_width(D)], scale, norm and error [N].
+Status build_shadow(const Matrix& pool, std::uint8_t* codes, float* scale, float* norm, float* error, int threads);
 
 // Fixed-order fp32 inner product of two vectors, the one number that every path of the CPU search returns for a pair:
 // sixteen partial sums by fused multiply-add (element i goes to sum i mod 16, in rising order of i), added as a binary

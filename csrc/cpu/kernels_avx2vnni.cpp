@@ -1,0 +1,22 @@
+// The byte filter of processors with AVX-VNNI: one instruction per 32 products.
+#if defined(TGQ_X86)
+#include "cpu/byte_filter_avx2.h"
+
+namespace tgq {
+namespace {
+
+struct Vnni {
+  static constexpr int query_limit = kByteLimit;
+  static constexpr int rows = 6;  // twelve sums, two vectors of queries and one row in sixteen registers
+  static __m256i add(__m256i sums, __m256i rows, __m256i queries) { return _mm256_dpbusd_avx_epi32(sums, rows, queries); }
+};
+
+}  // namespace
+
+const Filter& avx2vnni_filter() {
+  static const Filter filter = byte_filter<Vnni>("avx2vnni");
+  return filter;
+}
+
+}  // namespace tgq
+#endif
