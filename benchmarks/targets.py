@@ -54,12 +54,13 @@ _COMPILED = "torch.compile of transformers, SDPA"
 _GEMM, _TORCH = "GEMM only", "torch mm + topk"
 _FAISS, _TUNED = "faiss-cpu flat, default", "faiss-cpu flat, tuned"
 _AVX2 = "tgq_fast, AVX2 forced"
+_PACKED = "tgq_fast, packed weights"  # as `encode` runs
 
 TARGETS = (
-    Target("cpu", "connector/paper-b16/float32/forward", _SDPA, 1.8),
-    Target("cpu", "connector/paper-b16/bfloat16/forward", _SDPA, 1.8),
-    Target("cpu", "connector/paper-b16-every-layer/float32/forward", _SDPA, 1.8),
-    Target("cpu", "connector/paper-b16-every-layer/bfloat16/forward", _SDPA, 1.8),
+    Target("cpu", "connector/paper-b16/float32/forward", _SDPA, 1.8, variant=_PACKED),
+    Target("cpu", "connector/paper-b16/bfloat16/forward", _SDPA, 1.8, variant=_PACKED),
+    Target("cpu", "connector/paper-b16-every-layer/float32/forward", _SDPA, 1.8, variant=_PACKED),
+    Target("cpu", "connector/paper-b16-every-layer/bfloat16/forward", _SDPA, 1.8, variant=_PACKED),
     Target("cpu", "topk/q256-n200k-d768/float32/forward", _GEMM, 0.40, at_most=True),
     Target("cpu", "topk/q256-n200k-d256/float32/forward", _GEMM, 0.50, at_most=True),
     Target("cpu", "topk/q256-n1m-d256/float32/forward", _GEMM, 0.25, at_most=True),

@@ -154,6 +154,7 @@ class _Implementation:
 
     def __init__(self, model: nn.Module, forward: Model, queries: Tensor, direction: str) -> None:
         self.forward, self.direction = forward, direction
+        self.opened = contextlib.ExitStack()  # what stays open while it is in use
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.trained = [queries, *(p for p in named.values() if p is not queries)]
         self.checked = {"query_tokens": queries, **{name: named[name] for name in _CHECKED if name in named}}
@@ -186,6 +187,7 @@ def _compiled_theirs(other: Callable[..., _Implementation], theirs: nn.Module) -
 
 
 def _build(case: Case, sizes: dict[str, Any], setting: Setting) -> Workload:
+    from tgq_fast.models.inference import packed_weights
     from tgq_fast.models.outputs import FrozenFeatures
 
     dtype, device = dtype_of(case), setting.device
@@ -199,10 +201,18 @@ def _build(case: Case, sizes: dict[str, Any], setting: Setting) -> Workload:
     inputs += [_inputs(theirs, sizes, setting, dtype, seed) for seed in range(1, count)]
     gradient = torch.randn(sizes["B"], sizes["N"], sizes["d"], device=device).to(dtype)
 
-    def ours(backend: str | None, *, compiled: bool = False) -> _Implementation:
-        forward: Model = partial(_call_ours, mine, backend, FrozenFeatures)
-        queries = mine.query_tokens
-        return _Implementation(mine, compiled_statically(forward) if compiled else forward, queries, case.direction)  # type: ignore[arg-type]
+    def ours(backend: str | None, *, compiled: bool = False, packed: bool = False) -> _Implementation:
+        model = copy.deepcopy(mine) if packed else mine
+        forward: Model = partial(_call_ours, model, backend, FrozenFeatures)
+        implementation = _Implementation(
+            model,
+            compiled_statically(forward) if compiled else forward,
+            model.query_tokens,  # type: ignore[arg-type]
+            case.direction,
+        )
+        if packed:
+            implementation.opened.enter_context(packed_weights(model))
+        return implementation
 
     def other(model: nn.Module, *, compiled: bool = False, precision: torch.dtype = dtype) -> _Implementation:
         model = model.to(precision)
@@ -231,6 +241,8 @@ def _build(case: Case, sizes: dict[str, Any], setting: Setting) -> Workload:
         return check(out, known["reference"], [known["baseline"]], dtype, weights, slack_of(variant))
 
     variants = [variant("tgq_fast", "ours", partial(ours, None))]
+    if device == "cpu" and case.direction == "forward":
+        variants.append(variant("tgq_fast, packed weights", "ours", partial(ours, None, packed=True)))
     if device == "cuda":
         variants += [variant(f"tgq_fast {name}", "ours", partial(ours, name)) for name in ("triton", "torch")]
     variants += [

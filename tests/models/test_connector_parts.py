@@ -173,9 +173,11 @@ class TestCost:
         batch = 3
         config = small_config(name, **overrides)
         connector = build_connector(config).eval().requires_grad_(False)
+        features = random_features(batch)
+        features.metadata_mask.fill_(True)  # the cost is that of M tokens; padding is skipped
         counter = FlopCounterMode(display=False)
         with sdpa_kernel(SDPBackend.MATH), counter:
-            connector(random_features(batch))
+            connector(features)
         assert counter.get_total_flops() == 2 * batch * connector_cost(config).macs
 
     def test_forms(self) -> None:

@@ -83,6 +83,34 @@ def stream_layout(config: TGQFormerConfig) -> StreamLayout:
     return StreamLayout(anchored, config.num_exploratory_queries, reads_text, mixing, config.explore_sees_text)
 
 
+class TextPacking:
+    """The real tokens of a padded batch, in rows of their own: no product is then spent on padding.
+
+    Padding is often half of a batch of metadata. Finding the real rows waits for the mask, so this is for the CPU.
+    """
+
+    def __init__(self, mask: Tensor) -> None:
+        """mask: [B, M] bool, True for real tokens."""
+        self.shape = mask.shape
+        self.rows = mask.flatten().nonzero()[:, 0]  # [T]
+
+    @classmethod
+    def where_useful(cls, mask: Tensor | None) -> TextPacking | None:
+        """None where there is no padding to skip, or where looking for it would stall a device or a graph."""
+        if mask is None or mask.device.type != "cpu" or torch.compiler.is_compiling() or bool(mask.all()):
+            return None
+        return cls(mask)
+
+    def pack(self, x: Tensor) -> Tensor:
+        """[B, M, ...] → [T, ...]."""
+        return x.flatten(0, 1).index_select(0, self.rows)
+
+    def pad(self, x: Tensor) -> Tensor:
+        """[T, ...] → [B, M, ...], zero where there is no token."""
+        padded = x.new_zeros(self.shape.numel(), *x.shape[1:])
+        return padded.index_copy(0, self.rows, x).unflatten(0, self.shape)
+
+
 class AttentionProjections(nn.Module):
     """Query, key and value projections of one attention; the key bias is left out because it cancels."""
 
@@ -94,7 +122,7 @@ class AttentionProjections(nn.Module):
         self.value = nn.Linear(source_width, width)
 
     def heads(self, projected: Tensor) -> Tensor:
-        """[B, S, d] → [B, S, H, dh]."""
+        """[..., d] → [..., H, dh]."""
         return projected.unflatten(-1, (self.num_heads, -1))
 
 
@@ -138,16 +166,22 @@ class StreamSelfAttention(nn.Module):
         self.output = ResidualOutput(config.hidden_size, config)
 
     def forward(
-        self, queries: Tensor, text: Tensor | None, text_mask: Tensor | None, *, text_wanted: bool
+        self,
+        queries: Tensor,
+        text: Tensor | None,
+        text_mask: Tensor | None,
+        *,
+        text_wanted: bool,
+        packing: TextPacking | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Args:
             queries: [B, N, d], anchored first.
-            text: [B, M, d] or None.
+            text: [B, M, d] or None; with `packing` [T, d].
             text_mask: [B, M] bool, True for real tokens.
             text_wanted: whether the text rows of the result are needed.
 
         Returns:
-            [B, N, d] and [B, M, d] (None without text or when not wanted).
+            [B, N, d] and the new text, shaped as the old (None without text or when not wanted).
         """
         layout, p = self.layout, self.attention
         num_anchored, num_exploratory, num_queries = layout.num_anchored, layout.num_exploratory, queries.shape[1]
@@ -156,16 +190,19 @@ class StreamSelfAttention(nn.Module):
             context = ops.stream_self_attention(q, k, v, (num_anchored, num_exploratory, 0), mixing=layout.mixing)
             return self.output(context.flatten(2), queries), None
 
-        text_k, text_v = p.heads(p.key(text)), p.heads(p.value(text))  # [B, M, H, dh]
+        def padded(x: Tensor) -> Tensor:
+            return p.heads(x if packing is None else packing.pad(x))
+
+        text_k, text_v = padded(p.key(text)), padded(p.value(text))  # [B, M, H, dh]
         # Text rows that nobody wants still enter the operator, but need no projection: any query will do.
-        text_q = p.heads(p.query(text)) if text_wanted else torch.zeros_like(text_k)
+        text_q = padded(p.query(text)) if text_wanted else torch.zeros_like(text_k)
         if layout.explores_alone:
             a, e = slice(0, num_anchored), slice(num_anchored, None)
             mixed = ops.stream_self_attention(
                 torch.cat((q[:, a], text_q), dim=1),
                 torch.cat((k[:, a], text_k), dim=1),
                 torch.cat((v[:, a], text_v), dim=1),
-                (num_anchored, 0, text.shape[1]),
+                (num_anchored, 0, text_k.shape[1]),
                 text_mask=text_mask,
             )
             alone = ops.stream_self_attention(q[:, e], k[:, e], v[:, e], (0, num_exploratory, 0))
@@ -175,14 +212,17 @@ class StreamSelfAttention(nn.Module):
                 torch.cat((q, text_q), dim=1),
                 torch.cat((k, text_k), dim=1),
                 torch.cat((v, text_v), dim=1),
-                (num_anchored, num_exploratory, text.shape[1]),
+                (num_anchored, num_exploratory, text_k.shape[1]),
                 mixing=layout.mixing,
                 explore_sees_text=layout.explore_sees_text,
                 text_mask=text_mask,
             )
             context, text_context = mixed[:, :num_queries], mixed[:, num_queries:]
         updated = self.output(context.flatten(2), queries)
-        return updated, self.output(text_context.flatten(2), text) if text_wanted else None
+        if not text_wanted:
+            return updated, None
+        text_context = text_context.flatten(2)
+        return updated, self.output(text_context if packing is None else packing.pack(text_context), text)
 
 
 class HybridCrossAttention(nn.Module):
@@ -262,16 +302,17 @@ class QueryLayer(nn.Module):
         *,
         text_mask: Tensor | None = None,
         visual_mask: Tensor | None = None,
+        packing: TextPacking | None = None,
         return_attention: bool = False,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Args:
-            queries: [B, N, d]; text: [B, M, d] or None; visual: [B, L, dv].
+            queries: [B, N, d]; text: [B, M, d] or None, with `packing` [T, d]; visual: [B, L, dv].
 
         Returns:
-            queries [B, N, d], text [B, M, d] or None, attention [B, N, L] or None.
+            queries [B, N, d], text shaped as before or None, attention [B, N, L] or None.
         """
         num_anchored = self.layout.num_anchored
-        queries, text = self.attention(queries, text, text_mask, text_wanted=self.updates_text)
+        queries, text = self.attention(queries, text, text_mask, text_wanted=self.updates_text, packing=packing)
         attention = None
         if self.crossattention is not None:
             if return_attention:
@@ -318,6 +359,9 @@ class QueryEncoder(nn.Module):
         return_attention: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """[B, N, d] → the final queries and, on request, the attention [B, N, L] of the last cross layer."""
+        packing = TextPacking.where_useful(text_mask) if text is not None else None
+        if text is not None and packing is not None:
+            text = packing.pack(text)
         last = None
         for layer in self.layer:
             queries, text, attention = layer(
@@ -326,6 +370,7 @@ class QueryEncoder(nn.Module):
                 visual,
                 text_mask=text_mask,
                 visual_mask=visual_mask,
+                packing=packing,
                 return_attention=return_attention,
             )
             last = attention if attention is not None else last

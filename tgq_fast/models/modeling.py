@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +26,7 @@ from tgq_fast.models.connector import build_connector
 from tgq_fast.models.encoding import Example, FeatureExtractor, as_examples
 from tgq_fast.models.features import FeatureStore
 from tgq_fast.models.gather import gather, rank
+from tgq_fast.models.inference import packed_weights
 from tgq_fast.models.outputs import ConnectorOutput, FrozenFeatures, TGQFormerOutput
 from tgq_fast.models.processing import PromptInputs, TGQFormerProcessor
 from tgq_fast.models.readers import LightReader, LLMReader, ReaderOutput, build_reader
@@ -34,6 +36,7 @@ __all__ = ["TGQFormerModel"]
 
 Encodable = Item | Mapping[str, Any] | Image.Image | str | Path
 _MAX_LOG_SCALE = 4.6052  # ln 100, CLIP's cap
+_PACK_FROM = 64  # items from which repacking the connector's weights pays
 
 
 class TGQFormerModel(PreTrainedModel):
@@ -251,7 +254,6 @@ class TGQFormerModel(PreTrainedModel):
 
     # ------------------------------------------------------------------ encoding
 
-    @torch.inference_mode()
     def encode(
         self,
         items: Catalog | Sequence[Encodable] | Encodable,
@@ -302,8 +304,9 @@ class TGQFormerModel(PreTrainedModel):
         result = torch.full((len(examples), self.config.embedding_size), float("nan"))
         training = self.training
         self.eval()
+        packing = packed_weights(self.connector) if len(examples) >= _PACK_FROM else nullcontext()
         try:
-            with _progress(len(examples), show_progress_bar) as advance:
+            with torch.inference_mode(), packing, _progress(len(examples), show_progress_bar) as advance:
                 for rows, inputs in self._encoder_batches(examples, batch_size, on_error, features, rejects, workers):
                     if rows:
                         output = self(**inputs)

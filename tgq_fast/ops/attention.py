@@ -304,6 +304,8 @@ def _absorbed(
     q: Tensor, visual: Tensor, wk: Tensor, wv: Tensor, key_mask: Tensor | None, key_group: Tensor | None, stats: bool
 ) -> _Context:
     """[B, N, H, dh] queries → [B, N, d]; the raw tokens are keys and values of all H * N rows at once."""
+    if not stats and q.device.type == "cpu" and not torch.compiler.is_compiling() and not wants_grad(q, visual, wk, wv):
+        return _absorbed_on_cpu(q, visual, wk, wv, key_mask), None
     batch, queries, num_heads, head = q.shape
     rows, visual_width = queries * num_heads, visual.shape[2]
     wk, wv = wk.unflatten(0, (num_heads, head)), wv.unflatten(0, (num_heads, head))  # [H, dh, dv]
@@ -322,6 +324,41 @@ def _absorbed(
         found = _statistics(absorbed, tokens, head**-0.5, key_mask, key_group)
         found = AttentionStats(*(None if s is None else s.view(batch, num_heads, queries) for s in found))  # type: ignore[arg-type]
     return context.permute(1, 2, 0, 3).reshape(batch, queries, num_heads * head), found
+
+
+# Absorbed queries of the items that the CPU takes at once. Above it their memory goes back to the system at each call.
+_CPU_BYTES = 16 * 2**20
+
+
+@torch.no_grad()
+def _absorbed_on_cpu(q: Tensor, visual: Tensor, wk: Tensor, wv: Tensor, key_mask: Tensor | None) -> Tensor:
+    """:func:`_absorbed` for inference. Every product writes where the next reads, nothing is permuted, and one buffer
+    holds the absorbed queries and then the pooled tokens; what is left is memory traffic.
+    """
+    batch, queries, num_heads, head = q.shape
+    visual_width = visual.shape[2]
+    wk, wv = (w.to(q.dtype).unflatten(0, (num_heads, head)) for w in (wk, wv))  # [H, dh, dv]
+    context = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    step = max(1, min(batch, _CPU_BYTES // max(1, queries * num_heads * visual_width * q.element_size())))
+    buffer = q.new_empty(step * queries, num_heads, visual_width)
+    for first in range(0, batch if visual.shape[1] else 0, step):
+        items = slice(first, min(first + step, batch))
+        tokens = visual[items].to(q.dtype)
+        rows, into = q[items].flatten(0, 1), context[items].flatten(0, 1)  # [b * N, H, dh]
+        wide = buffer[: rows.shape[0]]
+        for h in range(num_heads):
+            torch.mm(rows[:, h], wk[h], out=wide[:, h])
+        pooled = wide.view(-1, queries * num_heads, visual_width)  # rows of an item: query, then head
+        scores = torch.baddbmm(q.new_zeros(1, 1, 1), pooled, tokens.transpose(1, 2), beta=0, alpha=head**-0.5)
+        if key_mask is not None:
+            scores.masked_fill_(~key_mask[items, None], float("-inf"))
+        weights = scores.softmax(dim=-1)
+        if key_mask is not None:  # also turns the NaN of an item without any visible key to zero
+            weights.masked_fill_(~key_mask[items, None], 0.0)
+        torch.bmm(weights, tokens, out=pooled)
+        for h in range(num_heads):
+            torch.mm(wide[:, h], wv[h].t(), out=into[:, h])
+    return context.flatten(2)
 
 
 @torch.no_grad()
