@@ -68,7 +68,7 @@ TGQ_HD void select_best(Team& team, std::uint32_t total, std::uint32_t limit, Ge
   });
   team.each(total, [&](std::uint32_t i) {
     const Key key = get(i);
-    if (key < least) return;
+    if (key == kNoKey || key < least) return;  // least is 0 where the lowest digits are all taken
     const std::uint32_t slot = team.add(&s.count, 1u);
     if (slot < limit) s.keys[slot] = key;
     team.lower(&s.lowest, key);
