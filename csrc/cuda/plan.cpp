@@ -16,14 +16,15 @@ constexpr std::int64_t kMaxTileQueries = 65535;   // they are one dimension of a
 constexpr std::int64_t kHitBytes = 64 << 20;     // of all hit buffers
 constexpr std::int64_t kShadowBytes = 64 << 20;   // of the rows of one pass in 16 bits
 constexpr std::int64_t kOwnedBytes = 32 << 20;    // of the lists of the exact scan
-constexpr std::int64_t kFirstRows = 512;          // scored exactly to get a first floor
-constexpr std::int64_t kSkinnyFirstRows = 2048;   // launches weigh more where there are few queries, exact scores less
 constexpr std::int64_t kSkinnyBytes = 64 << 10;   // of the queries in shared memory
 constexpr std::int64_t kMinChunk = 1 << 16;
 constexpr std::int64_t kChunks = 3;               // passes over the pool: the floors rise in between
 constexpr std::int64_t kMaxBoundTiles = 1 << 21;  // of norms that are kept for later tiles of queries: 16 MB
 
 std::int64_t round_up(std::int64_t value, std::int64_t unit) { return (value + unit - 1) / unit * unit; }
+
+// Rows that are scored exactly to get a first floor: for few queries launches weigh more, for many those exact scores do.
+std::int64_t first_rows(std::int64_t queries) { return queries <= kSkinnyQueries ? 2048 : queries < 1024 ? 512 : 128; }
 
 std::uint32_t power_of_two(std::uint32_t least) {
   std::uint32_t size = 1;
@@ -57,12 +58,13 @@ std::int64_t sample_stride(const CudaRequest& request) {
 // very first pass of a search without floors has so few rows that it cannot overflow.
 void add_phases(Plan& plan, const CudaRequest& request, std::int64_t stride) {
   const std::int64_t rows = request.pool.rows;
-  const bool skinny = plan.engine == Engine::skinny;
-  const std::int64_t wish = request.tuning.first_rows > 0 ? request.tuning.first_rows : skinny ? kSkinnyFirstRows : kFirstRows;
-  std::int64_t first = std::min<std::int64_t>(std::max<std::int64_t>(wish, 1), plan.hit_capacity);
+  const std::int64_t wish = request.tuning.first_rows;
+  const auto first_of = [&](std::int64_t least) {
+    return std::min<std::int64_t>(wish > 0 ? wish : std::max(first_rows(plan.tile_queries), least), plan.hit_capacity);
+  };
   if (stride > 0) {
     const std::uint32_t rank = sample_rank(request.k, static_cast<std::uint32_t>(stride));
-    const std::int64_t sampled = rows / stride;
+    const std::int64_t sampled = rows / stride, first = first_of(2 * rank);
     for (std::int64_t at = 0, next = first; at < sampled; next = 7 * at) {
       const std::int64_t count = std::min({next, sampled - at, plan.chunk_rows});
       plan.phases.push_back({at * stride, stride, count, rank, at + count == sampled});
@@ -70,8 +72,8 @@ void add_phases(Plan& plan, const CudaRequest& request, std::int64_t stride) {
     }
   }
   const bool floors = stride > 0 || request.tuning.has_forced_floor || request.resume;
-  if (!floors) first = std::min<std::int64_t>(std::max<std::int64_t>(first, 2 * request.k), plan.hit_capacity);
-  const std::int64_t passes = skinny ? 1 : kChunks;
+  const std::int64_t first = first_of(2 * static_cast<std::int64_t>(request.k));
+  const std::int64_t passes = plan.engine == Engine::skinny ? 1 : kChunks;
   const std::int64_t even = std::max(kMinChunk, round_up((rows + passes - 1) / passes, kBoundRows));
   for (std::int64_t at = 0; at < rows;) {
     const std::int64_t next = floors ? even : at == 0 ? first : at;

@@ -15,10 +15,10 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "csrc" / "cuda"
 ARCHS = ("80", "90a", "100a")
-UNITS = [*[(unit, arch) for arch in ARCHS for unit in ("portable", "search")], ("hopper", "90a")]
+UNITS = [*[(unit, arch) for arch in ARCHS for unit in ("portable", "search", "skinny")], ("hopper", "90a")]
 # Registers per thread: what lets two blocks of the heavy kernels share a multiprocessor (Hopper's own kernel: one block
 # of three warpgroups).
-LIMITS = {"portable_filter": 128, "direct_scan": 128, "ThresholdEpilogue": 168, "": 64}
+LIMITS = {"portable_filter": 128, "skinny_filter": 128, "direct_scan": 128, "ThresholdEpilogue": 168, "": 64}
 
 NVCC = shutil.which("nvcc")
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc")
@@ -89,7 +89,7 @@ def skip_without_headers(unit: str) -> None:
 def test_nothing_spills(compiled, unit: str, arch: str) -> None:
     skip_without_headers(unit)
     kernels, _ = compiled(unit, arch)
-    assert len(kernels) == {"portable": 2, "search": 9, "hopper": 2}[unit]
+    assert len(kernels) == {"portable": 2, "search": 9, "skinny": 8, "hopper": 6}[unit]
     for name, (stack, spilled, registers) in kernels.items():
         limit = next(most for part, most in LIMITS.items() if part in name)
         assert (stack, spilled) == (0, 0) and registers <= limit, (name, stack, spilled, registers)
@@ -105,7 +105,11 @@ def test_matrix_instructions(compiled, unit: str, arch: str) -> None:
     wanted = {
         "portable": ("HMMA.16816.F32.BF16", "HMMA.16816.F32 ", "LDGSTS", "LDSM.16.M88.4"),
         "search": ("FFMA", "SHFL.BFLY", "ATOM"),
-        "hopper": ("HGMMA.64x128x16.F32.BF16", "HGMMA.64x128x16.F32 ", "UTMALDG", "MULTICAST"),
+        "skinny": ("HMMA.16816.F32.BF16", "HMMA.16816.F32 ", "LDG.E.EF.128", "LDS.128"),
+        "hopper": (
+            *("HGMMA.64x128x16.F32.BF16", "HGMMA.64x128x16.F32 ", "HGMMA.64x256x16.F32.BF16", "HGMMA.64x256x16.F32 "),
+            *("UTMALDG", "MULTICAST"),
+        ),
     }[unit]
     for instruction in wanted:
         assert instruction in sass, instruction

@@ -29,7 +29,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(REASON), reason=REASON)]
 
 def engines() -> list[str]:
     hopper = not REASON and torch.cuda.get_device_capability() == (9, 0) and _native.extension().cuda_hopper
-    return ["direct", "portable", *(["hopper"] if hopper else [])]
+    return ["direct", "portable", "skinny", *(["hopper"] if hopper else [])]
 
 
 ENGINES = engines()
@@ -103,6 +103,31 @@ def test_shapes_off_every_tile(engine: str, shape: tuple[int, int, int]) -> None
         found = search(queries, pool, k, engine=engine)
         assert torch.equal(found.indices.cpu(), expected.indices)
         assert torch.equal(found.scores.cpu(), expected.scores.float())
+
+
+@pytest.mark.parametrize("q_dtype", DTYPES)
+@pytest.mark.parametrize("p_dtype", DTYPES)
+def test_few_queries(q_dtype: torch.dtype, p_dtype: torch.dtype) -> None:
+    """The skinny filter: each number of query groups, slabs that end early, rows off its tiles, rows with a pitch."""
+    for q, n, d in [(1, 4097, 8), (8, 5000, 40), (16, 40003, 256), (17, 9999, 72), (32, 6001, 1024), (40, 5000, 64)]:
+        for kind in ("normal", "special", "exponents"):
+            queries, base = dataset(kind, q, d).to(q_dtype), dataset(kind, n, d + 8).to(p_dtype)
+            pool = base[:, 8:]
+            expected = topk(queries, pool, 50)
+            out = TopK(torch.empty(q, 50, device="cuda"), torch.empty(q, 50, dtype=torch.int64, device="cuda"))
+            found = topk_cuda.search(queries.cuda(), base.cuda()[:, 8:], 50, None, out, tuning={"engine": "skinny"})
+            assert_same(found, expected, (q, n, d, kind))
+
+
+@pytest.mark.skipif("hopper" not in ENGINES, reason="needs compute capability 9.0")
+@pytest.mark.parametrize("tile", topk_cuda.HOPPER_TILES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_hopper_tiles(tile: str, dtype: torch.dtype) -> None:
+    for q, n, d in [(33, 4200, 64), (129, 5121, 72), (300, 40000, 256)]:
+        queries, pool = torch.randn(q, d).to(dtype), torch.randn(n, d).to(dtype)
+        tuning = {"engine": "hopper", "hopper_tile": tile}
+        assert_same(search(queries, pool, 100, **tuning), topk(queries, pool, 100), (q, n, d))
+        assert_same(search(queries, pool, 100, chunk_rows=384, **tuning), topk(queries, pool, 100), (q, n, d))
 
 
 @pytest.mark.parametrize("engine", ENGINES)

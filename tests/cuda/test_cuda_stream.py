@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.cuda.test_cuda_search import DTYPES, KINDS, REASON, assert_same, dataset
+from tests.cuda.test_cuda_search import DTYPES, ENGINES, KINDS, REASON, assert_same, dataset
 from tgq_fast.errors import ArgumentError
 from tgq_fast.reference import TopK
 from tgq_fast.retrieval import topk_stream
@@ -26,7 +26,7 @@ def streamed(queries: torch.Tensor, pool: torch.Tensor, k: int, rows: int = 1024
     )
 
 
-@pytest.mark.parametrize("engine", ["auto", "direct", "portable"])
+@pytest.mark.parametrize("engine", ["auto", *ENGINES])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_equals_the_cpu_bit_for_bit(engine: str, dtype: torch.dtype, kind: str) -> None:

@@ -6,6 +6,7 @@ a CUDA graph; the results are there when the stream gets to them.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -13,12 +14,15 @@ import torch
 from torch import Tensor
 
 from tgq_fast import _native
-from tgq_fast.errors import BackendError, TGQError
+from tgq_fast.errors import ArgumentError, BackendError, TGQError
 from tgq_fast.reference import TopK
 
 _DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _OK, _OUT_OF_MEMORY, _UNSUPPORTED = 0, 2, 4
-ENGINES = {"auto": 0, "direct": 1, "portable": 2, "hopper": 3}
+ENGINES = {"auto": 0, "direct": 1, "portable": 2, "hopper": 3, "skinny": 4}
+HOPPER_TILES = {"auto": 0, "128x128": 1, "64x256": 2, "128x256": 3}  # queries x rows of a block
+TUNING_VARIABLE = "TGQ_CUDA_TUNING"
+_WHOLE_NUMBERS = ("sample_stride", "first_rows", "chunk_rows", "tile_queries", "hit_capacity", "direct_blocks")
 
 
 def why_not(queries: Tensor) -> list[str]:
@@ -47,8 +51,8 @@ def search(
 ) -> TopK:
     """Queues the search of queries [Q, D] against pool [N, D], both on one CUDA device, and returns `out`.
 
-    Scores and rows equal those of the CPU core bit for bit. `tuning` is for tests and measurements (its "engine" is one
-    of ENGINES); answers do not depend on it. `threads` is for the CPU. `progress` is called once, when all is queued.
+    Scores and rows equal those of the CPU core bit for bit. `tuning` (see :func:`tuning_options`) is for tests and
+    measurements; answers do not depend on it. `threads` is for the CPU. `progress` is called once, when all is queued.
     The pool may be part of a larger one: its rows count from `first_row`, in exclusions too, and with `resume` its hits
     join those of other parts that `out` holds.
 
@@ -58,9 +62,7 @@ def search(
     module = _native.extension()
     if module is None or not hasattr(module, "search_cuda"):
         raise BackendError("topk", "cpp", {"cpp": why_not(queries)})
-    device, options = _device_index(queries), dict(tuning or {})
-    if "engine" in options:
-        options["engine"] = ENGINES[options["engine"]]
+    device, options = _device_index(queries), tuning_options(tuning)
     request = (
         _matrix(queries),
         _matrix(pool),
@@ -89,6 +91,37 @@ def search(
     if progress is not None:
         progress(1.0)
     return out
+
+
+def tuning_options(tuning: dict[str, Any] | None = None) -> dict[str, int | float]:
+    """Options of the core from `tuning`, and for what it lacks from the variable TGQ_CUDA_TUNING ("name=value,…").
+
+    "engine" is one of ENGINES, "hopper_tile" one of HOPPER_TILES, "forced_floor" a score; the others are whole numbers.
+
+    Raises:
+        ArgumentError: an unknown option, or a value that it does not take.
+    """
+    given: dict[str, Any] = {}
+    for entry in filter(None, os.environ.get(TUNING_VARIABLE, "").split(",")):
+        name, _, value = entry.partition("=")
+        given[name.strip()] = value.strip()
+    given.update(tuning or {})
+    return {name: _option(name, value) for name, value in given.items()}
+
+
+def _option(name: str, value: Any) -> int | float:
+    choices = {"engine": ENGINES, "hopper_tile": HOPPER_TILES}.get(name)
+    if choices is not None:
+        if value in choices:
+            return choices[value]
+        raise ArgumentError(f"tuning {name}", repr(value), " | ".join(choices))
+    if name != "forced_floor" and name not in _WHOLE_NUMBERS:
+        known = ["engine", "hopper_tile", "forced_floor", *_WHOLE_NUMBERS]
+        raise ArgumentError("tuning", repr(name), " | ".join(known))
+    try:
+        return float(value) if name == "forced_floor" else int(value)
+    except ValueError as error:
+        raise ArgumentError(f"tuning {name}", repr(value), "a number") from error
 
 
 def _dense(tensor: Tensor, keep: bool) -> Tensor:
