@@ -55,7 +55,13 @@ def variants(problem: Problem, setting: Setting) -> list[Variant]:
     ]
     if setting.device == "cuda":
         found += [
-            Variant(f"tgq_fast, {engine} engine", "ours", partial(_ours_engine, problem, engine)) for engine in _ENGINES
+            Variant(f"tgq_fast, {engine} engine", "ours", partial(_ours_tuned, problem, engine=engine))
+            for engine in _ENGINES
+        ]
+        found += [
+            Variant(f"tgq_fast, tile {tile}", "ours", partial(_ours_tuned, problem, engine="hopper", hopper_tile=tile))
+            for tile in topk_cuda.HOPPER_TILES
+            if tile != "auto"
         ]
         found.append(Variant("tgq_fast, torch backend", "ours", lambda: _ours(problem, backend="torch")))
         if problem.pool.dtype is torch.float32:
@@ -93,11 +99,10 @@ def _ours_isa(problem: Problem, isa: str) -> Call:
     return call
 
 
-def _ours_engine(problem: Problem, engine: str) -> Call:
+def _ours_tuned(problem: Problem, **tuning: str) -> Call:
     reasons = topk_cuda.why_not(problem.pool)
     if reasons:
         raise UnavailableError("; ".join(reasons))
-    tuning = {"engine": engine}
 
     def call(i: int) -> Tensor:
         queries = problem.queries[i]
