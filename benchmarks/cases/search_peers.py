@@ -22,7 +22,7 @@ _WHOLE_BYTES = {"cpu": 4 << 30, "cuda": 24 << 30}  # a score matrix above this i
 # Products Q × N × D above which a peer that takes seconds at it is left to the smaller cases.
 _FAISS_PRODUCTS, _USEARCH_PRODUCTS = 5e10, 1.5e10
 _NUMPY_BYTES = 512 << 20
-_ENGINES = ("hopper", "portable", "direct")
+_ENGINES = ("hopper", "portable", "skinny", "direct")
 # (distance_compute_blas_threshold, query block, database block): the first is faiss' default.
 _FAISS_SETTINGS = ((20, 4096, 1024), (1, 4096, 1024), (1, 256, 16384), (1, 64, 65536), (1 << 30, 4096, 1024))
 
