@@ -10,9 +10,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from tgq_fast.errors import ArgumentError, TGQError
+from tgq_fast.errors import ArgumentError, PoolError, TGQError
 from tgq_fast.reference import TopK
 from tgq_fast.retrieval.distributed import group_topk
+from tgq_fast.retrieval.pool import ItemPool
 from tgq_fast.retrieval.topk import topk
 
 QUERIES, ROWS, WIDTH, K = 13, 90, 6, 12
@@ -99,6 +100,34 @@ def refusals(rank: int) -> None:
     same(group_topk(queries, pool[rank::2], K), group_topk(queries, pool[rank::2], K))  # the group still works
 
 
+def pool_on_disk(rank: int, folder: str) -> None:
+    """Each rank reads its share of the shards only: the files of the others may be damaged."""
+    queries, _, _ = problem()
+    rows = torch.randint(-2, 3, (ROWS, WIDTH), generator=torch.Generator().manual_seed(2)).float()
+    for shard_size in (7, 45, 100):  # 13, 2 and 1 shards
+        path = Path(folder, f"pool-{shard_size}")
+        if rank == 0:
+            with ItemPool.create(path, dims=WIDTH, shard_size=shard_size) as pool:
+                pool.append([str(i) for i in range(ROWS)], rows)
+        dist.barrier()
+        pool = ItemPool.open(path)
+        hits = pool.search(queries, K, exclude_ids=[["3", "80"]] * QUERIES, group=dist.group.WORLD)
+        expected = topk(queries, rows, K, exclude=[[3, 80]] * QUERIES)
+        same(TopK(hits.scores, hits.indices), expected)
+        assert hits.ids == [[str(i) for i in line] for line in expected.indices.tolist()]
+        count = -(-ROWS // shard_size)
+        assert sorted(pool._tensors) == list(range(count * rank // 2, count * (rank + 1) // 2))
+        with pytest.raises(ArgumentError, match="k 12, 13 by rank"):
+            pool.search(queries, K + rank, group=dist.group.WORLD)
+    damaged = Path(folder, "pool-45", "shard-000001.safetensors")
+    dist.barrier()
+    if rank == 0:
+        damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
+    dist.barrier()
+    with pytest.raises(PoolError if rank == 1 else TGQError, match="SHA-256" if rank == 1 else "rank 1 failed"):
+        ItemPool.open(Path(folder, "pool-45")).search(queries, K, group=dist.group.WORLD)
+
+
 def rank_main(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
@@ -106,6 +135,7 @@ def rank_main(rank: int, folder: str) -> None:
         answers(rank)
         one_of_many(rank)
         refusals(rank)
+        pool_on_disk(rank, folder)
     finally:
         dist.destroy_process_group()
 

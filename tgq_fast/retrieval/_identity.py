@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import subprocess
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,14 @@ def canonical_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
-def sha256_file(path: Path) -> str:
-    """Hex SHA-256 of a file, read in pieces."""
+def sha256_file(path: Path, stop: threading.Event | None = None) -> str:
+    """Hex SHA-256 of a file, read in pieces; InterruptedError once `stop` is set."""
     digest = hashlib.sha256()
     with open(path, "rb") as handle:
         while piece := handle.read(1 << 20):
             digest.update(piece)
+            if stop is not None and stop.is_set():
+                raise InterruptedError(f"{path}: reading it was called off")
     return digest.hexdigest()
 
 

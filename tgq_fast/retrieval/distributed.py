@@ -21,7 +21,7 @@ from tgq_fast.reference import TopK
 from tgq_fast.retrieval import topk_arguments as arguments
 from tgq_fast.retrieval.topk import merge_topk, topk
 
-__all__ = ["Ranks", "group_topk"]
+__all__ = ["Ranks", "agree", "group_topk"]
 
 QUERIES = ("replicated", "sharded")
 
@@ -143,7 +143,14 @@ def group_topk(
         return (q, p, rows), [size, q.shape[1], *dtypes, code, q.shape[0], p.shape[0], width]
 
     (own, pool, rows), facts = ranks.settle(prepare, facts=8)
-    _check_agreement(facts, replicated=layout == "replicated")
+    named: dict[str, Callable[[int], Any]] = {
+        "k": int,
+        "queries' width D": int,
+        "queries' dtype": arguments.DTYPES.__getitem__,
+        "pool's dtype": arguments.DTYPES.__getitem__,
+        "layout": QUERIES.__getitem__,
+    }
+    agree("group_topk", facts, named | ({"number of queries": int} if layout == "replicated" else {}))
     counts, sizes, widths = ([row[column] for row in facts] for column in (5, 6, 7))
     offsets = [sum(sizes[:rank]) for rank in range(ranks.size)]
     total, share = sum(sizes), max(1, *counts)
@@ -175,21 +182,19 @@ def group_topk(
     return TopK(mine.scores[: len(own)].to(own.device), mine.indices[: len(own)].to(own.device))
 
 
-def _check_agreement(facts: list[list[int]], *, replicated: bool) -> None:
-    """Refuses calls that differ between ranks; every rank sees the same facts and so raises alike."""
-    named: list[tuple[str, Callable[[int], Any]]] = [
-        ("k", int),
-        ("queries' width D", int),
-        ("queries' dtype", arguments.DTYPES.__getitem__),
-        ("pool's dtype", arguments.DTYPES.__getitem__),
-        ("layout", QUERIES.__getitem__),
-        ("number of queries", int),
-    ]
-    for column, (name, shown) in enumerate(named if replicated else named[:-1]):
+def agree(function: str, facts: list[list[int]], named: dict[str, Callable[[int], Any]]) -> None:
+    """Refuses a call that differs between ranks in a named fact; every rank sees the same facts and so raises alike.
+
+    Args:
+        function: what was called.
+        facts: each rank's integers, as :meth:`Ranks.settle` returns them.
+        named: the names of the first columns, and how to show their values.
+    """
+    for column, (name, shown) in enumerate(named.items()):
         values = [row[column] for row in facts]
         if len(set(values)) > 1:
             given = ", ".join(str(shown(value)) for value in values)
-            raise ArgumentError("group_topk", f"{name} {given} by rank", "the same on every rank")
+            raise ArgumentError(function, f"{name} {given} by rank", "the same on every rank")
 
 
 def _local(rows: Tensor | None, start: int, size: int) -> Tensor | None:

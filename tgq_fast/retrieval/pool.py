@@ -36,7 +36,8 @@ from tgq_fast.data.files import atomic_writer
 from tgq_fast.errors import ArgumentError, DependencyError, NonFiniteError, PoolError
 from tgq_fast.retrieval._identity import package_identity, sha256_file
 from tgq_fast.retrieval.manifest import DTYPES, MANIFEST_NAME, FileRecord, Manifest, ShardRecord
-from tgq_fast.retrieval.pool_reader import REJECTS_NAME, PoolHits, PoolReader
+from tgq_fast.retrieval.pool_reader import REJECTS_NAME
+from tgq_fast.retrieval.pool_search import PoolHits, PoolSearch
 
 __all__ = ["DEFAULT_SHARD_SIZE", "ItemPool", "PoolHits"]
 
@@ -46,7 +47,7 @@ _FILE = r"(shard-\d{6,}\.(safetensors|ids\.parquet)|rejects\.jsonl|manifest\.jso
 _LEFTOVER = re.compile(rf"{_FILE}|\.{_FILE}\.\d+\.tmp")  # a file of a pool, or one that a killed writer left half done
 
 
-class ItemPool(PoolReader):
+class ItemPool(PoolSearch):
     """Embeddings and ids of a catalogue on disk. Use :meth:`create` or :meth:`open`, best in a `with` block.
 
     Attributes:
@@ -156,6 +157,7 @@ class ItemPool(PoolReader):
     def close(self) -> None:
         """Drop the memory maps and the writer's lock."""
         self._tensors.clear()
+        self._joined.clear()
         if self._lock is not None:
             self._lock.release()
             self._lock = None

@@ -1,10 +1,11 @@
-"""The reading half of an item pool: checks, memory-mapped shards, id look-up and exact search."""
+"""The reading half of an item pool: checks, memory-mapped shards and id look-up."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -14,27 +15,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from tgq_fast.errors import ArgumentError, NonFiniteError, PoolError
-from tgq_fast.reference import TopK
+from tgq_fast.errors import ArgumentError, PoolError
 from tgq_fast.retrieval._identity import sha256_file
 from tgq_fast.retrieval.manifest import FileRecord, Manifest
-from tgq_fast.retrieval.topk import merge_topk, topk
 
 REJECTS_NAME = "rejects.jsonl"
-
-
-class PoolHits(NamedTuple):
-    """Neighbours found in a pool.
-
-    Attributes:
-        scores: [Q, k] fp32, descending; -inf where fewer than k items remain.
-        indices: [Q, k] int64 pool rows; -1 where fewer than k items remain.
-        ids: Q lists of k item ids; None where fewer than k items remain.
-    """
-
-    scores: Tensor
-    indices: Tensor
-    ids: list[list[str | None]]
 
 
 class PoolReader:
@@ -72,17 +57,20 @@ class PoolReader:
 
     def _check_files(self) -> None:
         for record in self._file_records():
-            path = self.path / record.name
-            size = path.stat().st_size if path.is_file() else None
-            if size is None:
-                raise PoolError(f"{path}: missing, the manifest names it; the pool is incomplete")
-            # A killed writer may leave the append-only reject log longer than committed.
-            if size < record.bytes or (size > record.bytes and record.name != REJECTS_NAME):
-                raise PoolError(f"{path}: {size} bytes, the manifest says {record.bytes}; truncated or replaced")
+            self._check_size(record)
 
-    def _check_hash(self, record: FileRecord) -> None:
+    def _check_size(self, record: FileRecord) -> None:
         path = self.path / record.name
-        if sha256_file(path) != record.sha256:
+        size = path.stat().st_size if path.is_file() else None
+        if size is None:
+            raise PoolError(f"{path}: missing, the manifest names it; the pool is incomplete")
+        # A killed writer may leave the append-only reject log longer than committed.
+        if size < record.bytes or (size > record.bytes and record.name != REJECTS_NAME):
+            raise PoolError(f"{path}: {size} bytes, the manifest says {record.bytes}; truncated or replaced")
+
+    def _check_hash(self, record: FileRecord, stop: threading.Event | None = None) -> None:
+        path = self.path / record.name
+        if sha256_file(path, stop) != record.sha256:
             raise PoolError(f"{path}: SHA-256 differs from the manifest; corrupt or replaced, embed again")
         self._checked.add(record.name)
 
@@ -109,13 +97,14 @@ class PoolReader:
         if rejects is not None and (self.path / rejects.name).stat().st_size == rejects.bytes:
             self._check_hash(rejects)
 
-    def _shard(self, number: int) -> Tensor:
+    def _shard(self, number: int, stop: threading.Event | None = None) -> Tensor:
         """Memory-mapped [n, D] embeddings of one shard."""
+        record = self.manifest.shards[number]
+        self._check_size(record.embeddings)  # reading the map of a file that was cut off would end the process
         if number not in self._tensors:
-            record = self.manifest.shards[number]
             path = self.path / record.embeddings.name
             if self._verify and record.embeddings.name not in self._checked:
-                self._check_hash(record.embeddings)
+                self._check_hash(record.embeddings, stop)
             try:
                 with safe_open(path, framework="pt") as handle:
                     tensor = handle.get_tensor("embeddings")
@@ -203,65 +192,6 @@ class PoolReader:
             start += record.rows
         width = indices.shape[1]
         return [out[row * width : (row + 1) * width] for row in range(indices.shape[0])]
-
-    def search(
-        self,
-        queries: Tensor | np.ndarray,
-        k: int,
-        *,
-        exclude_ids: Sequence[str | None] | Sequence[Sequence[str]] | None = None,
-        progress: Callable[[int, int], None] | None = None,
-    ) -> PoolHits:
-        """Exact maximum inner product search, shard by shard from the memory map.
-
-        Args:
-            queries: [Q, D] floating.
-            k: hits per query, 1 … 2048.
-            exclude_ids: per query one id (or None), or a list of ids, that it must not return. Ids that are not in the
-                pool exclude nothing.
-            progress: called with (rows searched, rows in the pool) after each shard.
-
-        Returns:
-            :class:`PoolHits`; ties go to the lower pool row, whatever the sharding.
-
-        Raises:
-            ArgumentError: wrong shape, k < 1 or a wrong number of exclusions.
-            NonFiniteError: a query holds NaN or infinity.
-        """
-        wanted = torch.as_tensor(queries)
-        if wanted.ndim != 2 or wanted.shape[1] != self.dims or not wanted.is_floating_point():
-            raise ArgumentError("queries", f"{tuple(wanted.shape)} {wanted.dtype}", f"floating [Q, {self.dims}]")
-        wanted = wanted.detach().cpu()
-        if wanted.dtype == torch.float64:
-            wanted = wanted.float()
-        bad = (~torch.isfinite(wanted).all(dim=1)).nonzero()[:, 0].tolist()
-        if bad:
-            raise NonFiniteError("queries", bad[:20], len(bad))
-        excluded = self._excluded_rows(exclude_ids, wanted.shape[0])
-        best = TopK(torch.empty(wanted.shape[0], 0), torch.empty(wanted.shape[0], 0, dtype=torch.int64))
-        for start, tensor in self.shards():
-            local = None
-            if excluded is not None:
-                inside = (excluded >= start) & (excluded < start + tensor.shape[0])
-                local = torch.where(inside, excluded - start, -1)
-            best = merge_topk([best, topk(wanted, tensor, k, exclude=local)], k, offsets=[0, start])
-            if progress is not None:
-                progress(start + tensor.shape[0], len(self))
-        best = merge_topk([best], k)  # pads an empty pool's answer
-        return PoolHits(best.scores, best.indices, self.ids_at(best.indices))
-
-    def _excluded_rows(self, exclude_ids: Sequence[Any] | None, queries: int) -> Tensor | None:
-        if exclude_ids is None:
-            return None
-        if isinstance(exclude_ids, str) or len(exclude_ids) != queries:
-            raise ArgumentError("exclude_ids", f"{len(exclude_ids)} entries", f"{queries}, one per query")
-        lists = [[] if e is None else [e] if isinstance(e, str) else list(e) for e in exclude_ids]
-        width = max((len(entry) for entry in lists), default=0)
-        if not width:
-            return None
-        rows = iter(self.rows([item_id for entry in lists for item_id in entry], missing="mark").tolist())
-        table = [[next(rows) for _ in entry] + [-1] * (width - len(entry)) for entry in lists]
-        return torch.tensor(table, dtype=torch.int64)
 
 
 def _torch_dtype(name: str) -> torch.dtype:
