@@ -3,6 +3,7 @@
 `topk` and `evaluate` are functions here, and modules of the same names hold them.
 """
 
+from tgq_fast.retrieval.distributed import group_topk
 from tgq_fast.retrieval.embed import EmbedReport, embed_catalog, model_digest, zero_shot_embeddings
 from tgq_fast.retrieval.evaluate import Comparison, Evaluation, compare, evaluate, format_table
 from tgq_fast.retrieval.metrics import Interval
@@ -21,6 +22,7 @@ __all__ = [
     "embed_catalog",
     "evaluate",
     "format_table",
+    "group_topk",
     "merge_topk",
     "model_digest",
     "topk",
