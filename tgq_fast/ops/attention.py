@@ -163,6 +163,7 @@ def _decide(
             width=anchored.shape[2],
             num_heads=num_heads,
             device=visual.device.type,
+            dtype=anchored.dtype,
             grad_queries=wants_grad(anchored, exploratory, q_weight),
             grad_weights=wants_grad(k_weight, v_weight),
             grad_visual=wants_grad(visual),
@@ -314,8 +315,11 @@ def _absorbed(
     absorbed = torch.bmm(flat, wk.to(flat.dtype)).view(num_heads, batch, queries, visual_width)  # q' = q_h Wk_h
     absorbed = absorbed.transpose(0, 1).reshape(batch, rows, visual_width)[:, None]  # [B, 1, H * N, dv]
     tokens = visual.to(absorbed.dtype)[:, None]
-    mask = None if key_mask is None else key_mask[:, None, None, :]
-    pooled = scaled_dot_product_attention(absorbed, tokens, tokens, attn_mask=mask, scale=head**-0.5)  # P X
+    if q.device.type == "cpu":
+        pooled = _weights(absorbed[:, 0], tokens[:, 0], key_mask, head**-0.5) @ tokens[:, 0]
+    else:
+        mask = None if key_mask is None else key_mask[:, None, None, :]
+        pooled = scaled_dot_product_attention(absorbed, tokens, tokens, attn_mask=mask, scale=head**-0.5)  # P X
     pooled = pooled.view(batch, num_heads, queries, visual_width).transpose(0, 1)
     pooled = pooled.reshape(num_heads, batch * queries, visual_width)
     context = torch.bmm(pooled, wv.to(pooled.dtype).transpose(1, 2)).view(num_heads, batch, queries, head)
@@ -324,6 +328,19 @@ def _absorbed(
         found = _statistics(absorbed, tokens, head**-0.5, key_mask, key_group)
         found = AttentionStats(*(None if s is None else s.view(batch, num_heads, queries) for s in found))  # type: ignore[arg-type]
     return context.permute(1, 2, 0, 3).reshape(batch, queries, num_heads * head), found
+
+
+def _weights(q: Tensor, x: Tensor, key_mask: Tensor | None, scale: float) -> Tensor:
+    """softmax(scale q xᵀ): [B, R, dv] and [B, L, dv] → [B, R, L], no larger than q while L is below dv.
+
+    For the CPU, whose flash attention works in blocks made for heads of 64, not of dv.
+    """
+    scores = torch.baddbmm(q.new_zeros(1, 1, 1), q, x.transpose(1, 2), beta=0, alpha=scale)
+    if key_mask is None:
+        return scores.softmax(dim=-1)
+    hidden = ~key_mask[:, None]
+    # Twice, because an item without any visible key has NaN for weights.
+    return scores.masked_fill(hidden, float("-inf")).softmax(dim=-1).masked_fill(hidden, 0.0)
 
 
 # Absorbed queries of the items that the CPU takes at once. Above it their memory goes back to the system at each call.
@@ -349,12 +366,7 @@ def _absorbed_on_cpu(q: Tensor, visual: Tensor, wk: Tensor, wv: Tensor, key_mask
         for h in range(num_heads):
             torch.mm(rows[:, h], wk[h], out=wide[:, h])
         pooled = wide.view(-1, queries * num_heads, visual_width)  # rows of an item: query, then head
-        scores = torch.baddbmm(q.new_zeros(1, 1, 1), pooled, tokens.transpose(1, 2), beta=0, alpha=head**-0.5)
-        if key_mask is not None:
-            scores.masked_fill_(~key_mask[items, None], float("-inf"))
-        weights = scores.softmax(dim=-1)
-        if key_mask is not None:  # also turns the NaN of an item without any visible key to zero
-            weights.masked_fill_(~key_mask[items, None], 0.0)
+        weights = _weights(pooled, tokens, None if key_mask is None else key_mask[items], head**-0.5)
         torch.bmm(weights, tokens, out=pooled)
         for h in range(num_heads):
             torch.mm(wide[:, h], wv[h].t(), out=into[:, h])

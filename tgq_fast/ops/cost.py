@@ -6,17 +6,27 @@ Multiply-accumulates per item, with R = N * H pooled rows:
 * absorbed:  2 R L dv (attention over raw tokens) + 2 N d dv (queries in, heads out)
 
 The two kinds of product do not run at the same rate: the key and value projections are one large matrix product over
-B * L rows, the absorbed attention is a batch of small ones with a softmax in between. `ATTENTION_PENALTY` is the ratio
-of the two rates per device type.
+B * L rows, the absorbed attention is a batch of small ones with a softmax in between. :func:`attention_penalty` is the
+ratio of the two rates.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-# CPU: chosen for the crossover seen, not fitted, on an AVX-512 machine with stock PyTorch operators (between N = 16 and
-# N = 32 at L = 197, d = 768). CUDA: ratio assumed by the performance model of docs/kernels.md, not measured.
-ATTENTION_PENALTY = {"cpu": 1.6, "cuda": 1.3}
+import torch
+
+
+def attention_penalty(device: str, dtype: torch.dtype) -> float:
+    """How many times slower an attention product runs than the projections, per multiply-accumulate.
+
+    CPU: fitted to the crossover of both forms over N = 8 … 64 at L = 197, d = 768 and L = 729, d = 1152, with PyTorch's
+    own products on two cores with AVX-512 and AMX, whose matrix unit makes large 16-bit products cheaper still. CUDA:
+    assumed by the performance model of docs/kernels.md, not measured.
+    """
+    if device != "cpu":
+        return 1.3
+    return 1.45 if dtype in (torch.float32, torch.float64) else 1.9
 
 
 @dataclass(frozen=True)
@@ -42,12 +52,13 @@ def form_cost(
     width: int,
     num_heads: int,
     device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
     grad_queries: bool = False,
     grad_weights: bool = False,
     grad_visual: bool = False,
 ) -> FormCost:
     """Cost of both forms for one item; see the module docstring for the terms."""
-    penalty = ATTENTION_PENALTY.get(device, ATTENTION_PENALTY["cuda"])
+    penalty = attention_penalty(device, dtype)
     rows = queries * num_heads
     projection = 2 * length * visual_width * width
     attention = 2 * queries * length * width * penalty
