@@ -22,11 +22,16 @@ import triton.language as tl
 from torch import Tensor
 
 from tgq_fast.kernels.launch import on_device, placeholder, unit_stride
-from tgq_fast.kernels.softmax import LOG2E, load_log_sum, merge, new_statistics, store_statistics, visible_keys
+from tgq_fast.kernels.softmax import (
+    LOG2E,
+    UNSPECIALIZED,
+    load_log_sum,
+    merge,
+    new_statistics,
+    store_statistics,
+    visible_keys,
+)
 from tgq_fast.kernels.tiling import precision, tile
-
-# Sizes that change from call to call: neither their value nor their divisibility may select a compiled variant.
-_SIZES = ["rows", "num_queries", "length", "first_row", "mask_b", "mask_l", "group_b", "group_l"]
 
 
 @triton.jit
@@ -81,7 +86,7 @@ def _tokens(x, key, length, x_l, col, in_width):
     return tl.load(x + key.to(tl.int64)[:, None] * x_l + col[None, :], mask=inside, other=0.0)
 
 
-@triton.jit(do_not_specialize=[s for s in _SIZES if s != "first_row"])
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def absorbed_forward(
     q, x, key_mask, key_group, out, lse, entropy, mass,
     scale, rows, num_queries, length, width,
@@ -148,7 +153,7 @@ def absorbed_forward(
         tl.store(out + o_rows[:, None] + col[None, :], pooled.to(out.dtype.element_ty), mask=row_ok[:, None] & in_width)
 
 
-@triton.jit(do_not_specialize=[s for s in _SIZES if s not in ("first_row", "group_b", "group_l")])
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def absorbed_backward_rows(
     q, x, key_mask, d_out, lse, delta, d_q,
     scale, rows, num_queries, length, width,
@@ -195,7 +200,7 @@ def absorbed_backward_rows(
         tl.store(target, acc.to(d_q.dtype.element_ty), mask=row_ok[:, None] & in_width)
 
 
-@triton.jit(do_not_specialize=[s for s in _SIZES if not s.startswith("group")])
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def absorbed_backward_tokens(
     q, x, key_mask, d_out, lse, delta, d_x,
     scale, first_row, rows, num_queries, length, width,

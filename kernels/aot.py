@@ -207,7 +207,7 @@ def build(name: str, arch: int, dtype: str, row: dict[str, int], precision: str 
             signature[key], values[(position,)] = "constexpr", constants.get(key, 1)
             continue
         signature[key] = types.get(key, "i32")
-        if signature[key].startswith("*") or (signature[key] == "i32" and not parameter.do_not_specialize):
+        if (signature[key].startswith("*") or signature[key] == "i32") and not parameter.do_not_specialize:
             hints[(position,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel.function, signature, values, hints)
     built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch)

@@ -21,13 +21,11 @@ from torch import Tensor
 
 from tgq_fast.kernels.fusion import ROWS, parts
 from tgq_fast.kernels.launch import multiprocessors, on_device, placeholder, unit_stride
-from tgq_fast.kernels.softmax import LOG2E, merge, new_statistics, store_statistics, visible_keys
+from tgq_fast.kernels.softmax import LOG2E, UNSPECIALIZED, merge, new_statistics, store_statistics, visible_keys
 from tgq_fast.kernels.tiling import precision, tile
 
 
-@triton.jit(
-    do_not_specialize=["heads", "num_queries", "length", "mask_b", "mask_l", "group_b", "group_l", "stats_p", "o_p"]
-)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def fused_forward(
     q, x, wk, wv, key_mask, key_group, out, lse, entropy, mass,
     scale, heads, num_queries, length, width, head_width,

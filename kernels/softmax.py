@@ -13,6 +13,14 @@ from torch import Tensor
 from tgq_fast.kernels.launch import on_device
 from tgq_fast.kernels.tiling import tile
 
+# Neither the value nor the divisibility of these may select a compiled variant: sizes that change from call to call,
+# and pointers into a batch, which are aligned for some of its chunks only. A kernel has some of them.
+UNSPECIALIZED = [
+    "rows", "num_queries", "heads", "length", "first_row", "parts", "n_a", "n_e", "n_t", "mask_first",
+    "mask_b", "mask_l", "group_b", "group_l", "stats_p", "o_p",
+    "key_mask", "key_group", "lse", "entropy", "mass", "delta",
+]  # fmt: skip
+
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
@@ -52,7 +60,7 @@ def load_log_sum(lse, ok):
     return some, tl.where(some, log_sum, 0.0) * LOG2E
 
 
-@triton.jit(do_not_specialize=["rows", "parts", "heads", "num_queries"])
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def merge_parts(
     part_out, part_lse, part_entropy, part_mass, out, lse, entropy, mass,
     rows, parts, heads, num_queries, width, o_b, o_h, o_n,

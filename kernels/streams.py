@@ -23,15 +23,13 @@ import triton.language as tl
 from torch import Tensor
 
 from tgq_fast.kernels.launch import on_device, placeholder, unit_stride
-from tgq_fast.kernels.softmax import LOG2E, load_log_sum, new_statistics, store_statistics
+from tgq_fast.kernels.softmax import LOG2E, UNSPECIALIZED, load_log_sum, new_statistics, store_statistics
 from tgq_fast.kernels.tiling import precision, tile
 
 ALL: tl.constexpr = tl.constexpr(0)
 BLOCK: tl.constexpr = tl.constexpr(1)
 ONE_WAY: tl.constexpr = tl.constexpr(2)
 MODES = {"full": 0, "block": 1, "one_way": 2}
-
-_SIZES = ["heads", "n_a", "n_e", "n_t", "length", "mask_first", "mask_b", "mask_l"]
 
 
 @triton.jit
@@ -134,7 +132,7 @@ def _key_visible(key, inside, key_mask, mask_first, stride, HAS_MASK: tl.constex
     return inside
 
 
-@triton.jit(do_not_specialize=[*_SIZES, "group_b", "group_l"])
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def stream_forward(
     q, k, v, key_mask, key_group, out, lse, entropy, mass,
     scale, heads, n_a, n_e, n_t, length, mask_first, head_width,
@@ -195,7 +193,7 @@ def stream_forward(
     )
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def stream_backward_rows(
     q, k, v, key_mask, out, d_out, lse, delta, d_q,
     scale, heads, n_a, n_e, n_t, length, mask_first, head_width,
@@ -239,7 +237,7 @@ def stream_backward_rows(
     )
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def stream_backward_keys(
     q, k, v, key_mask, d_out, lse, delta, d_k, d_v,
     scale, heads, n_a, n_e, n_t, length, mask_first, head_width,
