@@ -2,6 +2,7 @@
 // plans, and whole searches, which must equal the CPU's bit for bit.
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <limits>
 #include <random>
 #include <string>
@@ -624,6 +625,52 @@ void test_parts_go_on_from_known_floors() {
   CHECK(device.scanned == 0);
 }
 
+// Random problems, layouts and tunings, whole and in parts. TGQ_FUZZ: how many.
+void test_random_searches() {
+  const char* wish = std::getenv("TGQ_FUZZ");
+  const int turns = wish == nullptr ? 150 : std::atoi(wish);
+  const auto below = [](std::uint32_t n) { return random_bits() % n; };
+  const char* kinds[] = {"", "integers", "equal", "clustered", "denormal", "exponents", "halfway", "special"};
+  const Engine engines[] = {Engine::automatic, Engine::direct, Engine::portable, Engine::skinny};
+  for (int turn = 0; turn < turns; ++turn) {
+    const std::string kind = kinds[below(8)];
+    // fill() holds fp16 values that are exact in it.
+    const DType types[] = {DType::f32, DType::bf16, kind == "integers" || kind == "equal" ? DType::f16 : DType::f32};
+    const std::int64_t q = 1 + below(below(4) == 0 ? 40 : 4), n = below(400), d = below(3) == 0 ? 1 + below(20) : 8 * (1 + below(4));
+    const std::int64_t pitch = d + (below(3) == 0 ? 8 : 0);
+    Values queries, pool;
+    fill(queries, numbers(static_cast<std::size_t>(q * d), kind), q, d, types[below(3)]);
+    fill(pool, numbers(static_cast<std::size_t>(n * pitch + 1), kind), n, d, types[below(3)]);
+    pool.matrix.row_stride = pitch;
+    CudaRequest r;
+    r.queries = queries.matrix;
+    r.pool = pool.matrix;
+    r.k = 1 + below(below(3) == 0 ? 500 : 20);
+    std::vector<std::int64_t> exclude(static_cast<std::size_t>(q) * 3);
+    for (std::int64_t& row : exclude) row = static_cast<std::int64_t>(below(static_cast<std::uint32_t>(n) + 2)) - 1;
+    if (below(2) == 0) {
+      r.exclude = exclude.data();
+      r.exclude_width = 3;
+    }
+    r.tuning.engine = engines[below(4)];
+    if (below(2) == 0) r.tuning.sample_stride = below(9);
+    if (below(2) == 0) r.tuning.first_rows = 1 + below(64);
+    if (below(3) == 0) r.tuning.hit_capacity = 1 + below(100);
+    if (below(3) == 0) r.tuning.chunk_rows = 1 + below(200);
+    if (below(3) == 0) r.tuning.tile_queries = 1 + below(8);
+    if (below(3) == 0) r.tuning.direct_blocks = 1 + below(5);
+    if (below(5) == 0) {
+      r.tuning.has_forced_floor = true;
+      r.tuning.forced_floor = static_cast<float>(below(9)) - 4.0f;
+    }
+    std::vector<std::int64_t> begins(1 + below(4));
+    for (std::size_t i = 1; i < begins.size(); ++i) begins[i] = below(static_cast<std::uint32_t>(n) + 1);
+    std::sort(begins.begin(), begins.end());
+    HostDevice device;
+    same(in_parts(r, {3, false}, device, begins), on_cpu(r), "random search " + std::to_string(turn) + ", " + kind);
+  }
+}
+
 void test_strided_views_and_empty_sides() {
   Values queries, pool;
   fill(queries, numbers(4 * 30, ""), 4, 30, DType::f32);
@@ -679,6 +726,7 @@ int main() {
   test_parts();
   test_a_floor_from_the_sample_is_verified();
   test_parts_go_on_from_known_floors();
+  test_random_searches();
   test_strided_views_and_empty_sides();
   test_the_filter_filters();
   return 0;
