@@ -54,6 +54,7 @@ class Variant:
             an input set. Raises UnavailableError where the variant cannot run.
         compiled: goes through torch.compile.
         describe: what the row should say about the choices made (backend, form), asked after the first call.
+        work: its own, where it is not the case's.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Variant:
     prepare: Callable[[], Call]
     compiled: bool = False
     describe: Callable[[], str] | None = None
+    work: Work | None = None
 
 
 @dataclass

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.ceilings import floor
+from benchmarks.ceilings import Work, floor
 from benchmarks.memory import peak_bytes
 from benchmarks.registry import Call, Case, Setting, UnavailableError, Variant, Workload
 from benchmarks.timing import Timing, measure
@@ -64,7 +64,8 @@ def run_case(
         timings = measure(calls, sets=workload.sets, device=setting.device, budget_s=budget_s)
     for entry in entries:
         if entry.variant.name in timings:
-            entry.row |= _figures(timings[entry.variant.name], workload, case.dtype, ceilings)
+            work = entry.variant.work or workload.work
+            entry.row |= _figures(timings[entry.variant.name], work, workload.sets, case.dtype, ceilings)
     rows = [entry.row for entry in entries]
     del workload, entries, calls
     _release(setting)
@@ -99,23 +100,23 @@ def _attempt(variant: Variant, row: dict[str, Any], workload: Workload, setting:
     return _Entry(variant, {**row, "status": "ok"}, call)
 
 
-def _figures(timing: Timing, workload: Workload, dtype: str, ceilings: dict[str, float]) -> dict[str, Any]:
+def _figures(timing: Timing, work: Work, sets: int, dtype: str, ceilings: dict[str, float]) -> dict[str, Any]:
     seconds = timing.median_ms * 1e-3
-    least = floor(workload.work, dtype, ceilings)
+    least = floor(work, dtype, ceilings)
     return {
         "median_ms": timing.median_ms,
         "p20_ms": timing.p20_ms,
         "p80_ms": timing.p80_ms,
         "samples": timing.samples,
         "timer": timing.timer,
-        "flops": workload.work.flops,
-        "bytes": workload.work.bytes,
-        "gb_s": workload.work.bytes / seconds / 1e9,
-        "tflop_s": workload.work.flops / seconds / 1e12,
+        "flops": work.flops,
+        "bytes": work.bytes,
+        "gb_s": work.bytes / seconds / 1e9,
+        "tflop_s": work.flops / seconds / 1e12,
         "floor_ms": least.seconds * 1e3,
         "floor_share": least.seconds / seconds,
         "bound": least.bound,
-        "input_sets": workload.sets,
+        "input_sets": sets,
     }
 
 

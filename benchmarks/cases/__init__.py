@@ -1,5 +1,5 @@
 """Every case of the registry; importing this package registers them."""
 
-from benchmarks.cases import attention, connector, losses, modulation, search, streams
+from benchmarks.cases import attention, connector, losses, modulation, pipeline, search, streams
 
-__all__ = ["attention", "connector", "losses", "modulation", "search", "streams"]
+__all__ = ["attention", "connector", "losses", "modulation", "pipeline", "search", "streams"]

@@ -15,7 +15,7 @@ from benchmarks.registry import Setting, cases, register
 from benchmarks.runner import run_case
 from benchmarks.steps import run_step
 
-OPS = ("attention", "connector", "info_nce", "modulation", "redundancy", "streams", "topk")
+OPS = ("attention", "connector", "info_nce", "modulation", "pipeline", "redundancy", "streams", "topk")
 
 
 def test_every_operator_has_cases_for_both_devices() -> None:
