@@ -13,7 +13,7 @@ namespace tgq::cuda {
 constexpr std::uint32_t kBoundRows = 128;  // rows that share one bound of their norms: the width of a filter tile
 
 // Most queries of one launch of the skinny filter.
-constexpr std::int64_t kSkinnyQueries = 32;
+constexpr std::int64_t kSkinnyQueries = 64;
 
 // Scores of 16-bit queries [num_queries, depth] against rows [num_rows, depth]. Row i stands for pool row first_row +
 // i * row_step. Rows that reach their query's threshold are appended to its hits.

@@ -24,7 +24,7 @@ constexpr std::int64_t kMaxBoundTiles = 1 << 21;  // of norms that are kept for 
 std::int64_t round_up(std::int64_t value, std::int64_t unit) { return (value + unit - 1) / unit * unit; }
 
 // Rows that are scored exactly to get a first floor: for few queries launches weigh more, for many those exact scores do.
-std::int64_t first_rows(std::int64_t queries) { return queries <= kSkinnyQueries ? 2048 : queries < 1024 ? 512 : 128; }
+std::int64_t first_rows(std::int64_t queries) { return queries <= 32 ? 2048 : queries < 1024 ? 512 : 128; }
 
 std::uint32_t power_of_two(std::uint32_t least) {
   std::uint32_t size = 1;
@@ -38,7 +38,7 @@ bool fits_filter(const Matrix& pool, DType shadow) {
 }
 
 bool fits_skinny(const Matrix& pool, std::int64_t queries) {
-  const std::int64_t element = pool.dtype == DType::f32 ? 4 : 2, groups = queries <= 16 ? 2 : 4;
+  const std::int64_t element = pool.dtype == DType::f32 ? 4 : 2, groups = queries <= 16 ? 2 : queries <= 32 ? 4 : 8;
   return pool.col_stride == 1 && pool.cols % 8 == 0 && pool.row_stride * element % 16 == 0 &&
          reinterpret_cast<std::uintptr_t>(pool.data) % 16 == 0 && groups * 8 * round_up(pool.cols, 32) * 2 <= kSkinnyBytes;
 }

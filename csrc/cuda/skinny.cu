@@ -184,8 +184,10 @@ int launch(const FilterJob& job, int multiprocessors, cudaStream_t stream) {
 
 template <class Type, bool kHalf>
 int launch(const FilterJob& job, int multiprocessors, cudaStream_t stream) {
-  return job.num_queries <= 16 ? launch<Type, kHalf, 2>(job, multiprocessors, stream)
-                               : launch<Type, kHalf, 4>(job, multiprocessors, stream);
+  static_assert(kSkinnyQueries == 8 * 8);
+  if (job.num_queries <= 16) return launch<Type, kHalf, 2>(job, multiprocessors, stream);
+  if (job.num_queries <= 32) return launch<Type, kHalf, 4>(job, multiprocessors, stream);
+  return launch<Type, kHalf, 8>(job, multiprocessors, stream);
 }
 
 }  // namespace

@@ -453,13 +453,14 @@ void test_choice_of_engine() {
   };
   constexpr std::int64_t kMillion = 1000000;
   for (const DType dtype : {DType::f32, DType::f16, DType::bf16}) {
-    for (const std::int64_t queries : {1, 16, 32}) CHECK(engine(queries, kMillion, 256, 256, dtype) == Engine::skinny);
-    CHECK(engine(33, kMillion, 256, 256, dtype) == Engine::hopper);
+    for (const std::int64_t queries : {1, 16, 32, 64}) CHECK(engine(queries, kMillion, 256, 256, dtype) == Engine::skinny);
+    CHECK(engine(65, kMillion, 256, 256, dtype) == Engine::hopper);
+    CHECK(engine(33, kMillion, 520, 520, dtype) == Engine::hopper);  // too long for shared memory
     CHECK(engine(16, 4096, 256, 256, dtype) == Engine::direct);
     CHECK(engine(8, kMillion, 250, 250, dtype) == Engine::direct);   // rows are no multiple of 16 bytes
     CHECK(engine(9, kMillion, 250, 250, dtype) == Engine::hopper);
     CHECK(engine(16, kMillion, 256, 257, dtype) == Engine::hopper);
-    CHECK(engine(32, kMillion, 2048, 2048, dtype) == Engine::hopper);  // too long for shared memory
+    CHECK(engine(32, kMillion, 2048, 2048, dtype) == Engine::hopper);
     CHECK(engine(16, kMillion, 2048, 2048, dtype) == Engine::skinny);
     CHECK(engine(1000, kMillion, 256, 256, dtype, Engine::skinny) == Engine::skinny);
     CHECK(engine(10, kMillion, 250, 250, dtype, Engine::skinny) == Engine::portable);
