@@ -239,6 +239,7 @@ def embed_run(
     resume: bool = True,
     cache: Path | None = None,
     on_error: Policy = "raise",
+    shadow: bool = True,
 ) -> EmbedReport:
     """Embed a catalogue into a pool folder; goes on where an interrupted call ended."""
     from tgq_fast.data.files import write_atomic
@@ -257,6 +258,7 @@ def embed_run(
             resume=resume,
             on_error=on_error,
             features=store,
+            shadow=shadow,
             progress=advance,
         )
     note = json.dumps({"catalog": str(Path(catalog.report.path).resolve()), "digest": catalog.digest()}, indent=1)

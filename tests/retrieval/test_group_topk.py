@@ -122,7 +122,7 @@ def pool_on_disk(rank: int, folder: str) -> None:
     damaged = Path(folder, "pool-45", "shard-000001.safetensors")
     dist.barrier()
     if rank == 0:
-        damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
+        damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
     dist.barrier()
     with pytest.raises(PoolError if rank == 1 else TGQError, match="SHA-256" if rank == 1 else "rank 1 failed"):
         ItemPool.open(Path(folder, "pool-45")).search(queries, K, group=dist.group.WORLD)

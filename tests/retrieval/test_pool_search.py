@@ -123,7 +123,7 @@ def test_joined_shards_are_kept_and_appending_renews_them(tmp_path: Path) -> Non
         pool.search(queries, 3)
         (kept,) = pool._joined.values()
         pool.search(queries, 3)
-        assert next(iter(pool._joined.values())) is kept and len(kept) == 50
+        assert next(iter(pool._joined.values())) is kept and len(kept.tensor) == 50
         pool.append(["best"], 100 * queries[:1])
         assert pool.search(queries[:1], 1).ids == [["best"]]
 

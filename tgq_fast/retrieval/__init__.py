@@ -9,6 +9,7 @@ from tgq_fast.retrieval.evaluate import Comparison, Evaluation, compare, evaluat
 from tgq_fast.retrieval.metrics import Interval
 from tgq_fast.retrieval.pool import ItemPool, PoolHits
 from tgq_fast.retrieval.topk import TopK, merge_topk, topk
+from tgq_fast.retrieval.topk_native import Shadow, build_shadow
 
 __all__ = [
     "Comparison",
@@ -17,7 +18,9 @@ __all__ = [
     "Interval",
     "ItemPool",
     "PoolHits",
+    "Shadow",
     "TopK",
+    "build_shadow",
     "compare",
     "embed_catalog",
     "evaluate",

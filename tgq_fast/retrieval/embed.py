@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tgq_fast import _native
 from tgq_fast.data import Catalog, Item
 from tgq_fast.data.rejects import Reject
 from tgq_fast.errors import ArgumentError, ImageError, NonFiniteError, PoolError
@@ -95,6 +96,7 @@ def embed_catalog(
     resume: bool = True,
     on_error: Literal["raise", "skip"] = "raise",
     features: FeatureStore | None = None,
+    shadow: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> EmbedReport:
     """Embed every item of a catalogue into a pool on disk.
@@ -115,6 +117,7 @@ def embed_catalog(
         on_error: "raise", or "skip" to leave items with unusable images or non-finite embeddings out and list them in
             the pool's `rejects.jsonl`.
         features: cached features of the catalogue, to read instead of the pictures.
+        shadow: at the end write what makes searching faster (:meth:`ItemPool.build_shadow`, with the compiled core).
         progress: called with (catalogue rows done, rows) after each batch.
 
     Raises:
@@ -162,6 +165,8 @@ def embed_catalog(
                 reject_lines="".join(json.dumps(asdict(reject), ensure_ascii=True) + "\n" for reject in rejects),
             )
             done = stop
+        if shadow and _native.available():
+            pool.build_shadow()
         return EmbedReport(str(out), total, len(pool), pool.manifest.rejected, resumed, len(pool.manifest.shards))
 
 

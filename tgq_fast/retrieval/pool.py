@@ -5,6 +5,7 @@ A pool is a folder::
     manifest.json                 sizes, dtype, model digest, package version and commit, SHA-256 of every file
     shard-000000.safetensors      tensor "embeddings" [n, D]
     shard-000000.ids.parquet      string column "id" [n]
+    shard-000000.shadow.safetensors   what makes searching faster; derived, so not in the manifest (see shadow_files)
     rejects.jsonl                 items that could not be embedded (only when there are any)
 
 A file is part of the pool once the manifest names it, and the manifest is replaced atomically after its files are
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -38,12 +39,14 @@ from tgq_fast.retrieval._identity import package_identity, sha256_file
 from tgq_fast.retrieval.manifest import DTYPES, MANIFEST_NAME, FileRecord, Manifest, ShardRecord
 from tgq_fast.retrieval.pool_reader import REJECTS_NAME
 from tgq_fast.retrieval.pool_search import PoolHits, PoolSearch
+from tgq_fast.retrieval.shadow_files import shadow_source, shadow_width, write_shadow
+from tgq_fast.retrieval.topk_native import build_shadow
 
 __all__ = ["DEFAULT_SHARD_SIZE", "ItemPool", "PoolHits"]
 
 DEFAULT_SHARD_SIZE = 65_536
 LOCK_NAME = ".lock"
-_FILE = r"(shard-\d{6,}\.(safetensors|ids\.parquet)|rejects\.jsonl|manifest\.json)"
+_FILE = r"(shard-\d{6,}\.(safetensors|ids\.parquet|shadow\.safetensors)|rejects\.jsonl|manifest\.json)"
 _LEFTOVER = re.compile(rf"{_FILE}|\.{_FILE}\.\d+\.tmp")  # a file of a pool, or one that a killed writer left half done
 
 
@@ -158,6 +161,7 @@ class ItemPool(PoolSearch):
         """Drop the memory maps and the writer's lock."""
         self._tensors.clear()
         self._joined.clear()
+        self._shadows.clear()
         if self._lock is not None:
             self._lock.release()
             self._lock = None
@@ -193,8 +197,7 @@ class ItemPool(PoolSearch):
             ArgumentError: wrong shape, or a duplicate, empty or unencodable id.
             NonFiniteError: NaN or infinity, also after the cast to the pool's dtype; names the ids.
         """
-        if self._lock is None:
-            raise PoolError(f"{self.path}: opened for reading; open it with mode='a' to append")
+        self._check_writable("append")
         rows = torch.as_tensor(embeddings).detach().cpu()
         if rows.ndim != 2 or rows.shape[1] != self.dims or not rows.is_floating_point():
             raise ArgumentError("embeddings", f"{tuple(rows.shape)} {rows.dtype}", f"floating [n, {self.dims}]")
@@ -270,14 +273,57 @@ class ItemPool(PoolSearch):
         return _record(path)
 
     def _sweep(self) -> None:
-        """Remove what a killed writer left beyond the last commit."""
+        """Remove what a killed writer left beyond the last commit, and shadows of what is not there."""
         named = {record.name for record in self._file_records()} | {MANIFEST_NAME}
+        named |= {self._shadow_path(n).name for n in range(len(self.manifest.shards)) if self._has_shadow(n)}
         for name in os.listdir(self.path):
             if _LEFTOVER.fullmatch(name) and name not in named:
                 (self.path / name).unlink()
         rejects = self.manifest.rejects
         if rejects is not None and (self.path / rejects.name).stat().st_size > rejects.bytes:
             os.truncate(self.path / rejects.name, rejects.bytes)
+
+    # ---------------------------------------------------------------- shadow
+
+    def build_shadow(self, progress: Callable[[int, int], None] | None = None) -> int:
+        """Write the shadow of every shard that has none, or a stale or damaged one; returns how many were written.
+
+        Searches on the CPU use it without being asked: they then read a quarter of an fp32 pool, and the rows
+        themselves only where they may be an answer. Answers are the same bit for bit. Shards of very narrow rows, whose
+        shadow would be no smaller, get none. A killed call leaves whole files only; call it again.
+
+        Args:
+            progress: called with (shards done, shards).
+
+        Raises:
+            PoolError: opened for reading, or a shard is damaged.
+            BackendError: the compiled core is missing.
+        """
+        self._check_writable("build its shadow")
+        written, count = 0, len(self.manifest.shards)
+        for number, record in enumerate(self.manifest.shards):
+            self._refused.discard(number)
+            small = shadow_width(self.dims) < self.dims * self.dtype.itemsize
+            if record.rows and small and (not self._has_shadow(number) or self._shadow(number) is None):
+                self._refused.discard(number)
+                shadow = build_shadow(self._shard(number))
+                write_shadow(self._shadow_path(number), shadow, record.embeddings.sha256)
+                written += 1
+            self._tensors.pop(number, None)  # one shard in memory at a time
+            self._shadows.pop(number, None)
+            if progress is not None:
+                progress(number + 1, count)
+        self._joined.clear()  # joined without a shadow
+        return written
+
+    def _has_shadow(self, number: int) -> bool:
+        """Whether there is a file that claims to be this shard's shadow."""
+        path = self._shadow_path(number)
+        return path.is_file() and shadow_source(path) == self.manifest.shards[number].embeddings.sha256
+
+    def _check_writable(self, what: str) -> None:
+        if self._lock is None:
+            raise PoolError(f"{self.path}: opened for reading; open it with mode='a' to {what}")
 
     # ----------------------------------------------------------------- faiss
 

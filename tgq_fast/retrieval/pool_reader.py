@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,9 +16,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from tgq_fast import _native
 from tgq_fast.errors import ArgumentError, PoolError
 from tgq_fast.retrieval._identity import sha256_file
 from tgq_fast.retrieval.manifest import FileRecord, Manifest
+from tgq_fast.retrieval.shadow_files import SUFFIX, read_shadow
+from tgq_fast.retrieval.topk_native import Shadow
+
+logger = logging.getLogger(__name__)
 
 REJECTS_NAME = "rejects.jsonl"
 
@@ -36,6 +42,8 @@ class PoolReader:
         self.manifest = manifest
         self._verify = verify
         self._tensors: dict[int, Tensor] = {}
+        self._shadows: dict[int, tuple[Shadow, int]] = {}  # with the size of the file
+        self._refused: set[int] = set()  # shards with a shadow that does not fit
         self._checked: set[str] = set()  # files whose checksum has been confirmed
 
     def __len__(self) -> int:
@@ -117,6 +125,27 @@ class PoolReader:
                 )
             self._tensors[number] = tensor
         return self._tensors[number]
+
+    def _shadow_path(self, number: int) -> Path:
+        return self.path / self.manifest.shards[number].embeddings.name.replace(".safetensors", SUFFIX)
+
+    def _shadow(self, number: int, stop: threading.Event | None = None) -> Shadow | None:
+        """Memory-mapped shadow of one shard, if it has one that fits; one that does not is said once and left alone."""
+        path = self._shadow_path(number)
+        if number in self._refused or not path.is_file() or not _native.available():
+            return None
+        size = path.stat().st_size
+        if number in self._shadows and self._shadows[number][1] == size:
+            return self._shadows[number][0]
+        try:
+            source = self.manifest.shards[number].embeddings.sha256
+            shadow = read_shadow(path, self._shard(number, stop), source, verify=self._verify, stop=stop)
+        except PoolError as error:
+            logger.warning("%s; searching without it, build_shadow makes it again", error)
+            self._refused.add(number)
+            return None
+        self._shadows[number] = shadow, size
+        return shadow
 
     def _shard_ids(self, number: int) -> pa.Array:
         record = self.manifest.shards[number]

@@ -16,12 +16,14 @@ from torch import Tensor
 
 from tgq_fast.errors import ArgumentError, NonFiniteError
 from tgq_fast.reference import TopK
-from tgq_fast.retrieval.blocks import Block, cut_blocks, one_ahead, read_ahead
+from tgq_fast.retrieval.blocks import Block, Part, cut_blocks, one_ahead, read_ahead
 from tgq_fast.retrieval.distributed import Ranks, agree
 from tgq_fast.retrieval.manifest import Manifest
 from tgq_fast.retrieval.pool_reader import PoolReader
+from tgq_fast.retrieval.shadow_files import join_shadows, rows_of
 from tgq_fast.retrieval.topk import merge_topk, topk
 from tgq_fast.retrieval.topk_arguments import check_k
+from tgq_fast.retrieval.topk_native import Shadow
 
 KEPT_BYTES = 512 << 20  # of joined small shards, kept for the next search
 
@@ -40,12 +42,17 @@ class PoolHits(NamedTuple):
     ids: list[list[str | None]]
 
 
+class _Loaded(NamedTuple):
+    tensor: Tensor
+    shadow: Shadow | None
+
+
 class PoolSearch(PoolReader):
     """The searching half; use it through :class:`tgq_fast.retrieval.pool.ItemPool`."""
 
     def __init__(self, path: Path, manifest: Manifest, *, verify: bool) -> None:
         super().__init__(path, manifest, verify=verify)
-        self._joined: dict[Block, Tensor] = {}  # blocks of small shards
+        self._joined: dict[Block, _Loaded] = {}  # blocks of small shards
 
     def search(
         self,
@@ -131,7 +138,7 @@ class PoolSearch(PoolReader):
         done = 0
         with closing(one_ahead(self._load, blocks)) as ready:
             for block in blocks:
-                tensor = next(ready)
+                loaded = next(ready)
                 local = None
                 if excluded is not None:
                     inside = (excluded >= block.start) & (excluded < block.start + block.rows)
@@ -139,29 +146,36 @@ class PoolSearch(PoolReader):
                 report = None
                 if progress is not None:
                     report = partial(_report, progress, done, block.rows, total)
-                found = topk(queries, tensor, k, exclude=local, progress=report)
+                found = topk(queries, loaded.tensor, k, exclude=local, progress=report, shadow=loaded.shadow)
                 best = merge_topk([best, found], k, offsets=[0, block.start])
                 done += block.rows
-                del tensor  # before the next but one is read
+                del loaded  # before the next but one is read
         return merge_topk([best], k)  # pads an empty pool's answer
 
-    def _load(self, block: Block, stop: threading.Event) -> Tensor:
-        """[n, D] of a block: a view of a shard's map, or small shards joined in memory."""
+    def _load(self, block: Block, stop: threading.Event) -> _Loaded:
+        """[n, D] of a block and its shadow: views of a shard's maps, or small shards joined in memory."""
         if block in self._joined:
             return self._joined[block]
-        views = []
+        views, shadows = [], []
         for part in block.parts:
             views.append(self._shard(part.shard, stop)[part.first : part.stop])
-            record = self.manifest.shards[part.shard]
-            row = self.dims * self.dtype.itemsize
-            header = record.embeddings.bytes - record.rows * row
-            read_ahead(self.path / record.embeddings.name, header + part.first * row, (part.stop - part.first) * row)
+            shadow = self._shadow(part.shard, stop)
+            if shadow is not None:
+                shadows.append(rows_of(shadow, part.first, part.stop))
+            else:  # with a shadow few rows are read
+                self._read_ahead(part)
+        joined = join_shadows(shadows) if len(shadows) == len(views) else None
         if len(views) == 1:
-            return views[0]
-        tensor = torch.cat(views)
-        if sum(kept.nbytes for kept in self._joined.values()) + tensor.nbytes <= KEPT_BYTES:
-            self._joined[block] = tensor
-        return tensor
+            return _Loaded(views[0], joined)
+        loaded = _Loaded(torch.cat(views), joined)
+        if sum(kept.tensor.nbytes for kept in self._joined.values()) + loaded.tensor.nbytes <= KEPT_BYTES:
+            self._joined[block] = loaded
+        return loaded
+
+    def _read_ahead(self, part: Part) -> None:
+        record, row = self.manifest.shards[part.shard], self.dims * self.dtype.itemsize
+        header = record.embeddings.bytes - record.rows * row
+        read_ahead(self.path / record.embeddings.name, header + part.first * row, (part.stop - part.first) * row)
 
     def _excluded_rows(self, exclude_ids: Sequence[Any] | None, queries: int) -> Tensor | None:
         if exclude_ids is None:

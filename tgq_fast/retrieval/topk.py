@@ -33,6 +33,7 @@ def topk(
     num_threads: int | None = None,
     out: Any = None,
     progress: Callable[[float], None] | None = None,
+    shadow: topk_native.Shadow | None = None,
 ) -> TopK:
     """The k pool rows with the largest inner product for every query, exactly.
 
@@ -54,6 +55,8 @@ def topk(
         num_threads: worker threads on the CPU; default: as many as torch uses.
         out: a pair (scores [Q, k] float32, indices [Q, k] int64) to write to.
         progress: called now and then with the share done, 0 … 1; what it raises ends the search.
+        shadow: what :func:`tgq_fast.retrieval.build_shadow` made of this pool, for searching it again and again on the
+            CPU: most rows are then not read. Answers are the same; other backends do not use it.
 
     Returns:
         TopK of tensors on the queries' device: scores [Q, k] float32 and indices [Q, k] int64.
@@ -83,6 +86,8 @@ def topk(
         reasons = compiled.why_not(q)
         if not reasons:
             search = compiled.search if q.device == p.device else topk_stream.search
+            if shadow is not None and q.device.type == "cpu":
+                return topk_native.search(q, p, k, excluded, result, threads, progress, shadow=shadow)
             return search(q, p, k, excluded, result, threads, progress)
         if backend == "cpp":
             raise BackendError("topk", "cpp", {"cpp": reasons})
