@@ -168,6 +168,6 @@ class _CudaLanes:
         mark.synchronize()
 
     def _mark(self, lane: str) -> torch.cuda.Event:
-        event = torch.cuda.Event()
+        event = torch.cuda.Event(blocking=True)  # a waiting host leaves its core to the copy of the next part
         event.record(self.streams[lane])
         return event
