@@ -136,16 +136,19 @@ def _with_chunks(t: dict[str, Tensor], *, heads: int, size: int) -> dict[str, Te
         return _ours(t, heads=heads, form="absorbed", backend="triton")
 
 
-def chunk_candidates(heads: int) -> list[Candidate]:
+def chunk_candidates(heads: int, device: str) -> list[Candidate]:
     """The absorbed form with its own chunk size and with others, launched one by one and from a CUDA graph."""
-    named: dict[str, Function] = {"": partial(_ours, heads=heads, form="absorbed", backend="triton")}
+    own: Function = partial(_ours, heads=heads, form="absorbed", backend=None)
+    found = [
+        Candidate("reference", "reference", partial(_reference, heads=heads, form="absorbed")),
+        Candidate("tgq_fast", "ours", own),
+    ]
+    on_gpu: dict[str, Function] = {"tgq_fast, graph": _Graphed(own)}
     for mib in (8, 12, 16, 24, 32, 48, 64, 128):
-        named[f", chunks of {mib} MiB"] = partial(_with_chunks, heads=heads, size=mib * 2**20)
-    found = [Candidate("reference", "reference", partial(_reference, heads=heads, form="absorbed"))]
-    for name, function in named.items():
-        found.append(Candidate(f"tgq_fast{name}", "ours", function))
-        found.append(Candidate(f"tgq_fast{name}, graph", "ours", _Graphed(function)))
-    return found
+        sized: Function = partial(_with_chunks, heads=heads, size=mib * 2**20)
+        on_gpu |= {f"tgq_fast, {mib} MiB": sized, f"tgq_fast, {mib} MiB, graph": _Graphed(sized)}
+    reason = "" if device == "cuda" else "chunks are a matter of the kernels on a GPU"
+    return found + [Candidate(name, "ours", f, why_not=lambda: reason) for name, f in on_gpu.items()]
 
 
 def candidates(heads: int, device: str, *, compiled: bool) -> list[Candidate]:
@@ -211,7 +214,9 @@ def _build(case: Case, sizes: dict[str, Any], setting: Setting, *, compiled: boo
         case,
         setting,
         make=lambda generator: _inputs(sizes, dtype, setting.device, generator),
-        candidates=chunk_candidates(heads) if chunks else candidates(heads, setting.device, compiled=compiled),
+        candidates=chunk_candidates(heads, setting.device)
+        if chunks
+        else candidates(heads, setting.device, compiled=compiled),
         references=[partial(_reference, heads=heads, form=form) for form in ("projected", "absorbed")],
         wrt=("anchored", "exploratory", *_WEIGHTS),
         weights=_WEIGHTS,

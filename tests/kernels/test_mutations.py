@@ -10,6 +10,7 @@ import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -90,6 +91,16 @@ FAULTS: dict[str, tuple[str, str, str, Callable[[], None]]] = {
         absorbed,
     ),
     "groups of keys not accumulated": ("absorbed", "ACCUMULATE=first > 0", "ACCUMULATE=False", lambda: absorbed(37)),
+    "parts of the keys weighed alike": ("softmax", "tl.exp2(log_sum - shift)", "1.0", lambda: fused(37)),
+    "last group of keys lost": (
+        "softmax",
+        "for part in range(parts):\n        place",
+        "for part in range(parts - 1):\n        place",
+        lambda: absorbed(37),
+    ),
+    "entropy of parts added up": ("softmax", "(log_sum - own * LOG2E)", "log_sum", lambda: fused(37)),
+    "key mask never read": ("softmax", "    if HAS_MASK:\n", "    if False:\n", absorbed),
+    "log of the sum forgotten": ("softmax", "tl.log2(tl.where(some, total, 1.0))", "0.0", projected),
     "swapped streams": (
         "streams",
         "start0 = n_a\n            size0 = n_e\n            if SEES_TEXT",
@@ -146,6 +157,13 @@ FAULTS: dict[str, tuple[str, str, str, Callable[[], None]]] = {
 }
 
 
+def load(path: Path, name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_fault_is_caught(fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name, before, after, check = FAULTS[fault]
@@ -155,9 +173,12 @@ def test_fault_is_caught(fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert before in source, "the planted fault no longer applies: adapt it to the kernel"
     path = tmp_path / f"mutant_{name}.py"
     path.write_text(source.replace(before, after), encoding="utf-8")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    mutant = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(mutant)
+    mutant = load(path, path.stem)
     monkeypatch.setattr(kernels, name, mutant)
+    if name == "softmax":  # the kernels that import from it are loaded again
+        monkeypatch.setitem(sys.modules, original.__name__, mutant)
+        for user in ("absorbed", "fused", "streams"):
+            path = Path(importlib.import_module(f"tgq_fast.kernels.{user}").__file__)
+            monkeypatch.setattr(kernels, user, load(path, f"mutant_{user}"))
     with pytest.raises(AssertionError):
         check()
