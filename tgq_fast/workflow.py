@@ -100,9 +100,7 @@ def make_config(
     if wrong:
         raise ArgumentError("--set", ", ".join(wrong), "fields of TGQFormerConfig; fields and connector have options")
     config = TGQFormerConfig.preset(preset, **(extra | {"fields": chosen}))
-    vision, text = load_towers(config)
-    config.visual_width, config.global_width = vision.width, vision.global_width
-    config.num_visual_tokens, config.text_width = vision.num_tokens, text.width
+    config = config.with_towers(*load_towers(config))
     if connector == "tgq":
         return config
     if match and "intermediate_size" not in extra:

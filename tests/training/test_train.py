@@ -28,7 +28,7 @@ def run(out: Path, *, groups: int = 60, **changes: Any) -> TrainResult:
     catalog = make_catalog(groups)
     config = changes.pop("config", make_config())
     store: Any = SyntheticStore(catalog, config, invalid=changes.pop("invalid", ()))
-    return train(catalog, config, out=out, store=store, **(ARGUMENTS | changes))
+    return train(catalog, config, out=out, **({"store": store} | ARGUMENTS | changes))
 
 
 def log_of(folder: Path) -> list[dict[str, Any]]:
@@ -182,6 +182,29 @@ def test_finished_run_is_returned_or_refused(finished: Path) -> None:
         run(finished, resume=True, config=make_config(gate_alpha=0.5))
     with pytest.raises(CheckpointError, match=r"catalog\.digest"):
         run(finished, resume=True, groups=61)
+
+
+def test_folder_is_refused_before_features_and_stays_free_when_they_fail(
+    tmp_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Features(Exception):
+        pass
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise Features
+
+    class Tower:  # of another width than the finished run's
+        width = global_width = num_tokens = 16
+
+    monkeypatch.setattr("tgq_fast.training.run.FeatureStore.open_or_build", fail)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.png").write_bytes(b"x")
+    for occupied in (tmp_path / "photos", finished):
+        with pytest.raises(CheckpointError):
+            run(occupied, store=None, towers=(Tower(), Tower()))
+    for _ in range(2):
+        with pytest.raises(Features):
+            run(tmp_path / "free", store=None, towers=(Tower(), Tower()))
 
 
 def test_damaged_and_foreign_folders_are_refused(tmp_path: Path) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from transformers import PreTrainedConfig
 
 from tgq_fast.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from tgq_fast.models.towers import TextTower, VisionTower
 
 ConnectorName = Literal["tgq", "qformer", "instructblip", "mlp", "avgpool", "text-only", "image-only"]
 CONNECTORS: tuple[str, ...] = get_args(ConnectorName)
@@ -197,6 +201,13 @@ class TGQFormerConfig(PreTrainedConfig):
     def num_queries(self) -> int:
         """N = Na + Ne."""
         return int(self.num_anchored_queries + self.num_exploratory_queries)
+
+    def with_towers(self, vision: VisionTower, text: TextTower) -> TGQFormerConfig:
+        """A copy that carries the widths of these towers."""
+        config = copy.deepcopy(self)
+        config.visual_width, config.global_width = vision.width, vision.global_width
+        config.num_visual_tokens, config.text_width = vision.num_tokens, text.width
+        return config
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> TGQFormerConfig:

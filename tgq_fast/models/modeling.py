@@ -88,13 +88,11 @@ class TGQFormerModel(PreTrainedModel):
             config: left unchanged; a copy is completed.
             vision, text: towers that are already loaded; None: loaded as the configuration names them.
         """
-        config = copy.deepcopy(config)
         vision = vision or load_vision_tower(config.vision_tower, attention=config.tower_attention)
         text = text or load_text_tower(
             config.text_tower, vision=vision, llm=config.llm, max_field_tokens=config.max_field_tokens
         )
-        config.visual_width, config.global_width = vision.width, vision.global_width
-        config.num_visual_tokens, config.text_width = vision.num_tokens, text.width
+        config = config.with_towers(vision, text)
         if config.agreement == "dual_encoder" and text.pooled_width is None:
             raise ArgumentError("agreement", "'dual_encoder'", "'alignment' or 'none': the towers are no dual encoder")
         model = cls(config)

@@ -9,7 +9,6 @@ checkpoints/           only while the run is unfinished
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 import platform
@@ -150,7 +149,12 @@ def train(
         }
         if store is None:
             towers = towers or _load_towers(config)
-            config = _with_widths(config, *towers)
+            config = config.with_towers(*towers)
+        manifest = _claim(folder, config, arguments, catalog, resume)
+        if manifest["status"] == "finished":
+            return _result(folder, manifest, resumed_from=manifest["result"]["steps"])
+        if store is None:
+            assert towers is not None
             store = FeatureStore.open_or_build(
                 catalog,
                 *towers,
@@ -160,9 +164,8 @@ def train(
                 rejects=RejectLog(folder / _REJECTS),
                 progress=lambda done, total: send({"event": "features", "done": done, "total": total}),
             )
-        manifest = _claim(folder, config, arguments, catalog, resume)
-        if manifest["status"] == "finished":
-            return _result(folder, manifest, resumed_from=manifest["result"]["steps"])
+        # Only now: a run whose features cannot be made leaves the folder free.
+        _write_manifest(folder, manifest)
         return _run(
             folder,
             catalog,
@@ -184,17 +187,10 @@ def _load_towers(config: TGQFormerConfig) -> tuple[VisionTower, TextTower]:
     return vision, text
 
 
-def _with_widths(config: TGQFormerConfig, vision: VisionTower, text: TextTower) -> TGQFormerConfig:
-    config = copy.deepcopy(config)
-    config.visual_width, config.global_width = vision.width, vision.global_width
-    config.num_visual_tokens, config.text_width = vision.num_tokens, text.width
-    return config
-
-
 def _claim(
     folder: Path, config: TGQFormerConfig, arguments: dict[str, Any], catalog: Catalog, resume: bool
 ) -> dict[str, Any]:
-    """Read or write run.json; refuse a folder that is not this run's."""
+    """What run.json holds, or is to hold; refuses a folder that is not this run's."""
     wanted = {
         "arguments": arguments,
         "config": _plain(config),
@@ -206,11 +202,9 @@ def _claim(
         foreign = [name for name in foreign if not (name.startswith(".") and name.endswith(".tmp"))]
         if foreign:
             raise CheckpointError(f"{folder}: holds other files ({', '.join(foreign[:3])}); choose an empty folder")
-        manifest: dict[str, Any] = {"status": "running", **wanted, "versions": _versions()}
-        _write_manifest(folder, manifest)
-        return manifest
+        return {"status": "running", **wanted, "versions": _versions()}
     try:
-        manifest = dict(json.loads(path.read_bytes()))
+        manifest: dict[str, Any] = dict(json.loads(path.read_bytes()))
         held = {name: manifest[name] for name in wanted}
         status = manifest["status"]
     except (ValueError, KeyError, TypeError) as error:
