@@ -176,9 +176,10 @@ def test_fault_is_caught(fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
     mutant = load(path, path.stem)
     monkeypatch.setattr(kernels, name, mutant)
     if name == "softmax":  # the kernels that import from it are loaded again
+        users = [importlib.import_module(f"tgq_fast.kernels.{user}") for user in ("absorbed", "fused", "streams")]
         monkeypatch.setitem(sys.modules, original.__name__, mutant)
-        for user in ("absorbed", "fused", "streams"):
-            path = Path(importlib.import_module(f"tgq_fast.kernels.{user}").__file__)
-            monkeypatch.setattr(kernels, user, load(path, f"mutant_{user}"))
+        for user in users:
+            short = user.__name__.rpartition(".")[2]
+            monkeypatch.setattr(kernels, short, load(Path(user.__file__), f"mutant_{short}"))
     with pytest.raises(AssertionError):
         check()
