@@ -116,6 +116,18 @@ def test_matrix_instructions(compiled, unit: str, arch: str) -> None:
     assert "LDL" not in sass and "STL" not in sass  # local memory
 
 
+@needs_nvcc
+@pytest.mark.slow
+def test_fragments_lie_where_the_kernels_take_them(tmp_path: Path) -> None:
+    skip_without_headers("hopper")
+    program = tmp_path / "layouts"
+    command = ["nice", NVCC, "-std=c++17", "-DNDEBUG", "-gencode=arch=compute_90a,code=sm_90a", "-o", program]
+    command += ["--expt-relaxed-constexpr", f"-I{cutlass()}", Path(__file__).with_name("layouts.cu")]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert subprocess.run([program], capture_output=True, text=True).stdout == "as assumed\n"
+
+
 def module_facts(folder: Path) -> str:
     """Loads the module from `folder` in a fresh interpreter, searches on the CPU and asks for a GPU."""
     program = """

@@ -109,7 +109,15 @@ def test_shapes_off_every_tile(engine: str, shape: tuple[int, int, int]) -> None
 @pytest.mark.parametrize("p_dtype", DTYPES)
 def test_few_queries(q_dtype: torch.dtype, p_dtype: torch.dtype) -> None:
     """The skinny filter: each number of query groups, slabs that end early, rows off its tiles, rows with a pitch."""
-    for q, n, d in [(1, 4097, 8), (8, 5000, 40), (16, 40003, 256), (17, 9999, 72), (32, 6001, 1024), (64, 5000, 72), (100, 4500, 64)]:
+    for q, n, d in [
+        (1, 4097, 8),
+        (8, 5000, 40),
+        (16, 40003, 256),
+        (17, 9999, 72),
+        (32, 6001, 1024),
+        (64, 5000, 72),
+        (100, 4500, 64),
+    ]:
         for kind in ("normal", "special", "exponents"):
             queries, base = dataset(kind, q, d).to(q_dtype), dataset(kind, n, d + 8).to(p_dtype)
             pool = base[:, 8:]
