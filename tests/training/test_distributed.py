@@ -56,7 +56,13 @@ def test_two_ranks_equal_one(tmp_path: Path) -> None:
         loss, gradients = loss_and_gradients(pairs)
         assert torch.allclose(shared.pop("loss"), loss, rtol=1e-5)
         assert shared.keys() == gradients.keys()
+        # Items' gradients cancel to their sum, and two ranks add them in another order: as one process does when the
+        # pairs come in another order. That is the noise. Without a gradient through the gather the error is as large
+        # as the gradient itself.
+        others = [loss_and_gradients(pairs[turn:] + pairs[:turn])[1] for turn in (1, 2, 3)]
         for name, expected in gradients.items():
-            # fp32: items' gradients, up to e³ ≈ 20 per logit, cancel to their sum, and two ranks add them in another
-            # order. Without a gradient through the gather, the error is of the size of the gradient itself.
-            assert (shared[name] - expected).norm() <= 1e-4 * expected.norm() + 1e-5, (batch, name)
+            noise = max((other[name] - expected).norm() for other in others)
+            # The scale's gradient is a difference of mean logits, cosines times e³ ≈ 20, whatever is left of them.
+            size = max(expected.norm(), 20.0) if name == "logit_scale" else expected.norm()
+            floor = torch.finfo(torch.float32).eps * size
+            assert (shared[name] - expected).norm() <= 4 * (noise + floor), (batch, name)
