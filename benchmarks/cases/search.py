@@ -161,6 +161,12 @@ _register("q1-n200k-d768", {"Q": 1, "pool": 200 * _K, "D": 768}, device="cpu", p
 _register("q256-n1m-d256", {"Q": 256, "pool": _M, "D": 256}, device="cpu", dtypes=("bfloat16", "float32"), priority=3)
 _register("clustered-q256-n200k-d256", {"Q": 256, "pool": 200 * _K, "D": 256, "data": "clustered"}, device="cpu")
 _register("self-n20k-d256", {"Q": 20 * _K, "pool": 20 * _K, "D": 256, "self_join": True}, device="cpu")
+_register(
+    "clustered-self-n20k-d256",
+    {"Q": 20 * _K, "pool": 20 * _K, "D": 256, "data": "clustered", "self_join": True},
+    device="cpu",
+)
+_register("real-q256", {"Q": 256, "pool": 0, "D": 0, "data": "real"}, device="cpu")
 _register("real-self", {"Q": 0, "pool": 0, "D": 0, "data": "real", "self_join": True}, device="cpu")
 
 _register("q4096-n1m-d256", {"Q": 4096, "pool": _M, "D": 256}, device="cuda", dtypes=("bfloat16",), priority=1)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.registry import Call, Setting, UnavailableError, Variant
 from tgq_fast.errors import ArgumentError, BackendError
-from tgq_fast.retrieval import TopK, topk, topk_cuda
+from tgq_fast.retrieval import TopK, build_shadow, topk, topk_cuda
 
 _TILE_ROWS = 65536
 _WHOLE_BYTES = {"cpu": 4 << 30, "cuda": 24 << 30}  # a score matrix above this is not tried
@@ -67,6 +67,9 @@ def variants(problem: Problem, setting: Setting) -> list[Variant]:
         if problem.pool.dtype is torch.float32:
             found.append(Variant("faiss-gpu flat", "peer", lambda: _faiss_gpu(problem)))
         return found
+    found.append(Variant("tgq_fast, stored shadow", "ours", lambda: _ours_shadow(problem)))
+    if problem.queries[0] is problem.pool:
+        found.append(Variant("tgq_fast, not as a self-join", "ours", lambda: _ours_square(problem)))
     found.append(Variant("tgq_fast, AVX2 forced", "ours", lambda: _ours_isa(problem, "avx2")))
     if problem.pool.dtype is torch.float32:
         found += [
@@ -83,6 +86,26 @@ def _ours(problem: Problem, backend: str = "auto") -> Call:
         return topk(problem.queries[i], problem.pool, problem.k, backend=backend, num_threads=problem.threads).indices
 
     return call
+
+
+def _ours_shadow(problem: Problem) -> Call:
+    """With the byte codes of the pool made beforehand, as an item pool keeps them on disk."""
+    try:
+        shadow = build_shadow(problem.pool, problem.threads)
+    except BackendError as error:
+        raise UnavailableError(str(error)) from error
+
+    def call(i: int) -> Tensor:
+        queries, threads = problem.queries[i], problem.threads
+        return topk(queries, problem.pool, problem.k, num_threads=threads, shadow=shadow).indices
+
+    return call
+
+
+def _ours_square(problem: Problem) -> Call:
+    """The queries in memory of their own: all scores are computed, not one triangle."""
+    queries = problem.pool.clone()
+    return lambda i: topk(queries, problem.pool, problem.k, num_threads=problem.threads).indices
 
 
 def _ours_isa(problem: Problem, isa: str) -> Call:
