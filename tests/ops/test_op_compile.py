@@ -167,3 +167,32 @@ def test_two_runs_are_bitwise_equal(form: str) -> None:
             loss = model(*arguments, form)
             runs.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
     assert all(torch.equal(first, second) for first, second in zip(*runs))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE != "cuda", reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("form", ["absorbed", "fused", "projected"])
+def test_cuda_graph_replays_on_new_data(form: str) -> None:
+    from tgq_fast.kernels import tiling
+
+    mask = torch.ones(5, 37, dtype=torch.bool, device=DEVICE)  # of odd width: chunks after the first are not aligned
+    fixed = [torch.randn(shape, device=DEVICE) for shape in ((5, 6, 32), (5, 37, 16), (32, 32), (32, 16), (32, 16))]
+    options = {"num_heads": 2, "form": form, "backend": "triton", "key_mask": mask, "return_stats": True}
+
+    def call(q, x, wq, wk, wv):  # type: ignore[no-untyped-def]
+        out = ops.hybrid_cross_attention(q, q[:, :0], x, wq, None, wk, None, wv, wv[:, 0], **options)
+        return out.anchored, out.stats.entropy
+
+    size = 2 * 2 * 6 * 16 * 4  # two items to a chunk
+    with torch.no_grad(), tiling.forced("limits", {"chunk_bytes": size, "graph_chunk_bytes": size}):
+        call(*fixed)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            replayed = call(*fixed)
+        for tensor in fixed:
+            tensor.copy_(torch.randn_like(tensor))
+        mask.copy_(torch.rand(mask.shape, device=DEVICE) > 0.4)
+        graph.replay()
+        for got, expected in zip(replayed, call(*fixed)):
+            assert torch.equal(got, expected)
