@@ -15,7 +15,7 @@ constexpr int kDense = 128;      // survivors of one 32 x 32 tile from which it 
 constexpr int kByteZero = 128;   // the code of zero in the rows of a byte filter
 constexpr int kByteLimit = 127;  // largest magnitude of a row's code
 
-// Upper bound of a norm from its computed sum of squares: covers the rounding of the sum (any D up to 2^17), underflow, and
+// Upper bound of a norm from its computed sum of squares: covers the rounding of the sum (any D up to 2^16), underflow, and
 // the rounding of the margin that it enters. Where a product of two norms could overflow the bound is infinite, and the
 // filter keeps the pair.
 static inline float norm_upper_bound(float squares) {

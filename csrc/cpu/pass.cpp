@@ -64,7 +64,7 @@ void Pass::join(Tile& tile, Scanner& scanner, std::vector<Key>& merged) {
   std::int64_t first = 0, last = 0;
   for (int chunk = 1; !progress_.stop && claim(tile, &first, &last); ++chunk) {
     scan(tile, scanner, first, last);
-    if (columns_ == nullptr && chunk % kShareEvery == 0) scanner.share_floors(*tile.floors, number);
+    if (columns_ == nullptr && !plan_.approximate && chunk % kShareEvery == 0) scanner.share_floors(*tile.floors, number);
   }
   leave(tile, scanner, merged);
 }

@@ -89,11 +89,6 @@ std::int64_t pick_chunk(std::int64_t rows, std::int64_t block, int threads) {
   return std::max(block, round_up(ceil_div(rows, static_cast<std::int64_t>(threads) * 16), block));
 }
 
-std::int64_t pick_tile(std::int64_t queries, int threads, std::int64_t limit, bool split_queries) {
-  if (split_queries) limit = std::min(limit, round_up(ceil_div(queries, threads), kPanel));
-  return std::max<std::int64_t>(limit, 1);
-}
-
 class Search {
  public:
   Search(const Request& request, const Isa& isa) : request_(request), tuning_(request.tuning) {
@@ -184,7 +179,7 @@ class Search {
     plan.exclude = nullptr;
     const int threads = threads_for(queries, rows);
     const std::int64_t limit = tuning_.query_tile > 0 ? tuning_.query_tile : kMaxTile;
-    const Cut cut{threads, pick_tile(queries, threads, limit, true), pick_chunk(rows, plan.block_rows, threads)};
+    const Cut cut{threads, std::min(limit, queries), pick_chunk(rows, plan.block_rows, threads)};
     SamplePass pass(plan, queries, cut, progress_, floors_);
     progress_.total += queries * rows;
     const Status status = run_team(threads, [&](int i) { pass.work(i); }, progress_, poll_for(queries, rows));
@@ -209,7 +204,7 @@ class Search {
       columns = std::make_unique<Columns>(queries, request_.k, capacity, plan.floors, plan.exclude, plan.exclude_width);
       progress_.total -= queries * rows / 2;
     }
-    SearchPass pass(plan, queries, {threads, pick_tile(queries, threads, limit, false), chunk}, progress_, request_,
+    SearchPass pass(plan, queries, {threads, limit, chunk}, progress_, request_,
                     columns.get());
     Status status = run_team(threads, [&](int i) { pass.work(i); }, progress_, poll_for(queries, rows));
     if (self_join && status == Status::ok)
