@@ -26,11 +26,22 @@ from benchmarks.results import Results
 from benchmarks.steps import run_step
 from benchmarks.targets import best_peer, outcomes
 
-STEPS = ("build", "tests", "memcheck", "racecheck", "registry", "tune")
+STEPS = ("build", "tests", "memcheck", "racecheck", "memcheck-search", "racecheck-search", "registry", "tune")
 # Share of the whole budget that a step may take, and what must be left for the steps after it.
-_SHARE = {"build": 0.4, "tests": 0.25, "memcheck": 0.15, "racecheck": 0.15, "registry": 1.0, "tune": 1.0}
+_SHARE = {
+    "build": 0.4,
+    "tests": 0.25,
+    "memcheck": 0.1,
+    "racecheck": 0.1,
+    "memcheck-search": 0.06,
+    "racecheck-search": 0.06,
+    "registry": 1.0,
+    "tune": 1.0,
+}
 _KEPT = {"registry": 0.35, "tune": 0.1}
 _FAILURE_CODE = "86"
+# Tests of the search's engines on small shapes, which the tiny benchmark cases are too small to reach.
+_SEARCH_TESTS = "test_shapes_off_every_tile or test_few_queries or test_hopper_tiles or test_exclusions_name_rows"
 
 
 @dataclass
@@ -148,50 +159,49 @@ def _build(check: Check) -> dict[str, Any]:
     return run_step("build", command, limit_s=check.limit("build"), extra={"TGQ_CUDA_ARCHS": arch})
 
 
-def _tests(check: Check) -> dict[str, Any]:
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-m",
-        "gpu",
-        "-p",
-        "no:cacheprovider",
-        "--continue-on-collection-errors",
-    ]
-    if check.dry:
-        command.append("--collect-only")
-    step = run_step("tests", [*command, "tests"], limit_s=check.limit("tests"))
+_PYTEST = (
+    sys.executable,
+    "-m",
+    "pytest",
+    "-q",
+    "-m",
+    "gpu",
+    "-p",
+    "no:cacheprovider",
+    "--continue-on-collection-errors",
+)
+
+
+def _skipped_if_empty(step: dict[str, Any]) -> dict[str, Any]:
     if step["returncode"] == 5:  # pytest's "no tests were collected"
         step["status"] = "skipped"
     return step
 
 
-def _sanitizer(tool: str) -> Callable[[Check], dict[str, Any]]:
+def _tests(check: Check) -> dict[str, Any]:
+    command = [*_PYTEST, *(["--collect-only"] if check.dry else []), "tests"]
+    return _skipped_if_empty(run_step("tests", command, limit_s=check.limit("tests")))
+
+
+def _sanitizer(name: str) -> Callable[[Check], dict[str, Any]]:
+    tool, _, part = name.partition("-")
+
     def run(check: Check) -> dict[str, Any]:
-        command = [
-            sys.executable,
-            "-m",
-            "benchmarks.run",
-            "--tiny",
-            "--check-only",
-            "--no-compile",
-            "--variant",
-            "tgq_fast*",
-        ]
-        for pattern in check.cases:
-            command += ["--case", pattern]
-        extra = {}
-        if check.dry:
-            command += ["--device", "cpu"]
+        if part == "search":
+            command = [*_PYTEST, "-x", "-k", _SEARCH_TESTS, *(["--collect-only"] if check.dry else []), "tests/cuda"]
         else:
+            command = [sys.executable, "-m", "benchmarks.run", "--tiny", "--check-only", "--no-compile"]
+            command += ["--variant", "tgq_fast*", "--device", "cpu" if check.dry else "cuda"]
+            for pattern in check.cases:
+                command += ["--case", pattern]
+        extra = {}
+        if not check.dry:
             program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
             options = ["--tool", tool, "--error-exitcode", _FAILURE_CODE, "--target-processes", "all"]
-            command = [program, *options, *command, "--device", "cuda"]
+            command = [program, *options, *command]
             # Every tensor its own allocation, or an overrun would land in a neighbour unseen.
             extra = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if tool == "memcheck" else {}
-        return run_step(tool, command, limit_s=check.limit(tool), extra=extra)
+        return _skipped_if_empty(run_step(name, command, limit_s=check.limit(name), extra=extra))
 
     return run
 
@@ -219,8 +229,7 @@ def _tune(check: Check) -> dict[str, Any]:
 _RUNNERS: dict[str, Callable[[Check], dict[str, Any]]] = {
     "build": _build,
     "tests": _tests,
-    "memcheck": _sanitizer("memcheck"),
-    "racecheck": _sanitizer("racecheck"),
+    **{name: _sanitizer(name) for name in STEPS if "check" in name},
     "registry": _registry,
     "tune": _tune,
 }
@@ -229,7 +238,7 @@ _RUNNERS: dict[str, Callable[[Check], dict[str, Any]]] = {
 def summary(results: Results) -> list[str]:
     """Short table: steps, then per case our time, the fastest peer's and the share of the floor, then targets."""
     lines = ["", f"{results.environment['device_name']}, commit {results.environment['commit']}"]
-    lines += [f"  {step['name']:10} {step['status']:8} {step.get('seconds', 0):6.0f} s" for step in results.steps]
+    lines += [f"  {step['name']:16} {step['status']:8} {step.get('seconds', 0):6.0f} s" for step in results.steps]
     lines += [f"  {name:18} {value:.3e}" for name, value in results.ceilings.items()]
     for case in dict.fromkeys(row["case"] for row in results.rows):
         rows = [row for row in results.rows if row["case"] == case]
