@@ -14,6 +14,7 @@ import torch
 
 from tgq_fast.errors import ArgumentError, NonFiniteError, PoolError
 from tgq_fast.reference import exact_topk
+from tgq_fast.retrieval import pool_reader
 from tgq_fast.retrieval.pool import ItemPool
 
 
@@ -79,6 +80,7 @@ import os, signal, sys
 import torch
 from tgq_fast.data import files
 from tgq_fast.retrieval._identity import package_identity
+from tgq_fast.retrieval import pool_reader
 from tgq_fast.retrieval.pool import ItemPool
 
 package_identity()  # remembered, so that a commit made meanwhile does not change who writes
@@ -171,6 +173,18 @@ def test_failed_append_leaves_the_open_pool_usable(tmp_path: Path, monkeypatch: 
         pool.append(names(3, 100), vectors(3))
         assert len(pool) == 28
     ItemPool.open(tmp_path / "pool").verify()
+
+
+def test_ids_are_kept_while_they_are_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make(tmp_path / "pool")
+    for kept, count in ((1 << 20, 3), (0, 0)):
+        monkeypatch.setattr(pool_reader, "KEPT_ID_BYTES", kept)
+        pool = ItemPool.open(folder)
+        for _ in range(2):
+            hits = pool.search(vectors(3), 25)
+            assert hits.ids == [[f"item-{i}" for i in line] for line in hits.indices.tolist()]
+            assert pool.ids() == names(25)
+        assert len(pool._ids) == count
 
 
 def test_two_writers(tmp_path: Path) -> None:

@@ -162,6 +162,7 @@ class ItemPool(PoolSearch):
         self._tensors.clear()
         self._joined.clear()
         self._shadows.clear()
+        self._ids.clear()
         if self._lock is not None:
             self._lock.release()
             self._lock = None

@@ -26,6 +26,7 @@ from tgq_fast.retrieval.topk_native import Shadow
 logger = logging.getLogger(__name__)
 
 REJECTS_NAME = "rejects.jsonl"
+KEPT_ID_BYTES = 128 << 20  # of ids, kept in memory once read
 
 
 class PoolReader:
@@ -44,6 +45,7 @@ class PoolReader:
         self._tensors: dict[int, Tensor] = {}
         self._shadows: dict[int, tuple[Shadow, int]] = {}  # with the size of the file
         self._refused: set[int] = set()  # shards with a shadow that does not fit
+        self._ids: dict[int, pa.Array] = {}
         self._checked: set[str] = set()  # files whose checksum has been confirmed
 
     def __len__(self) -> int:
@@ -148,6 +150,8 @@ class PoolReader:
         return shadow
 
     def _shard_ids(self, number: int) -> pa.Array:
+        if number in self._ids:
+            return self._ids[number]
         record = self.manifest.shards[number]
         path = self.path / record.ids.name
         if self._verify and record.ids.name not in self._checked:
@@ -158,6 +162,8 @@ class PoolReader:
             raise PoolError(f"{path}: not a readable id file ({error})") from None
         if len(column) != record.rows or column.null_count:
             raise PoolError(f"{path}: {len(column)} ids, {record.rows} expected; corrupt")
+        if sum(kept.nbytes for kept in self._ids.values()) + column.nbytes <= KEPT_ID_BYTES:
+            self._ids[number] = column
         return column
 
     def _id_shards(self) -> Iterator[tuple[int, pa.Array]]:
