@@ -193,6 +193,34 @@ void test_shadow() {
   }
 }
 
+// Coding errors that all point one way, of the rows and then of the queries: without its part of the margin a filter would
+// drop every row that comes late, and those are the best.
+void test_aligned_errors() {
+  for (bool of_rows : {true, false}) {
+    Problem p = make(16, 3000, 64, 5, 2);
+    for (std::int64_t r = 0; r < p.rows; ++r) {
+      const float rise = static_cast<float>(r) / static_cast<float>(p.rows);
+      for (int d = 0; d < 64; ++d) p.x[r * 64 + d] = !of_rows ? 1.0f + 0.01f * rise : d == 0 ? 127.0f : 10.0f + 0.4f * rise;
+    }
+    for (std::int64_t i = 0; i < 16 * 64; ++i) p.q[i] = of_rows ? 1.0f : i % 64 == 0 ? 127.0f : 10.4f;
+    const OwnShadow shadow(p);
+    Tuning exact, filter;
+    exact.use_filter = 0;
+    filter.use_filter = 1, filter.sample_stride = 0;
+    const Answer expected = run(p, 5, 1, nullptr, exact);
+    for (const char* const* isa = available_isas(); *isa != nullptr; ++isa) {
+      CHECK_NOTE(run(p, 5, 1, *isa, filter) == expected, "%s, errors of rows: %d", *isa, of_rows);
+      CHECK_NOTE(run(p, 5, 1, *isa, filter, &shadow) == expected, "%s with a shadow, errors of rows: %d", *isa, of_rows);
+    }
+  }
+  // The sample goes through the shadow in strides: from the first rows alone would come a floor that everything passes.
+  const Problem rising = make(40, 30000, 64, 3, 2);
+  const OwnShadow shadow(rising);
+  const Answer found = run(rising, 10, 1, nullptr, Tuning(), &shadow);
+  CHECK_NOTE(found.counters.rescored + found.counters.direct < 40 * 3000, "%lld %lld",
+             static_cast<long long>(found.counters.rescored), static_cast<long long>(found.counters.direct));
+}
+
 // A self-join by the upper triangle gives what the square gives.
 void test_self_join() {
   unsigned seed = 20;
@@ -311,6 +339,7 @@ int main() {
   test_everything();
   test_paths();
   test_shadow();
+  test_aligned_errors();
   test_self_join();
   test_cancel();
   test_bad_arguments();
