@@ -56,7 +56,7 @@ def _bars(rows: Sequence[dict[str, Any]]) -> list[tuple[str, str, dict[str, Any]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Plots every operator of the newest result file of each device."""
+    """Plots every operator of the newest measurements of each device."""
     options = argparse.ArgumentParser(prog="python -m benchmarks.plot", description=__doc__)
     options.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="folder of result files")
     options.add_argument("--out", type=Path, default=ROOT / "docs" / "figures", help="folder of the figures")
@@ -64,7 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = options.parse_args(arguments)
     for _, results in result_files(given.results):
         for op in dict.fromkeys(row["op"] for row in results.rows):
-            path = given.out / f"{slug(results.environment['device_name'])}-{op}.{given.format}"
+            name = f"{slug(results.environment['device_name'])}-{op}-{results.environment['commit']}"
+            path = given.out / f"{name}.{given.format}"
             if plot_operator(results, op, path):
                 print(f"wrote {path}")
     return 0

@@ -7,7 +7,7 @@ import math
 import os
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,15 +86,22 @@ class Results:
 
 
 def result_files(folder: str | Path) -> Iterator[tuple[Path, Results]]:
-    """The newest complete result file of every device folder below `folder` (any, if none is complete).
+    """Complete result files of every device folder below `folder` (any, if none is complete), oldest first, each with
+    the cases that no newer one has: together the newest measurement of each case.
 
     Runs over small stand-in shapes are no results and are passed over.
     """
     for device in sorted(p for p in Path(folder).glob("*") if p.is_dir()):
         loaded = [(path, Results.load(path)) for path in sorted(device.glob("*.json"))]
         loaded = [item for item in loaded if not item[1].environment.get("tiny")]
-        if loaded:
-            yield max(loaded, key=lambda item: (item[1].complete, item[1].environment.get("started", "")))
+        whole = [item for item in loaded if item[1].complete] or loaded
+        found, seen = [], set[str]()
+        for path, results in sorted(whole, key=lambda item: item[1].environment.get("started", ""), reverse=True):
+            rows = [row for row in results.rows if row["case"] not in seen]
+            seen |= {row["case"] for row in rows}
+            if rows or not found:
+                found.append((path, replace(results, rows=rows)))
+        yield from reversed(found)
 
 
 def _finite(value: Any) -> Any:

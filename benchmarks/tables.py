@@ -38,10 +38,17 @@ def table(name: str, files: Files) -> str:
     chosen = [(path, results) for path, results in files if _device(results) == device]
     if not chosen:
         return f"No result file yet; `{_COMMANDS[device]}` writes one.\n"
-    views = {"targets": _targets, "run": _run}
+    measured = {row["case"] for _, results in chosen for row in results.rows}
     parts = []
     for path, results in chosen:
-        body = views[view](results) if view in views else _operator(results, view)
+        if view == "run":
+            body = _run(results)
+        elif view == "targets":
+            body = _targets(results, measured)
+        elif len(chosen) > 1 and all(row["op"] != view for row in results.rows):
+            continue  # a file of other cases
+        else:
+            body = _operator(results, view)
         parts.append(f"{results.environment['device_name']} ({_link(path)})\n\n{body}")
     return "\n".join(parts)
 
@@ -143,10 +150,14 @@ def _goal(target: Target) -> str:
     return f"≤ {target.goal:.2f}× {unit}" if target.at_most else f"≥ {target.goal:g}× faster"
 
 
-def _targets(results: Results) -> str:
+def _targets(results: Results, measured: set[str]) -> str:
+    """`measured`: cases of any file; what this file leaves to others is not listed."""
     lines = []
+    left_out = measured - {row["case"] for row in results.rows}
     for outcome in outcomes(results.rows, results.environment["device"]):
         target, value = outcome.target, outcome.value
+        if target.case in left_out:
+            continue
         measured = "" if value is None else f"{100 * value:.0f} %" if target.metric == "floor" else _times(value)
         verdict = {None: "not measured", True: "met", False: "missed"}[outcome.met]
         against = "" if target.metric == "floor" else outcome.against

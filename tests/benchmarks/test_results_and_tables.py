@@ -120,6 +120,14 @@ def test_the_newest_complete_file_of_each_device_counts(tmp_path: Path) -> None:
     assert [path.relative_to(tmp_path).as_posix() for path, _ in result_files(tmp_path)] == ["a/2.json", "b/1.json"]
 
 
+def test_an_older_file_counts_for_the_cases_that_the_newer_lacks(tmp_path: Path) -> None:
+    ours = row("tgq_fast", "ours", 1.0)
+    document(ours, {**ours, "case": "topk/other/float32/forward"}, started="2026-01-01").save(tmp_path / "a" / "1.json")
+    document({**ours, "median_ms": 2.0}, started="2026-01-02").save(tmp_path / "a" / "2.json")
+    found = {path.name: [(r["case"], r["median_ms"]) for r in results.rows] for path, results in result_files(tmp_path)}
+    assert found == {"1.json": [("topk/other/float32/forward", 1.0)], "2.json": [(CASE, 2.0)]}
+
+
 def files(*rows: dict[str, Any]) -> list[tuple[Path, Results]]:
     return [(Path("cpu/1.json"), document(*rows))]
 
@@ -142,6 +150,14 @@ def test_operator_table_shows_every_row_and_no_speed_without_parity() -> None:
     assert sum(line.startswith("|") for line in lines) == 2 + len(ROWS)
     (failed,) = [line for line in lines if "numpy" in line]
     assert "parity: true scores fall short" in failed and not any(c.isdigit() for c in failed)
+
+
+def test_a_file_of_other_cases_is_left_out_of_a_table() -> None:
+    other = {**row("tgq_fast", "ours", 10.0), "case": "losses/x/float32/forward", "op": "losses"}
+    both = [*files(*ROWS), *files(other)]
+    assert tables.table("benchmarks:cpu:topk", both) == tables.table("benchmarks:cpu:topk", files(*ROWS))
+    lines = tables.table("benchmarks:cpu:targets", both).splitlines()
+    assert sum(CASE in line and "GEMM only" in line for line in lines) == 1
 
 
 def test_targets_are_judged() -> None:
@@ -203,7 +219,7 @@ def test_plots(tmp_path: Path) -> None:
     )
     assert plot.main(["--results", str(tmp_path / "r"), "--out", str(tmp_path / "f")]) == 0
     assert sorted(p.name for p in (tmp_path / "f").iterdir()) == [
-        "some-cpu-2-cores-streams.svg",
-        "some-cpu-2-cores-topk.svg",
+        "some-cpu-2-cores-streams-abc.svg",
+        "some-cpu-2-cores-topk-abc.svg",
     ]
     assert not plot.plot_operator(document(ROWS[4]), "topk", tmp_path / "none.svg")
