@@ -55,7 +55,7 @@ def test_variants_take_turns_and_nobody_always_follows_the_same_one(clock: Clock
     log = "".join(name for name, _ in clock.log)
     rounds = [log[i : i + 3] for i in range(0, len(log), 3)]  # the first is the estimates'
     assert len(rounds) == 9 and all(sorted(each) == list("abc") for each in rounds)
-    assert {log[i - 1] for i in range(4, len(log)) if log[i] == "a"} >= {"b", "c"}
+    assert len(set(rounds[1:])) > 3  # more than the rotations of one order
 
 
 def test_slow_variants_are_sampled_less(clock: Clock) -> None:
