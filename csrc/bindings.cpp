@@ -137,7 +137,6 @@ PYBIND11_MODULE(_C, module) {
              py::arg("exclude_width"), py::arg("scores"), py::arg("rows"), py::arg("threads"), py::arg("self_join"),
              py::arg("progress"), py::arg("isa"), py::arg("tuning"), py::arg("counters"),
              py::arg("shadow") = py::none());
-  module.def("shadow_width", &tgq::shadow_width, py::arg("cols"));
   module.def("build_shadow", &build_shadow, py::arg("pool"), py::arg("codes"), py::arg("scale"), py::arg("norm"),
              py::arg("error"), py::arg("threads"));
 #if defined(TGQ_WITH_CUDA)

@@ -31,11 +31,13 @@ def packed_weights(module: nn.Module) -> Iterator[None]:
     has no oneDNN. Source: what TorchInductor's freezing does to a compiled graph, for eager modules.
     """
     changed: list[nn.Module] = []
+    fused: set[nn.Module] = set()  # linear layers whose feed-forward multiplies for them
     try:
-        for child in module.modules() if torch.backends.mkldnn.is_available() else ():
+        for child in module.modules() if torch.backends.mkldnn.is_available() else ():  # owners before what they own
             if isinstance(child, Intermediate) and type(child.activation) is type(ACT2FN["gelu"]):
                 changed += _pack(child, child.dense, "gelu")
-            elif type(child) is nn.Linear:
+                fused.add(child.dense)
+            elif type(child) is nn.Linear and child not in fused:
                 changed += _pack(child, child, "none")
         yield
     finally:

@@ -39,8 +39,8 @@ from tgq_fast.retrieval._identity import package_identity, sha256_file
 from tgq_fast.retrieval.manifest import DTYPES, MANIFEST_NAME, FileRecord, Manifest, ShardRecord
 from tgq_fast.retrieval.pool_reader import REJECTS_NAME
 from tgq_fast.retrieval.pool_search import PoolHits, PoolSearch
-from tgq_fast.retrieval.shadow_files import shadow_source, shadow_width, write_shadow
-from tgq_fast.retrieval.topk_native import build_shadow
+from tgq_fast.retrieval.shadow_files import shadow_source, write_shadow
+from tgq_fast.retrieval.topk_native import build_shadow, shadow_width
 
 __all__ = ["DEFAULT_SHARD_SIZE", "ItemPool", "PoolHits"]
 

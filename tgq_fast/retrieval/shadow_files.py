@@ -25,7 +25,7 @@ from tgq_fast.errors import ArgumentError, PoolError
 from tgq_fast.retrieval._identity import canonical_json
 from tgq_fast.retrieval.topk_native import Shadow
 
-__all__ = ["SUFFIX", "join_shadows", "read_shadow", "rows_of", "shadow_source", "shadow_width", "write_shadow"]
+__all__ = ["SUFFIX", "join_shadows", "read_shadow", "rows_of", "shadow_source", "write_shadow"]
 
 FORMAT = "tgq-fast shadow"
 FORMAT_VERSION = "1"
@@ -45,11 +45,6 @@ def write_shadow(path: Path, shadow: Shadow, source: str) -> None:
     facts = {"format": FORMAT, "format_version": FORMAT_VERSION, "source": source, "checksum": _checksum(tensors, None)}
     # One entry: safetensors writes several in an arbitrary order, and the same work should give the same bytes.
     write_atomic(path, save(tensors, metadata={_KEY: canonical_json(facts)}))
-
-
-def shadow_width(dims: int) -> int:
-    """Bytes of a row's codes."""
-    return -(-dims // 64) * 64
 
 
 def shadow_source(path: Path) -> str | None:

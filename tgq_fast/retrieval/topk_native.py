@@ -18,6 +18,11 @@ _DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _OK, _OUT_OF_MEMORY = 0, 2
 
 
+def shadow_width(columns: int) -> int:
+    """Bytes of a row's codes: D padded to a multiple of 64. Also for readers without the compiled core."""
+    return -(-columns // 64) * 64
+
+
 @dataclass(frozen=True)
 class Shadow:
     """Byte codes of every row of a pool: a search that has them reads a row itself only where it may be an answer.
@@ -26,7 +31,7 @@ class Shadow:
     of the difference. Answers do not depend on a shadow as long as it is that of the pool. docs/topk.md has the layout.
     """
 
-    codes: Tensor  # [N, D padded to a multiple of 64] uint8
+    codes: Tensor  # [N, shadow_width(D)] uint8
     scale: Tensor  # [N] float32
     norm: Tensor  # [N] float32
     error: Tensor  # [N] float32
@@ -38,7 +43,7 @@ class Shadow:
             tensor: Tensor = getattr(self, name)
             dtype, shape = torch.float32, [rows]
             if name == "codes":
-                dtype, shape = torch.uint8, [rows, -(-columns // 64) * 64]
+                dtype, shape = torch.uint8, [rows, shadow_width(columns)]
             fits = tensor.dtype == dtype and list(tensor.shape) == shape and tensor.is_contiguous()
             if not fits or tensor.device.type != "cpu":
                 got = f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
@@ -54,7 +59,7 @@ def build_shadow(pool: Tensor, threads: int | None = None) -> Shadow:
         got = f"{pool.dtype} {list(pool.shape)} on {pool.device}"
         raise ArgumentError("pool", got, "[N, D] float32, float16 or bfloat16 on the CPU")
     rows = pool.shape[0]
-    codes = torch.empty((rows, module.shadow_width(pool.shape[1])), dtype=torch.uint8)
+    codes = torch.empty((rows, shadow_width(pool.shape[1])), dtype=torch.uint8)
     scale, norm, error = (torch.empty(rows) for _ in range(3))
     addresses = [tensor.data_ptr() for tensor in (codes, scale, norm, error)]
     status = module.build_shadow(_matrix(pool), *addresses, threads or torch.get_num_threads())
