@@ -106,6 +106,7 @@ class ThresholdEpilogue {
         }
       }
     }
+    __syncwarp();  // the next tile's wgmma wants all lanes together
   }
 
  private:

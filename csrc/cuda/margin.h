@@ -47,10 +47,11 @@ TGQ_HD inline float margin_slope(const Margin& m, float norm, float error) {
 TGQ_HD inline float margin_lift(const Margin& m, float norm, float error) { return (norm + error) * (1.0f + m.exact_error); }
 
 // What a filter score is compared with: a pair is dropped only when score < threshold. `norm` and `error` bound |x~| and
-// |dx| of every row that it is used for. NaN (infinite values) drops nothing.
+// |dx| of every row that it is used for. NaN (an infinite margin) drops nothing. An infinite floor without one drops
+// every row: the last term must not turn it into NaN.
 TGQ_HD inline float threshold(float floor, float slope, float lift, float absolute, float norm, float error) {
   const float margin = slope * norm + lift * error + absolute;
-  return floor - margin - fabsf(floor) * 0x1p-22f;
+  return floor - margin - fminf(fabsf(floor), 0x1.fffffep127f) * 0x1p-22f;
 }
 
 }  // namespace tgq::cuda

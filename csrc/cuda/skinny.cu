@@ -167,6 +167,7 @@ __global__ void __launch_bounds__(kThreads, 2) skinny_filter(const __grid_consta
         }
       }
     }
+    __syncwarp();  // the next rows' products want all lanes together
   }
 }
 

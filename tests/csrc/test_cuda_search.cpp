@@ -256,6 +256,34 @@ void test_the_filter_filters() {
   CHECK_NOTE(device.hits < 3 * 900, "%lld hits", static_cast<long long>(device.hits));
 }
 
+// What is finished, or to be scanned anyway, must cost no more atomics: on a device they would be millions.
+void test_finished_queries_take_no_hits() {
+  for (const Engine engine : {Engine::portable, Engine::skinny}) {
+    Values queries, pool;
+    std::vector<float> values = numbers(2 * 16, "");
+    values[3] = std::nanf("");
+    values[20] = std::nanf("");
+    fill(queries, values, 2, 16, DType::f32);
+    fill(pool, numbers(4000 * 16, ""), 4000, 16, DType::bf16);
+    CudaRequest request;
+    request.queries = queries.matrix;
+    request.pool = pool.matrix;
+    request.k = 10;
+    request.tuning.engine = engine;
+    HostDevice dead;
+    compare(request, dead, "dead queries");
+    CHECK_NOTE(dead.hits == 0, "%lld hits of dead queries", static_cast<long long>(dead.hits));
+    fill(queries, numbers(2 * 16, "clustered"), 2, 16, DType::f32);
+    fill(pool, numbers(4000 * 16, "clustered"), 4000, 16, DType::bf16);
+    request.tuning.hit_capacity = 20;
+    request.tuning.chunk_rows = 100;
+    HostDevice overflowed;
+    compare(request, overflowed, "overflowed queries");
+    CHECK(overflowed.scanned == 2);
+    CHECK_NOTE(overflowed.hits <= 2 * (20 + 100), "%lld hits of overflowed queries", static_cast<long long>(overflowed.hits));
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -267,5 +295,6 @@ int main() {
   test_random_searches();
   test_strided_views_and_empty_sides();
   test_the_filter_filters();
+  test_finished_queries_take_no_hits();
   return 0;
 }
