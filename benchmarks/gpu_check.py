@@ -3,16 +3,19 @@
 Builds the extension, runs the GPU tests, the compute sanitizer (memcheck, racecheck) over small shapes, then the
 benchmark registry, and tunes chunk sizes and tiles in the time that is left, into a folder beside the result. Every
 step has a share of the time budget; the result file is rewritten after each step and each benchmark case, so a
-time-out loses one of them. Needs no network, and no package beyond torch, numpy, pytest and the build tools.
+time-out loses one of them; what the steps printed is in the log file beside it. Needs no network, and no package beyond
+torch, numpy, pytest and the build tools; pytest-xdist, where installed, compiles kernels on several cores at once.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,11 +33,11 @@ STEPS = ("build", "tests", "memcheck", "racecheck", "memcheck-search", "racechec
 # Share of the whole budget that a step may take, and what must be left for the steps after it.
 _SHARE = {
     "build": 0.4,
-    "tests": 0.25,
-    "memcheck": 0.1,
+    "tests": 0.3,
+    "memcheck": 0.14,
     "racecheck": 0.1,
-    "memcheck-search": 0.06,
-    "racecheck-search": 0.06,
+    "memcheck-search": 0.08,
+    "racecheck-search": 0.08,
     "registry": 1.0,
     "tune": 1.0,
 }
@@ -42,6 +45,8 @@ _KEPT = {"registry": 0.35, "tune": 0.1}
 _FAILURE_CODE = "86"
 # Tests of the search's engines on small shapes, which the tiny benchmark cases are too small to reach.
 _SEARCH_TESTS = "test_shapes_off_every_tile or test_few_queries or test_hopper_tiles or test_exclusions_name_rows"
+_CUDA_TOOLS = Path("/usr/local/cuda/bin")
+_TEST_WORKERS = 6  # each holds a few hundred MB of the GPU, and of them all one at most a tensor of several GB
 
 
 @dataclass
@@ -60,6 +65,12 @@ class Check:
     sample_s: float
     compile: bool
     begin: float
+
+    def run(self, name: str, command: Sequence[str], extra: dict[str, str] | None = None) -> dict[str, Any]:
+        """A step within its limit, its output kept in the log."""
+        environment = {**_writable_cache(), **(extra or {})}
+        log = self.path.with_suffix(".log")
+        return run_step(name, command, limit_s=self.limit(name), extra=environment, log_file=log)
 
     def left(self) -> float:
         return self.budget_s - (time.monotonic() - self.begin)
@@ -121,7 +132,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def _native_facts() -> dict[str, Any]:
     """Build facts of the extension that this run built; this process may have loaded an earlier one."""
-    code = "import json; from tgq_fast._native import *; print(json.dumps(build_info() or {'missing': why_missing()}))"
+    code = (
+        "import json; from tgq_fast._native import *; module = extension(); "
+        "facts = {**build_info(), 'hopper_engine': getattr(module, 'cuda_hopper', False)}; "
+        "print(json.dumps(facts if module else {'missing': why_missing()}))"
+    )
     step = run_step("native", [sys.executable, "-c", code], limit_s=60)
     try:
         found: dict[str, Any] = json.loads(step["tail"].strip().splitlines()[-1])
@@ -149,14 +164,32 @@ def _run(name: str, check: Check, results: Results) -> Results:
     return results
 
 
+def _writable_cache() -> dict[str, str]:
+    """Where Triton may keep what it compiles, when it cannot where it would."""
+    if "TRITON_CACHE_DIR" in os.environ:
+        return {}
+    home = Path(os.environ.get("TRITON_HOME") or Path.home())
+    nearest = next(p for p in (home / ".triton" / "cache", *(home / ".triton" / "cache").parents) if p.exists())
+    if os.access(nearest, os.W_OK):
+        return {}
+    return {"TRITON_CACHE_DIR": str(Path(tempfile.gettempdir()) / "tgq-triton-cache")}
+
+
+def _cuda_tool(name: str) -> str | None:
+    """A program of the CUDA toolkit, which need not be on the path."""
+    return shutil.which(name) or shutil.which(name, path=str(_CUDA_TOOLS))
+
+
 def _build(check: Check) -> dict[str, Any]:
     if check.dry:
         code = "from tgq_fast import _native; print(_native.build_info() or _native.why_missing())"
-        return run_step("build", [sys.executable, "-c", code], limit_s=check.limit("build"))
+        return check.run("build", [sys.executable, "-c", code])
     major, minor = torch.cuda.get_device_capability()
-    arch = f"{major}{minor}" + ("a" if major >= 9 else "")
-    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-    return run_step("build", command, limit_s=check.limit("build"), extra={"TGQ_CUDA_ARCHS": arch})
+    extra = {"TGQ_CUDA_ARCHS": f"{major}{minor}" + ("a" if major >= 9 else "")}
+    compiler = _cuda_tool("nvcc")
+    if compiler is not None:  # then a build without CUDA is a failure, not a choice
+        extra = {"TGQ_CUDA": "1", "CUDACXX": compiler, **extra}
+    return check.run("build", [sys.executable, "setup.py", "build_ext", "--inplace"], extra)
 
 
 _PYTEST = (
@@ -180,7 +213,11 @@ def _skipped_if_empty(step: dict[str, Any]) -> dict[str, Any]:
 
 def _tests(check: Check) -> dict[str, Any]:
     command = [*_PYTEST, *(["--collect-only"] if check.dry else []), "tests"]
-    return _skipped_if_empty(run_step("tests", command, limit_s=check.limit("tests")))
+    extra = {}
+    if importlib.util.find_spec("xdist") and not check.dry:
+        command += ["-n", str(_TEST_WORKERS)]
+        extra = {"OMP_NUM_THREADS": "2"}
+    return _skipped_if_empty(check.run("tests", command, extra))
 
 
 def _sanitizer(name: str) -> Callable[[Check], dict[str, Any]]:
@@ -191,39 +228,38 @@ def _sanitizer(name: str) -> Callable[[Check], dict[str, Any]]:
             command = [*_PYTEST, "-x", "-k", _SEARCH_TESTS, *(["--collect-only"] if check.dry else []), "tests/cuda"]
         else:
             command = [sys.executable, "-m", "benchmarks.run", "--tiny", "--check-only", "--no-compile"]
-            command += ["--variant", "tgq_fast*", "--device", "cpu" if check.dry else "cuda"]
+            # Not the variants of chunk sizes: some record CUDA graphs, in which nothing can be allocated uncached.
+            command += ["--variant", "tgq_fast", "--variant", "tgq_fast *", "--device", "cpu" if check.dry else "cuda"]
             for pattern in check.cases:
                 command += ["--case", pattern]
         extra = {}
         if not check.dry:
-            program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+            program = _cuda_tool("compute-sanitizer") or "compute-sanitizer"
             options = ["--tool", tool, "--error-exitcode", _FAILURE_CODE, "--target-processes", "all"]
             command = [program, *options, *command]
             # Every tensor its own allocation, or an overrun would land in a neighbour unseen.
             extra = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if tool == "memcheck" else {}
-        return _skipped_if_empty(run_step(name, command, limit_s=check.limit(name), extra=extra))
+        return _skipped_if_empty(check.run(name, command, extra))
 
     return run
 
 
 def _registry(check: Check) -> dict[str, Any]:
-    limit = check.limit("registry")
     command = [sys.executable, "-m", "benchmarks.run", "--json", str(check.path), "--append"]
-    command += ["--sample-s", str(check.sample_s), "--budget-s", str(max(1.0, limit - 30))]
+    command += ["--sample-s", str(check.sample_s), "--budget-s", str(max(1.0, check.limit("registry") - 30))]
     command += ["--device", "cpu", "--tiny"] if check.dry else ["--device", "cuda"]
     command += [] if check.compile else ["--no-compile"]
     for pattern in check.cases:
         command += ["--case", pattern]
-    return run_step("registry", command, limit_s=limit)
+    return check.run("registry", command)
 
 
 def _tune(check: Check) -> dict[str, Any]:
-    limit = check.limit("tune")
     code = "from pathlib import Path; from tgq_fast.ops.tuning import tune"
     if not check.dry:
-        folder, budget = str(check.path.resolve().parent / "tiles"), max(1.0, limit - 10)
+        folder, budget = str(check.path.resolve().parent / "tiles"), max(1.0, check.limit("tune") - 10)
         code += f"; print(tune(Path({folder!r}), budget_s={budget}))"
-    return run_step("tune", [sys.executable, "-c", code], limit_s=limit)
+    return check.run("tune", [sys.executable, "-c", code])
 
 
 _RUNNERS: dict[str, Callable[[Check], dict[str, Any]]] = {
@@ -239,6 +275,11 @@ def summary(results: Results) -> list[str]:
     """Short table: steps, then per case our time, the fastest peer's and the share of the floor, then targets."""
     lines = ["", f"{results.environment['device_name']}, commit {results.environment['commit']}"]
     lines += [f"  {step['name']:16} {step['status']:8} {step.get('seconds', 0):6.0f} s" for step in results.steps]
+    native = results.environment.get("native", {})
+    if "missing" in native or native.get("cuda_reason"):
+        lines.append(f"  the search core has no CUDA: {native.get('missing') or native['cuda_reason']}")
+    elif results.environment.get("capability") == "9.0" and not native.get("hopper_engine", True):
+        lines.append("  the search core has no Hopper engine: TGQ_CUTLASS_DIR names no CUTLASS headers")
     lines += [f"  {name:18} {value:.3e}" for name, value in results.ceilings.items()]
     for case in dict.fromkeys(row["case"] for row in results.rows):
         rows = [row for row in results.rows if row["case"] == case]

@@ -131,7 +131,8 @@ def modulation_forward(
         tl.store(mean_a + item[:, None] * width + col[None, :], ma.to(dtype), mask=there)
         tl.store(mean_e + item[:, None] * width + col[None, :], me.to(dtype), mask=there)
         if WANT_MOMENTS:
-            store_moments(ma, me, item_ok, moments + tl.program_id(0) * 6 * width, width, col, in_width)
+            place = tl.program_id(0).to(tl.int64) * 6 * width
+            store_moments(ma, me, item_ok, moments + place, width, col, in_width)
         waa = _weights(w1a + image_width, unit, in_a, w1a_r, col, width)
         wae = _weights(w1a + image_width + width, unit, in_a, w1a_r, col, width)
         wee = _weights(w1e + image_width, unit, in_e, w1e_r, col, width)

@@ -132,4 +132,10 @@ def limit(name: str, device: torch.device) -> float | None:
 
 def precision(like: Tensor) -> str:
     """How fp32 products are computed: TF32 only where PyTorch's own switch allows it."""
-    return "tf32" if like.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    if like.dtype != torch.float32:
+        return "ieee"
+    matmul = torch.backends.cuda.matmul
+    # The older switch cannot be read once the newer one was written.
+    chosen = getattr(matmul, "fp32_precision", None)
+    allowed = matmul.allow_tf32 if chosen is None else chosen == "tf32"
+    return "tf32" if allowed else "ieee"

@@ -76,7 +76,7 @@ def test_chunk_sizes_are_variants_of_one_result() -> None:
 
 def test_time_is_kept_for_the_steps_to_come() -> None:
     check = gpu_check.Check(Path(), 400.0, gpu_check.STEPS, (), True, 0.0, False, time.monotonic())
-    assert check.limit("tests") == pytest.approx(100)
+    assert check.limit("tests") == pytest.approx(120)
     assert check.limit("registry") == pytest.approx(360, abs=1)  # a tenth is for tuning
     late = dataclasses.replace(check, begin=time.monotonic() - 380)
     assert late.limit("memcheck") == 1 and late.limit("tune") == pytest.approx(20, abs=1)

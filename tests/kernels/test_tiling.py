@@ -138,3 +138,14 @@ def test_limits_are_tuned_and_used(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_tuning_needs_a_gpu(tmp_path: Path) -> None:
     with pytest.raises(BackendError, match="no CUDA device"):
         tune.Tuning(tmp_path)
+
+
+@pytest.mark.parametrize(("switch", "on", "off"), [("allow_tf32", True, False), ("fp32_precision", "tf32", "ieee")])
+def test_either_switch_of_pytorch_allows_tf32(switch: str, on: object, off: object) -> None:
+    single, half = torch.zeros(1), torch.zeros(1).half()
+    try:
+        setattr(torch.backends.cuda.matmul, switch, on)
+        assert (tiling.precision(single), tiling.precision(half)) == ("tf32", "ieee")
+    finally:
+        setattr(torch.backends.cuda.matmul, switch, off)
+    assert tiling.precision(single) == "ieee"
