@@ -80,25 +80,37 @@ inline void multiply(const uint8_t* rows, int64_t stride, int64_t row_bytes, con
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(sums + r * kPanel + 8 * i), total[r][i]);
 }
 
+// Sums of group g: sums[row * kPanel + query].
+template <class Dot>
+inline void multiply_group(const FilterBlock& block, const FilterPanel& panel, int g, int32_t* sums) {
+  constexpr int R = Dot::rows;
+  const uint8_t* rows = block.codes + g * kPanel * block.stride;
+  for (int half = 0; half < 2; ++half) {
+    const uint32_t* queries = panel.codes + 256 * half;
+    const int32_t* offset = panel.offset + 16 * half;
+    int r = 0;
+    for (; r + R <= kPanel; r += R)
+      multiply<Dot, R>(rows + r * block.stride, block.stride, block.row_bytes, queries, offset, sums + r * kPanel + 16 * half);
+    multiply<Dot, kPanel % R>(rows + r * block.stride, block.stride, block.row_bytes, queries, offset,
+                              sums + r * kPanel + 16 * half);
+  }
+}
+
+// Scores of a row, by its sums, and of eight queries.
+inline __m256 to_scores(const int32_t* sums, __m256 row_scale, const float* query_scale) {
+  const __m256 sum = _mm256_cvtepi32_ps(_mm256_load_si256(reinterpret_cast<const __m256i*>(sums)));
+  return _mm256_mul_ps(_mm256_mul_ps(sum, row_scale), _mm256_loadu_ps(query_scale));
+}
+
 template <class Dot, bool Symmetric>
 int filter_rows(const FilterBlock& block, const FilterPanel& panel, FilterHit* hits, uint8_t* dense) {
-  constexpr int R = Dot::rows;
   alignas(64) int32_t sums[kPanel * kPanel];
   Prefetcher prefetcher(block.ahead, block.groups);
   const __m256 slack = _mm256_set1_ps(0x1p-22f);
   int total = 0;
   for (int g = 0; g < block.groups; ++g) {
     prefetcher.turn();
-    const uint8_t* rows = block.codes + g * kPanel * block.stride;
-    for (int half = 0; half < 2; ++half) {
-      const uint32_t* queries = panel.codes + 256 * half;
-      const int32_t* offset = panel.offset + 16 * half;
-      int r = 0;
-      for (; r + R <= kPanel; r += R)
-        multiply<Dot, R>(rows + r * block.stride, block.stride, block.row_bytes, queries, offset, sums + r * kPanel + 16 * half);
-      multiply<Dot, kPanel % R>(rows + r * block.stride, block.stride, block.row_bytes, queries, offset,
-                                sums + r * kPanel + 16 * half);
-    }
+    multiply_group<Dot>(block, panel, g, sums);
     __m256 margin[4], floor[4];
     for (int i = 0; i < 4; ++i) {
       const __m256 f = _mm256_loadu_ps(panel.floor + 8 * i);
@@ -115,8 +127,7 @@ int filter_rows(const FilterBlock& block, const FilterPanel& panel, FilterHit* h
       alignas(32) float scores[kPanel];
       uint32_t mask = 0;
       for (int i = 0; i < 4; ++i) {
-        const __m256 sum = _mm256_cvtepi32_ps(_mm256_load_si256(reinterpret_cast<const __m256i*>(sums + r * kPanel + 8 * i)));
-        const __m256 score = _mm256_mul_ps(_mm256_mul_ps(sum, scale), _mm256_loadu_ps(panel.scale + 8 * i));
+        const __m256 score = to_scores(sums + r * kPanel + 8 * i, scale, panel.scale + 8 * i);
         __m256 hit = _mm256_cmp_ps(score, floor[i], _CMP_NLT_UQ);
         if constexpr (Symmetric) {
           const __m256 most = _mm256_add_ps(score, margin[i]);
@@ -143,12 +154,33 @@ int filter_block(const FilterBlock& block, const FilterPanel& panel, FilterHit* 
                                     : filter_rows<Dot, true>(block, panel, hits, dense);
 }
 
+template <class Dot>
+void raise_maxima(const FilterBlock& block, const FilterPanel& panel, Maxima maxima) {
+  alignas(64) int32_t sums[kPanel * kPanel];
+  Prefetcher prefetcher(block.ahead, block.groups);
+  for (int g = 0; g < block.groups; ++g) {
+    prefetcher.turn();
+    multiply_group<Dot>(block, panel, g, sums);
+    for (int begin = 0; begin < kPanel; begin += maxima.run) {
+      float* best = maxima.turn();
+      for (int i = 0; i < 4; ++i) {
+        __m256 most = _mm256_loadu_ps(best + 8 * i);
+        for (int r = begin; r < begin + maxima.run; ++r) {  // of a NaN and a number, the second operand
+          const __m256 scale = _mm256_set1_ps(block.scale[g * kPanel + r]);
+          most = _mm256_max_ps(to_scores(sums + r * kPanel + 8 * i, scale, panel.scale + 8 * i), most);
+        }
+        _mm256_storeu_ps(best + 8 * i, most);
+      }
+    }
+  }
+}
+
 void nothing() {}
 
 template <class Dot>
 constexpr Filter byte_filter(const char* name) {
-  return {name,    1,       encode<kByteLimit, kByteZero>, encode<Dot::query_limit, 0>, nullptr, filter_block<Dot>,
-          nothing, nothing};
+  return {name,    1,      encode<kByteLimit, kByteZero>, encode<Dot::query_limit, 0>, nullptr, filter_block<Dot>,
+          raise_maxima<Dot>, nothing, nothing};
 }
 
 }  // namespace

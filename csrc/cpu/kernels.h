@@ -110,6 +110,20 @@ struct FilterPanel {
   const float *floor, *slope, *lift;  // [kPanel]
 };
 
+// What a sample keeps of its scores: rows are dealt out to `slots` sets in turn, `run` rows at a time (1, 2, … kPanel), and
+// of each set a query's largest score is kept. No k-th largest of these exceeds the k-th largest of all.
+struct Maxima {
+  float* best;  // [slots][kPanel]
+  int slots;
+  int run;
+  int next;     // set of the block's first row
+  float* turn() {
+    float* at = best + next * kPanel;
+    next = next + 1 == slots ? 0 : next + 1;
+    return at;
+  }
+};
+
 // Low-precision filter with a certified margin; docs/topk.md proves it. Two kinds of codes: bf16, and bytes with a scale per
 // vector (rows: kByteZero + value, 1 ... 255; queries: signed, as large as the filter's products allow).
 struct Filter {
@@ -129,6 +143,8 @@ struct Filter {
   // score plus margin, rounded up, is not below row_floor[r]. NaN is never below. A tile with more than kDense such pairs
   // appends none and sets dense[g]. `hits` has room for kDense per group and one tile more. Returns the hits appended.
   int (*filter_block)(const FilterBlock& block, const FilterPanel& panel, FilterHit* hits, uint8_t* dense);
+  // Scores all row groups of a block against one panel and raises `maxima` to the scores that are not NaN.
+  void (*raise_maxima)(const FilterBlock& block, const FilterPanel& panel, Maxima maxima);
   void (*begin)();  // on each thread before use
   void (*end)();
 };

@@ -29,38 +29,33 @@ void begin() {
 
 void end() { _tile_release(); }
 
-inline __m512 widen(__m256i bfloats) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bfloats), 16)); }
-
-// Converts 16 values, stores them as bf16 and adds the squares of what is kept and of what is lost.
-inline void round16(__m512 value, uint8_t* to, __m512& squares, __m512& lost_squares) {
-  const __m256i rounded = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(value));
-  const __m512 kept = widen(rounded);
-  const __m512 lost = _mm512_sub_ps(value, kept);  // exact: the error of a rounding is representable
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), rounded);
-  squares = _mm512_fmadd_ps(kept, kept, squares);
-  lost_squares = _mm512_fmadd_ps(lost, lost, lost_squares);
-}
-
 void encode_bfloat(const float* rows, int64_t row_stride, int num_rows, int64_t width, int64_t row_bytes, uint8_t* codes,
                    float* scale, float* norm, float* error) {
   const int padded = (num_rows + kPanel - 1) / kPanel * kPanel;
+  // Place of the bf16 value of which a float lane's upper half is made, for either half of 32 values.
+  const __m512i pair = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i place[2] = {_mm512_slli_epi32(pair, 16), _mm512_slli_epi32(_mm512_add_epi32(pair, _mm512_set1_epi32(16)), 16)};
   for (int r = 0; r < padded; ++r) {
     uint8_t* to = codes + r * row_bytes;
     __m512 squares[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
-    __m512 lost[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+    __m512 lost_squares[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
     const float* from = rows + r * row_stride;
     const int64_t size = r < num_rows ? width : 0;
-    int64_t d = 0;
-    for (; d + 32 <= size; d += 32)
-      for (int half = 0; half < 2; ++half)
-        round16(_mm512_loadu_ps(from + d + 16 * half), to + 2 * d + 32 * half, squares[half], lost[half]);
-    for (; 2 * d < row_bytes; d += 16) {
-      const __m512 value = d < size ? _mm512_loadu_ps(from + d) : _mm512_setzero_ps();
-      round16(value, to + 2 * d, squares[0], lost[0]);
+    for (int64_t d = 0; 2 * d < row_bytes; d += 32) {
+      const __m512 value[2] = {d < size ? _mm512_loadu_ps(from + d) : _mm512_setzero_ps(),
+                               d + 16 < size ? _mm512_loadu_ps(from + d + 16) : _mm512_setzero_ps()};
+      const __m512i rounded = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(value[1], value[0]));
+      _mm512_storeu_si512(to + 2 * d, rounded);
+      for (int half = 0; half < 2; ++half) {
+        const __m512 kept = _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xAAAAAAAA, place[half], rounded));
+        const __m512 lost = _mm512_sub_ps(value[half], kept);  // exact: the error of a rounding is representable
+        squares[half] = _mm512_fmadd_ps(kept, kept, squares[half]);
+        lost_squares[half] = _mm512_fmadd_ps(lost, lost, lost_squares[half]);
+      }
     }
     scale[r] = 1.0f;
     norm[r] = norm_upper_bound(_mm512_reduce_add_ps(_mm512_add_ps(squares[0], squares[1])));
-    error[r] = norm_upper_bound(_mm512_reduce_add_ps(_mm512_add_ps(lost[0], lost[1])));
+    error[r] = norm_upper_bound(_mm512_reduce_add_ps(_mm512_add_ps(lost_squares[0], lost_squares[1])));
   }
 }
 
@@ -86,19 +81,32 @@ struct alignas(64) Scores {
   uint32_t cells[kPanel * kPanel];
 };
 
+// Score of a row, by its number in the block and within the tile, and of sixteen queries.
 template <bool Bytes>
-struct Tile {
-  Tile(const FilterBlock& rows, const FilterPanel& queries) : block(&rows), panel(&queries) {}
+inline __m512 to_scores(const FilterBlock& block, const FilterPanel& panel, const Scores& scores, int group, int row, int half) {
+  const uint32_t* at = scores.cells + row * kPanel + 16 * half;
+  if constexpr (!Bytes) return _mm512_load_ps(at);
+  const __m512 sum = _mm512_cvtepi32_ps(_mm512_load_si512(at));
+  const __m512 scaled = _mm512_mul_ps(sum, _mm512_set1_ps(block.scale[group * kPanel + row]));
+  return _mm512_mul_ps(scaled, _mm512_loadu_ps(panel.scale + 16 * half));
+}
+
+// Looks for survivors.
+template <bool Bytes, bool Symmetric>
+struct Survivors {
+  Survivors(const FilterBlock& rows, const FilterPanel& queries, FilterHit* to, uint8_t* over)
+      : block(&rows), panel(&queries), out(to), dense(over) {}
 
   const FilterBlock* block;
   const FilterPanel* panel;
-  int group = -1;
-  __m512 margin[2], floor[2];
+  FilterHit* out;
+  uint8_t* dense;
+  int total = 0;
+  __m512 margin[2] = {}, floor[2] = {};
   alignas(64) uint16_t hits[2 * kPanel];  // bit q of hits[2r + half]: query 16 half + q passed on row r
 
-  void bound(int g) {
-    group = g;
-    const __m512 norm = _mm512_set1_ps(block->group_norm[g]), error = _mm512_set1_ps(block->group_error[g]);
+  void begin(int group) {
+    const __m512 norm = _mm512_set1_ps(block->group_norm[group]), error = _mm512_set1_ps(block->group_error[group]);
     for (int half = 0; half < 2; ++half) {
       const __m512 f = _mm512_loadu_ps(panel->floor + 16 * half);
       __m512 m = _mm512_fmadd_ps(_mm512_loadu_ps(panel->slope + 16 * half), norm, _mm512_set1_ps(block->constant));
@@ -108,19 +116,10 @@ struct Tile {
     }
   }
 
-  __m512 score(const Scores& scores, int row, int half) const {
-    const uint32_t* at = scores.cells + row * kPanel + 16 * half;
-    if constexpr (!Bytes) return _mm512_load_ps(at);
-    const __m512 sum = _mm512_cvtepi32_ps(_mm512_load_si512(at));
-    const __m512 scaled = _mm512_mul_ps(sum, _mm512_set1_ps(block->scale[group * kPanel + row]));
-    return _mm512_mul_ps(scaled, _mm512_loadu_ps(panel->scale + 16 * half));
-  }
-
-  template <bool Symmetric>
-  void look(const Scores& scores, int begin, int end) {
-    for (int row = begin; row < end; ++row)
+  void look(const Scores& scores, int group, int from, int until) {
+    for (int row = from; row < until; ++row)
       for (int half = 0; half < 2; ++half) {
-        const __m512 value = score(scores, row, half);
+        const __m512 value = to_scores<Bytes>(*block, *panel, scores, group, row, half);
         __mmask16 hit = _mm512_cmp_ps_mask(value, floor[half], _CMP_NLT_UQ);
         if constexpr (Symmetric) {
           const __m512 needed = _mm512_set1_ps(block->row_floor[group * kPanel + row]);
@@ -132,8 +131,9 @@ struct Tile {
       }
   }
 
-  // Appends the survivors of the tile that has been looked through; returns how many there are, written or not.
-  int append(const Scores& scores, FilterHit* out) const {
+  // Appends the survivors of the tile that has been looked through.
+  void end(const Scores& scores, int group) {
+    FilterHit* to = out + total;
     int found = 0;
     for (int upper = 0; upper < 2; ++upper) {
       const __m512i words = _mm512_load_si512(hits + kPanel * upper);
@@ -151,27 +151,47 @@ struct Tile {
           } else {
             __builtin_memcpy(&value, scores.cells + row * kPanel + q, sizeof value);
           }
-          out[found] = {static_cast<uint16_t>(q), static_cast<uint16_t>(group * kPanel + row), value};
+          to[found] = {static_cast<uint16_t>(q), static_cast<uint16_t>(group * kPanel + row), value};
         }
       }
     }
-    return found;
+    dense[group] = found > kDense;
+    if (found <= kDense) total += found;
   }
 };
 
-template <bool Bytes, bool Symmetric>
-int filter_tiles(const FilterBlock& block, const FilterPanel& panel, FilterHit* hits, uint8_t* dense) {
+// Keeps the largest scores of a sample.
+template <bool Bytes>
+struct Largest {
+  const FilterBlock* block;
+  const FilterPanel* panel;
+  Maxima maxima;
+  float* best = nullptr;
+  __m512 most[2] = {};
+
+  void begin(int) {}
+  void look(const Scores& scores, int group, int from, int until) {
+    for (int row = from; row < until; ++row) {
+      const bool begins = (row & (maxima.run - 1)) == 0, ends = ((row + 1) & (maxima.run - 1)) == 0;
+      if (begins) best = maxima.turn();
+      for (int half = 0; half < 2; ++half) {
+        if (begins) most[half] = _mm512_loadu_ps(best + 16 * half);
+        // Of a NaN and a number, the second operand.
+        most[half] = _mm512_max_ps(to_scores<Bytes>(*block, *panel, scores, group, row, half), most[half]);
+        if (ends) _mm512_storeu_ps(best + 16 * half, most[half]);
+      }
+    }
+  }
+  void end(const Scores&, int) {}
+};
+
+// Multiplies all row groups of a block by one panel; while the unit is at one tile, `visitor` looks through the one before.
+template <bool Bytes, class Visitor>
+void visit_tiles(const FilterBlock& block, const FilterPanel& panel, Visitor& visitor) {
   const int64_t steps = block.row_bytes / kCodeLine, stride = block.stride;
   const int look_rows = static_cast<int>((kPanel + steps - 1) / steps);
   Prefetcher prefetcher(block.ahead, block.groups * steps);
   Scores scores[2];
-  Tile<Bytes> tile(block, panel);
-  int total = 0;
-  const auto take = [&](const Scores& from) {
-    const int found = tile.append(from, hits + total);
-    dense[tile.group] = found > kDense;
-    if (found <= kDense) total += found;
-  };
   for (int g = 0; g < block.groups; ++g) {
     if constexpr (Bytes) {
       _tile_loadd(0, panel.offset, 0);
@@ -206,22 +226,28 @@ int filter_tiles(const FilterBlock& block, const FilterPanel& panel, FilterHit* 
         _tile_dpbf16ps(3, 5, 7);
       }
       const int until = looked + look_rows < kPanel ? looked + look_rows : kPanel;
-      tile.template look<Symmetric>(before, looked, until);
+      visitor.look(before, g - 1, looked, until);
       looked = until;
       prefetcher.turn();
     }
-    if (g > 0) take(before);
+    if (g > 0) visitor.end(before, g - 1);
     uint32_t* cells = scores[g % 2].cells;
     _tile_stored(0, cells, kPanel * sizeof(float));
     _tile_stored(1, cells + 16, kPanel * sizeof(float));
     _tile_stored(2, cells + 16 * kPanel, kPanel * sizeof(float));
     _tile_stored(3, cells + 16 * kPanel + 16, kPanel * sizeof(float));
-    tile.bound(g);
+    visitor.begin(g);
   }
-  const Scores& last = scores[(block.groups + 1) % 2];
-  tile.template look<Symmetric>(last, 0, kPanel);
-  take(last);
-  return total;
+  const int last = block.groups - 1;
+  visitor.look(scores[last % 2], last, 0, kPanel);
+  visitor.end(scores[last % 2], last);
+}
+
+template <bool Bytes, bool Symmetric>
+int filter_tiles(const FilterBlock& block, const FilterPanel& panel, FilterHit* hits, uint8_t* dense) {
+  Survivors<Bytes, Symmetric> survivors(block, panel, hits, dense);
+  visit_tiles<Bytes>(block, panel, survivors);
+  return survivors.total;
 }
 
 template <bool Bytes>
@@ -231,16 +257,24 @@ int filter_block(const FilterBlock& block, const FilterPanel& panel, FilterHit* 
                                     : filter_tiles<Bytes, true>(block, panel, hits, dense);
 }
 
+template <bool Bytes>
+void raise_maxima(const FilterBlock& block, const FilterPanel& panel, Maxima maxima) {
+  if (block.groups == 0) return;
+  Largest<Bytes> largest{&block, &panel, maxima};
+  visit_tiles<Bytes>(block, panel, largest);
+}
+
 }  // namespace
 
 const Filter& amx_filter() {
-  static const Filter filter{"amx", 2, encode_bfloat, encode_bfloat, measure_bfloat, filter_block<false>, begin, end};
+  static const Filter filter{"amx", 2, encode_bfloat, encode_bfloat, measure_bfloat, filter_block<false>, raise_maxima<false>, begin, end};
   return filter;
 }
 
 const Filter& amx_byte_filter() {
   const Filter& vector = avx512vnni_filter();  // part of every processor with this unit
-  static const Filter filter{"amx bytes", 1, vector.encode_rows, vector.encode_queries, nullptr, filter_block<true>, begin, end};
+  static const Filter filter{"amx bytes",        1,     vector.encode_rows, vector.encode_queries, nullptr, filter_block<true>,
+                             raise_maxima<true>, begin, end};
   return filter;
 }
 

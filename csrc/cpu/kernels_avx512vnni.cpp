@@ -59,6 +59,19 @@ inline void multiply(const uint8_t* rows, int64_t stride, int64_t row_bytes, con
     for (int half = 0; half < 2; ++half) _mm512_store_si512(sums + r * kPanel + 16 * half, total[r][half]);
 }
 
+// Sums of group g: sums[row * kPanel + query].
+inline void multiply_group(const FilterBlock& block, const FilterPanel& panel, int g, int32_t* sums) {
+  for (int r = 0; r < kPanel; r += kRows)
+    multiply(block.codes + (g * kPanel + r) * block.stride, block.stride, block.row_bytes, panel.codes, panel.offset,
+             sums + r * kPanel);
+}
+
+// Scores of a row, by its sums, and of sixteen queries.
+inline __m512 to_scores(const int32_t* sums, const float* row_scale, const float* query_scale) {
+  const __m512 sum = _mm512_cvtepi32_ps(_mm512_load_si512(sums));
+  return _mm512_mul_ps(_mm512_mul_ps(sum, _mm512_set1_ps(*row_scale)), _mm512_loadu_ps(query_scale));
+}
+
 template <bool Symmetric>
 int filter_rows(const FilterBlock& block, const FilterPanel& panel, FilterHit* hits, uint8_t* dense) {
   alignas(64) int32_t sums[kPanel * kPanel];
@@ -67,9 +80,7 @@ int filter_rows(const FilterBlock& block, const FilterPanel& panel, FilterHit* h
   int total = 0;
   for (int g = 0; g < block.groups; ++g) {
     prefetcher.turn();
-    for (int r = 0; r < kPanel; r += kRows)
-      multiply(block.codes + (g * kPanel + r) * block.stride, block.stride, block.row_bytes, panel.codes, panel.offset,
-               sums + r * kPanel);
+    multiply_group(block, panel, g, sums);
     __m512 margin[2], floor[2];
     for (int half = 0; half < 2; ++half) {
       const __m512 f = _mm512_loadu_ps(panel.floor + 16 * half);
@@ -85,8 +96,7 @@ int filter_rows(const FilterBlock& block, const FilterPanel& panel, FilterHit* h
       __m512 score[2];
       uint32_t mask = 0;
       for (int half = 0; half < 2; ++half) {
-        const __m512 sum = _mm512_cvtepi32_ps(_mm512_load_si512(sums + r * kPanel + 16 * half));
-        score[half] = _mm512_mul_ps(_mm512_mul_ps(sum, _mm512_set1_ps(block.scale[at])), _mm512_loadu_ps(panel.scale + 16 * half));
+        score[half] = to_scores(sums + r * kPanel + 16 * half, block.scale + at, panel.scale + 16 * half);
         __mmask16 hit = _mm512_cmp_ps_mask(score[half], floor[half], _CMP_NLT_UQ);
         if constexpr (Symmetric) {
           const __m512 most = _mm512_add_ps(score[half], margin[half]);
@@ -114,12 +124,31 @@ int filter_block(const FilterBlock& block, const FilterPanel& panel, FilterHit* 
   return block.row_floor == nullptr ? filter_rows<false>(block, panel, hits, dense) : filter_rows<true>(block, panel, hits, dense);
 }
 
+void raise_maxima(const FilterBlock& block, const FilterPanel& panel, Maxima maxima) {
+  alignas(64) int32_t sums[kPanel * kPanel];
+  Prefetcher prefetcher(block.ahead, block.groups);
+  for (int g = 0; g < block.groups; ++g) {
+    prefetcher.turn();
+    multiply_group(block, panel, g, sums);
+    for (int begin = 0; begin < kPanel; begin += maxima.run) {
+      float* best = maxima.turn();
+      for (int half = 0; half < 2; ++half) {
+        __m512 most = _mm512_loadu_ps(best + 16 * half);
+        for (int r = begin; r < begin + maxima.run; ++r)  // of a NaN and a number, the second operand
+          most = _mm512_max_ps(
+              to_scores(sums + r * kPanel + 16 * half, block.scale + g * kPanel + r, panel.scale + 16 * half), most);
+        _mm512_storeu_ps(best + 16 * half, most);
+      }
+    }
+  }
+}
+
 void nothing() {}
 
 }  // namespace
 
 const Filter& avx512vnni_filter() {
-  static const Filter filter{"avx512vnni", 1, encode<kByteZero>, encode<0>, nullptr, filter_block, nothing, nothing};
+  static const Filter filter{"avx512vnni", 1, encode<kByteZero>, encode<0>, nullptr, filter_block, raise_maxima, nothing, nothing};
   return filter;
 }
 

@@ -85,18 +85,22 @@ void encode(const float* rows, int64_t row_stride, int num_rows, int64_t width, 
   }
 }
 
+float filter_score(const FilterBlock& block, const FilterPanel& panel, int r, int q) {
+  uint32_t sum = static_cast<uint32_t>(panel.offset[q]);  // wraps on the way, fits at the end
+  for (int64_t d = 0; d < block.row_bytes; ++d) {
+    const uint32_t word = panel.codes[((d / kCodeLine * 2 + q / 16) * 16 + d % kCodeLine / 4) * 16 + q % 16];
+    sum += static_cast<uint32_t>(block.codes[r * block.stride + d] * static_cast<int8_t>(word >> (8 * (d % 4))));
+  }
+  return static_cast<float>(static_cast<int32_t>(sum)) * block.scale[r] * panel.scale[q];
+}
+
 int filter_block(const FilterBlock& block, const FilterPanel& panel, FilterHit* hits, uint8_t* dense) {
   int total = 0;
   for (int g = 0; g < block.groups; ++g) {
     int found = 0;
     for (int r = g * kPanel; r < (g + 1) * kPanel; ++r)
       for (int q = 0; q < kPanel; ++q) {
-        uint32_t sum = static_cast<uint32_t>(panel.offset[q]);  // wraps on the way, fits at the end
-        for (int64_t d = 0; d < block.row_bytes; ++d) {
-          const uint32_t word = panel.codes[((d / kCodeLine * 2 + q / 16) * 16 + d % kCodeLine / 4) * 16 + q % 16];
-          sum += static_cast<uint32_t>(block.codes[r * block.stride + d] * static_cast<int8_t>(word >> (8 * (d % 4))));
-        }
-        const float score = static_cast<float>(static_cast<int32_t>(sum)) * block.scale[r] * panel.scale[q];
+        const float score = filter_score(block, panel, r, q);
         const float margin = panel.slope[q] * block.group_norm[g] + panel.lift[q] * block.group_error[g] + block.constant;
         const float bound = score + margin;
         bool keep = !(score < filter_floor(panel.floor[q], margin));
@@ -111,6 +115,17 @@ int filter_block(const FilterBlock& block, const FilterPanel& panel, FilterHit* 
   return total;
 }
 
+void raise_maxima(const FilterBlock& block, const FilterPanel& panel, Maxima maxima) {
+  for (int begin = 0; begin < block.groups * kPanel; begin += maxima.run) {
+    float* best = maxima.turn();
+    for (int r = begin; r < begin + maxima.run; ++r)
+      for (int q = 0; q < kPanel; ++q) {
+        const float score = filter_score(block, panel, r, q);
+        best[q] = score > best[q] ? score : best[q];
+      }
+  }
+}
+
 void nothing() {}
 
 }  // namespace
@@ -121,7 +136,7 @@ const Kernels& scalar_kernels() {
 }
 
 const Filter& scalar_filter() {
-  static const Filter filter{"scalar", 1, encode<kByteZero>, encode<0>, nullptr, filter_block, nothing, nothing};
+  static const Filter filter{"scalar", 1, encode<kByteZero>, encode<0>, nullptr, filter_block, raise_maxima, nothing, nothing};
   return filter;
 }
 

@@ -13,7 +13,7 @@ constexpr int kShareEvery = 4;  // chunks between two exchanges of floors
 }  // namespace
 
 Pass::Pass(const ScanPlan& plan, std::int64_t num_queries, const Cut& cut, Progress& progress, Columns* columns)
-    : plan_(plan), cut_(cut), progress_(progress), columns_(columns),
+    : plan_(plan), progress_(progress), cut_(cut), columns_(columns),
       tiles_(static_cast<std::size_t>(ceil_div(num_queries, cut.tile))) {
   // Equal tiles, so that the last one is no straggler.
   const auto most = static_cast<std::int64_t>(tiles_.size());
@@ -64,7 +64,7 @@ void Pass::join(Tile& tile, Scanner& scanner, std::vector<Key>& merged) {
   std::int64_t first = 0, last = 0;
   for (int chunk = 1; !progress_.stop && claim(tile, &first, &last); ++chunk) {
     scan(tile, scanner, first, last);
-    if (columns_ == nullptr && !plan_.approximate && chunk % kShareEvery == 0) scanner.share_floors(*tile.floors, number);
+    if (columns_ == nullptr && plan_.slots == 0 && chunk % kShareEvery == 0) scanner.share_floors(*tile.floors, number);
   }
   leave(tile, scanner, merged);
 }
@@ -80,7 +80,6 @@ void Pass::scan(const Tile& tile, Scanner& scanner, std::int64_t first, std::int
   }
 }
 
-// Keeps this thread's share of a tile; the last thread to leave merges all shares.
 void Pass::leave(Tile& tile, Scanner& scanner, std::vector<Key>& merged) {
   const std::size_t k = plan_.k;
   for (std::int64_t q = 0; q < tile.count; ++q) {

@@ -37,6 +37,7 @@ struct Tile {
   int started = 0;            // threads that have been
   std::unique_ptr<SharedFloors> floors;
   std::vector<std::vector<Key>> parts;  // per finished thread: [count, k + 1], first the number of keys
+  std::vector<float> maxima;            // of a sample: those of the finished threads
 };
 
 // Threads claim ranges of rows of a tile from a common counter; each keeps its own buffers, and the last to leave a tile
@@ -57,17 +58,19 @@ class Pass {
   // `keys` are the best of the query at `position`, descending; called once per query, from any thread.
   virtual void finish(std::int64_t position, const Key* keys, std::uint32_t count, bool has_nan) = 0;
 
+  // Keeps a thread's share of a tile; the last thread to leave merges all shares.
+  virtual void leave(Tile& tile, Scanner& scanner, std::vector<Key>& merged);
+
   ScanPlan plan_;
+  Progress& progress_;
   std::mutex mutex_;
 
  private:
   bool claim(Tile& tile, std::int64_t* first, std::int64_t* last);
   void join(Tile& tile, Scanner& scanner, std::vector<Key>& merged);
-  void leave(Tile& tile, Scanner& scanner, std::vector<Key>& merged);
   void scan(const Tile& tile, Scanner& scanner, std::int64_t first, std::int64_t last);
 
   Cut cut_;
-  Progress& progress_;
   Columns* columns_;
   std::vector<Tile> tiles_;
   std::size_t num_tiles_ = 0;

@@ -3,7 +3,9 @@
 
 #include <algorithm>
 #include <cfloat>
+#include <cmath>
 #include <cstring>
+#include <limits>
 #include <numeric>
 
 #include "cpu/columns.h"
@@ -91,6 +93,7 @@ Scanner::Scanner(const ScanPlan& plan)
       hits_(plan.filter == nullptr
                 ? 0
                 : static_cast<std::size_t>(plan.block_rows / kPanel * kDense + kPanel * kPanel)) {
+  maxima_.resize(static_cast<std::size_t>(padded_tile_ * plan.slots));
   stored_codes_ = plan.filter != nullptr && plan.filter->measure_rows != nullptr && plan.pool.dtype == DType::bf16 &&
                   plan.pool.col_stride == 1 && plan.pool.cols * 2 == plan.row_bytes;
   for (std::size_t q = 0; q < candidates_.size(); ++q)
@@ -108,6 +111,9 @@ void Scanner::load_queries(std::int64_t begin, std::int64_t count) {
   num_queries_ = count;
   scanned_ = 0;
   direct_blocks_ = 0;
+  std::fill(maxima_.begin(), maxima_.end(), -std::numeric_limits<float>::infinity());
+  norm_sum_ = error_sum_ = 0;
+  groups_ = 0;
   const std::int64_t padded = pad(count, kPanel);
   std::fill(queries_.data() + count * plan_.width, queries_.data() + padded * plan_.width, 0.0f);
   for (std::int64_t q = 0; q < padded; ++q) {
@@ -160,7 +166,9 @@ inline void Scanner::offer(std::int64_t q, std::int64_t row, float score, Column
   const Key key = make_key(score, static_cast<std::uint32_t>(row));
   if (key <= best.floor) return;
   if (plan_.exclude != nullptr && excluded(q, row)) return;
+  const Key before = best.floor;
   best.push(key);
+  if (best.floor != before) risen_.push_back(q);
 }
 
 void Scanner::raise_all_floors() {
@@ -199,7 +207,7 @@ void Scanner::load_row_floors(const Columns& columns, std::int64_t first, int co
 }
 
 // Without a sampled floor so much passes at first that the filter would only be in the way.
-bool Scanner::cold() const { return plan_.floors == nullptr && scanned_ < kColdRows * static_cast<std::int64_t>(plan_.k); }
+bool Scanner::cold() const { return plan_.slots == 0 && plan_.floors == nullptr && scanned_ < kColdRows * static_cast<std::int64_t>(plan_.k); }
 
 int Scanner::next_rows() const {
   if (plan_.filter == nullptr || !cold()) return plan_.block_rows;
@@ -209,6 +217,7 @@ int Scanner::next_rows() const {
 
 void Scanner::scan_block(std::int64_t first, int count, std::int64_t ahead, Columns* columns) {
   rows_ = pool_.in_place() ? pool_.read(first, count, nullptr, &row_stride_) : nullptr;
+  if (plan_.slots > 0) return scan_sample(first, count, ahead);
   if (columns != nullptr) load_row_floors(*columns, first, count);
   const bool was_cold = cold();
   if (plan_.filter == nullptr || was_cold || direct_blocks_ > 0) {
@@ -248,6 +257,7 @@ void Scanner::scan_direct(std::int64_t first, int count, Columns* columns) {
       }
     }
   }
+  risen_.clear();
   counters_.direct += num_queries_ * count;
 }
 
@@ -309,18 +319,25 @@ Ahead Scanner::memory_ahead(std::int64_t first, std::int64_t count) const {
   return {reinterpret_cast<const char*>(plan_.shadow.codes) + first * stride, stride, plan_.shadow.width, count};
 }
 
+// Each panel fetches its share of the rows to come.
+Ahead Scanner::share_ahead(std::int64_t first, std::int64_t count, std::int64_t panel) const {
+  const std::int64_t begin = count * panel / padded_tile_, end = count * (panel + kPanel) / padded_tile_;
+  return memory_ahead(first + begin, end - begin);
+}
+
+FilterPanel Scanner::panel(std::int64_t begin) const {
+  const auto at = static_cast<std::size_t>(begin);
+  return {panels_.data() + begin * plan_.row_bytes / 4, offset_.data() + at, unit_.data() + at,
+          floor_.data() + at,                           slope_.data() + at,  lift_.data() + at};
+}
+
 void Scanner::scan_filtered(std::int64_t first, int count, std::int64_t ahead, Columns* columns) {
   encode(first, count);
   block_.row_floor = columns == nullptr ? nullptr : row_floor_.data();
   int dense_tiles = 0, tiles = 0;
   for (std::int64_t p = 0; p < num_queries_; p += kPanel) {
-    const auto at = static_cast<std::size_t>(p);
-    // Each panel fetches its share of the rows to come.
-    const std::int64_t begin = ahead * p / padded_tile_, end = ahead * (p + kPanel) / padded_tile_;
-    block_.ahead = memory_ahead(first + count + begin, end - begin);
-    const FilterPanel panel{panels_.data() + p * plan_.row_bytes / 4, offset_.data() + at, unit_.data() + at,
-                            floor_.data() + at, slope_.data() + at, lift_.data() + at};
-    const int hits = plan_.filter->filter_block(block_, panel, hits_.data(), dense_.data());
+    block_.ahead = share_ahead(first + count, ahead, p);
+    const int hits = plan_.filter->filter_block(block_, panel(p), hits_.data(), dense_.data());
     if (hits > 0) rescore(p, hits, first, count, columns);
     for (int g = 0; g < block_.groups; ++g) {
       if (!dense_[static_cast<std::size_t>(g)]) continue;
@@ -328,10 +345,51 @@ void Scanner::scan_filtered(std::int64_t first, int count, std::int64_t ahead, C
       ++dense_tiles;
     }
     tiles += block_.groups;
-    update_floors(p, p + kPanel, first + count);
+    for (const std::int64_t q : risen_) update_floors(q, q + 1, first + count);
+    risen_.clear();
   }
   counters_.filtered += num_queries_ * count;
   if (2 * dense_tiles > tiles) direct_blocks_ = kRetryAfter;
+}
+
+void Scanner::scan_sample(std::int64_t first, int count, std::int64_t ahead) {
+  const Maxima maxima{maxima_.data(), plan_.slots, plan_.run, static_cast<int>(first / plan_.run % plan_.slots)};
+  if (plan_.filter != nullptr) {
+    encode(first, count);
+    for (std::int64_t p = 0; p < num_queries_; p += kPanel) {
+      block_.ahead = share_ahead(first + count, ahead, p);
+      Maxima here = maxima;
+      here.best += p * plan_.slots;
+      plan_.filter->raise_maxima(block_, panel(p), here);
+    }
+    for (int g = 0; g < block_.groups; ++g) {
+      if (!std::isfinite(block_.group_norm[g]) || !std::isfinite(block_.group_error[g])) continue;
+      norm_sum_ += block_.group_norm[g];
+      error_sum_ += block_.group_error[g];
+      ++groups_;
+    }
+    counters_.filtered += num_queries_ * count;
+    return;
+  }
+  if (rows_ == nullptr) rows_ = pool_.read(first, count, row_scratch_.data(), &row_stride_);
+  for (std::int64_t q = 0; q < num_queries_; ++q)
+    for (int r = 0; r < count; r += kDirectRows) {
+      const int part = std::min(kDirectRows, count - r);
+      plan_.kernels->score_tile(queries_.data() + q * plan_.width, plan_.width, 1, rows_ + r * row_stride_, row_stride_, part,
+                                plan_.width, scores_.data(), kDirectRows);
+      for (int i = 0; i < part; ++i) {
+        const std::int64_t slot = (first + r + i) / plan_.run % plan_.slots;
+        float& best = maxima_[static_cast<std::size_t>((q / kPanel * plan_.slots + slot) * kPanel + q % kPanel)];
+        best = scores_[static_cast<std::size_t>(i)] > best ? scores_[static_cast<std::size_t>(i)] : best;
+      }
+    }
+  counters_.direct += num_queries_ * count;
+}
+
+float Scanner::mean_margin(std::int64_t q) const {
+  if (groups_ == 0) return 0.0f;
+  const auto i = static_cast<std::size_t>(q);
+  return static_cast<float>((slope_[i] * norm_sum_ + lift_[i] * error_sum_) / static_cast<double>(groups_));
 }
 
 void Scanner::rescore(std::int64_t panel, int hits, std::int64_t first, int count, Columns* columns) {
@@ -342,13 +400,9 @@ void Scanner::rescore(std::int64_t panel, int hits, std::int64_t first, int coun
   for (int h = 0; h < hits; ++h) {
     const FilterHit& hit = hits_[static_cast<std::size_t>(h)];
     if (hit.row < count && panel + hit.query < num_queries_) {  // not padding
-      if (plan_.approximate) {
-        offer(panel + hit.query, first + hit.row, hit.score, nullptr);
-      } else {
-        queries[size] = queries_.data() + (panel + hit.query) * plan_.width;
-        candidates[size] = row(first, hit.row, size);
-        taken[size++] = h;
-      }
+      queries[size] = queries_.data() + (panel + hit.query) * plan_.width;
+      candidates[size] = row(first, hit.row, size);
+      taken[size++] = h;
     }
     if (size == kBatch || (h + 1 == hits && size > 0)) {
       plan_.kernels->score_pairs(queries, candidates, size, plan_.width, scores);

@@ -62,7 +62,8 @@ struct ScanPlan {
   std::int64_t exclude_width = 0;
   std::uint32_t k = 0;
   std::uint32_t capacity = 0;
-  bool approximate = false;  // a sample: the filter's own scores will do, exclusions do not matter
+  int slots = 0;             // a sample: only so many of its largest scores are kept, Maxima::slots
+  int run = 0;               // Maxima::run
   const Kernels* kernels = nullptr;
   const Filter* filter = nullptr;  // null: score everything exactly
   Shadow shadow;                   // codes of the pool for a byte filter; no codes: the filter encodes rows as it goes
@@ -136,6 +137,10 @@ class Scanner {
 
   std::int64_t num_queries() const { return num_queries_; }
   Candidates& candidates(std::int64_t q) { return candidates_[static_cast<std::size_t>(q)]; }
+  // Of a sample: [padded queries / kPanel][slots][kPanel]
+  const std::vector<float>& maxima() const { return maxima_; }
+  // Of a sample: the margin of the query's filter scores, for rows of the average norm.
+  float mean_margin(std::int64_t q) const;
   bool has_nan(std::int64_t q) const { return nan_[static_cast<std::size_t>(q)] != 0; }
   const Counters& counters() const { return counters_; }
 
@@ -143,9 +148,12 @@ class Scanner {
   bool cold() const;
   void scan_direct(std::int64_t first, int count, Columns* columns);
   void scan_filtered(std::int64_t first, int count, std::int64_t ahead, Columns* columns);
+  void scan_sample(std::int64_t first, int count, std::int64_t ahead);
+  FilterPanel panel(std::int64_t begin) const;
   // Makes `block_` out of the rows.
   void encode(std::int64_t first, int count);
   Ahead memory_ahead(std::int64_t first, std::int64_t count) const;
+  Ahead share_ahead(std::int64_t first, std::int64_t count, std::int64_t panel) const;
   const float* row(std::int64_t first, int at, int slot);
   void score_dense(std::int64_t panel, int group, std::int64_t first, int count, Columns* columns);
   void rescore(std::int64_t panel, int hits, std::int64_t first, int count, Columns* columns);
@@ -168,6 +176,7 @@ class Scanner {
   Buffer<Key> keys_;           // [tile, capacity]
   std::vector<Candidates> candidates_;
   std::vector<float> floor_;   // [tile] lowest score of interest; the largest float where nothing is
+  std::vector<std::int64_t> risen_;  // queries whose candidates' floor has risen since `floor_` was brought up to date
   std::vector<float> row_floor_;  // [block_rows] of the rows as queries, in a self-join
   std::vector<unsigned char> nan_;
   std::int64_t begin_ = 0, num_queries_ = 0;
@@ -183,6 +192,9 @@ class Scanner {
   bool stored_codes_;             // the pool's own memory serves as codes
   Buffer<FilterHit> hits_;
   std::vector<std::uint8_t> dense_;
+  std::vector<float> maxima_;
+  double norm_sum_ = 0, error_sum_ = 0;  // of the sample's groups
+  std::int64_t groups_ = 0;
   Counters counters_;
 };
 

@@ -1,6 +1,7 @@
 // The CPU search: sampled floors, one pass over the pool shared by all threads, exact merge, rescan of what failed.
 #include <algorithm>
 #include <atomic>
+#include <cfloat>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -19,20 +20,45 @@ constexpr std::int64_t kMaxTile = 1024;       // queries scanned together: bound
 constexpr std::int64_t kSmallQueries = 12;    // from so many on, rounding the pool for the filter pays
 constexpr std::int64_t kMaxFilterDepth = 1 << 16;  // the margin's proof covers D up to here
 constexpr std::int64_t kBlockBytes = 256 * 1024;  // fp32 rows of a block: a quarter of a small second-level cache
+constexpr std::int64_t kCodeBytes = 32 * 1024;    // codes of a block: most of a small first-level cache
 constexpr std::int64_t kMinRowsToSample = 4096;
 constexpr std::int64_t kMinSelfJoin = 2048;
 constexpr int kSampleStride = 16;
+constexpr float kSampleMargin = 0.125f;  // of the proved margin: about three standard deviations of the filter's error
+constexpr int kSlotsPerRank = 8;         // few enough of the best scores meet in one slot
+constexpr int kMinSlots = 256;
 
-// The pass over the sample: the last of the best keys becomes the floor.
+// The pass over the sample: a score near its `rank`-th best becomes the floor.
 class SamplePass : public Pass {
  public:
-  SamplePass(const ScanPlan& plan, std::int64_t num_queries, const Cut& cut, Progress& progress, std::vector<Key>& floors)
-      : Pass(plan, num_queries, cut, progress), floors_(floors) {}
+  SamplePass(const ScanPlan& plan, std::int64_t num_queries, const Cut& cut, Progress& progress, int rank, std::vector<Key>& floors)
+      : Pass(plan, num_queries, cut, progress), rank_(rank), floors_(floors) {}
 
  private:
-  void finish(std::int64_t position, const Key* keys, std::uint32_t count, bool) override {
-    if (count == plan_.k) floors_[static_cast<std::size_t>(position)] = floor_at(key_score(keys[count - 1]));
+  void finish(std::int64_t, const Key*, std::uint32_t, bool) override {}
+
+  void leave(Tile& tile, Scanner& scanner, std::vector<Key>&) override {
+    {
+      const std::lock_guard<std::mutex> lock(tile.mutex);
+      const std::vector<float>& mine = scanner.maxima();
+      if (tile.maxima.empty()) tile.maxima = mine;
+      else std::transform(mine.begin(), mine.end(), tile.maxima.begin(), tile.maxima.begin(), [](float a, float b) { return a > b ? a : b; });
+      if (--tile.joined > 0 || tile.next_row < plan_.pool.rows || progress_.stop) return;
+    }
+    std::vector<float> best(static_cast<std::size_t>(plan_.slots));
+    for (std::int64_t q = 0; q < tile.count; ++q) {
+      const float* from = tile.maxima.data() + q / kPanel * kPanel * plan_.slots + q % kPanel;
+      for (int s = 0; s < plan_.slots; ++s) best[static_cast<std::size_t>(s)] = from[s * kPanel];
+      std::nth_element(best.begin(), best.begin() + rank_ - 1, best.end(), std::greater<float>());
+      // Scores that differ by less than the filter's usual error are no order: where many rows are as good as the k-th best,
+      // the floor must not be above all of them.
+      const float score = best[static_cast<std::size_t>(rank_) - 1] - kSampleMargin * scanner.mean_margin(q);
+      if (score >= -FLT_MAX) floors_[static_cast<std::size_t>(tile.begin + q)] = floor_at(score);
+    }
+    std::vector<float>().swap(tile.maxima);
   }
+
+  int rank_;
   std::vector<Key>& floors_;
 };
 
@@ -78,10 +104,11 @@ class SearchPass : public Pass {
   std::atomic<std::int64_t> unfinished_{0};  // queries of a self-join from here on are not written yet
 };
 
-// Rows of a block: their fp32 values, those of the block being fetched meanwhile and the codes share the second-level cache.
-std::int64_t pick_block_rows(std::int64_t width) {
-  const std::int64_t rows = kBlockBytes / (4 * std::max<std::int64_t>(width, 1)) / kPanel * kPanel;
-  return std::clamp<std::int64_t>(rows, 2 * kPanel, 512);
+// Rows of a block. Scored exactly, they stay in the second-level cache. For a filter their codes stay in the first, since tile
+// loads that miss it wait for the same fill buffers as the rows that are fetched meanwhile.
+std::int64_t pick_block_rows(std::int64_t width, std::int64_t row_bytes) {
+  const std::int64_t rows = row_bytes > 0 ? kCodeBytes / row_bytes : kBlockBytes / (4 * std::max<std::int64_t>(width, 1));
+  return std::clamp<std::int64_t>(rows / kPanel * kPanel, 2 * kPanel, 512);
 }
 
 // Rows a thread claims at a time: small enough that the threads end together.
@@ -109,7 +136,7 @@ class Search {
     if (request.pool.cols > kMaxFilterDepth || request.pool.cols == 0) plan_.filter = nullptr;
     if (plan_.filter == nullptr) plan_.shadow = Shadow();
     else plan_.row_bytes = round_up(request.pool.cols * plan_.filter->code_bytes, kCodeLine);
-    plan_.block_rows = static_cast<int>(pick_block_rows(plan_.width));
+    plan_.block_rows = static_cast<int>(pick_block_rows(plan_.width, plan_.filter == nullptr ? 0 : plan_.row_bytes));
     progress_.total = std::max<std::int64_t>(1, request.queries.rows * request.pool.rows);
   }
 
@@ -162,25 +189,28 @@ class Search {
       return Status::ok;
     }
     const int stride = tuning_.sample_stride < 0 ? kSampleStride : tuning_.sample_stride;
-    if (stride == 0 || request_.pool.rows < stride) return Status::ok;
-    const std::uint32_t rank = sample_rank(request_.k, static_cast<std::uint32_t>(stride));
-    const std::int64_t rows = request_.pool.rows / stride;
-    if (tuning_.sample_stride < 0 &&
-        (request_.pool.rows < kMinRowsToSample || queries < kSmallQueries || rows < 4 * static_cast<std::int64_t>(rank)))
+    if (stride == 0) return Status::ok;
+    const auto rank = static_cast<int>(sample_rank(request_.k, static_cast<std::uint32_t>(stride)));
+    const std::int64_t rows = request_.pool.rows / stride / kPanel * kPanel;
+    if (rows < rank ||
+        (tuning_.sample_stride < 0 && (request_.pool.rows < kMinRowsToSample || queries < kSmallQueries || rows < 4 * rank)))
       return Status::ok;
     floors_.assign(static_cast<std::size_t>(queries), kNoKey);
     ScanPlan plan = plan_;
     plan.pool.rows = rows;
     plan.pool.row_stride *= stride;
     plan.shadow_step = stride;
-    plan.k = rank;
-    plan.capacity = 2 * rank + 64;
-    plan.approximate = true;
     plan.exclude = nullptr;
+    plan.k = 1;
+    plan.capacity = 2;
+    plan.run = kPanel;
+    plan.slots = std::max(kMinSlots, kSlotsPerRank * rank);
+    while (plan.run > 1 && rows / plan.run < plan.slots) plan.run /= 2;
+    plan.slots = static_cast<int>(std::min<std::int64_t>(plan.slots, rows / plan.run));
     const int threads = threads_for(queries, rows);
     const std::int64_t limit = tuning_.query_tile > 0 ? tuning_.query_tile : kMaxTile;
     const Cut cut{threads, std::min(limit, queries), pick_chunk(rows, plan.block_rows, threads)};
-    SamplePass pass(plan, queries, cut, progress_, floors_);
+    SamplePass pass(plan, queries, cut, progress_, rank, floors_);
     progress_.total += queries * rows;
     const Status status = run_team(threads, [&](int i) { pass.work(i); }, progress_, poll_for(queries, rows));
     count(pass.counters);

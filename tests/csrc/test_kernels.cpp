@@ -192,6 +192,28 @@ void test_margin(const Filter& filter, int kind, int size) {
       CHECK_NOTE(survived, "%s kind %d size %d: query %d lost row %d", filter.name, kind, size, i, r0);
     }
   }
+  // A sample: one row a set gives the scores themselves, within the margin; longer sets give the largest of them.
+  const FilterPanel queries{panel.data(), offset.data(), qs.data(), floor.data(), slope.data(), lift.data()};
+  std::vector<float> single(count * kPanel, -kInf), sets(3 * kPanel, -kInf), expected(3 * kPanel, -kInf);
+  filter.raise_maxima(block, queries, {single.data(), count, 1, 0});
+  for (int r = 0; r < count && kind != 6; ++r)
+    for (int i = 0; i < kPanel; ++i) {
+      const double exact = fixed_order_dot(q.data() + i * width, x.data() + r * width, size);
+      const double margin =
+          static_cast<double>(slope[i]) * norm[r / kPanel] + static_cast<double>(lift[i]) * error[r / kPanel] + c.absolute;
+      if (std::isfinite(exact) && std::isfinite(margin)) CHECK(std::fabs(exact - single[r * kPanel + i]) <= margin);
+    }
+  for (int run : {1, 2, 8, 32}) {
+    std::fill(sets.begin(), sets.end(), -kInf);
+    std::fill(expected.begin(), expected.end(), -kInf);
+    filter.raise_maxima(block, queries, {sets.data(), 3, run, 2});
+    for (int r = 0; r < count; ++r)
+      for (int i = 0; i < kPanel; ++i) {
+        float& most = expected[(r / run + 2) % 3 * kPanel + i];
+        most = std::fmax(most, single[r * kPanel + i]);  // never NaN
+      }
+    for (int i = 0; i < 3 * kPanel; ++i) CHECK_NOTE(sets[i] == expected[i], "%s kind %d run %d", filter.name, kind, run);
+  }
   filter.end();
   // The bound is no formality: a filter without a margin would lose rows on such data.
   if (kind == 0 && size >= 130) CHECK_NOTE(worst > 0.01, "%g", worst);
