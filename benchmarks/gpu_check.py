@@ -185,7 +185,9 @@ def _build(check: Check) -> dict[str, Any]:
         code = "from tgq_fast import _native; print(_native.build_info() or _native.why_missing())"
         return check.run("build", [sys.executable, "-c", code])
     major, minor = torch.cuda.get_device_capability()
-    extra = {"TGQ_CUDA_ARCHS": f"{major}{minor}" + ("a" if major >= 9 else "")}
+    # Line tables cost nothing at run time and let the sanitizer name lines.
+    flags = f"{os.environ.get('CUDAFLAGS', '')} -lineinfo".strip()
+    extra = {"TGQ_CUDA_ARCHS": f"{major}{minor}" + ("a" if major >= 9 else ""), "CUDAFLAGS": flags}
     compiler = _cuda_tool("nvcc")
     if compiler is not None:  # then a build without CUDA is a failure, not a choice
         extra = {"TGQ_CUDA": "1", "CUDACXX": compiler, **extra}
