@@ -1,10 +1,13 @@
 // Python bindings: the only file that knows Python.
 #include <pybind11/functional.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
 #include <string>
 
 #include "tgq/build_info.h"
+#include "tgq/inference.h"
 #include "tgq/search.h"
 #if defined(TGQ_WITH_CUDA)
 #include "cuda/bindings.h"
@@ -105,6 +108,95 @@ int build_shadow(const py::tuple& pool, std::uintptr_t codes, std::uintptr_t sca
                                             reinterpret_cast<float*>(norm), reinterpret_cast<float*>(error), threads));
 }
 
+// ---- inference: called by tgq_fast/ops/matrix_unit.py, which checks shapes -------------------------------------------------
+
+template <typename T>
+T* address(std::uintptr_t value) {
+  return reinterpret_cast<T*>(value);
+}
+
+// (groups, out, in, dtype code)
+tgq::PackedShape packed_shape(const py::tuple& fields) {
+  return {fields[0].cast<std::int64_t>(), fields[1].cast<std::int64_t>(), fields[2].cast<std::int64_t>(),
+          static_cast<tgq::DType>(fields[3].cast<int>())};
+}
+
+int pack_weights(const py::tuple& shape, std::uintptr_t weights, std::int64_t group_stride, std::int64_t out_stride,
+                 std::int64_t in_stride, std::uintptr_t packed, int threads) {
+  const tgq::PackedShape described = packed_shape(shape);
+  const py::gil_scoped_release unlocked;
+  return static_cast<int>(tgq::pack_weights(described, address<const void>(weights), group_stride, out_stride, in_stride,
+                                            address<std::uint8_t>(packed), threads));
+}
+
+// norm: None, or (residual, weight, shift, eps).
+int linear(const py::tuple& shape, std::uintptr_t packed, std::uintptr_t bias, const py::tuple& x, const py::tuple& out,
+           std::int64_t first_column, bool gelu, const py::object& norm, int threads) {
+  tgq::LinearCall call{};
+  call.shape = packed_shape(shape);
+  call.packed = address<const std::uint8_t>(packed);
+  call.bias = address<const float>(bias);
+  call.x = matrix(x);
+  call.out = matrix(out);
+  call.first_column = first_column;
+  call.gelu = gelu;
+  if (!norm.is_none()) {
+    const auto fields = norm.cast<py::tuple>();
+    call.residual = matrix(fields[0].cast<py::tuple>());
+    call.norm_weight = address<const float>(fields[1].cast<std::uintptr_t>());
+    call.norm_shift = address<const float>(fields[2].cast<std::uintptr_t>());
+    call.norm_eps = fields[3].cast<float>();
+  }
+  call.threads = threads;
+  const py::gil_scoped_release unlocked;
+  return static_cast<int>(tgq::linear(call));
+}
+
+// sizes: (B, rows, length, width); strides: of q's items, of x' items and tokens.
+int shared_attention(std::uintptr_t q, std::uintptr_t x, std::uintptr_t out, const std::array<std::int64_t, 4>& sizes,
+                     const std::array<std::int64_t, 3>& strides, int dtype, std::uintptr_t visible, float scale, int threads) {
+  const tgq::SharedAttentionCall call{address<const void>(q),
+                                      address<const void>(x),
+                                      address<void>(out),
+                                      sizes[0],
+                                      sizes[1],
+                                      sizes[2],
+                                      sizes[3],
+                                      strides[0],
+                                      strides[1],
+                                      strides[2],
+                                      static_cast<tgq::DType>(dtype),
+                                      address<const std::uint8_t>(visible),
+                                      scale,
+                                      threads};
+  const py::gil_scoped_release unlocked;
+  return static_cast<int>(tgq::shared_attention(call));
+}
+
+// sizes: (B, Na, Ne, H, dh); sees: anchored → exploratory, exploratory → anchored, exploratory → text, text → queries.
+int stream_attention(std::uintptr_t queries, std::uintptr_t text, std::uintptr_t text_starts, std::uintptr_t out,
+                     std::uintptr_t text_out, const std::array<std::int64_t, 5>& sizes, const std::array<bool, 4>& sees, int dtype,
+                     int threads) {
+  const tgq::StreamAttentionCall call{address<const void>(queries),
+                                      address<const void>(text),
+                                      address<const std::int64_t>(text_starts),
+                                      address<void>(out),
+                                      address<void>(text_out),
+                                      sizes[0],
+                                      sizes[1],
+                                      sizes[2],
+                                      sizes[3],
+                                      sizes[4],
+                                      sees[0],
+                                      sees[1],
+                                      sees[2],
+                                      sees[3],
+                                      static_cast<tgq::DType>(dtype),
+                                      threads};
+  const py::gil_scoped_release unlocked;
+  return static_cast<int>(tgq::stream_attention(call));
+}
+
 py::dict build_info() {
   const tgq::BuildInfo& info = tgq::build_info();
   py::dict facts;
@@ -127,7 +219,7 @@ py::dict build_info() {
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
-  module.doc() = "Exact top-k search core of tgq_fast. Internal: call tgq_fast.topk.";
+  module.doc() = "C++ core of tgq_fast: exact search and inference. Internal: call tgq_fast.topk and tgq_fast.ops.";
   module.def("build_info", &build_info);
   module.def("resolve_isa", [](const std::string& name) -> py::object {
     const char* found = tgq::resolve_isa(name.c_str());
@@ -139,6 +231,12 @@ PYBIND11_MODULE(_C, module) {
              py::arg("shadow") = py::none());
   module.def("build_shadow", &build_shadow, py::arg("pool"), py::arg("codes"), py::arg("scale"), py::arg("norm"),
              py::arg("error"), py::arg("threads"));
+  module.def("has_matrix_unit", &tgq::has_matrix_unit);
+  module.def("packed_bytes", [](const py::tuple& shape) { return tgq::packed_bytes(packed_shape(shape)); });
+  module.def("pack_weights", &pack_weights);
+  module.def("linear", &linear);
+  module.def("shared_attention", &shared_attention);
+  module.def("stream_attention", &stream_attention);
 #if defined(TGQ_WITH_CUDA)
   tgq::cuda::bind(module, &matrix);
 #endif

@@ -1,8 +1,13 @@
-"""Faster linear layers for inference on the CPU: weights in the matrix library's own layout."""
+"""Faster connectors for inference on the CPU: weights in the layout that the processor multiplies.
+
+With an AMX matrix unit (:mod:`tgq_fast.ops.matrix_unit`) whole layers run there: query, key and value as one
+product, attention over packed metadata, the absorbed cross-attention, feed-forwards with activation, residual and
+LayerNorm in the products. Elsewhere linear layers keep the matrix library's own layout.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -11,7 +16,15 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from tgq_fast.models.layers import Intermediate
+from tgq_fast.models.layers import (
+    HybridCrossAttention,
+    Intermediate,
+    ResidualOutput,
+    StreamSelfAttention,
+    TextPacking,
+)
+from tgq_fast.ops.attention import absorbs, items_at_once
+from tgq_fast.ops.matrix_unit import PackedLinear, shared_attention, stream_attention, why_not
 
 __all__ = ["packed_weights"]
 
@@ -21,43 +34,205 @@ _ROWS = 256
 
 @contextmanager
 def packed_weights(module: nn.Module) -> Iterator[None]:
-    """While open, the linear layers in `module` that are on the CPU multiply with a repacked copy of their weights.
+    """While open, the layers in `module` that are on the CPU work with a repacked copy of their weights.
 
     A plain product brings the weights into the layout that the matrix unit reads, each time. Here that happens once,
-    and the activation of a feed-forward is applied as the result is written. For calls without autograd; all others
-    take the weights as they are. Weights must not change while it is open. Costs a second copy of them.
+    and what surrounds the products happens as their results are written. For calls without autograd, outside of
+    `torch.compile` and in the weights' dtype; all others take the weights as they are. Weights must not change while
+    it is open. Costs a second copy of them, half as large again in fp32 with a matrix unit.
 
-    Values are those of the plain product up to the rounding of another order of summation. Does nothing where PyTorch
-    has no oneDNN. Source: what TorchInductor's freezing does to a compiled graph, for eager modules.
+    Values are those of the plain layers up to rounding, which is no larger. Does nothing for dtypes other than fp32 and
+    bf16, and where PyTorch has no oneDNN.
     """
-    changed: list[nn.Module] = []
-    fused: set[nn.Module] = set()  # linear layers whose feed-forward multiplies for them
+    changed: list[tuple[nn.Module, str]] = []
+    done: set[nn.Module] = set()  # modules that their owner's replacement covers
     try:
-        for child in module.modules() if torch.backends.mkldnn.is_available() else ():  # owners before what they own
-            if isinstance(child, Intermediate) and type(child.activation) is type(ACT2FN["gelu"]):
-                changed += _pack(child, child.dense, "gelu")
-                fused.add(child.dense)
-            elif type(child) is nn.Linear and child not in fused:
-                changed += _pack(child, child, "none")
+        for child in module.modules():  # owners before what they own
+            if child in done:
+                continue
+            found = _replacement(child)
+            if found is None or found[0] in vars(child):
+                continue
+            name, replacement, covered = found
+            child.__dict__[name] = replacement
+            changed.append((child, name))
+            done.update(covered)
         yield
     finally:
-        for child in changed:
-            child.__dict__.pop("forward", None)
+        for child, name in changed:
+            child.__dict__.pop(name, None)
 
 
-def _pack(owner: nn.Module, layer: nn.Linear, activation: str) -> list[nn.Module]:
-    """Puts the product in front of `owner.forward`; the changed module, or none."""
-    weight = layer.weight
-    if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16) or "forward" in vars(owner):
-        return []
+_Replacement = tuple[str, Callable[..., Any], list[nn.Module]]
+
+
+def _replacement(owner: nn.Module) -> _Replacement | None:
+    """Method, what replaces it, and the modules inside that it covers."""
+    weight = next((p for p in owner.parameters()), None)
+    if weight is None or weight.device.type != "cpu":
+        return None
+    if not why_not(weight.dtype):
+        return _on_matrix_unit(owner)
+    if torch.backends.mkldnn.is_available() and weight.dtype in (torch.float32, torch.bfloat16):
+        return _in_onednn(owner)
+    return None
+
+
+def _applies(weight: Tensor, *tensors: Tensor) -> bool:
+    """Whether a call may use the packed copy."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    return all(x.dtype == weight.dtype and x.device.type == "cpu" and x.numel() for x in tensors)
+
+
+# ---- with a matrix unit --------------------------------------------------------------------------------------------
+
+
+def _on_matrix_unit(owner: nn.Module) -> _Replacement | None:
+    match owner:
+        case StreamSelfAttention() if _SelfAttention.fits(owner):
+            p = owner.attention
+            return "forward", _SelfAttention(owner), [p.query, p.key, p.value]
+        case HybridCrossAttention() if _CrossAttention.fits(owner):
+            p = owner.attention
+            return "context", _CrossAttention(owner), [p.query, p.key, p.value]
+        case ResidualOutput():
+            packed = PackedLinear(owner.dense.weight, owner.dense.bias)
+            return "forward", partial(_residual_output, owner, packed), [owner.dense]
+        case Intermediate() if _exact_gelu(owner):
+            packed = PackedLinear(owner.dense.weight, owner.dense.bias)
+            return "forward", partial(_linear, owner, owner.dense, packed, True), [owner.dense]
+        case nn.Linear() if type(owner) is nn.Linear:
+            packed = PackedLinear(owner.weight, owner.bias)
+            return "forward", partial(_linear, owner, owner, packed, False), []
+    return None
+
+
+def _exact_gelu(owner: Intermediate) -> bool:
+    return type(owner.activation) is type(ACT2FN["gelu"])
+
+
+def _linear(owner: Any, layer: nn.Linear, packed: PackedLinear, gelu: bool, x: Tensor) -> Tensor:
+    if not _applies(layer.weight, x):
+        return type(owner).forward(owner, x)
+    return packed(x, gelu=gelu)
+
+
+def _residual_output(owner: ResidualOutput, packed: PackedLinear, x: Tensor, residual: Tensor) -> Tensor:
+    if not _applies(owner.dense.weight, x, residual) or (owner.training and owner.dropout.p):
+        return type(owner).forward(owner, x, residual)
+    return packed.residual_norm(x, residual, owner.LayerNorm)
+
+
+class _SelfAttention:
+    """`StreamSelfAttention.forward` with one product for queries, keys and values, over packed text rows."""
+
+    def __init__(self, owner: StreamSelfAttention) -> None:
+        self.owner = owner
+        p = owner.attention
+        weights = (p.query.weight, p.key.weight, p.value.weight)
+        biases = (p.query.bias, torch.zeros_like(p.query.bias), p.value.bias)  # keys have none
+        with torch.no_grad():
+            self.projections = PackedLinear(torch.cat(weights), torch.cat(biases))
+
+    @staticmethod
+    def fits(owner: StreamSelfAttention) -> bool:
+        width = owner.attention.query.weight.shape[0]
+        return width // owner.attention.num_heads % 16 == 0 and width % 32 == 0
+
+    def __call__(
+        self,
+        queries: Tensor,
+        text: Tensor | None,
+        text_mask: Tensor | None,
+        *,
+        text_wanted: bool,
+        packing: TextPacking | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        owner, p = self.owner, self.owner.attention
+        hidden = text is not None and packing is None and text_mask is not None and not bool(text_mask.all())
+        if hidden or not _applies(p.query.weight, queries):
+            return type(owner).forward(owner, queries, text, text_mask, text_wanted=text_wanted, packing=packing)
+        rows = starts = None
+        if text is not None and text.numel():
+            starts = packing.starts if packing is not None else torch.arange(text.shape[0] + 1) * text.shape[1]
+            width = queries.shape[-1]
+            columns = None if text_wanted else slice(width, 3 * width)
+            rows = self.projections(text.reshape(-1, width), columns=columns)
+        layout = owner.layout
+        context, text_context = stream_attention(
+            self.projections(queries),
+            rows,
+            starts,
+            (layout.num_anchored, queries.shape[1] - layout.num_anchored),
+            p.num_heads,
+            mixing=layout.mixing,
+            explore_sees_text=layout.explore_sees_text,
+            text_wanted=text_wanted,
+        )
+        updated = owner.output(context, queries)
+        if text is None or not text_wanted:
+            return updated, None
+        return updated, text if text_context is None else owner.output(text_context.view_as(text), text)
+
+
+class _CrossAttention:
+    """`HybridCrossAttention.context` in the absorbed form, or with packed projections where that costs less."""
+
+    def __init__(self, owner: HybridCrossAttention) -> None:
+        self.owner = owner
+        p = owner.attention
+        self.query = PackedLinear(p.query.weight, p.query.bias)
+        keys, values = (w.detach().unflatten(0, (p.num_heads, -1)) for w in (p.key.weight, p.value.weight))
+        self.absorb_keys = PackedLinear(keys.transpose(1, 2))  # q' = q_h Wk_h
+        self.apply_values = PackedLinear(values, p.value.bias)
+
+    @staticmethod
+    def fits(owner: HybridCrossAttention) -> bool:
+        width, source_width = owner.attention.key.weight.shape
+        return width // owner.attention.num_heads % 32 == 0 and source_width % 32 == 0
+
+    def __call__(self, anchored: Tensor, exploratory: Tensor, source: Tensor, key_mask: Tensor | None) -> Tensor:
+        owner, p = self.owner, self.owner.attention
+        queries = torch.cat((anchored, exploratory), dim=1)
+        if not _applies(p.query.weight, queries, source) or not absorbs(queries, source, p.num_heads):
+            return type(owner).context(owner, anchored, exploratory, source, key_mask)
+        source = source if source.stride(2) == 1 else source.contiguous()
+        width, step = queries.shape[2], items_at_once(queries, source, p.num_heads)
+        spans = [slice(i, i + step) for i in range(0, queries.shape[0], step)]
+        masks = [None if key_mask is None else key_mask[span] for span in spans]
+        parts = [self._absorbed(queries[s], source[s], mask) for s, mask in zip(spans, masks, strict=True)]
+        context = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if key_mask is not None and p.value.bias is not None:  # nothing visible: no value either
+            context = context * key_mask.any(dim=1)[:, None, None]
+        return context.view(*queries.shape[:2], width)
+
+    def _absorbed(self, queries: Tensor, source: Tensor, key_mask: Tensor | None) -> Tensor:
+        heads, (batch, rows, width) = self.owner.attention.num_heads, queries.shape
+        absorbed = self.absorb_keys(self.query(queries)).view(batch, rows * heads, source.shape[2])
+        pooled = shared_attention(absorbed, source, key_mask, (width // heads) ** -0.5)
+        return self.apply_values(pooled.view(batch, rows, -1))
+
+
+# ---- without ---------------------------------------------------------------------------------------------------------
+
+
+def _in_onednn(owner: nn.Module) -> _Replacement | None:
+    """Source: what TorchInductor's freezing does to a compiled graph, for eager modules."""
+    if isinstance(owner, Intermediate) and _exact_gelu(owner):
+        return "forward", partial(_onednn_forward, owner, owner.dense, _reordered(owner.dense), "gelu"), [owner.dense]
+    if type(owner) is nn.Linear:
+        return "forward", partial(_onednn_forward, owner, owner, _reordered(owner), "none"), []
+    return None
+
+
+def _reordered(layer: nn.Linear) -> Tensor:
     with torch.no_grad():
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _ROWS)
-    owner.__dict__["forward"] = partial(_forward, owner, layer, packed, activation)
-    return [owner]
+        return torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), _ROWS)
 
 
-def _forward(owner: Any, layer: nn.Linear, packed: Tensor, activation: str, x: Tensor) -> Tensor:
-    if torch.is_grad_enabled() or x.dtype != layer.weight.dtype or not x.numel() or torch.compiler.is_compiling():
+def _onednn_forward(owner: Any, layer: nn.Linear, packed: Tensor, activation: str, x: Tensor) -> Tensor:
+    if not _applies(layer.weight, x):
         return type(owner).forward(owner, x)
     variant = "none" if activation == "gelu" else ""  # the exact error function, not its approximation
     parts = [

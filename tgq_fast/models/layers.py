@@ -93,6 +93,7 @@ class TextPacking:
         """mask: [B, M] bool, True for real tokens."""
         self.shape = mask.shape
         self.rows = mask.flatten().nonzero()[:, 0]  # [T]
+        self.starts = nn.functional.pad(mask.sum(dim=1).cumsum(dim=0), (1, 0))  # [B + 1] where each item's rows begin
 
     @classmethod
     def where_useful(cls, mask: Tensor | None) -> TextPacking | None:

@@ -347,6 +347,31 @@ def _weights(q: Tensor, x: Tensor, key_mask: Tensor | None, scale: float) -> Ten
 _CPU_BYTES = 16 * 2**20
 
 
+def items_at_once(queries: Tensor, visual: Tensor, num_heads: int) -> int:
+    """How many items of [B, N, d] queries over [B, L, dv] tokens a pass of the absorbed form takes on the CPU."""
+    item = queries.shape[1] * num_heads * visual.shape[2] * queries.element_size()
+    return max(1, min(queries.shape[0], _CPU_BYTES // max(1, item)))
+
+
+def absorbs(queries: Tensor, visual: Tensor, num_heads: int) -> bool:
+    """Whether the torch backend would take the absorbed form for [B, N, d] queries without gradients."""
+    if not visual.shape[1] or requested_backend(None) not in ("auto", "torch"):
+        return False
+    cost = form_cost(
+        queries=queries.shape[1],
+        length=visual.shape[1],
+        visual_width=visual.shape[2],
+        width=queries.shape[2],
+        num_heads=num_heads,
+        device=visual.device.type,
+        dtype=queries.dtype,
+        grad_queries=False,
+        grad_weights=False,
+        grad_visual=False,
+    )
+    return cost.best == "absorbed"
+
+
 @torch.no_grad()
 def _absorbed_on_cpu(q: Tensor, visual: Tensor, wk: Tensor, wv: Tensor, key_mask: Tensor | None) -> Tensor:
     """:func:`_absorbed` for inference. Every product writes where the next reads, nothing is permuted, and one buffer
@@ -356,7 +381,7 @@ def _absorbed_on_cpu(q: Tensor, visual: Tensor, wk: Tensor, wv: Tensor, key_mask
     visual_width = visual.shape[2]
     wk, wv = (w.to(q.dtype).unflatten(0, (num_heads, head)) for w in (wk, wv))  # [H, dh, dv]
     context = torch.zeros_like(q, memory_format=torch.contiguous_format)
-    step = max(1, min(batch, _CPU_BYTES // max(1, queries * num_heads * visual_width * q.element_size())))
+    step = items_at_once(q.flatten(2), visual, num_heads)
     buffer = q.new_empty(step * queries, num_heads, visual_width)
     for first in range(0, batch if visual.shape[1] else 0, step):
         items = slice(first, min(first + step, batch))

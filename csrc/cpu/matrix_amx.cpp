@@ -1,0 +1,312 @@
+// Products on the AMX matrix unit: 32 x 32 sums at a time, operands packed into tiles.
+//
+// fp32 values are split into three bf16 parts whose sum they are; of the nine products of parts the six largest are added, in
+// fp32. The five small ones come first: their roundings then happen among small sums (docs/inference.md).
+#if defined(TGQ_X86)
+#include <immintrin.h>
+
+#include "cpu/matrix.h"
+#include "cpu/vector_math.h"
+
+namespace tgq {
+namespace {
+
+struct alignas(64) TileConfig {
+  uint8_t palette = 1;
+  uint8_t start_row = 0;
+  uint8_t reserved[14] = {};
+  uint16_t row_bytes[16] = {};
+  uint8_t rows[16] = {};
+};
+
+void begin() {
+  TileConfig config;
+  for (int t = 0; t < 8; ++t) {
+    config.row_bytes[t] = 64;
+    config.rows[t] = kTile;
+  }
+  _tile_loadconfig(&config);
+  // gcc 12 does not know that the instruction reads the configuration and may drop the stores above.
+  __asm__ volatile("" : : "r"(&config) : "memory");
+}
+
+void end() { _tile_release(); }
+
+// ---- packing -----------------------------------------------------------------------------------------------------------
+
+// 32 values from index i on, `count` of them real.
+template <int Parts>
+inline void load_parts(const Rows& from, int64_t i, int64_t count, __m512i* parts) {
+  if (Parts == 1 && from.bfloat) {
+    const __mmask32 mask = count >= 32 ? 0xffffffffu : (1u << count) - 1;
+    parts[0] = _mm512_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(from.data) + i);
+    return;
+  }
+  split<Parts>(load16(from.data, i, from.bfloat, first_lanes(count)),
+               load16(from.data, i + 16, from.bfloat, first_lanes(count - 16)), parts);
+}
+
+template <int Parts>
+void pack_rows_of(const Rows& from, int64_t rows, int64_t width, int64_t steps, uint8_t* to) {
+  const int64_t padded = (rows + kBlock - 1) / kBlock * kBlock;
+  for (int64_t r = 0; r < padded; ++r) {
+    uint8_t* at = to + r / kTile * row_tile_bytes(steps, Parts) + r % kTile * 64;
+    for (int64_t s = 0; s < steps; ++s, at += Parts * kTileBytes) {
+      __m512i parts[Parts] = {};
+      const int64_t left = r < rows ? width - s * kStep : 0;
+      if (left > 0) load_parts<Parts>(from, r * from.stride + s * kStep, left, parts);
+      for (int p = 0; p < Parts; ++p) _mm512_store_si512(at + p * kTileBytes, parts[p]);
+    }
+  }
+}
+
+void pack_rows(const Rows& from, int64_t rows, int64_t width, int64_t steps, int parts, uint8_t* to) {
+  parts == 1 ? pack_rows_of<1>(from, rows, width, steps, to) : pack_rows_of<kFloatParts>(from, rows, width, steps, to);
+}
+
+// Transposes 16 x 16 words in place.
+inline void transpose(__m512i* rows) {
+  __m512i t[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4)
+    for (int j = 0; j < 2; ++j) {
+      rows[i + 2 * j] = _mm512_unpacklo_epi64(t[i + j], t[i + j + 2]);
+      rows[i + 2 * j + 1] = _mm512_unpackhi_epi64(t[i + j], t[i + j + 2]);
+    }
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_i32x4(rows[i], rows[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_i32x4(rows[i], rows[i + 4], 0xdd);
+    t[i + 8] = _mm512_shuffle_i32x4(rows[i + 8], rows[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_i32x4(rows[i + 8], rows[i + 12], 0xdd);
+  }
+  for (int i = 0; i < 4; ++i) {
+    rows[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+    rows[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+    rows[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+    rows[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
+  }
+}
+
+// Columns whose values lie side by side: 16 columns of 32 values are a tile turned over.
+template <int Parts>
+void pack_long_columns(const Rows& from, int columns, int64_t depth, int64_t steps, uint8_t* to) {
+  for (int64_t s = 0; s < steps; ++s)
+    for (int side = 0; side < 2; ++side) {
+      __m512i tiles[Parts][16] = {};
+      for (int c = 0; c < 16 && 16 * side + c < columns; ++c) {
+        __m512i parts[Parts] = {};
+        const int64_t left = depth - s * kStep;
+        if (left > 0) load_parts<Parts>(from, (16 * side + c) * from.stride + s * kStep, left, parts);
+        for (int p = 0; p < Parts; ++p) tiles[p][c] = parts[p];
+      }
+      for (int p = 0; p < Parts; ++p) {
+        transpose(tiles[p]);
+        uint8_t* at = to + ((s * Parts + p) * 2 + side) * kTileBytes;
+        for (int r = 0; r < 16; ++r) _mm512_store_si512(at + 64 * r, tiles[p][r]);
+      }
+    }
+}
+
+// Columns that lie side by side: two rows of values of 16 columns, interleaved, are a row of a tile.
+template <int Parts>
+void pack_wide_columns(const Rows& from, int64_t depth_stride, int columns, int64_t depth, int64_t steps, uint8_t* to) {
+  const __m512i pairs = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4,
+                                         19, 3, 18, 2, 17, 1, 16, 0);
+  for (int64_t s = 0; s < steps; ++s)
+    for (int side = 0; side < 2; ++side) {
+      const __mmask16 mask = first_lanes(columns - 16 * side);
+      for (int r = 0; r < 16; ++r) {
+        const int64_t d = s * kStep + 2 * r, i = d * depth_stride + 16 * side;
+        const __m512 even = d < depth && mask ? load16(from.data, i, from.bfloat, mask) : _mm512_setzero_ps();
+        const __m512 odd = d + 1 < depth && mask ? load16(from.data, i + depth_stride, from.bfloat, mask) : _mm512_setzero_ps();
+        __m512i parts[Parts];
+        split<Parts>(even, odd, parts);
+        for (int p = 0; p < Parts; ++p)
+          _mm512_store_si512(to + ((s * Parts + p) * 2 + side) * kTileBytes + 64 * r, _mm512_permutexvar_epi16(pairs, parts[p]));
+      }
+    }
+}
+
+template <int Parts>
+void pack_columns_of(const Rows& from, int64_t depth_stride, int columns, int64_t depth, int64_t steps, uint8_t* to) {
+  depth_stride == 1 ? pack_long_columns<Parts>(from, columns, depth, steps, to)
+                    : pack_wide_columns<Parts>(from, depth_stride, columns, depth, steps, to);
+}
+
+void pack_columns(const Rows& from, int64_t depth_stride, int columns, int64_t depth, int64_t steps, int parts, uint8_t* to) {
+  parts == 1 ? pack_columns_of<1>(from, depth_stride, columns, depth, steps, to)
+             : pack_columns_of<kFloatParts>(from, depth_stride, columns, depth, steps, to);
+}
+
+// ---- products ----------------------------------------------------------------------------------------------------------
+
+inline void multiply_tiles() {
+  _tile_dpbf16ps(0, 4, 6);
+  _tile_dpbf16ps(1, 4, 7);
+  _tile_dpbf16ps(2, 5, 6);
+  _tile_dpbf16ps(3, 5, 7);
+}
+
+// Operands stream past the first-level cache: they are larger than it, and would flush the sums that are stored there
+// (measured: 1.9 instead of 1.3 TFLOP/s of a core).
+inline void load_rows(const uint8_t* upper, const uint8_t* lower) {
+  _tile_stream_loadd(4, upper, 64);
+  _tile_stream_loadd(5, lower, 64);
+}
+
+inline void load_columns(const uint8_t* panel) {
+  _tile_stream_loadd(6, panel, 64);
+  _tile_stream_loadd(7, panel + kTileBytes, 64);
+}
+
+// Adds one block's product to tiles 0 … 3. `turn` is called once per step: other work while the unit multiplies.
+template <int Parts, typename Turn>
+inline void add_product(const uint8_t* upper, const uint8_t* lower, const uint8_t* panel, int64_t steps, Turn&& turn) {
+  if constexpr (Parts == 1) {
+    for (int64_t s = 0; s < steps; ++s, upper += kTileBytes, lower += kTileBytes, panel += 2 * kTileBytes) {
+      load_rows(upper, lower);
+      load_columns(panel);
+      multiply_tiles();
+      turn();
+    }
+  } else {
+    static_assert(Parts == kFloatParts);
+    const auto row_part = [&](int64_t s, int p) {
+      const int64_t at = (s * Parts + p) * kTileBytes;
+      load_rows(upper + at, lower + at);
+    };
+    const auto column_part = [&](int64_t s, int p) { load_columns(panel + (s * Parts + p) * 2 * kTileBytes); };
+    for (int64_t s = 0; s < steps; ++s) {
+      row_part(s, 0);
+      column_part(s, 2);
+      multiply_tiles();
+      column_part(s, 1);
+      multiply_tiles();
+      row_part(s, 1);
+      multiply_tiles();
+      column_part(s, 0);
+      multiply_tiles();
+      row_part(s, 2);
+      multiply_tiles();
+      turn();
+    }
+    for (int64_t s = 0; s < steps; ++s) {
+      row_part(s, 0);
+      column_part(s, 0);
+      multiply_tiles();
+    }
+  }
+}
+
+inline void zero_tiles() {
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+}
+
+inline void store_tiles(float* sums, int64_t stride) {
+  const int64_t bytes = stride * static_cast<int64_t>(sizeof(float));
+  _tile_stored(0, sums, bytes);
+  _tile_stored(1, sums + kTile, bytes);
+  _tile_stored(2, sums + kTile * stride, bytes);
+  _tile_stored(3, sums + kTile * stride + kTile, bytes);
+}
+
+// Fetches the panel that comes next into the second-level cache, some lines per step.
+class PanelPrefetcher {
+ public:
+  PanelPrefetcher(const uint8_t* ahead, int64_t steps, int parts, int64_t blocks)
+      : at_(ahead), end_(ahead == nullptr ? nullptr : ahead + panel_bytes(steps, parts)),
+        lines_((parts * 2 * kTileBytes / 64 + blocks - 1) / blocks) {}
+  void turn() {
+    for (int64_t i = 0; i < lines_ && at_ < end_; ++i, at_ += 64) _mm_prefetch(at_, _MM_HINT_T1);
+  }
+
+ private:
+  const uint8_t *at_, *end_;
+  int64_t lines_;
+};
+
+// What becomes of the sums of one block over part of the inner dimension: added to those of the parts before or, with the
+// last part, finished.
+struct Take {
+  float* sums;  // [rows, kBlock]
+  int64_t stride;
+  bool add;              // there are parts before
+  const Finish* finish;  // null: not the last part, or nothing to finish
+
+  void row(const float* from, int64_t row) const {
+    __m512 value[2] = {_mm512_load_ps(from), _mm512_load_ps(from + kTile)};
+    float* at = sums + row * stride;
+    if (add)
+      for (int side = 0; side < 2; ++side) value[side] = _mm512_add_ps(value[side], _mm512_loadu_ps(at + kTile * side));
+    if (finish == nullptr) {
+      for (int side = 0; side < 2; ++side) _mm512_storeu_ps(at + kTile * side, value[side]);
+      return;
+    }
+    const Finish& f = *finish;
+    if (row >= f.rows) return;
+    for (int side = 0; side < 2; ++side) {
+      const __mmask16 mask = first_lanes(f.columns - kTile * side);
+      const __m512 bias = f.bias == nullptr ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(mask, f.bias + kTile * side);
+      __m512 result = f.row_scale == nullptr ? _mm512_add_ps(value[side], bias)
+                                             : _mm512_fmadd_ps(value[side], _mm512_set1_ps(f.row_scale[row]), bias);
+      if (f.activation == Activation::gelu) result = gelu(result);
+      store16(f.out, row * f.stride + kTile * side, f.bfloat, result, mask);
+    }
+  }
+};
+
+// Steps multiplied in one go. Sums of parts keep small products away from the rounding of a large total.
+constexpr int64_t kStepsAtOnce = 24;
+
+// While the unit multiplies one block the vector unit takes the sums of the block before it.
+template <int Parts>
+void multiply_of(const uint8_t* rows, int64_t blocks, const uint8_t* panel, int64_t steps, float* sums, int64_t stride,
+                 const Finish* finish, const uint8_t* ahead) {
+  alignas(64) float scratch[2][kBlock * kBlock];
+  PanelPrefetcher prefetcher(ahead, steps, Parts, blocks);
+  for (int64_t first = 0; first < steps; first += kStepsAtOnce) {
+    const int64_t count = steps - first < kStepsAtOnce ? steps - first : kStepsAtOnce;
+    const int64_t rows_per_turn = (kBlock + count - 1) / count;
+    const Take take{sums, stride, first > 0, first + count == steps ? finish : nullptr};
+    const int64_t tile = row_tile_bytes(steps, Parts);
+    for (int64_t b = 0; b <= blocks; ++b) {
+      const float* before = scratch[(b + 1) % 2];
+      int64_t taken = b == 0 ? kBlock : 0;
+      const auto take_until = [&](int64_t until) {
+        for (; taken < until; ++taken) take.row(before + taken * kBlock, (b - 1) * kBlock + taken);
+      };
+      if (b < blocks) {
+        zero_tiles();
+        const uint8_t* upper = rows + 2 * b * tile + row_tile_bytes(first, Parts);
+        add_product<Parts>(upper, upper + tile, panel + panel_bytes(first, Parts), count, [&] {
+          prefetcher.turn();
+          take_until(taken + rows_per_turn < kBlock ? taken + rows_per_turn : kBlock);
+        });
+        store_tiles(scratch[b % 2], kBlock);
+      }
+      take_until(kBlock);
+    }
+  }
+}
+
+void multiply(const uint8_t* rows, int64_t blocks, const uint8_t* panel, int64_t steps, int parts, float* sums, int64_t stride,
+              const Finish* finish, const uint8_t* ahead) {
+  parts == 1 ? multiply_of<1>(rows, blocks, panel, steps, sums, stride, finish, ahead)
+             : multiply_of<kFloatParts>(rows, blocks, panel, steps, sums, stride, finish, ahead);
+}
+
+}  // namespace
+
+const MatrixUnit& amx_matrix_unit() {
+  static const MatrixUnit unit{begin, end, pack_rows, pack_columns, multiply};
+  return unit;
+}
+
+}  // namespace tgq
+#endif

@@ -1,0 +1,184 @@
+"""Inference on the CPU's matrix unit: linear layers with packed weights, and the connector's two attentions.
+
+Forward only, for fp32 and bf16 on processors with AMX. fp32 products are sums of six products of bf16 parts, as
+accurate as fp32 ones (docs/inference.md has the bound). Nothing here is an operator for autograd or `torch.compile`:
+:func:`tgq_fast.models.inference.packed_weights` decides where it stands in for the operators.
+
+Non-finite inputs give non-finite outputs, not always the same ones as PyTorch: an infinity times a part of a weight
+that is zero is NaN.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from tgq_fast import _native
+from tgq_fast.errors import ArgumentError, BackendError
+from tgq_fast.reference.attention import Mixing
+
+__all__ = ["PackedLinear", "shared_attention", "stream_attention", "why_not"]
+
+_CODES = {torch.float32: 0, torch.bfloat16: 2}
+_PANEL = 32  # output features are packed by so many
+_STATUS = {1: "an argument was rejected", 2: "out of memory", 4: "TGQ_ISA forbids the matrix unit"}
+
+
+def why_not(dtype: torch.dtype) -> str:
+    """Why this machine cannot run these calls in `dtype`; empty when it can."""
+    module = _native.extension()
+    if module is None:
+        return _native.why_missing()
+    if not module.has_matrix_unit():
+        return "the processor (or TGQ_ISA) has no AMX matrix unit"
+    return "" if dtype in _CODES else f"it does not compute in {dtype}"
+
+
+def _call(name: str, *args: object) -> None:
+    module = _native.extension()
+    assert module is not None  # a PackedLinear exists
+    status = getattr(module, name)(*args)
+    if status == 2:
+        raise MemoryError(f"{name}: out of memory")
+    if status:
+        raise BackendError(name, "cpp", {"cpp": (_STATUS.get(status, f"status {status}"),)})
+
+
+def _matrix(x: Tensor) -> tuple[int, int, int, int, int, int]:
+    return (x.data_ptr(), x.shape[0], x.shape[1], x.stride(0), 1, _CODES[x.dtype])
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[..., n] → [M, n] whose rows are contiguous, copied only where strides forbid a view."""
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+
+
+class PackedLinear:
+    """One linear layer, or `groups` of equal shape side by side, with weights in the matrix unit's layout.
+
+    Args:
+        weight: [out, in], or [groups, out, in]: group g maps inputs g · in … (g + 1) · in to outputs g · out …; fp32 or
+            bf16 on the CPU. Copied: later changes are not seen.
+        bias: [groups · out] or None.
+
+    Raises:
+        BackendError: see :func:`why_not`.
+        ArgumentError: several groups whose `out` is not a multiple of 32.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        if reason := why_not(weight.dtype):
+            raise BackendError("PackedLinear", "cpp", {"cpp": (reason,)})
+        weight = weight.detach()
+        if weight.ndim == 2:
+            weight = weight[None]
+        if weight.shape[0] > 1 and weight.shape[1] % _PANEL:
+            raise ArgumentError("weight", tuple(weight.shape), f"[groups, out, in] with out a multiple of {_PANEL}")
+        if 1 not in weight.stride()[1:]:
+            weight = weight.contiguous()
+        self.dtype = weight.dtype
+        self.groups, self.out_features, self.in_features = weight.shape
+        self._shape = (*weight.shape, _CODES[weight.dtype])
+        module = _native.extension()
+        assert module is not None
+        # Tiles are loaded whole cache lines at a time.
+        size = module.packed_bytes(self._shape)
+        self._memory = torch.empty(size + 64, dtype=torch.uint8)
+        skip = -self._memory.data_ptr() % 64
+        self._packed = self._memory[skip : skip + size]
+        addresses, threads = (weight.data_ptr(), *weight.stride(), self._packed.data_ptr()), torch.get_num_threads()
+        _call("pack_weights", self._shape, *addresses, threads)
+        self._bias = None if bias is None else bias.detach().float().contiguous()
+        self._zeros = torch.zeros(self.groups * self.out_features) if bias is None else self._bias
+
+    def __call__(self, x: Tensor, *, gelu: bool = False, columns: slice | None = None) -> Tensor:
+        """act(x Wᵀ + b).
+
+        Args:
+            x: [..., groups · in] of the weights' dtype.
+            gelu: apply x Φ(x) (the exact one).
+            columns: of the outputs, from a multiple of 32 on; one group only.
+        """
+        rows = self._checked(x)
+        first, last, _ = (columns or slice(None)).indices(self.groups * self.out_features)
+        out = torch.empty(rows.shape[0], last - first, dtype=self.dtype)
+        self._run(rows, out, first, gelu, None)
+        return out.unflatten(0, x.shape[:-1])
+
+    def residual_norm(self, x: Tensor, residual: Tensor, norm: nn.LayerNorm) -> Tensor:
+        """LayerNorm(x Wᵀ + b + residual): [..., in] and [..., out] → [..., out]."""
+        rows, base = self._checked(x), _rows(residual)
+        out = torch.empty(rows.shape[0], self.out_features, dtype=self.dtype)
+        weight, shift = norm.weight.detach().float(), norm.bias.detach().float()
+        self._run(rows, out, 0, False, (_matrix(base), weight.data_ptr(), shift.data_ptr(), norm.eps))
+        return out.unflatten(0, x.shape[:-1])
+
+    def _checked(self, x: Tensor) -> Tensor:
+        if x.dtype != self.dtype or x.shape[-1] != self.groups * self.in_features or x.device.type != "cpu":
+            given = f"{x.dtype} {tuple(x.shape)} on {x.device.type}"
+            raise ArgumentError("x", given, f"{self.dtype} [..., {self.groups * self.in_features}] on the CPU")
+        return _rows(x)
+
+    def _run(self, rows: Tensor, out: Tensor, first: int, gelu: bool, norm: tuple[object, ...] | None) -> None:
+        bias = self._zeros if norm is not None else self._bias
+        address = 0 if bias is None else bias.data_ptr()
+        packed, threads = self._packed.data_ptr(), torch.get_num_threads()
+        _call("linear", self._shape, packed, address, _matrix(rows), _matrix(out), first, gelu, norm, threads)
+
+
+def shared_attention(q: Tensor, x: Tensor, visible: Tensor | None, scale: float) -> Tensor:
+    """softmax(scale q xᵀ) x with the tokens as keys and values of all rows: the middle of the absorbed form.
+
+    Args:
+        q: [B, R, dv] contiguous; overwritten with the result.
+        x: [B, L, dv], L ≥ 1, values of a token contiguous.
+        visible: [B, L] bool or None; an item without any visible token gets zeros.
+
+    Returns:
+        `q`, [B, R, dv].
+    """
+    batch, rows, width = q.shape
+    sizes, strides = (batch, rows, x.shape[1], width), (q.stride(0), x.stride(0), x.stride(1))
+    mask = None if visible is None else visible.contiguous()
+    address = 0 if mask is None else mask.data_ptr()
+    threads, code = torch.get_num_threads(), _CODES[q.dtype]
+    _call("shared_attention", q.data_ptr(), x.data_ptr(), q.data_ptr(), sizes, strides, code, address, scale, threads)
+    return q
+
+
+def stream_attention(
+    queries: Tensor,
+    text: Tensor | None,
+    text_starts: Tensor | None,
+    lengths: tuple[int, int],
+    num_heads: int,
+    *,
+    mixing: Mixing = "block",
+    explore_sees_text: bool = False,
+    text_wanted: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """Self-attention over [A; E; T] per item, who sees whom as in :func:`tgq_fast.reference.stream_mask`.
+
+    Args:
+        queries: [B, Na + Ne, 3 d] contiguous, query, key and value of each row side by side.
+        text: [T, 3 d] contiguous, the text rows of all items one after the other; [T, 2 d] (key, value) when they are
+            not wanted; None without text.
+        text_starts: [B + 1] int64, where each item's rows begin.
+        lengths: (Na, Ne).
+        num_heads: d / num_heads is a multiple of 16.
+
+    Returns:
+        [B, Na + Ne, d] and [T, d] (None without text or when not wanted).
+    """
+    batch, rows, width = queries.shape[0], queries.shape[1], queries.shape[2] // 3
+    out = torch.empty(batch, rows, width, dtype=queries.dtype)
+    text_out = None
+    if text is not None and text_wanted:
+        text_out = torch.empty(text.shape[0], width, dtype=queries.dtype)
+    full = mixing == "full"
+    sees = (mixing != "block", full, full or explore_sees_text, full)
+    sizes = (batch, *lengths, num_heads, width // num_heads)
+    addresses = [0 if t is None else t.data_ptr() for t in (queries, text, text_starts, out, text_out)]
+    _call("stream_attention", *addresses, sizes, sees, _CODES[queries.dtype], torch.get_num_threads())
+    return out, text_out
