@@ -9,6 +9,11 @@
 
 namespace tgq::cuda {
 
+inline bool same_memory(const Matrix& a, const Matrix& b) {
+  return a.data == b.data && a.rows == b.rows && a.cols == b.cols && a.row_stride == b.row_stride &&
+         a.col_stride == b.col_stride && a.dtype == b.dtype;
+}
+
 // A request as tgq_fast/retrieval/topk_cuda.py passes it. Memory passes by address.
 inline CudaRequest cuda_request(const Matrix& queries, const Matrix& pool, std::uint32_t k, std::uintptr_t exclude,
                                 std::int64_t exclude_width, std::int64_t first_row, bool resume,
@@ -21,6 +26,7 @@ inline CudaRequest cuda_request(const Matrix& queries, const Matrix& pool, std::
   request.exclude_width = exclude_width;
   request.first_row = first_row;
   request.resume = resume;
+  request.self_join = same_memory(queries, pool);
   CudaTuning& tuning = request.tuning;
   for (const auto& [key, value] : options) {
     const std::string name = pybind11::str(key);
@@ -32,6 +38,7 @@ inline CudaRequest cuda_request(const Matrix& queries, const Matrix& pool, std::
     else if (name == "tile_queries") tuning.tile_queries = value.cast<std::int64_t>();
     else if (name == "hit_capacity") tuning.hit_capacity = value.cast<std::uint32_t>();
     else if (name == "direct_blocks") tuning.direct_blocks = value.cast<std::uint32_t>();
+    else if (name == "self_join") tuning.self_join = value.cast<int>();
     else if (name == "forced_floor") {
       tuning.forced_floor = value.cast<float>();
       tuning.has_forced_floor = true;

@@ -1,8 +1,7 @@
-// The steps of the CUDA search that decide what is returned, for a team each, and the order in which they run. The device
-// gives every query (or tile of rows) a block; the C++ tests run the same steps on the host.
+// The steps of the CUDA search that decide what is returned, for a team each. The device gives every query (or tile of
+// rows) a block; the C++ tests run the same steps on the host.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 
 #include "cuda/dot.h"
@@ -49,6 +48,21 @@ TGQ_HD inline Key initial_floor(const Job& job, std::uint32_t q) {
   return job.resume ? resumed_key(job, q, job.k - 1) : kNoKey;
 }
 
+// The turn of query q in a self-join: what waits for it becomes its hits, to be rescored and merged like any.
+template <class Team>
+TGQ_HD void take_pending(Team& team, const Job& job, std::uint32_t q) {
+  const std::uint32_t count = job.pending_count[q];
+  const bool overflow = count > job.pending_capacity;
+  const std::uint32_t* from = job.pending + static_cast<std::size_t>(q) * job.pending_capacity;
+  Key* hits = job.hits + static_cast<std::size_t>(q) * job.hit_capacity;
+  team.each(overflow ? 0 : count, [&](std::uint32_t i) { hits[i] = from[i]; });
+  team.each(1, [&](std::uint32_t) {
+    if (q == 0) *job.num_listed = 0;
+    job.kept[q] = 0;
+    job.hit_count[q] = overflow ? job.hit_capacity + 1 : count;
+  });
+}
+
 // Converts query q, bounds its norms and resets its state.
 template <class Team>
 TGQ_HD void prepare_query(Team& team, const Job& job, std::uint32_t q, PrepareScratch& s) {
@@ -84,6 +98,10 @@ TGQ_HD void prepare_query(Team& team, const Job& job, std::uint32_t q, PrepareSc
       s.errors[part] = errors;
     });
   });
+  if (job.known_floors) {
+    take_pending(team, job, q);
+    return;
+  }
   team.each(1, [&](std::uint32_t) {
     const bool dead = s.nans != 0;
     const Key known = initial_floor(job, q), forced = job.has_forced_floor ? floor_at(job.forced_floor) : kNoKey;
@@ -103,6 +121,7 @@ TGQ_HD void prepare_query(Team& team, const Job& job, std::uint32_t q, PrepareSc
     job.lift[q] = margin_lift(job.margin, norm, error);
     job.floor_score[q] = comparable_floor(floor);
     job.hit_count[q] = 0;
+    if (job.pending != nullptr) job.pending_count[q] = 0;
   });
 }
 
@@ -273,67 +292,6 @@ TGQ_HD void finish(Team& team, const Job& job, std::uint32_t q, SelectScratch& s
     scores[i] = key == kNoKey ? bits_float(0xff800000u) : key_score(key);
     indices[i] = key == kNoKey ? -1 : static_cast<std::int64_t>(key_row(key));
   });
-}
-
-// The rows of a phase as the filter takes them.
-inline FilterJob filter_job(const Job& job, const Phase& phase) {
-  FilterJob filter{};
-  filter.shadow = job.shadow;
-  filter.dtype = job.row_shadow != nullptr ? job.shadow : job.pool.dtype;
-  filter.queries = job.query_shadow;
-  filter.query_stride = job.depth;
-  if (job.row_shadow != nullptr) {
-    filter.rows = job.row_shadow;
-    filter.row_stride = job.depth;
-  } else {
-    const std::int64_t element = job.pool.dtype == DType::f32 ? 4 : 2;
-    filter.rows = static_cast<const char*>(job.pool.data) + phase.first * job.pool.row_stride * element;
-    filter.row_stride = job.pool.row_stride * phase.step;
-  }
-  filter.num_queries = job.num_queries;
-  filter.num_rows = static_cast<std::uint32_t>(phase.rows);
-  filter.depth = job.depth;
-  filter.first_row = static_cast<std::uint32_t>(phase.first);
-  filter.row_step = static_cast<std::uint32_t>(phase.step);
-  filter.floor_score = job.floor_score;
-  filter.slope = job.slope;
-  filter.lift = job.lift;
-  if (job.tile_norm != nullptr) {
-    filter.tile_norm = job.tile_norm + phase.first_tile;
-    filter.tile_error = job.tile_error + phase.first_tile;
-  }
-  filter.absolute = job.margin.absolute;
-  filter.hit_count = job.hit_count;
-  filter.hits = job.hits;
-  filter.hit_capacity = job.hit_capacity;
-  return filter;
-}
-
-// Runs a search on `device`, which has one method per step; each returns 0 or an error that ends the search.
-template <class Device>
-int run(Device& device, const Plan& plan, const CudaRequest& request) {
-  Job job{};
-  carve(plan, request, request.workspace, &job);
-  const std::int64_t element = request.queries.dtype == DType::f32 ? 4 : 2;
-  for (std::int64_t begin = 0; begin < request.queries.rows; begin += plan.tile_queries) {
-    job.num_queries = static_cast<std::uint32_t>(std::min(plan.tile_queries, request.queries.rows - begin));
-    job.queries.data = static_cast<const char*>(request.queries.data) + begin * request.queries.row_stride * element;
-    job.queries.rows = job.num_queries;
-    job.exclude = request.exclude == nullptr ? nullptr : request.exclude + begin * request.exclude_width;
-    job.scores = request.scores + begin * request.k;
-    job.indices = request.rows + begin * request.k;
-    if (const int error = device.prepare_queries(job)) return error;
-    for (const Phase& phase : plan.phases) {
-      if (job.tile_norm != nullptr && (begin == 0 || !plan.keep_bounds))
-        if (const int error = device.prepare_rows(job, phase)) return error;
-      if (const int error = device.filter(filter_job(job, phase))) return error;
-      if (const int error = device.rescore(job)) return error;
-      if (const int error = device.merge(job, phase)) return error;
-    }
-    if (const int error = device.scan(job)) return error;
-    if (const int error = device.finish(job)) return error;
-  }
-  return 0;
 }
 
 }  // namespace tgq::cuda

@@ -32,6 +32,13 @@ struct FilterJob {
   std::uint32_t* hit_count;  // [num_queries]; counts on beyond the capacity: nothing is lost unnoticed
   Key* hits;                 // [num_queries, hit_capacity], pool rows until they are rescored
   std::uint32_t hit_capacity;
+  // Where the rows are queries of later tiles of a self-join: the same scores are tested for them. Else null.
+  const float *row_floor, *row_slope, *row_lift;  // [num_rows]
+  const float *query_norm, *query_error;          // [num_queries / kBoundRows, rounded up]: of the queries as rows
+  std::uint32_t first_query;                      // pool row that query 0 is
+  std::uint32_t* pending_count;                   // [num_rows]; counts on like hit_count
+  std::uint32_t* pending;                         // [num_rows, pending_capacity]
+  std::uint32_t pending_capacity;
 };
 
 // Threshold of one query for one tile of rows. Queries beyond the last never pass.
@@ -41,6 +48,14 @@ TGQ_HD inline float tile_threshold(const FilterJob& job, std::uint32_t query, st
                    job.tile_error[tile]);
 }
 
+// Threshold of row `index` as a query, for the queries of one bound as rows.
+TGQ_HD inline float row_threshold(const FilterJob& job, std::uint32_t index, std::uint32_t query) {
+  if (index >= job.num_rows) return bits_float(0x7f800000u);
+  const std::uint32_t bound = query / kBoundRows;
+  return threshold(job.row_floor[index], job.row_slope[index], job.row_lift[index], job.absolute, job.query_norm[bound],
+                   job.query_error[bound]);
+}
+
 #if defined(__CUDACC__)
 // Appends row `index` of the job for `query`.
 __device__ inline void append_hit(const FilterJob& job, std::uint32_t query, std::uint32_t index) {
@@ -48,6 +63,14 @@ __device__ inline void append_hit(const FilterJob& job, std::uint32_t query, std
   const std::uint32_t slot = atomicAdd(job.hit_count + query, 1u);
   if (slot < job.hit_capacity)
     job.hits[static_cast<std::size_t>(query) * job.hit_capacity + slot] = job.first_row + index * job.row_step;
+}
+
+// Appends `query` to what row `index` is to be tried against when its turn as a query comes.
+__device__ inline void append_pending(const FilterJob& job, std::uint32_t query, std::uint32_t index) {
+  if (query >= job.num_queries || index >= job.num_rows) return;
+  const std::uint32_t slot = atomicAdd(job.pending_count + index, 1u);
+  if (slot < job.pending_capacity)
+    job.pending[static_cast<std::size_t>(index) * job.pending_capacity + slot] = job.first_query + query;
 }
 #endif
 

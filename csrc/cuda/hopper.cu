@@ -106,10 +106,37 @@ class ThresholdEpilogue {
         }
       }
     }
+    if (job_.row_floor != nullptr)
+      test_rows(scores, first_query + static_cast<std::uint32_t>(get<0>(where(_0{}))), first_index + first_column);
     __syncwarp();  // the next tile's wgmma wants all lanes together
   }
 
  private:
+  // The same scores for the rows as queries of later tiles: a thread holds two of every eight columns, for the same queries.
+  template <class Engine, class Layout>
+  CUTLASS_DEVICE void test_rows(const cute::Tensor<Engine, Layout>& scores, std::uint32_t query, std::uint32_t index) const {
+    using namespace cute;
+    CUTLASS_PRAGMA_UNROLL
+    for (int j = 0; j < size<0, 2>(Layout{}); ++j) {
+      CUTLASS_PRAGMA_UNROLL
+      for (int c = 0; c < 2; ++c) {
+        const float least = row_threshold(job_, index + j * 8 + c, query);
+        std::uint32_t passed = 0;
+        CUTLASS_PRAGMA_UNROLL
+        for (int m = 0; m < size<1>(Layout{}); ++m) {
+          CUTLASS_PRAGMA_UNROLL
+          for (int half = 0; half < 2; ++half)
+            if (!(scores(make_coord(make_coord(c, half, j), m, 0)) < least)) passed |= 1u << (2 * m + half);
+        }
+        while (passed != 0) {
+          const auto bit = static_cast<std::uint32_t>(__ffs(static_cast<int>(passed)) - 1);
+          passed &= passed - 1;
+          append_pending(job_, query + (bit >> 1) * 64 + (bit & 1) * 8, index + j * 8 + c);
+        }
+      }
+    }
+  }
+
   FilterJob job_;
 };
 

@@ -49,6 +49,10 @@ struct Job {
   std::uint32_t* hit_count;
   Key* hits;                    // [num_queries, hit_capacity]
   std::uint32_t hit_capacity;
+  // Self-join: queries of earlier tiles that reached this one's threshold; null without.
+  std::uint32_t *pending_count, *pending;  // [num_queries], [num_queries, pending_capacity]
+  std::uint32_t pending_capacity;
+  bool known_floors;            // a query's floor and state were found before: its turn in a self-join
   // Queries to scan exactly, in any order.
   std::uint32_t* listed;        // [num_queries]
   std::uint32_t* num_listed;
@@ -94,12 +98,18 @@ struct Plan {
   std::vector<Phase> phases;
   bool shadow_rows = false;
   bool keep_bounds = false;  // every phase has its own bounds of norms: later tiles of queries find them
+  bool self_join = false;    // phases are the sample's; triangle_phases has the others
   std::uint32_t bound_tiles = 0;
   DType shadow = DType::bf16;
   std::uint32_t depth = 0, best_capacity = 0, hit_capacity = 0, owned_capacity = 0, direct_blocks = 0, direct_queries = 0;
+  std::uint32_t pending_capacity = 0;
   std::int64_t chunk_rows = 0;
   std::size_t workspace_bytes = 0;
 };
+
+// Passes of a self-join over the rows from `begin`, the first row of a tile of queries, on: the tile itself, whose scores
+// are computed for both sides, then the rows behind it.
+std::vector<Phase> triangle_phases(const Plan& plan, const CudaRequest& request, std::int64_t begin);
 
 // Decides how to search; needs no device.
 Plan make_plan(const CudaRequest& request, const DeviceFacts& facts);

@@ -1,6 +1,7 @@
 // Plans a CUDA search: engine, tiles, passes over the pool, workspace. Host code without CUDA, so that it is tested
 // everywhere.
 #include <algorithm>
+#include <cmath>
 
 #include "cuda/filter.h"
 #include "cuda/job.h"
@@ -20,6 +21,8 @@ constexpr std::int64_t kSkinnyBytes = 64 << 10;   // of the queries in shared me
 constexpr std::int64_t kMinChunk = 1 << 16;
 constexpr std::int64_t kChunks = 3;               // passes over the pool: the floors rise in between
 constexpr std::int64_t kMaxBoundTiles = 1 << 21;  // of norms that are kept for later tiles of queries: 16 MB
+constexpr std::int64_t kSelfJoinRows = 1 << 17;   // below that the triangle saves less than its additional steps cost
+constexpr std::int64_t kPendingBytes = std::int64_t{8} << 30;  // of what waits in a self-join that nobody asked for
 
 std::int64_t round_up(std::int64_t value, std::int64_t unit) { return (value + unit - 1) / unit * unit; }
 
@@ -43,11 +46,13 @@ bool fits_skinny(const Matrix& pool, std::int64_t queries) {
          reinterpret_cast<std::uintptr_t>(pool.data) % 16 == 0 && groups * 8 * round_up(pool.cols, 32) * 2 <= kSkinnyBytes;
 }
 
-std::int64_t sample_stride(const CudaRequest& request) {
+std::int64_t sample_stride(const CudaRequest& request, bool self_join) {
   if (request.tuning.has_forced_floor) return 0;
   const std::int64_t rows = request.pool.rows, wish = request.tuning.sample_stride;
   // A part of a larger pool has floors already; the sample keeps a pool in rising order from overflowing every part.
-  const std::int64_t stride = wish >= 0 ? wish : rows >= 1 << 18 ? 64 : rows >= 1 << 15 || request.resume ? 16 : 0;
+  // What waits in a self-join grows with the spread of the floors: a denser sample for them.
+  const std::int64_t large = self_join ? 32 : 64;
+  const std::int64_t stride = wish >= 0 ? wish : rows >= 1 << 18 ? large : rows >= 1 << 15 || request.resume ? 16 : 0;
   if (stride < 2 || rows < stride) return 0;
   const std::uint32_t rank = sample_rank(request.k, static_cast<std::uint32_t>(stride));
   if (rank > kMaxK || (wish < 0 && rows / stride < 4 * static_cast<std::int64_t>(rank))) return 0;
@@ -71,6 +76,7 @@ void add_phases(Plan& plan, const CudaRequest& request, std::int64_t stride) {
       at += count;
     }
   }
+  if (plan.self_join) return;
   const bool floors = stride > 0 || request.tuning.has_forced_floor || request.resume;
   const std::int64_t first = first_of(2 * static_cast<std::int64_t>(request.k));
   const std::int64_t passes = plan.engine == Engine::skinny ? 1 : kChunks;
@@ -83,7 +89,38 @@ void add_phases(Plan& plan, const CudaRequest& request, std::int64_t stride) {
   }
 }
 
+// What is expected to wait for a query at most: rows above the r-th best of a sample, and four standard deviations more.
+std::uint32_t pending_capacity(const CudaRequest& request, std::int64_t stride) {
+  if (request.tuning.hit_capacity > 0) return request.tuning.hit_capacity;
+  if (stride == 0) return 1024;
+  const double rank = sample_rank(request.k, static_cast<std::uint32_t>(stride));
+  return static_cast<std::uint32_t>(round_up(static_cast<std::int64_t>(static_cast<double>(stride) * (rank + 4 * std::sqrt(rank))), 64));
+}
+
+// Whether a search of a pool for its own rows goes over one triangle.
+bool takes_triangle(const CudaRequest& request, Engine engine) {
+  const std::int64_t rows = request.pool.rows;
+  if (!request.self_join || request.resume || request.first_row != 0 || request.tuning.self_join == 0 || rows == 0 ||
+      (engine != Engine::portable && engine != Engine::hopper))
+    return false;
+  if (request.tuning.self_join > 0) return true;
+  const std::int64_t stride = sample_stride(request, true);
+  return rows >= kSelfJoinRows && stride > 0 && rows * pending_capacity(request, stride) * 4 <= kPendingBytes;
+}
+
 }  // namespace
+
+std::vector<Phase> triangle_phases(const Plan& plan, const CudaRequest& request, std::int64_t begin) {
+  std::vector<Phase> phases;
+  const std::int64_t rows = request.pool.rows, own_end = std::min(rows, begin + plan.tile_queries);
+  const std::int64_t even = std::max(kMinChunk, round_up((rows - own_end + kChunks - 1) / kChunks, kBoundRows));
+  for (std::int64_t at = begin; at < rows;) {
+    const std::int64_t left = at < own_end ? own_end - at : std::min(even, rows - at), count = std::min(left, plan.chunk_rows);
+    phases.push_back({at, 1, count, request.k, false, static_cast<std::uint32_t>(at / kBoundRows)});
+    at += count;
+  }
+  return phases;
+}
 
 Plan make_plan(const CudaRequest& request, const DeviceFacts& facts) {
   const CudaTuning& tuning = request.tuning;
@@ -106,18 +143,24 @@ Plan make_plan(const CudaRequest& request, const DeviceFacts& facts) {
   plan.depth = static_cast<std::uint32_t>(round_up(cols, 8));
   plan.shadow_rows = filtered && !skinny && !fits_filter(request.pool, plan.shadow);
 
-  const std::int64_t stride = filtered ? sample_stride(request) : 0;
+  plan.self_join = takes_triangle(request, plan.engine);
+  const std::int64_t stride = filtered ? sample_stride(request, plan.self_join) : 0;
   plan.best_capacity = std::max(k, stride > 0 ? sample_rank(k, static_cast<std::uint32_t>(stride)) : 0u);
   plan.hit_capacity = !filtered ? 0 : tuning.hit_capacity > 0 ? tuning.hit_capacity : std::max(skinny ? 16384u : 2048u, power_of_two(4 * k));
+  if (plan.self_join) plan.pending_capacity = pending_capacity(request, stride);
+  plan.hit_capacity = std::max(plan.hit_capacity, plan.pending_capacity);
   plan.tile_queries = tuning.tile_queries > 0 ? tuning.tile_queries : kTileQueries;
   if (skinny) plan.tile_queries = std::min(plan.tile_queries, kSkinnyQueries);
   const std::int64_t hit_bytes = std::max<std::int64_t>(1, plan.hit_capacity) * static_cast<std::int64_t>(sizeof(Key));
   plan.tile_queries = std::max<std::int64_t>(1, std::min({plan.tile_queries, queries, kMaxTileQueries, kHitBytes / hit_bytes}));
+  // Tiles of queries are whole bounds of the norms: they are rows, too.
+  if (plan.self_join) plan.tile_queries = std::max<std::int64_t>(1, plan.tile_queries / kBoundRows) * kBoundRows;
 
   if (filtered) {
     const std::int64_t fit = plan.shadow_rows ? kShadowBytes / (2 * static_cast<std::int64_t>(plan.depth)) : skinny ? 1 << 30 : 1 << 22;
     plan.chunk_rows = std::max<std::int64_t>(kBoundRows, fit / kBoundRows * kBoundRows);
     if (tuning.chunk_rows > 0) plan.chunk_rows = std::min(plan.chunk_rows, tuning.chunk_rows);
+    if (plan.self_join) plan.chunk_rows = std::max<std::int64_t>(1, plan.chunk_rows / kBoundRows) * kBoundRows;
     add_phases(plan, request, stride);
     std::int64_t most = 1, tiles = 0;
     const auto bound_tiles = [](const Phase& phase) { return round_up(phase.rows, kBoundRows) / kBoundRows; };
@@ -125,8 +168,12 @@ Plan make_plan(const CudaRequest& request, const DeviceFacts& facts) {
       most = std::max(most, phase.rows);
       tiles += bound_tiles(phase);
     }
+    if (plan.self_join) {
+      for (const Phase& phase : triangle_phases(plan, request, 0)) most = std::max(most, phase.rows);
+      plan.bound_tiles = static_cast<std::uint32_t>(round_up(rows, kBoundRows) / kBoundRows);  // the sample's come behind
+    }
     plan.chunk_rows = most;
-    plan.keep_bounds = !skinny && !plan.shadow_rows && queries > plan.tile_queries && tiles <= kMaxBoundTiles;
+    plan.keep_bounds = plan.self_join || (!skinny && !plan.shadow_rows && queries > plan.tile_queries && tiles <= kMaxBoundTiles);
     for (Phase& phase : plan.phases) {
       if (skinny) break;
       if (plan.keep_bounds) phase.first_tile = plan.bound_tiles;
@@ -175,11 +222,14 @@ std::size_t carve(const Plan& plan, const CudaRequest& request, void* workspace,
   j.owned_capacity = plan.owned_capacity;
   j.direct_blocks = plan.direct_blocks;
   j.direct_queries = plan.direct_queries;
+  j.pending_capacity = plan.pending_capacity;
 
+  // In a self-join floors are known for all queries before the first tile of them is searched.
+  const std::size_t all = plan.self_join ? static_cast<std::size_t>(request.queries.rows) : q;
   take(j.query_values, q * d);
-  take(j.floor, q);
+  take(j.floor, all);
   take(j.kept, q);
-  take(j.state, q);
+  take(j.state, all);
   take(j.best, q * plan.best_capacity);
   take(j.listed, q);
   take(j.num_listed, 1);
@@ -187,9 +237,9 @@ std::size_t carve(const Plan& plan, const CudaRequest& request, void* workspace,
   take(j.owned_count, lists);
   if (!direct) {
     take(j.query_shadow, q * plan.depth);
-    take(j.floor_score, q);
-    take(j.slope, q);
-    take(j.lift, q);
+    take(j.floor_score, all);
+    take(j.slope, all);
+    take(j.lift, all);
     take(j.hit_count, q);
     take(j.hits, q * plan.hit_capacity);
     if (plan.bound_tiles > 0) {
@@ -197,6 +247,10 @@ std::size_t carve(const Plan& plan, const CudaRequest& request, void* workspace,
       take(j.tile_error, plan.bound_tiles);
     }
     if (plan.shadow_rows) take(j.row_shadow, chunk * plan.depth);
+    if (plan.self_join) {
+      take(j.pending_count, all);
+      take(j.pending, all * plan.pending_capacity);
+    }
   }
   return used;
 }

@@ -128,6 +128,26 @@ __global__ void __launch_bounds__(kThreads, 2) portable_filter(const __grid_cons
       }
     }
   }
+  if (job.row_floor == nullptr) return;
+#pragma unroll
+  for (int n = 0; n < 4; ++n) {
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      const std::uint32_t index = first_index + warp_row + n * 8 + lane % 4 * 2 + c;
+      const float least = row_threshold(job, index, first_query);
+      std::uint32_t passed = 0;
+#pragma unroll
+      for (int m = 0; m < 4; ++m)
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+          if (!(sums[m][n][half * 2 + c] < least)) passed |= 1u << (2 * m + half);
+      while (passed != 0) {
+        const auto bit = static_cast<std::uint32_t>(__ffs(static_cast<int>(passed)) - 1);
+        passed &= passed - 1;
+        append_pending(job, first_query + warp_query + bit * 8 + lane / 4, index);
+      }
+    }
+  }
 }
 
 template <bool kHalf>

@@ -4,7 +4,7 @@
 #include <mutex>
 
 #include "cuda/direct.h"
-#include "cuda/engine.h"
+#include "cuda/run.h"
 #include "cuda/team.h"
 
 namespace tgq::cuda {
@@ -201,7 +201,9 @@ CudaResult check(const CudaRequest& request, int device, Probe* found) {
   const Matrix &queries = request.queries, &pool = request.pool;
   if (!valid(queries) || !valid(pool) || queries.cols != pool.cols || request.k < 1 || request.k > kMaxK ||
       request.first_row < 0 || request.first_row > 0xffffffffLL || pool.rows > 0xffffffffLL - request.first_row ||
-      request.exclude_width < 0)
+      request.exclude_width < 0 ||
+      (request.self_join && (queries.data != pool.data || queries.rows != pool.rows || queries.dtype != pool.dtype ||
+                             queries.row_stride != pool.row_stride || queries.col_stride != pool.col_stride)))
     return {Status::bad_argument, "shapes, types or k"};
   *found = probe(device);
   if (found->reason != nullptr) return {Status::unsupported, found->reason};

@@ -1,4 +1,4 @@
-// A host in the place of the CUDA device: the steps of csrc/cuda/engine.h, with stand-ins for the kernels' own loops, and
+// A host in the place of the CUDA device: the steps of csrc/cuda/run.h, with stand-ins for the kernels' own loops, and
 // the problems that they are tried on.
 #pragma once
 
@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "check.h"
-#include "cuda/engine.h"
+#include "cuda/run.h"
 
 namespace tgq::cuda {
 
@@ -99,7 +99,7 @@ struct HostDevice {
   HostTeam team;
   PrepareScratch prepare;
   SelectScratch select;
-  std::int64_t hits = 0, scanned = 0, bounded = 0;  // rows whose norms were bounded
+  std::int64_t hits = 0, scanned = 0, bounded = 0, scored = 0;  // rows whose norms were bounded, scores of the filter
 
   int prepare_queries(const Job& job) {
     for (std::uint32_t q = 0; q < job.num_queries; ++q) prepare_query(team, job, q, prepare);
@@ -119,7 +119,13 @@ struct HostDevice {
         const float least = job.tile_norm != nullptr
                                 ? tile_threshold(job, q, i / kBoundRows)
                                 : threshold(job.floor_score[q], job.slope[q], job.lift[q], job.absolute, row.norm, row.error);
-        if (tensor_core_dot(query.data(), row.values.data(), job.depth, 8) < least) continue;
+        const float score = tensor_core_dot(query.data(), row.values.data(), job.depth, 8);
+        ++scored;
+        if (job.row_floor != nullptr && !(score < row_threshold(job, i, q))) {
+          const std::uint32_t slot = job.pending_count[i]++;
+          if (slot < job.pending_capacity) job.pending[std::size_t{i} * job.pending_capacity + slot] = job.first_query + q;
+        }
+        if (score < least) continue;
         const std::uint32_t slot = job.hit_count[q]++;
         if (slot < job.hit_capacity) job.hits[std::size_t{q} * job.hit_capacity + slot] = job.first_row + i * job.row_step;
       }

@@ -20,7 +20,7 @@ bool places_are_as_the_epilogue_takes_them() {
   for (int thread = 0; thread < size(mma); ++thread) {
     const auto where = mma.get_thread_slice(thread).partition_C(identity);
     static_assert(size<0, 0>(where) == 2 && size<0, 1>(where) == 2 && size<0, 2>(where) * 8 == kColumns && size<2>(where) == 1);
-    const int first_column = get<1>(where(_0{}));
+    const int first_column = get<1>(where(_0{})), first_row = get<0>(where(_0{}));
     for (int m = 0; m < size<1>(where); ++m)
       for (int half = 0; half < 2; ++half)
         for (int j = 0; j < size<0, 2>(where); ++j)
@@ -28,6 +28,7 @@ bool places_are_as_the_epilogue_takes_them() {
             const auto place = where(make_coord(make_coord(c, half, j), m, 0));
             const auto first = where(make_coord(make_coord(0, half, 0), m, 0));
             if (get<0>(place) != get<0>(first) || get<1>(place) != first_column + j * 8 + c) return false;
+            if (get<0>(place) != first_row + m * 64 + half * 8) return false;
             ++seen[get<0>(place) * kColumns + get<1>(place)];
           }
   }

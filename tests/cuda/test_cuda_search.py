@@ -153,6 +153,32 @@ def test_duplicates_and_self_exclusion(engine: str) -> None:
         assert_same(search(queries, pool, k, own, engine=engine), topk(queries, pool, k, exclude=own, backend="cpp"), k)
 
 
+@pytest.mark.parametrize("engine", [engine for engine in ENGINES if engine in ("portable", "hopper")])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_self_join(engine: str, dtype: torch.dtype, kind: str) -> None:
+    """Over one triangle: tiles that end within a tile of the filter, each Hopper tile, what waits overflowing."""
+    pool, own = dataset(kind, 3001, 72).to(dtype), torch.arange(3001)[:, None]
+    expected, on_device = topk(pool, pool, 20, exclude=own, backend="cpp"), pool.cuda()
+    tiles = topk_cuda.HOPPER_TILES if engine == "hopper" else ["auto"]
+    tunings = [{"hopper_tile": tile, "tile_queries": 640} for tile in tiles]
+    tunings += [{"hit_capacity": 40, "tile_queries": 128}, {"chunk_rows": 384}, {"forced_floor": 1.0}, {"self_join": 0}]
+    for tuning in tunings:
+        out = TopK(torch.empty(3001, 20, device="cuda"), torch.empty(3001, 20, dtype=torch.int64, device="cuda"))
+        options = {"engine": engine, "self_join": 1, "sample_stride": 8, **tuning}
+        assert_same(topk_cuda.search(on_device, on_device, 20, own.cuda(), out, tuning=options), expected, tuning)
+
+
+def test_a_large_self_join_is_one_by_itself() -> None:
+    pool = torch.nn.functional.normalize(torch.randn(150_000, 64, device="cuda")).bfloat16()
+    whole = topk(pool, pool.clone(), 50)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    assert_same(topk(pool, pool, 50), TopK(whole.scores.cpu(), whole.indices.cpu()))
+    assert torch.cuda.max_memory_allocated() - before > 150_000 * 1024 * 2  # what waits for its turn
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_mixed_dtypes_and_strided_views(engine: str) -> None:
     base = torch.randn(9000, 100)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from tgq_fast.errors import ArgumentError
+from tgq_fast.retrieval import topk_cuda
 from tgq_fast.retrieval.topk_cuda import TUNING_VARIABLE, _dense, tuning_options
 
 
@@ -34,3 +37,23 @@ def test_strided_results_keep_what_a_later_part_adds_to() -> None:
     assert torch.equal(_dense(strided, keep=True), strided)
     for keep in (False, True):
         assert _dense(strided, keep).is_contiguous() and _dense(strided, keep).data_ptr() != strided.data_ptr()
+
+
+def test_a_self_join_without_room_computes_the_square(monkeypatch: pytest.MonkeyPatch) -> None:
+    def empty(size: int, **_: object) -> torch.Tensor:
+        if size > room:
+            raise torch.OutOfMemoryError("no room")
+        return torch.zeros(size, dtype=torch.uint8)
+
+    def needed(*given: object) -> tuple[int, str, int]:
+        return 0, "", 100 if given[-1].get("self_join") == 0 else 5000  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(topk_cuda.torch, "empty", empty)
+    module, options = SimpleNamespace(cuda_workspace=needed), {"engine": 3}
+    room = 6000
+    assert len(topk_cuda._workspace(module, (), 0, options)) == 5000 and "self_join" not in options
+    room = 1000
+    assert len(topk_cuda._workspace(module, (), 0, options)) == 100 and options["self_join"] == 0
+    room = 10
+    with pytest.raises(torch.OutOfMemoryError):
+        topk_cuda._workspace(module, (), 0, options)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -22,7 +23,15 @@ _OK, _OUT_OF_MEMORY, _UNSUPPORTED = 0, 2, 4
 ENGINES = {"auto": 0, "direct": 1, "portable": 2, "hopper": 3, "skinny": 4}
 HOPPER_TILES = {"auto": 0, "128x128": 1, "64x256": 2, "128x256": 3}  # queries x rows of a block
 TUNING_VARIABLE = "TGQ_CUDA_TUNING"
-_WHOLE_NUMBERS = ("sample_stride", "first_rows", "chunk_rows", "tile_queries", "hit_capacity", "direct_blocks")
+_WHOLE_NUMBERS = (
+    "sample_stride",
+    "first_rows",
+    "chunk_rows",
+    "tile_queries",
+    "hit_capacity",
+    "direct_blocks",
+    "self_join",
+)
 
 
 def why_not(queries: Tensor) -> list[str]:
@@ -54,7 +63,8 @@ def search(
     Scores and rows equal those of the CPU core bit for bit. `tuning` (see :func:`tuning_options`) is for tests and
     measurements; answers do not depend on it. `threads` is for the CPU. `progress` is called once, when all is queued.
     The pool may be part of a larger one: its rows count from `first_row`, in exclusions too, and with `resume` its hits
-    join those of other parts that `out` holds.
+    join those of other parts that `out` holds. Where the queries are the pool (the same memory) and there are many of
+    them, one triangle of the scores is computed.
 
     Raises:
         BackendError: the device cannot run the search, or its memory is exhausted.
@@ -75,14 +85,11 @@ def search(
     # The core writes dense rows; a strided output is filled afterwards.
     scores, rows = _dense(out.scores, resume), _dense(out.indices, resume)
     with torch.cuda.device(device):
-        status, reason, size = module.cuda_workspace(*request, device, options)
-        _check(status, reason)
         # Freed when this returns: the allocator hands it out again only to work that comes later on this stream.
-        workspace = torch.empty(size, dtype=torch.uint8, device=queries.device)
+        workspace = _workspace(module, request, device, options)
         stream = torch.cuda.current_stream(device).cuda_stream
-        status, reason = module.search_cuda(
-            *request, scores.data_ptr(), rows.data_ptr(), stream, workspace.data_ptr(), size, device, options
-        )
+        memory = scores.data_ptr(), rows.data_ptr(), stream, workspace.data_ptr(), len(workspace)
+        status, reason = module.search_cuda(*request, *memory, device, options)
         _check(status, reason)
         if scores is not out.scores:
             out.scores.copy_(scores)
@@ -91,6 +98,21 @@ def search(
     if progress is not None:
         progress(1.0)
     return out
+
+
+def _workspace(module: ModuleType, request: tuple[Any, ...], device: int, options: dict[str, int | float]) -> Tensor:
+    """What the request needs. A self-join over one triangle keeps more than its result takes: without room for that,
+    `options` are changed to compute the square, which needs little.
+    """
+    status, reason, size = module.cuda_workspace(*request, device, options)
+    _check(status, reason)
+    try:
+        return torch.empty(size, dtype=torch.uint8, device=f"cuda:{device}")
+    except torch.OutOfMemoryError:
+        if options.get("self_join") == 0:
+            raise
+        options["self_join"] = 0
+        return _workspace(module, request, device, options)
 
 
 def tuning_options(tuning: dict[str, Any] | None = None) -> dict[str, int | float]:

@@ -26,6 +26,7 @@ struct CudaTuning {
   std::int64_t tile_queries = 0;
   std::uint32_t hit_capacity = 0;   // hits that a query can have in one filter pass before it is rescanned
   std::uint32_t direct_blocks = 0;
+  int self_join = -1;               // upper triangle only where CudaRequest::self_join: 1 on, 0 off, -1 where it should pay
   bool has_forced_floor = false;    // taken instead of a sampled floor
   float forced_floor = 0.0f;
 };
@@ -39,6 +40,7 @@ struct CudaRequest {
   bool resume = false;         // scores and rows hold the answer over other parts; this part is added to it
   const std::int64_t* exclude = nullptr;  // [Q, exclude_width] dense, rows < 0 mean none
   std::int64_t exclude_width = 0;
+  bool self_join = false;         // queries and pool are the same memory
   float* scores = nullptr;        // [Q, k] dense
   std::int64_t* rows = nullptr;   // [Q, k] dense
   void* stream = nullptr;         // cudaStream_t
