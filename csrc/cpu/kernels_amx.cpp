@@ -86,7 +86,8 @@ template <bool Bytes>
 inline __m512 to_scores(const FilterBlock& block, const FilterPanel& panel, const Scores& scores, int group, int row, int half) {
   const uint32_t* at = scores.cells + row * kPanel + 16 * half;
   if constexpr (!Bytes) return _mm512_load_ps(at);
-  const __m512 sum = _mm512_cvtepi32_ps(_mm512_load_si512(at));
+  const __m512i whole = _mm512_add_epi32(_mm512_load_si512(at), _mm512_loadu_si512(panel.offset + 16 * half));
+  const __m512 sum = _mm512_cvtepi32_ps(whole);
   const __m512 scaled = _mm512_mul_ps(sum, _mm512_set1_ps(block.scale[group * kPanel + row]));
   return _mm512_mul_ps(scaled, _mm512_loadu_ps(panel.scale + 16 * half));
 }
@@ -103,9 +104,12 @@ struct Survivors {
   uint8_t* dense;
   int total = 0;
   __m512 margin[2] = {}, floor[2] = {};
-  alignas(64) uint16_t hits[2 * kPanel];  // bit q of hits[2r + half]: query 16 half + q passed on row r
+  int rows = 0;  // of the tile at hand on which a query passed: which, and which queries
+  uint8_t row_of[kPanel + 1];
+  uint32_t queries_of[kPanel + 1];
 
   void begin(int group) {
+    rows = 0;
     const __m512 norm = _mm512_set1_ps(block->group_norm[group]), error = _mm512_set1_ps(block->group_error[group]);
     for (int half = 0; half < 2; ++half) {
       const __m512 f = _mm512_loadu_ps(panel->floor + 16 * half);
@@ -116,8 +120,11 @@ struct Survivors {
     }
   }
 
+  // Without a branch: which rows hold a survivor is not to be predicted.
   void look(const Scores& scores, int group, int from, int until) {
-    for (int row = from; row < until; ++row)
+    int count = rows;
+    for (int row = from; row < until; ++row) {
+      __mmask16 passed[2];
       for (int half = 0; half < 2; ++half) {
         const __m512 value = to_scores<Bytes>(*block, *panel, scores, group, row, half);
         __mmask16 hit = _mm512_cmp_ps_mask(value, floor[half], _CMP_NLT_UQ);
@@ -127,32 +134,33 @@ struct Survivors {
           const __m512 bound = _mm512_fmadd_ps(_mm512_abs_ps(most), _mm512_set1_ps(0x1p-22f), most);
           hit |= _mm512_cmp_ps_mask(bound, needed, _CMP_NLT_UQ);
         }
-        _store_mask16(reinterpret_cast<__mmask16*>(hits + 2 * row + half), hit);
+        passed[half] = hit;
       }
+      const uint32_t queries = _cvtmask32_u32(_mm512_kunpackw(passed[1], passed[0]));
+      row_of[count] = static_cast<uint8_t>(row);
+      queries_of[count] = queries;
+      count += queries != 0;
+    }
+    rows = count;
   }
 
   // Appends the survivors of the tile that has been looked through.
   void end(const Scores& scores, int group) {
     FilterHit* to = out + total;
     int found = 0;
-    for (int upper = 0; upper < 2; ++upper) {
-      const __m512i words = _mm512_load_si512(hits + kPanel * upper);
-      for (uint32_t rows = _mm512_test_epi32_mask(words, words); rows != 0; rows &= rows - 1) {
-        const int row = 16 * upper + __builtin_ctz(rows);
-        uint32_t queries;
-        __builtin_memcpy(&queries, hits + 2 * row, sizeof queries);
-        for (; queries != 0; queries &= queries - 1, ++found) {
-          if (found >= kDense) continue;
-          const int q = __builtin_ctz(queries);
-          float value;
-          if constexpr (Bytes) {
-            const float sum = static_cast<float>(static_cast<int32_t>(scores.cells[row * kPanel + q]));
-            value = sum * block->scale[group * kPanel + row] * panel->scale[q];
-          } else {
-            __builtin_memcpy(&value, scores.cells + row * kPanel + q, sizeof value);
-          }
-          to[found] = {static_cast<uint16_t>(q), static_cast<uint16_t>(group * kPanel + row), value};
+    for (int i = 0; i < rows; ++i) {
+      const int row = row_of[i];
+      for (uint32_t queries = queries_of[i]; queries != 0; queries &= queries - 1, ++found) {
+        if (found >= kDense) continue;
+        const int q = __builtin_ctz(queries);
+        float value;
+        if constexpr (Bytes) {
+          const uint32_t whole = scores.cells[row * kPanel + q] + static_cast<uint32_t>(panel->offset[q]);
+          value = static_cast<float>(static_cast<int32_t>(whole)) * block->scale[group * kPanel + row] * panel->scale[q];
+        } else {
+          __builtin_memcpy(&value, scores.cells + row * kPanel + q, sizeof value);
         }
+        to[found] = {static_cast<uint16_t>(q), static_cast<uint16_t>(group * kPanel + row), value};
       }
     }
     dense[group] = found > kDense;
@@ -193,17 +201,10 @@ void visit_tiles(const FilterBlock& block, const FilterPanel& panel, Visitor& vi
   Prefetcher prefetcher(block.ahead, block.groups * steps);
   Scores scores[2];
   for (int g = 0; g < block.groups; ++g) {
-    if constexpr (Bytes) {
-      _tile_loadd(0, panel.offset, 0);
-      _tile_loadd(1, panel.offset + 16, 0);
-      _tile_loadd(2, panel.offset, 0);
-      _tile_loadd(3, panel.offset + 16, 0);
-    } else {
-      _tile_zero(0);
-      _tile_zero(1);
-      _tile_zero(2);
-      _tile_zero(3);
-    }
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
     const uint8_t* upper = block.codes + g * kPanel * stride;
     const uint8_t* lower = upper + 16 * stride;
     const uint32_t* queries = panel.codes;

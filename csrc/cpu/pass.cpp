@@ -2,13 +2,16 @@
 
 #include <algorithm>
 #include <functional>
+#include <thread>
 
 #include "cpu/columns.h"
+#include "cpu/settle.h"
 
 namespace tgq {
 namespace {
 
-constexpr int kShareEvery = 4;  // chunks between two exchanges of floors
+constexpr int kShareEvery = 6;  // chunks between two exchanges of floors
+constexpr std::int64_t kMergeQueries = 8;  // queries that a thread claims at a time
 
 }  // namespace
 
@@ -33,10 +36,14 @@ Pass::Pass(const ScanPlan& plan, std::int64_t num_queries, const Cut& cut, Progr
 void Pass::work(int index) {
   Scanner scanner(plan_);
   if (plan_.filter != nullptr) plan_.filter->begin();
-  std::vector<Key> merged;
   const std::size_t start = num_tiles_ * static_cast<std::size_t>(index) / static_cast<std::size_t>(cut_.threads);
-  for (std::size_t i = 0; i < num_tiles_ && !progress_.stop; ++i) join(tiles_[(start + i) % num_tiles_], scanner, merged);
+  for (std::size_t i = 0; i < num_tiles_ && !progress_.stop; ++i) join(tiles_[(start + i) % num_tiles_], scanner);
   if (plan_.filter != nullptr) plan_.filter->end();
+  // Whoever finds no more rows to scan waits for those that still do, and helps to merge.
+  for (std::size_t i = 0; i < num_tiles_ && columns_ == nullptr; ++i) {
+    while (!tiles_[i].ready.load(std::memory_order_acquire) && !progress_.stop) std::this_thread::yield();
+    if (!progress_.stop) merge(tiles_[i]);
+  }
   const std::lock_guard<std::mutex> lock(mutex_);
   counters.filtered += scanner.counters().filtered;
   counters.direct += scanner.counters().direct;
@@ -51,7 +58,7 @@ bool Pass::claim(Tile& tile, std::int64_t* first, std::int64_t* last) {
   return true;
 }
 
-void Pass::join(Tile& tile, Scanner& scanner, std::vector<Key>& merged) {
+void Pass::join(Tile& tile, Scanner& scanner) {
   int number = 0;
   {
     const std::lock_guard<std::mutex> lock(tile.mutex);
@@ -66,7 +73,7 @@ void Pass::join(Tile& tile, Scanner& scanner, std::vector<Key>& merged) {
     scan(tile, scanner, first, last);
     if (columns_ == nullptr && plan_.slots == 0 && chunk % kShareEvery == 0) scanner.share_floors(*tile.floors, number);
   }
-  leave(tile, scanner, merged);
+  leave(tile, scanner);
 }
 
 void Pass::scan(const Tile& tile, Scanner& scanner, std::int64_t first, std::int64_t last) {
@@ -80,49 +87,71 @@ void Pass::scan(const Tile& tile, Scanner& scanner, std::int64_t first, std::int
   }
 }
 
-void Pass::leave(Tile& tile, Scanner& scanner, std::vector<Key>& merged) {
-  const std::size_t k = plan_.k;
+void Pass::leave(Tile& tile, Scanner& scanner) {
+  Share share;
   for (std::int64_t q = 0; q < tile.count; ++q) {
     Candidates& best = scanner.candidates(q);
     best.compact();
-    if (columns_ != nullptr) columns_->add(tile.begin + q, best.keys, best.count);
-    else std::sort(best.keys, best.keys + best.count, std::greater<Key>());
-  }
-  if (columns_ != nullptr) return;
-  bool last_one = false, alone = false;
-  {
-    const std::lock_guard<std::mutex> lock(tile.mutex);
-    last_one = --tile.joined == 0 && tile.next_row >= plan_.pool.rows;
-    alone = tile.parts.empty();
-    if (!(last_one && alone)) {
-      std::vector<Key> part(static_cast<std::size_t>(tile.count) * (k + 1));
-      for (std::int64_t q = 0; q < tile.count; ++q) {
-        const Candidates& best = scanner.candidates(q);
-        Key* to = part.data() + static_cast<std::size_t>(q) * (k + 1);
-        to[0] = best.count;
-        std::copy(best.keys, best.keys + best.count, to + 1);
-      }
-      tile.parts.push_back(std::move(part));
-    }
-  }
-  if (!last_one || progress_.stop) return;
-  merged.resize(2 * k);
-  for (std::int64_t q = 0; q < tile.count; ++q) {
-    if (alone) {
-      const Candidates& best = scanner.candidates(q);
-      finish(tile.begin + q, best.keys, best.count, scanner.has_nan(q));
+    if (columns_ != nullptr) {
+      columns_->add(tile.begin + q, best.keys, best.count);
       continue;
     }
-    Key *now = merged.data(), *next = merged.data() + k;
-    std::uint32_t count = 0;
-    for (const std::vector<Key>& part : tile.parts) {
-      const Key* from = part.data() + static_cast<std::size_t>(q) * (k + 1);
-      count = merge_descending(now, count, from + 1, static_cast<std::uint32_t>(from[0]), next, plan_.k);
-      std::swap(now, next);
-    }
-    finish(tile.begin + q, now, count, scanner.has_nan(q));
+    share.keys.insert(share.keys.end(), best.keys, best.keys + best.count);
+    share.keys_end.push_back(share.keys.size());
+    share.pending.insert(share.pending.end(), scanner.pending(q), scanner.pending(q) + scanner.pending_count(q));
+    share.pending_end.push_back(share.pending.size());
+    share.margin.push_back(scanner.largest_margin(q));
   }
-  std::vector<std::vector<Key>>().swap(tile.parts);
+  if (columns_ != nullptr) return;
+  {
+    const std::lock_guard<std::mutex> lock(tile.mutex);
+    if (tile.nan.empty())
+      for (std::int64_t q = 0; q < tile.count; ++q) tile.nan.push_back(scanner.has_nan(q));
+    tile.shares.push_back(std::move(share));
+    if (--tile.joined > 0 || tile.next_row < plan_.pool.rows || progress_.stop) return;
+  }
+  tile.ready.store(true, std::memory_order_release);
+  merge(tile);
+}
+
+void Pass::merge(Tile& tile) {
+  const RowReader reader(plan_.queries, *plan_.kernels, plan_.width);
+  const Buffer<float> query(static_cast<std::size_t>(plan_.width));
+  const Buffer<Key> keys(plan_.capacity);
+  std::vector<Pending> pending;
+  Settler settler(plan_);
+  std::int64_t rescored = 0;
+  for (;;) {
+    const std::int64_t first = tile.next_query.fetch_add(kMergeQueries);
+    if (first >= tile.count) break;
+    const std::int64_t last = std::min(first + kMergeQueries, tile.count);
+    for (std::int64_t q = first; q < last; ++q) {
+      const auto at = static_cast<std::size_t>(q);
+      const std::int64_t position = tile.begin + q;
+      Candidates best{keys.data(), plan_.capacity, plan_.k, 0, plan_.floors == nullptr ? kNoKey : plan_.floors[position]};
+      if (tile.nan[at]) best.floor = ~kNoKey;  // all its scores are NaN
+      pending.clear();
+      float margin = 0;
+      for (const Share& share : tile.shares) {
+        for (std::size_t i = q == 0 ? 0 : share.keys_end[at - 1]; i < share.keys_end[at]; ++i) best.push(share.keys[i]);
+        const auto from = share.pending.begin();
+        pending.insert(pending.end(), from + static_cast<std::ptrdiff_t>(q == 0 ? 0 : share.pending_end[at - 1]),
+                       from + static_cast<std::ptrdiff_t>(share.pending_end[at]));
+        margin = share.margin[at] <= margin ? margin : share.margin[at];  // NaN stays
+      }
+      if (!pending.empty()) {
+        reader.read_row(plan_.query_id(position), query.data());
+        rescored += settler.settle(query.data(), plan_.query_id(position), margin, pending.data(),
+                                   static_cast<std::uint32_t>(pending.size()), best);
+      }
+      best.compact();
+      std::sort(best.keys, best.keys + best.count, std::greater<Key>());
+      finish(position, best.keys, best.count, tile.nan[at] != 0);
+    }
+    if (tile.finished.fetch_add(last - first) + last - first == tile.count) std::vector<Share>().swap(tile.shares);
+  }
+  const std::lock_guard<std::mutex> lock(mutex_);
+  counters.rescored += rescored;
 }
 
 }  // namespace tgq

@@ -1,6 +1,7 @@
 // One pass of a list of queries over a pool, by a team of threads.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <mutex>
@@ -28,6 +29,14 @@ struct Cut {
   std::int64_t chunk = 1;  // rows that a thread claims at a time
 };
 
+// What a thread that leaves a tile has found there, query after query.
+struct Share {
+  std::vector<Key> keys;
+  std::vector<Pending> pending;
+  std::vector<std::size_t> keys_end, pending_end;  // [queries]
+  std::vector<float> margin;                       // [queries]
+};
+
 // A tile of queries that several threads may scan together, each other rows.
 struct Tile {
   std::int64_t begin = 0, count = 0;
@@ -36,12 +45,15 @@ struct Tile {
   int joined = 0;             // threads at work on it
   int started = 0;            // threads that have been
   std::unique_ptr<SharedFloors> floors;
-  std::vector<std::vector<Key>> parts;  // per finished thread: [count, k + 1], first the number of keys
-  std::vector<float> maxima;            // of a sample: those of the finished threads
+  std::vector<Share> shares;
+  std::vector<unsigned char> nan;       // [count]
+  std::atomic<bool> ready{false};       // all shares are there
+  std::atomic<std::int64_t> next_query{0}, finished{0};
+  std::vector<float> maxima, mean_margin;  // of a sample: the largest of all threads
 };
 
-// Threads claim ranges of rows of a tile from a common counter; each keeps its own buffers, and the last to leave a tile
-// merges them. Subclasses say what becomes of the best keys of a query.
+// Threads claim ranges of rows of a tile from a common counter; each keeps its own buffers. When all rows of a tile are scanned,
+// threads claim its queries and merge what all of them found. Subclasses say what becomes of the best keys of a query.
 class Pass {
  public:
   // With `columns` the pass is a self-join: a tile is scanned from its own first row on, and rows behind the tile collect
@@ -58,8 +70,10 @@ class Pass {
   // `keys` are the best of the query at `position`, descending; called once per query, from any thread.
   virtual void finish(std::int64_t position, const Key* keys, std::uint32_t count, bool has_nan) = 0;
 
-  // Keeps a thread's share of a tile; the last thread to leave merges all shares.
-  virtual void leave(Tile& tile, Scanner& scanner, std::vector<Key>& merged);
+  // Keeps a thread's share of a tile.
+  virtual void leave(Tile& tile, Scanner& scanner);
+  // Claims queries of a tile that all threads have left until none is there.
+  virtual void merge(Tile& tile);
 
   ScanPlan plan_;
   Progress& progress_;
@@ -67,7 +81,7 @@ class Pass {
 
  private:
   bool claim(Tile& tile, std::int64_t* first, std::int64_t* last);
-  void join(Tile& tile, Scanner& scanner, std::vector<Key>& merged);
+  void join(Tile& tile, Scanner& scanner);
   void scan(const Tile& tile, Scanner& scanner, std::int64_t first, std::int64_t last);
 
   Cut cut_;

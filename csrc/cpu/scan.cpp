@@ -9,12 +9,14 @@
 #include <numeric>
 
 #include "cpu/columns.h"
+#include "cpu/settle.h"
 
 namespace tgq {
 namespace {
 
 constexpr int kDirectRows = 64;     // rows of one exact tile
 constexpr int kDirectQueries = 16;  // at most
+constexpr int kBatch = 64;          // hits scored exactly at a time
 constexpr int kColdRows = 16;       // times k: rows scored exactly where no floor is known
 constexpr int kRetryAfter = 15;     // blocks scored exactly after a block that the filter did not thin out
 
@@ -79,7 +81,7 @@ Scanner::Scanner(const ScanPlan& plan)
       query_reader_(plan.queries, *plan.kernels, plan.width),
       padded_tile_(pad(plan.max_tile, kPanel)),
       queries_(static_cast<std::size_t>(padded_tile_ * plan.width)),
-      row_scratch_(static_cast<std::size_t>(plan.block_rows * plan.width)),
+      row_scratch_(static_cast<std::size_t>(std::max(plan.block_rows, kBatch) * plan.width)),
       scores_(static_cast<std::size_t>(kPanel * kDirectRows)),
       positions_(kDirectRows),
       keys_(static_cast<std::size_t>(plan.max_tile) * plan.capacity),
@@ -92,13 +94,16 @@ Scanner::Scanner(const ScanPlan& plan)
       codes_(plan.filter == nullptr ? 0 : static_cast<std::size_t>(std::max(plan.block_rows, kPanel) * plan.row_bytes)),
       hits_(plan.filter == nullptr
                 ? 0
-                : static_cast<std::size_t>(plan.block_rows / kPanel * kDense + kPanel * kPanel)) {
+                : static_cast<std::size_t>(plan.block_rows / kPanel * kDense + kPanel * kPanel)),
+      pending_(plan.filter == nullptr ? 0 : static_cast<std::size_t>(plan.max_tile) * plan.pending),
+      pending_count_(static_cast<std::size_t>(plan.max_tile)) {
   maxima_.resize(static_cast<std::size_t>(padded_tile_ * plan.slots));
   stored_codes_ = plan.filter != nullptr && plan.filter->measure_rows != nullptr && plan.pool.dtype == DType::bf16 &&
                   plan.pool.col_stride == 1 && plan.pool.cols * 2 == plan.row_bytes;
   for (std::size_t q = 0; q < candidates_.size(); ++q)
     candidates_[q] = {keys_.data() + q * plan.capacity, plan.capacity, plan.k, 0, kNoKey};
   if (plan.filter == nullptr) return;
+  if (plan.pending > 0) settler_ = std::make_unique<Settler>(plan);
   offset_.resize(static_cast<std::size_t>(padded_tile_));
   for (auto* values : {&unit_, &slope_, &lift_}) values->resize(static_cast<std::size_t>(padded_tile_));
   for (auto* values : {&scale_, &norm_, &error_}) values->resize(static_cast<std::size_t>(std::max(plan.block_rows, kPanel)));
@@ -106,11 +111,15 @@ Scanner::Scanner(const ScanPlan& plan)
   dense_.resize(static_cast<std::size_t>(plan.block_rows / kPanel));
 }
 
+Scanner::~Scanner() = default;
+
 void Scanner::load_queries(std::int64_t begin, std::int64_t count) {
   begin_ = begin;
   num_queries_ = count;
   scanned_ = 0;
   direct_blocks_ = 0;
+  std::fill(pending_count_.begin(), pending_count_.end(), 0);
+  largest_norm_ = largest_error_ = 0;
   std::fill(maxima_.begin(), maxima_.end(), -std::numeric_limits<float>::infinity());
   norm_sum_ = error_sum_ = 0;
   groups_ = 0;
@@ -155,17 +164,12 @@ void Scanner::update_floors(std::int64_t begin, std::int64_t end, std::int64_t n
   }
 }
 
-bool Scanner::excluded(std::int64_t q, std::int64_t row) const {
-  const std::int64_t* rows = plan_.exclude + plan_.query_id(begin_ + q) * plan_.exclude_width;
-  return std::find(rows, rows + plan_.exclude_width, row) != rows + plan_.exclude_width;
-}
-
 inline void Scanner::offer(std::int64_t q, std::int64_t row, float score, Columns* columns) {
   if (columns != nullptr && !nan_[static_cast<std::size_t>(q)]) columns->offer(row, plan_.query_id(begin_ + q), score);
   Candidates& best = candidates_[static_cast<std::size_t>(q)];
   const Key key = make_key(score, static_cast<std::uint32_t>(row));
   if (key <= best.floor) return;
-  if (plan_.exclude != nullptr && excluded(q, row)) return;
+  if (is_excluded(plan_, plan_.query_id(begin_ + q), row)) return;
   const Key before = best.floor;
   best.push(key);
   if (best.floor != before) risen_.push_back(q);
@@ -306,6 +310,8 @@ void Scanner::encode(std::int64_t first, int count) {
     const auto at = static_cast<std::size_t>(g);
     group_norm_[at] = *std::max_element(norm_.begin() + g * kPanel, norm_.begin() + (g + 1) * kPanel);
     group_error_[at] = *std::max_element(error_.begin() + g * kPanel, error_.begin() + (g + 1) * kPanel);
+    largest_norm_ = std::max(largest_norm_, group_norm_[at]);
+    largest_error_ = std::max(largest_error_, group_error_[at]);
   }
   block_.scale = scale_.data();
   block_.group_norm = group_norm_.data();
@@ -338,16 +344,18 @@ void Scanner::scan_filtered(std::int64_t first, int count, std::int64_t ahead, C
   for (std::int64_t p = 0; p < num_queries_; p += kPanel) {
     block_.ahead = share_ahead(first + count, ahead, p);
     const int hits = plan_.filter->filter_block(block_, panel(p), hits_.data(), dense_.data());
-    if (hits > 0) rescore(p, hits, first, count, columns);
+    if (hits > 0 && plan_.pending > 0) put_off(p, hits, first, count);
+    else if (hits > 0) rescore(p, hits, first, count, columns);
     for (int g = 0; g < block_.groups; ++g) {
       if (!dense_[static_cast<std::size_t>(g)]) continue;
       score_dense(p, g, first, count, columns);
       ++dense_tiles;
     }
     tiles += block_.groups;
-    for (const std::int64_t q : risen_) update_floors(q, q + 1, first + count);
-    risen_.clear();
   }
+  score_batch(first, columns);
+  for (const std::int64_t q : risen_) update_floors(q, q + 1, first + count);
+  risen_.clear();
   counters_.filtered += num_queries_ * count;
   if (2 * dense_tiles > tiles) direct_blocks_ = kRetryAfter;
 }
@@ -392,28 +400,51 @@ float Scanner::mean_margin(std::int64_t q) const {
   return static_cast<float>((slope_[i] * norm_sum_ + lift_[i] * error_sum_) / static_cast<double>(groups_));
 }
 
-void Scanner::rescore(std::int64_t panel, int hits, std::int64_t first, int count, Columns* columns) {
-  constexpr int kBatch = kDirectRows;
-  const float *queries[kBatch], *candidates[kBatch];
-  float scores[kBatch];
-  int taken[kBatch], size = 0;
+float Scanner::largest_margin(std::int64_t q) const {
+  const auto i = static_cast<std::size_t>(q);
+  return plan_.filter == nullptr ? 0.0f : slope_[i] * largest_norm_ + lift_[i] * largest_error_ + margin_.absolute;
+}
+
+void Scanner::put_off(std::int64_t panel, int hits, std::int64_t first, int count) {
   for (int h = 0; h < hits; ++h) {
     const FilterHit& hit = hits_[static_cast<std::size_t>(h)];
-    if (hit.row < count && panel + hit.query < num_queries_) {  // not padding
-      queries[size] = queries_.data() + (panel + hit.query) * plan_.width;
-      candidates[size] = row(first, hit.row, size);
-      taken[size++] = h;
-    }
-    if (size == kBatch || (h + 1 == hits && size > 0)) {
-      plan_.kernels->score_pairs(queries, candidates, size, plan_.width, scores);
-      for (int i = 0; i < size; ++i) {
-        const FilterHit& done = hits_[static_cast<std::size_t>(taken[i])];
-        offer(panel + done.query, first + done.row, scores[i], columns);
-      }
-      counters_.rescored += size;
-      size = 0;
-    }
+    const std::int64_t q = panel + hit.query;
+    if (hit.row >= count || q >= num_queries_) continue;  // padding
+    std::uint32_t& at = pending_count_[static_cast<std::size_t>(q)];
+    if (at == plan_.pending) settle(q);
+    pending_[static_cast<std::size_t>(q * plan_.pending + at++)] = {hit.score, static_cast<std::uint32_t>(first + hit.row)};
   }
+}
+
+void Scanner::settle(std::int64_t q) {
+  Candidates& best = candidates_[static_cast<std::size_t>(q)];
+  std::uint32_t& count = pending_count_[static_cast<std::size_t>(q)];
+  counters_.rescored += settler_->settle(queries_.data() + q * plan_.width, plan_.query_id(begin_ + q), largest_margin(q),
+                                         pending_.data() + q * plan_.pending, count, best);
+  count = 0;
+  risen_.push_back(q);
+}
+
+void Scanner::rescore(std::int64_t panel, int hits, std::int64_t first, int count, Columns* columns) {
+  for (int h = 0; h < hits; ++h) {
+    const FilterHit& hit = hits_[static_cast<std::size_t>(h)];
+    if (hit.row >= count || panel + hit.query >= num_queries_) continue;  // padding
+    batch_.push_back({panel + hit.query, hit.row});
+    if (batch_.size() == kBatch) score_batch(first, columns);
+  }
+}
+
+void Scanner::score_batch(std::int64_t first, Columns* columns) {
+  const float *queries[kBatch], *rows[kBatch];
+  float scores[kBatch];
+  for (std::size_t i = 0; i < batch_.size(); ++i) {
+    queries[i] = queries_.data() + batch_[i].query * plan_.width;
+    rows[i] = row(first, batch_[i].row, static_cast<int>(i));
+  }
+  plan_.kernels->score_pairs(queries, rows, static_cast<int>(batch_.size()), plan_.width, scores);
+  for (std::size_t i = 0; i < batch_.size(); ++i) offer(batch_[i].query, first + batch_[i].row, scores[i], columns);
+  counters_.rescored += static_cast<std::int64_t>(batch_.size());
+  batch_.clear();
 }
 
 // Row `at` of the block as fp32; `slot` is a place for it if it has to be converted.

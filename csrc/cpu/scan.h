@@ -52,6 +52,14 @@ class RowReader {
   bool in_place_;
 };
 
+// A hit of the filter whose exact score is not known yet.
+struct Pending {
+  float score;  // the filter's
+  std::uint32_t row;
+};
+
+class Settler;
+
 // What all threads of one pass over the pool share.
 struct ScanPlan {
   Matrix queries;
@@ -62,6 +70,7 @@ struct ScanPlan {
   std::int64_t exclude_width = 0;
   std::uint32_t k = 0;
   std::uint32_t capacity = 0;
+  std::uint32_t pending = 0;  // hits of a query that a thread puts off; 0: each is scored at once
   int slots = 0;             // a sample: only so many of its largest scores are kept, Maxima::slots
   int run = 0;               // Maxima::run
   const Kernels* kernels = nullptr;
@@ -121,6 +130,7 @@ class Columns;
 class Scanner {
  public:
   explicit Scanner(const ScanPlan& plan);
+  ~Scanner();
 
   // Takes the queries at positions [begin, begin + count) of the plan's list.
   void load_queries(std::int64_t begin, std::int64_t count);
@@ -137,6 +147,10 @@ class Scanner {
 
   std::int64_t num_queries() const { return num_queries_; }
   Candidates& candidates(std::int64_t q) { return candidates_[static_cast<std::size_t>(q)]; }
+  // Hits not scored yet, and what bounds the error of their scores.
+  const Pending* pending(std::int64_t q) const { return pending_.data() + q * plan_.pending; }
+  std::uint32_t pending_count(std::int64_t q) const { return pending_count_[static_cast<std::size_t>(q)]; }
+  float largest_margin(std::int64_t q) const;
   // Of a sample: [padded queries / kPanel][slots][kPanel]
   const std::vector<float>& maxima() const { return maxima_; }
   // Of a sample: the margin of the query's filter scores, for rows of the average norm.
@@ -156,11 +170,14 @@ class Scanner {
   Ahead share_ahead(std::int64_t first, std::int64_t count, std::int64_t panel) const;
   const float* row(std::int64_t first, int at, int slot);
   void score_dense(std::int64_t panel, int group, std::int64_t first, int count, Columns* columns);
+  void put_off(std::int64_t panel, int hits, std::int64_t first, int count);
+  void settle(std::int64_t q);
+  // Scores hits exactly, a batch of a block's panels together.
   void rescore(std::int64_t panel, int hits, std::int64_t first, int count, Columns* columns);
+  void score_batch(std::int64_t first, Columns* columns);
   void offer(std::int64_t q, std::int64_t row, float score, Columns* columns);
   void load_row_floors(const Columns& columns, std::int64_t first, int count);
   void update_floors(std::int64_t begin, std::int64_t end, std::int64_t next_row);
-  bool excluded(std::int64_t q, std::int64_t row) const;
   void raise_all_floors();
 
   const ScanPlan& plan_;
@@ -191,7 +208,16 @@ class Scanner {
   FilterBlock block_{};
   bool stored_codes_;             // the pool's own memory serves as codes
   Buffer<FilterHit> hits_;
+  struct Pair {
+    std::int64_t query;
+    int row;  // of the block
+  };
+  std::vector<Pair> batch_;
   std::vector<std::uint8_t> dense_;
+  float largest_norm_ = 0, largest_error_ = 0;  // of the groups since load_queries
+  Buffer<Pending> pending_;                     // [tile, pending]
+  std::vector<std::uint32_t> pending_count_;
+  std::unique_ptr<Settler> settler_;
   std::vector<float> maxima_;
   double norm_sum_ = 0, error_sum_ = 0;  // of the sample's groups
   std::int64_t groups_ = 0;

@@ -37,25 +37,36 @@ class SamplePass : public Pass {
  private:
   void finish(std::int64_t, const Key*, std::uint32_t, bool) override {}
 
-  void leave(Tile& tile, Scanner& scanner, std::vector<Key>&) override {
+  void leave(Tile& tile, Scanner& scanner) override {
     {
       const std::lock_guard<std::mutex> lock(tile.mutex);
-      const std::vector<float>& mine = scanner.maxima();
-      if (tile.maxima.empty()) tile.maxima = mine;
-      else std::transform(mine.begin(), mine.end(), tile.maxima.begin(), tile.maxima.begin(), [](float a, float b) { return a > b ? a : b; });
+      raise(tile.maxima, scanner.maxima());
+      std::vector<float> margin(static_cast<std::size_t>(tile.count));
+      for (std::int64_t q = 0; q < tile.count; ++q) margin[static_cast<std::size_t>(q)] = scanner.mean_margin(q);
+      raise(tile.mean_margin, margin);
       if (--tile.joined > 0 || tile.next_row < plan_.pool.rows || progress_.stop) return;
     }
+    tile.ready.store(true, std::memory_order_release);
+    merge(tile);
+  }
+
+  void merge(Tile& tile) override {
     std::vector<float> best(static_cast<std::size_t>(plan_.slots));
-    for (std::int64_t q = 0; q < tile.count; ++q) {
-      const float* from = tile.maxima.data() + q / kPanel * kPanel * plan_.slots + q % kPanel;
-      for (int s = 0; s < plan_.slots; ++s) best[static_cast<std::size_t>(s)] = from[s * kPanel];
-      std::nth_element(best.begin(), best.begin() + rank_ - 1, best.end(), std::greater<float>());
-      // Scores that differ by less than the filter's usual error are no order: where many rows are as good as the k-th best,
-      // the floor must not be above all of them.
-      const float score = best[static_cast<std::size_t>(rank_) - 1] - kSampleMargin * scanner.mean_margin(q);
-      if (score >= -FLT_MAX) floors_[static_cast<std::size_t>(tile.begin + q)] = floor_at(score);
-    }
-    std::vector<float>().swap(tile.maxima);
+    for (std::int64_t first = tile.next_query.fetch_add(kPanel); first < tile.count; first = tile.next_query.fetch_add(kPanel))
+      for (std::int64_t q = first; q < std::min(first + kPanel, tile.count); ++q) {
+        const float* from = tile.maxima.data() + first * plan_.slots + q - first;
+        for (int s = 0; s < plan_.slots; ++s) best[static_cast<std::size_t>(s)] = from[s * kPanel];
+        std::nth_element(best.begin(), best.begin() + rank_ - 1, best.end(), std::greater<float>());
+        // Scores that differ by less than the filter's usual error are in no order: where many rows are as good as the k-th
+        // best, the floor must not be above all of them.
+        const float score = best[static_cast<std::size_t>(rank_) - 1] - kSampleMargin * tile.mean_margin[static_cast<std::size_t>(q)];
+        if (score >= -FLT_MAX) floors_[static_cast<std::size_t>(tile.begin + q)] = floor_at(score);
+      }
+  }
+
+  static void raise(std::vector<float>& to, const std::vector<float>& from) {
+    if (to.empty()) to = from;
+    for (std::size_t i = 0; i < to.size(); ++i) to[i] = from[i] > to[i] ? from[i] : to[i];
   }
 
   int rank_;
@@ -108,7 +119,7 @@ class SearchPass : public Pass {
 // loads that miss it wait for the same fill buffers as the rows that are fetched meanwhile.
 std::int64_t pick_block_rows(std::int64_t width, std::int64_t row_bytes) {
   const std::int64_t rows = row_bytes > 0 ? kCodeBytes / row_bytes : kBlockBytes / (4 * std::max<std::int64_t>(width, 1));
-  return std::clamp<std::int64_t>(rows / kPanel * kPanel, 2 * kPanel, 512);
+  return std::clamp<std::int64_t>(rows / kPanel * kPanel, kPanel, 512);
 }
 
 // Rows a thread claims at a time: small enough that the threads end together.
@@ -223,6 +234,9 @@ class Search {
     plan.k = request_.k;
     const std::int64_t spare = tuning_.spare_candidates > 0 ? tuning_.spare_candidates : std::max<std::int64_t>(request_.k, 256);
     plan.capacity = static_cast<std::uint32_t>(request_.k + spare);
+    // With a shadow nobody has read the rows, so it pays to read few: those that are left at the end. Hits of a self-join raise
+    // the floors of other queries: their scores are wanted at once.
+    if (!self_join && plan.shadow.codes != nullptr) plan.pending = static_cast<std::uint32_t>(tuning_.spare_candidates > 0 ? spare : 2 * request_.k + 448);
     const int threads = threads_for(queries, rows);
     std::int64_t limit = tuning_.query_tile > 0 ? tuning_.query_tile : kMaxTile;
     if (self_join && tuning_.query_tile == 0) limit = std::min(limit, round_up(ceil_div(queries, 16), kPanel));
