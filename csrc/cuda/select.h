@@ -16,7 +16,9 @@ struct SelectScratch {
     std::uint32_t state;
   };
   static constexpr std::uint32_t kNone = 0, kMore = 1, kExact = 2;
+  static constexpr std::uint32_t kGroup = 16;  // digits whose counts are also kept as one sum
   std::uint32_t histogram[256];
+  std::uint32_t groups[256 / kGroup];
   Digit digits[8];
   std::uint32_t count;
   Key lowest;
@@ -38,10 +40,17 @@ TGQ_HD Key find_threshold(Team& team, std::uint32_t total, std::uint32_t limit, 
       if (key == kNoKey || (step > 0 && (key >> (shift + 8)) != prefix)) return;
       team.add(&s.histogram[(key >> shift) & 255u], 1u);
     });
+    constexpr std::uint32_t kGroup = SelectScratch::kGroup;
+    team.each(256 / kGroup, [&](std::uint32_t g) {
+      std::uint32_t sum = 0;
+      for (std::uint32_t d = g * kGroup; d < (g + 1) * kGroup; ++d) sum += s.histogram[d];
+      s.groups[g] = sum;
+    });
     // Each digit counts what lies above it; one digit holds the boundary, none when there are too few keys.
     team.each(256, [&](std::uint32_t d) {
       std::uint32_t above = 0;
-      for (std::uint32_t e = d + 1; e < 256; ++e) above += s.histogram[e];
+      for (std::uint32_t e = d + 1; e % kGroup != 0; ++e) above += s.histogram[e];
+      for (std::uint32_t g = d / kGroup + 1; g < 256 / kGroup; ++g) above += s.groups[g];
       const std::uint32_t here = s.histogram[d];
       if (above >= need || above + here < need) return;
       s.digits[step].prefix = (prefix << 8) | d;
