@@ -4,9 +4,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from op_checks import DTYPES, check_cross, check_info_nce, check_modulation, check_redundancy, check_streams
+from op_checks import DEVICE, DTYPES, check_cross, check_info_nce, check_modulation, check_redundancy, check_streams
 
-from tgq_fast import ops
+from tgq_fast import ops, reference
 
 FORMS = ("absorbed", "fused", "projected")
 
@@ -38,6 +38,28 @@ def test_cross_attention_edges(form: str, sizes: tuple[int, int, int, int, int, 
 @pytest.mark.parametrize("form", FORMS)
 def test_cross_attention_nothing_visible(form: str) -> None:
     check_cross(form, torch.float32, sizes=(2, 2, 2, 5, 16, 16, 2), mask="none")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("length", [5, 37], ids=["one part", "parts"])
+def test_value_bias_within_the_fused_kernel(length: int, dtype: torch.dtype) -> None:
+    """Without gradients the kernel adds it, to rows that see a key only."""
+    with torch.no_grad():
+        check_cross("fused", dtype, sizes=(3, 2, 3, length, 24, 32, 2), mask="some", frozen=True, gradients=False)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_value_bias_within_the_operator_has_gradients(fused: bool) -> None:
+    shapes = (2, 3, 16), (2, 5, 12), (16, 12), (16, 12), (16,)
+    leaves = [torch.randn(shape, device=DEVICE, requires_grad=True) for shape in shapes]
+    *tensors, bias = leaves
+    mask = torch.tensor([[False] * 5, [True, False, True, False, True]], device=DEVICE)
+    upstream = torch.randn(2, 3, 16, device=DEVICE)
+    inside = absorbed_attention(*tensors, bias, mask, None, 2, False, fused)[0]
+    outside = absorbed_attention(*tensors, None, mask, None, 2, False, fused)[0] + bias * mask.any(1)[:, None, None]
+    torch.testing.assert_close(inside, outside)
+    for got, expected in zip(*(torch.autograd.grad(found, leaves, upstream) for found in (inside, outside))):
+        torch.testing.assert_close(got, expected)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -93,11 +115,47 @@ def test_info_nce_repeated_anchors_without_groups(backend: str) -> None:
     check_info_nce(torch.float32, items=19, width=16, rows=[3, 3, 0, 18, 7], groups=False, backend=backend)
 
 
-def test_info_nce_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("rows", [None, [3, 3, 0, 36, 7]])
+def test_info_nce_chunks(rows: list[int] | None, monkeypatch: pytest.MonkeyPatch) -> None:
     from tgq_fast.ops import triton_losses
 
     monkeypatch.setattr(triton_losses, "CHUNK_ELEMENTS", 100)  # 37 items: two anchors per chunk
-    check_info_nce(torch.float32, backend="torch")
+    check_info_nce(torch.float32, rows=rows, backend="torch")
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_info_nce_of_unlike_negative_labels_and_an_anchor_that_is_its_own_positive(backend: str) -> None:
+    e = torch.nn.functional.normalize(torch.randn(6, 8, generator=torch.Generator().manual_seed(0)), dim=1)
+    groups = torch.tensor([-1, -2, -1, 3, 3, -2])
+    positives, scale = torch.tensor([0, 2, 5, 4, 3, 1]), torch.tensor(1.5)
+    exact = reference.info_nce(e.double(), positives, scale.double(), groups=groups)
+    found = ops.info_nce(
+        e.to(DEVICE), positives.to(DEVICE), scale.to(DEVICE), groups=groups.to(DEVICE), backend=backend
+    )
+    torch.testing.assert_close(found.cpu(), exact.float())
+
+
+def test_info_nce_holds_no_more_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from tgq_fast.ops import triton_losses
+
+    monkeypatch.setattr(triton_losses, "CHUNK_ELEMENTS", 500)
+    e = torch.randn(128, 4, requires_grad=True)
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                largest = max(largest, out.numel())
+            return out
+
+    with Watch():
+        loss = ops.info_nce(e, torch.arange(128) ^ 1, torch.tensor(0.5), groups=torch.arange(128) // 2, backend="torch")
+        loss.backward()
+    assert 0 < largest <= 128 * 4
 
 
 @pytest.mark.parametrize("items", [1, 2])

@@ -9,6 +9,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from tgq_fast.errors import ArgumentError
 from tgq_fast.ops.attention import head_reasons
 from tgq_fast.ops.dispatch import Decision, choose, explainer, requested_backend, triton_reasons
+from tgq_fast.ops.self_attention_cpu import LONGEST, streams_on_cpu
 from tgq_fast.ops.triton_attention import stream_attention
 from tgq_fast.reference.attention import Mixing
 
@@ -46,6 +47,8 @@ def stream_self_attention(
         rows = (sum(lengths), 0, 0) if mixing == "full" else lengths
         k, v = k.to(q.dtype), v.to(q.dtype)
         return stream_attention(q, k, v, text_mask, None, rows, mixing, explore_sees_text, first_text, False)[0]
+    if q.device.type == "cpu" and q.numel() and q.shape[1] <= LONGEST:
+        return streams_on_cpu(q, k, v, lengths, mixing, explore_sees_text, text_mask)
     return _torch(q, k, v, lengths, mixing, explore_sees_text, text_mask)
 
 

@@ -13,29 +13,39 @@ from torch import Tensor
 
 __all__ = ["info_nce_operator", "redundancy_operator"]
 
-# Logits of one chunk of anchors, torch backend.
-CHUNK_ELEMENTS = 2**22
+# Logits of one chunk of anchors, torch backend: few enough to stay in a CPU's caches from one pass to the next.
+CHUNK_ELEMENTS = 2**21
 
 
 def _upcast(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
 
 
-def _chunks(anchors: int, items: int) -> Iterator[slice]:
-    step = max(1, CHUNK_ELEMENTS // max(1, items))
-    for first in range(0, anchors, step):
-        yield slice(first, min(first + step, anchors))
+class _Chunks:
+    """Scaled products of a chunk of anchors with all items, -inf where an anchor must not look, in one buffer."""
 
+    def __init__(self, e: Tensor, positives: Tensor, log_scale: Tensor, groups: Tensor | None, rows: Tensor) -> None:
+        self.e, self.positives, self.rows = e, positives, rows
+        self.scaled = e * log_scale.exp()  # scale · items
+        self.step = max(1, min(CHUNK_ELEMENTS // max(1, e.shape[0]), rows.shape[0]))
+        self.buffer = e.new_empty(self.step, e.shape[0])
+        self.labels = None if groups is None else groups.long().clamp(min=-1)
 
-def _chunk_logits(e: Tensor, rows: Tensor, positives: Tensor, groups: Tensor | None, scale: Tensor) -> Tensor:
-    """[r, M] scaled products of some anchors with all items, -inf where an anchor must not look."""
-    logits = e[rows] @ e.T * scale
-    columns = torch.arange(e.shape[0], device=e.device)
-    hidden = columns == rows[:, None]
-    if groups is not None:
-        hidden |= (groups[rows][:, None] == groups) & (groups >= 0)
-    hidden &= columns != positives[:, None]
-    return logits.masked_fill_(hidden, float("-inf"))
+    def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
+        for first in range(0, self.rows.shape[0], self.step):
+            part = slice(first, min(first + self.step, self.rows.shape[0]))
+            yield part, self._logits(part)
+
+    def _logits(self, part: slice) -> Tensor:
+        """[r, M], overwritten by the next call."""
+        positives, rows = self.positives[part, None], self.rows[part, None]
+        logits = torch.mm(self.scaled[rows[:, 0]], self.e.T, out=self.buffer[: rows.shape[0]])
+        picked = logits.gather(1, positives)
+        if self.labels is not None:
+            own = self.labels[rows]
+            own.masked_fill_(own < 0, -2)  # no group: nobody's label
+            logits.masked_fill_(own == self.labels, float("-inf"))
+        return logits.scatter_(1, rows, float("-inf")).scatter_(1, positives, picked)
 
 
 @torch.library.custom_op("tgq_fast::info_nce", mutates_args=())
@@ -51,10 +61,10 @@ def info_nce_operator(
         lse, picked = contrastive.forward(e, rows, positives, groups, t)
     else:
         lse, picked = e.new_empty(rows.shape[0]), e.new_empty(rows.shape[0])
-        for part in _chunks(rows.shape[0], e.shape[0]):
-            logits = _chunk_logits(e, rows[part], positives[part], groups, t.exp())
-            lse[part] = torch.logsumexp(logits, dim=1)
+        for part, logits in _Chunks(e, positives, t, groups, rows):
             picked[part] = logits.gather(1, positives[part, None])[:, 0]
+            largest = logits.amax(dim=1, keepdim=True)
+            lse[part] = logits.sub_(largest).exp_().sum(dim=1).log_() + largest[:, 0]
     return (lse - picked).mean(), lse
 
 
@@ -84,15 +94,15 @@ def info_nce_backward(
         d_anchors, d_items, d_scale = contrastive.backward(e, rows, positives, groups, t, lse)
         slope = d_scale.sum()
     else:
-        d_anchors, d_items, slope = e.new_empty(rows.shape[0], e.shape[1]), torch.zeros_like(e), e.new_zeros(())
-        for part in _chunks(rows.shape[0], e.shape[0]):
-            logits = _chunk_logits(e, rows[part], positives[part], groups, t.exp())
-            g = torch.exp(logits - lse[part, None])
+        d_anchors, d_items = e.new_empty(rows.shape[0], e.shape[1]), torch.zeros_like(e)
+        chunks = _Chunks(e, positives, t, groups, rows)
+        for part, logits in chunks:
+            g = logits.sub_(lse[part, None]).exp_()
             g[torch.arange(g.shape[0], device=g.device), positives[part]] -= 1
-            slope += torch.where(g != 0, g * logits, 0.0).sum()
-            g *= t.exp()
-            d_anchors[part] = g @ e
-            d_items += g.T @ e[rows[part]]
+            torch.mm(g, chunks.scaled, out=d_anchors[part])
+            d_items.addmm_(g.T, chunks.scaled[rows[part]])
+        # sum(g · logits), since the logits are products of anchors with the items that d_anchors sums.
+        slope = (d_anchors * e[rows]).sum()
     # An anchor may occur twice; index_put_ with accumulate is deterministic, index_add_ on a GPU is not.
     d_items.index_put_((rows,), d_anchors, accumulate=True)
     share = d_loss / max(1, rows.shape[0])
