@@ -79,8 +79,8 @@ KERNELS: dict[str, Kernel] = {
         flags=(("HAS_MASK", True), ("ACCUMULATE", False)),
     ),
     "fused_forward": Kernel(
-        fused.fused_forward, "q x wk wv out", "lse entropy mass", "key_mask key_group", floats="scale",
-        flags=(("HAS_MASK", True), ("HAS_GROUP", True), ("WANT_ENTROPY", True)), width=_HEAD,
+        fused.fused_forward, "q x wk wv bias out", "lse entropy mass", "key_mask key_group", floats="scale",
+        flags=(("HAS_BIAS", True), ("HAS_MASK", True), ("HAS_GROUP", True), ("WANT_ENTROPY", True)), width=_HEAD,
     ),
     "merge_parts": Kernel(
         softmax.merge_parts, "out", "part_out part_lse part_entropy part_mass lse entropy mass",

@@ -1,6 +1,6 @@
 """Absorbed attention with both projections inside: one launch from projected queries to the context of a head.
 
-    q'_h = q_h Wk_h,  S = scale · q'_h Xᵀ,  P = softmax(S),  context_h = (P X) Wv_hᵀ
+    q'_h = q_h Wk_h,  S = scale · q'_h Xᵀ,  P = softmax(S),  context_h = (P X) Wv_hᵀ + bv_h
 
 A program owns up to BLOCK_N queries of one head of one item and BLOCK_L keys. It builds the scores over chunks of the
 width, making each chunk of q' on the spot, and leaves through the same chunks: O'_c = P X_c is multiplied with Wv_h
@@ -27,12 +27,12 @@ from tgq_fast.kernels.tiling import precision, tile
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def fused_forward(
-    q, x, wk, wv, key_mask, key_group, out, lse, entropy, mass,
+    q, x, wk, wv, bias, key_mask, key_group, out, lse, entropy, mass,
     scale, heads, num_queries, length, width, head_width,
     q_b, q_n, q_h, x_b, x_l, wk_d, wv_d, mask_b, mask_l, group_b, group_l, o_p, o_b, o_h, o_n, stats_p,
-    HAS_MASK: tl.constexpr, HAS_GROUP: tl.constexpr, WANT_ENTROPY: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
-    BLOCK_O: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_GROUP: tl.constexpr, WANT_ENTROPY: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries of one head and item over one part of the keys; neighbours in the grid are heads of one item.
 
@@ -80,7 +80,7 @@ def fused_forward(
         group = tl.load(key_group + item * group_b + key.to(tl.int64) * group_l, mask=key_ok, other=0) != 0
         marked = tl.sum(tl.where(group[None, :], p, 0.0), 1)
     place = part.to(tl.int64) * stats_p + (item * heads + head) * num_queries + row
-    _, inverse = store_statistics(
+    some, inverse = store_statistics(
         lse, entropy, mass, place, row_ok, top, total, spread, marked, WANT_ENTROPY, HAS_GROUP
     )  # fmt: skip
 
@@ -92,6 +92,9 @@ def fused_forward(
         weight = tl.load(wv + weight_rows * wv_d + col, mask=in_head[:, None] & (col < width), other=0.0)
         pooled = tl.dot(p, tokens, input_precision=PRECISION) * inverse[:, None]
         context = tl.dot(pooled.to(tokens.dtype), tl.trans(weight), context, input_precision=PRECISION)
+    if HAS_BIAS:  # the weights of a row sum to one, or to zero when no key is visible
+        value_bias = tl.load(bias + head * head_width + dim, mask=in_head, other=0.0).to(tl.float32)
+        context += tl.where(some[:, None], value_bias[None, :], 0.0)
     target = part.to(tl.int64) * o_p + item * o_b + head.to(tl.int64) * o_h + row.to(tl.int64)[:, None] * o_n
     tl.store(out + target + dim[None, :], context.to(out.dtype.element_ty), mask=row_ok[:, None] & in_head[None, :])
 
@@ -101,6 +104,7 @@ def forward(
     x: Tensor,
     k_weight: Tensor,
     v_weight: Tensor,
+    v_bias: Tensor | None,
     key_mask: Tensor | None,
     key_group: Tensor | None,
     scale: float,
@@ -111,6 +115,7 @@ def forward(
     Args:
         q: [B, N, H, dh] projected queries.
         x: [B, L, dv] tokens of the same dtype; k_weight, v_weight: [H · dh, dv] of the same dtype.
+        v_bias: [H · dh] of the same dtype, or None; rows without a visible key stay zero.
         key_mask, key_group: [B, L] bool or None.
 
     Returns:
@@ -134,14 +139,15 @@ def forward(
         stats = new_statistics((count, *shape), q.device, want_entropy, key_group is not None)
     none = placeholder(q.device)
     mask, group = (none if m is None else m for m in (key_mask, key_group))
+    bias = v_weight if v_bias is None else v_bias.contiguous()
     with on_device(q):
         fused_forward[(batch * count * heads * triton.cdiv(queries, options["BLOCK_N"]),)](
-            q, x, k_weight, v_weight, mask, group, target, *(stats[0] if s is None else s for s in stats),
+            q, x, k_weight, v_weight, bias, mask, group, target, *(stats[0] if s is None else s for s in stats),
             scale, heads, queries, length, width, head,
             *q.stride()[:3], *x.stride()[:2], k_weight.stride(0), v_weight.stride(0), *mask.stride()[:2],
             *group.stride()[:2], *target.stride()[:4], lse.numel(),
-            HAS_MASK=key_mask is not None, HAS_GROUP=key_group is not None, WANT_ENTROPY=want_entropy,
-            PRECISION=precision(q), **options,
+            HAS_BIAS=v_bias is not None, HAS_MASK=key_mask is not None, HAS_GROUP=key_group is not None,
+            WANT_ENTROPY=want_entropy, PRECISION=precision(q), **options,
         )  # fmt: skip
     if count > 1:
         merge((target, *stats), out.transpose(1, 2), lse, entropy, mass)

@@ -60,7 +60,7 @@ def cases(device: torch.device, dtype: torch.dtype, batch: int = 256) -> Iterato
         q, x = new(items, 16, 12, 64), new(items, keys, 768)
 
         def project(q=q, x=x):  # type: ignore[no-untyped-def]
-            fused.forward(q, x, weight, weight, None, None, 0.125, False)
+            fused.forward(q, x, weight, weight, None, None, None, 0.125, False)
 
         yield "fused_forward", {"keys": keys, "rows": 16, "head": 64}, project
     for rows in (16, 64):

@@ -53,7 +53,7 @@ def main() -> None:
         absorbed.backward_rows(q, x, mask, q, stats, stats, 1.0, out)
         absorbed.backward_tokens(q, x, mask, q, stats, stats, 1.0)
         queries, weight = torch.empty(2, 4, 2, 16).half(), torch.empty(32, 32).half()
-        fused.forward(queries, x, weight, weight, mask, None, 1.0, False)
+        fused.forward(queries, x, weight, weight, weight[0], mask, None, 1.0, False)
         parts = torch.empty(length, *q.shape), torch.empty(length, *stats.shape), None, None
         softmax.merge(parts, out, stats, None, None)
         for lengths, mode in (((4, 4, length), "block"), ((length, 0, 0), "full")):

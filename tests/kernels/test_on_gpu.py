@@ -97,7 +97,7 @@ def test_large_fused() -> None:
     x = large(43_712, 64, 768)
     q = torch.randn(len(x), 1, 1, 64, dtype=x.dtype, device=x.device)
     weights = [torch.randn(64, 768, dtype=x.dtype, device=x.device) / 28 for _ in range(2)]
-    assert_same_ends(lambda q, x: fused.forward(q, x, *weights, None, None, 0.125, False)[:2], q, x)
+    assert_same_ends(lambda q, x: fused.forward(q, x, *weights, None, None, None, 0.125, False)[:2], q, x)
 
 
 @pytest.mark.usefixtures("memory")

@@ -79,10 +79,11 @@ def compare(
     define: Callable[..., Sequence[Tensor | None]],
     outputs: int,
     strided: bool = False,
+    gradients: bool = True,
 ) -> None:
     """Forward of every output, gradients of the first `outputs` of them with respect to every leaf."""
 
-    def gradients(found: Sequence[Tensor | None], given: Sequence[Tensor | None]) -> list[Tensor | None]:
+    def differentiate(found: Sequence[Tensor | None], given: Sequence[Tensor | None]) -> list[Tensor | None]:
         wanted = [leaf for leaf in given if leaf is not None and leaf.requires_grad]
         differentiable = [o for o in found[:outputs] if o is not None]
         ups = [u.to(o.dtype) for u, o in zip(upstream, differentiable)]
@@ -99,10 +100,12 @@ def compare(
     for index, (g, x, p) in enumerate(zip(got, exact, plain)):
         if x is not None:
             assert_close(f"output {index}", g, x, p, largest(exact))
+    if not gradients:
+        return
     named = [n for n, leaf in zip(names, leaves) if leaf is not None and leaf.requires_grad]
-    exact_gradients = gradients(exact, high)
+    exact_gradients = differentiate(exact, high)
     magnitude = largest(exact_gradients)
-    for name, g, x, p in zip(named, gradients(got, leaves), exact_gradients, gradients(plain, low)):
+    for name, g, x, p in zip(named, differentiate(got, leaves), exact_gradients, differentiate(plain, low)):
         if x is None or p is None:  # the reference does not depend on it (the key bias)
             assert g is None or not g.any(), name
             continue
@@ -120,6 +123,7 @@ def check_cross(
     strided: bool = False,
     frozen: bool = False,
     stats: bool = True,
+    gradients: bool = True,
     backend: str = "triton",
 ) -> None:
     """hybrid_cross_attention; sizes are B, Na, Ne, L, dv, d, H. `frozen`: the visual tokens need no gradient."""
@@ -144,7 +148,7 @@ def check_cross(
     names = ["anchored", "exploratory", "visual", "q_weight", "k_weight", "v_weight", "q_bias", "k_bias", "v_bias"]
     run = flat(ops.hybrid_cross_attention, form=form, backend=backend)
     define = flat(reference.hybrid_cross_attention, form="absorbed" if form == "fused" else form)
-    compare(names, [a, e, x, *weights, *biases], run, define, 2, strided)
+    compare(names, [a, e, x, *weights, *biases], run, define, 2, strided, gradients)
 
 
 def check_streams(

@@ -27,6 +27,7 @@ def absorbed(fused: bool) -> tuple:
         leaf(2, 5, 12),
         leaf(16, 12),
         leaf(16, 12),
+        leaf(16),
         mask,
         None,
         2,

@@ -97,7 +97,13 @@ def hybrid_cross_attention(
     queries = torch.cat((anchored, exploratory), dim=1)  # [B, N, d]
     q = linear(queries, q_weight, q_bias).unflatten(-1, (num_heads, head))  # [B, N, H, dh]
     if decision.form != "projected":
-        run = _absorbed if decision.backend == "torch" else partial(_absorbed_triton, fused=decision.form == "fused")
+        run = _absorbed
+        if decision.backend == "triton":
+            fused, inside = decision.form == "fused", None
+            # With gradients the bias stays outside: see absorbed_attention.
+            if fused and not wants_grad(anchored, exploratory, visual, q_weight, q_bias, k_weight, v_weight, v_bias):
+                inside, v_bias = v_bias, None
+            run = partial(_absorbed_triton, fused=fused, v_bias=inside)
         context, stats = run(q, visual, k_weight, v_weight, key_mask, key_group, return_stats)
     else:
         k, v = keys_values or (linear(visual, k_weight), linear(visual, v_weight))
@@ -288,11 +294,13 @@ def _absorbed_triton(
     key_group: Tensor | None,
     stats: bool,
     fused: bool,
+    v_bias: Tensor | None,
 ) -> _Context:
     dtype, heads = q.dtype, q.shape[2]
     group = key_group if stats else None
+    bias = None if v_bias is None else v_bias.to(dtype)
     context, *found = absorbed_attention(
-        q.flatten(2), visual.to(dtype), wk.to(dtype), wv.to(dtype), key_mask, group, heads, stats, fused
+        q.flatten(2), visual.to(dtype), wk.to(dtype), wv.to(dtype), bias, key_mask, group, heads, stats, fused
     )
     return context, _stats(found, group) if stats else None
 

@@ -63,6 +63,7 @@ def absorbed_attention(
     visual: Tensor,
     k_weight: Tensor,
     v_weight: Tensor,
+    v_bias: Tensor | None,
     key_mask: Tensor | None,
     key_group: Tensor | None,
     num_heads: int,
@@ -71,7 +72,8 @@ def absorbed_attention(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """[B, N, d] projected queries over [B, L, dv] → context [B, N, d]; lse, entropy, group mass [B, H, N] fp32.
 
-    Entropy and mass are empty where not asked for. The value bias is the caller's.
+    Entropy and mass are empty where not asked for. The value bias costs nothing where `fused`. In training it is better
+    added outside: the backward has to take it out of the context, which is rounded with it.
     """
     from tgq_fast.kernels import absorbed, softmax
     from tgq_fast.kernels import fused as fused_kernel
@@ -82,7 +84,7 @@ def absorbed_attention(
     if fused:
         heads = q.unflatten(-1, (num_heads, head))
         context, *stats = fused_kernel.forward(
-            heads, visual, k_weight, v_weight, key_mask, key_group, scale, want_stats
+            heads, visual, k_weight, v_weight, v_bias, key_mask, key_group, scale, want_stats
         )  # fmt: skip
         lse, entropy, mass = (stats[0].new_empty(0) if s is None else s for s in stats)
         return context.flatten(2), lse, entropy, mass
@@ -102,11 +104,19 @@ def absorbed_attention(
         )  # fmt: skip
         torch.bmm(chunk_pooled, wv.transpose(1, 2), out=_per_head(context, num_heads)[:, rows])
     lse, entropy, mass = (stats[0].new_empty(0) if s is None else s for s in stats)
+    if v_bias is not None:
+        context += _seen_bias(v_bias, lse)
     return context, lse, entropy, mass
 
 
+def _seen_bias(v_bias: Tensor, lse: Tensor) -> Tensor:
+    """[B, N, d] value bias of every row, zero where it sees no key."""
+    seen = (lse > float("-inf")).transpose(1, 2)[..., None]  # [B, N, H, 1]
+    return (seen * v_bias.unflatten(0, (lse.shape[1], -1))).flatten(2)
+
+
 @absorbed_attention.register_fake
-def _(q, visual, k_weight, v_weight, key_mask, key_group, num_heads, want_stats, fused):  # type: ignore[no-untyped-def]
+def _(q, visual, k_weight, v_weight, v_bias, key_mask, key_group, num_heads, want_stats, fused):  # type: ignore[no-untyped-def]
     lse = q.new_empty(q.shape[0], num_heads, q.shape[1], dtype=torch.float32)
     none = lse.new_empty(0)
     entropy = torch.empty_like(lse) if want_stats else none
@@ -177,23 +187,26 @@ def _(d_context, q, visual, k_weight, v_weight, key_mask, context, lse, num_head
 
 
 def _absorbed_setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    q, visual, k_weight, v_weight, key_mask, _, num_heads, *_ = inputs
+    q, visual, k_weight, v_weight, v_bias, key_mask, _, num_heads, *_ = inputs
     context, lse, entropy, mass = output
     ctx.mark_non_differentiable(lse, entropy, mass)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, visual, k_weight, v_weight, key_mask, context, lse)
+    ctx.save_for_backward(q, visual, k_weight, v_weight, v_bias, key_mask, context, lse)
     ctx.num_heads = num_heads
 
 
 def _absorbed_backward(ctx, d_context, *_):  # type: ignore[no-untyped-def]
     if d_context is None:
-        return (None,) * 9
-    q, visual, k_weight, v_weight, key_mask, context, lse = ctx.saved_tensors
-    needs = ctx.needs_input_grad
+        return (None,) * 10
+    q, visual, k_weight, v_weight, v_bias, key_mask, context, lse = ctx.saved_tensors
+    needs, d_bias = ctx.needs_input_grad, None
+    if v_bias is not None:
+        context = context - _seen_bias(v_bias, lse)
+        d_bias = (d_context * _seen_bias(torch.ones_like(v_bias), lse)).sum((0, 1)) if needs[4] else None
     grads = absorbed_attention_backward(
         d_context, q, visual, k_weight, v_weight, key_mask, context, lse, ctx.num_heads, needs[1], needs[2], needs[3]
     )
-    return (*(g if need else None for g, need in zip(grads, needs)), *(None,) * 5)
+    return (*(g if need else None for g, need in zip(grads, needs)), d_bias, *(None,) * 5)
 
 
 absorbed_attention.register_autograd(_absorbed_backward, setup_context=_absorbed_setup)
