@@ -168,8 +168,9 @@ TGQ_HD void prepare_rows(Team& team, const Job& job, const Phase& phase, std::ui
       squares += s.squares[row * kRowParts + part];
       errors += s.errors[row * kRowParts + part];
     }
-    s.squares[row * kRowParts] = norm_bound(squares);
-    s.errors[row * kRowParts] = norm_bound(errors);
+    // A row that holds NaN is nobody's hit: its neighbours keep their bound.
+    s.squares[row * kRowParts] = is_nan(squares) ? 0.0f : norm_bound(squares);
+    s.errors[row * kRowParts] = is_nan(squares) ? 0.0f : norm_bound(errors);
   });
   team.each(2, [&](std::uint32_t which) {
     const float* bounds = which == 0 ? s.squares : s.errors;

@@ -284,6 +284,27 @@ void test_finished_queries_take_no_hits() {
   }
 }
 
+// A row that holds NaN passes by itself, not with all the rows that share its bound.
+void test_nan_rows_pass_alone() {
+  HostDevice with, without;
+  for (HostDevice* device : {&without, &with}) {
+    Values queries, pool;
+    random_bits.seed(11);
+    std::vector<float> values = numbers(4000 * 16, "");
+    fill(queries, numbers(2 * 16, ""), 2, 16, DType::f32);
+    for (std::size_t row = 100; device == &with && row < 4000; row += 1000) values[row * 16 + 5] = std::nanf("");
+    fill(pool, values, 4000, 16, DType::f32);
+    CudaRequest request;
+    request.queries = queries.matrix;
+    request.pool = pool.matrix;
+    request.k = 10;
+    request.tuning.engine = Engine::portable;
+    compare(request, *device, "rows with NaN");
+  }
+  CHECK_NOTE(with.hits <= without.hits + 2 * 30, "%lld hits, %lld without NaN", static_cast<long long>(with.hits),
+             static_cast<long long>(without.hits));
+}
+
 }  // namespace
 
 int main() {
@@ -296,5 +317,6 @@ int main() {
   test_strided_views_and_empty_sides();
   test_the_filter_filters();
   test_finished_queries_take_no_hits();
+  test_nan_rows_pass_alone();
   return 0;
 }
