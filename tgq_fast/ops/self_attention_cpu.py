@@ -24,7 +24,7 @@ __all__ = ["LONGEST", "stream_attention_cpu", "streams_on_cpu"]
 # Tokens up to which a mask per item is small beside q.
 LONGEST = 256
 # Queries, keys and values of the items that plain products take at once.
-_CHUNK_BYTES = 8 * 2**20
+_CHUNK_BYTES = 16 * 2**20
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -66,7 +66,7 @@ def stream_attention_cpu(
     """Result [B, S, H, dh], and what the backward keeps (`training`: one will follow).
 
     That is the log-sum-exp [B, H, S], or, from plain products, the weights [B * H, S, S] where they are no larger than
-    q (else nothing).
+    q and k (else nothing).
     """
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     products = _by_products(q, training)
@@ -82,7 +82,7 @@ def _(q, k, v, text_mask, lengths, mixing, explore_sees_text, training):  # type
     batch, length, heads, head = q.shape
     kept = q.new_empty(batch, length, heads, dtype=torch.promote_types(q.dtype, torch.float32)).transpose(1, 2)
     if _by_products(q, training):
-        kept = q.new_empty(batch * heads if length <= head else 0, length, length)
+        kept = q.new_empty(batch * heads if _keeps_weights(length, head) else 0, length, length)
     return q.new_empty(q.shape), kept
 
 
@@ -155,6 +155,11 @@ def _by_products(q: Tensor, training: bool) -> bool:
     return training and q.dtype.itemsize == 2
 
 
+def _keeps_weights(length: int, head: int) -> bool:
+    """Whether [S, S] weights of a head are no larger than its q and k."""
+    return length <= 2 * head
+
+
 def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, products: bool) -> tuple[Tensor, Tensor]:
     if products:
         return _products(q, k, v, bias)
@@ -169,14 +174,16 @@ def _chunks(q: Tensor) -> Iterator[slice]:
         yield slice(first, min(first + step, q.shape[0]))
 
 
-def _packed(*tensors: Tensor) -> list[Tensor]:
-    """[b, S, H, dh] → contiguous [b * H, S, dh]."""
-    return [x.transpose(1, 2).reshape(-1, x.shape[1], x.shape[3]) for x in tensors]
+def _packed(x: Tensor, factor: float = 1.0) -> Tensor:
+    """[b, S, H, dh], times a factor → contiguous [b * H, S, dh]."""
+    x = x.transpose(1, 2)
+    into = x.new_empty(x.shape)
+    return (into.copy_(x) if factor == 1 else torch.mul(x, factor, out=into)).flatten(0, 1)
 
 
 def _weights(q: Tensor, k: Tensor, bias: Tensor | None, items: slice, out: Tensor | None) -> Tensor:
-    """softmax(scale q kᵀ + bias) of some items, packed: [b * H, S, S]; rows that see nothing are zero."""
-    scores = torch.baddbmm(q.new_zeros(1, 1, 1), q, k.transpose(1, 2), beta=0, alpha=q.shape[-1] ** -0.5)
+    """softmax(q kᵀ + bias) of some items, packed: [b * H, S, S]; rows that see nothing are zero."""
+    scores = torch.bmm(q, k.transpose(1, 2))
     if bias is None:
         return torch.softmax(scores, dim=-1, out=out)
     bias = bias if bias.shape[0] == 1 else bias[items]
@@ -189,15 +196,15 @@ def _weights(q: Tensor, k: Tensor, bias: Tensor | None, items: slice, out: Tenso
 
 
 def _products(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Result, and the weights where they are no larger than q."""
+    """Result, and the weights where the backward gets them."""
     batch, length, heads, head = q.shape
-    kept = q.new_empty(batch * heads if length <= head else 0, length, length)
+    kept = q.new_empty(batch * heads if _keeps_weights(length, head) else 0, length, length)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     for items in _chunks(q):
-        rows, keys, values = _packed(q[items], k[items], v[items])
+        rows, keys, values = _packed(q[items], head**-0.5), _packed(k[items]), _packed(v[items])
         into = kept[items.start * heads : items.stop * heads] if len(kept) else None
         weights = _weights(rows, keys, bias, items, into)
-        out[items] = torch.bmm(weights, values).unflatten(0, (-1, heads)).transpose(1, 2)
+        out[items] = torch.bmm(weights, values, out=rows).unflatten(0, (-1, heads)).transpose(1, 2)
     return out, kept
 
 
@@ -205,19 +212,20 @@ def _products_backward(
     d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, kept: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v."""
-    heads, scale, zero = q.shape[2], q.shape[3] ** -0.5, q.new_zeros(1, 1, 1)
+    heads, scale = q.shape[2], q.shape[3] ** -0.5
     d_q, d_k, d_v = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+
+    def unpacked(packed: Tensor) -> Tensor:
+        return packed.unflatten(0, (-1, heads)).transpose(1, 2)
+
     for items in _chunks(q):
-        d, rows, keys, values = _packed(d_out[items], q[items], k[items], v[items])
+        d, rows, keys, values = _packed(d_out[items]), _packed(q[items], scale), _packed(k[items]), _packed(v[items])
         weights = kept[items.start * heads : items.stop * heads]
         if not len(kept):
             weights = _weights(rows, keys, bias, items, None)
         d_scores = torch.bmm(d, values.transpose(1, 2))
         torch._softmax_backward_data(d_scores, weights, -1, q.dtype, grad_input=d_scores)
-        for grad, found in (
-            (d_v, torch.bmm(weights.transpose(1, 2), d)),
-            (d_q, torch.baddbmm(zero, d_scores, keys, beta=0, alpha=scale)),
-            (d_k, torch.baddbmm(zero, d_scores.transpose(1, 2), rows, beta=0, alpha=scale)),
-        ):
-            grad[items] = found.unflatten(0, (-1, heads)).transpose(1, 2)
+        d_v[items] = unpacked(torch.bmm(weights.transpose(1, 2), d, out=values))
+        d_k[items] = unpacked(torch.bmm(d_scores.transpose(1, 2), rows, out=d))
+        torch.mul(unpacked(torch.bmm(d_scores, keys, out=rows)), scale, out=d_q[items])
     return d_q, d_k, d_v
