@@ -16,7 +16,7 @@ namespace tgq {
 namespace {
 
 constexpr std::int64_t kRowBlocks = 16;       // blocks of rows that read a panel while it is cached: 512 rows
-constexpr std::int64_t kPanelsAtOnce = 4;     // panels that a thread claims
+constexpr std::int64_t kPanelsAtOnce = 12;    // panels that a thread claims, at most
 constexpr std::int64_t kAttentionBlocks = 3;  // blocks of rows that read an item's tokens while they are cached
 
 const MatrixUnit* unit_in_force() {
@@ -125,7 +125,7 @@ class Linear {
       Status status = parallel_for(groups_ * blocks_, 1, call_.threads, worker,
                                    [&](std::int64_t i, std::int64_t) { pack(i / blocks_, i % blocks_); });
       if (status != Status::ok) return status;
-      status = parallel_for(panels, std::min(kPanelsAtOnce, ceil_div(panels, 2 * call_.threads)), call_.threads, worker,
+      status = parallel_for(panels, std::min(kPanelsAtOnce, ceil_div(panels, call_.threads)), call_.threads, worker,
                             [&](std::int64_t begin, std::int64_t end) { multiply(begin, end); });
       if (status == Status::ok && norm_)
         status = parallel_for(blocks_, 1, call_.threads, worker, [&](std::int64_t block, std::int64_t) { normalise(block); });
@@ -149,25 +149,35 @@ class Linear {
                     packed_ + (group * blocks_ + block) * block_bytes());
   }
 
+  // Panels [begin, end): the sums of all of them over one part of the inner dimension, then over the next.
   void multiply(std::int64_t begin, std::int64_t end) const {
     static thread_local Scratch scratch;
-    for (std::int64_t panel = begin; panel < end; ++panel) {
-      const std::int64_t source = panel + call_.first_column / kBlock, group = source / layout_.group_panels;
-      const std::uint8_t* columns = call_.packed + source * layout_.panel();
-      const std::uint8_t* ahead = panel + 1 < end ? columns + layout_.panel() : nullptr;
-      const std::int64_t column = panel * kBlock, stride = norm_ ? sums_width() : kBlock;
-      const Finish finish{out_at(0, column),
-                          call_.out.row_stride,
-                          dtype() == DType::bf16,
-                          count_,
-                          call_.out.cols - column,
-                          call_.bias == nullptr ? nullptr : call_.bias + call_.first_column + column,
-                          nullptr,
-                          call_.gelu ? Activation::gelu : Activation::none};
-      float* sums = norm_ ? sums_ + column : scratch.take<float>(kRowBlocks * kBlock * kBlock);
-      unit_.multiply(packed_ + group * blocks_ * block_bytes(), blocks_, columns, layout_.steps, layout_.parts, sums, stride,
-                     norm_ ? nullptr : &finish, ahead);
+    const std::int64_t stride = norm_ ? sums_width() : kBlock, panel_sums = norm_ ? kBlock : blocks_ * kBlock * kBlock;
+    float* sums = norm_ ? sums_ + begin * kBlock : scratch.take<float>((end - begin) * panel_sums);
+    for (std::int64_t step = 0; step < layout_.steps; step += kStepsAtOnce) {
+      const std::int64_t steps = std::min(kStepsAtOnce, layout_.steps - step);
+      for (std::int64_t panel = begin; panel < end; ++panel) {
+        const std::int64_t source = panel + call_.first_column / kBlock, group = source / layout_.group_panels;
+        const std::uint8_t* columns = call_.packed + source * layout_.panel() + panel_bytes(step, layout_.parts);
+        const std::uint8_t* rows = packed_ + group * blocks_ * block_bytes() + row_tile_bytes(step, layout_.parts);
+        const Finish finish = finish_of(panel * kBlock);
+        const bool last = step + steps == layout_.steps;
+        unit_.multiply(rows, row_tile_bytes(layout_.steps, layout_.parts), blocks_, columns, steps, layout_.parts, step > 0,
+                       sums + (panel - begin) * panel_sums, stride, last && !norm_ ? &finish : nullptr,
+                       panel + 1 < end ? columns + layout_.panel() : nullptr);
+      }
     }
+  }
+
+  Finish finish_of(std::int64_t column) const {
+    return {out_at(0, column),
+            call_.out.row_stride,
+            dtype() == DType::bf16,
+            count_,
+            call_.out.cols - column,
+            call_.bias == nullptr ? nullptr : call_.bias + call_.first_column + column,
+            nullptr,
+            call_.gelu ? Activation::gelu : Activation::none};
   }
 
   void normalise(std::int64_t block) const {
@@ -249,7 +259,7 @@ class SharedAttention {
     unit_.pack_rows(rows_at(call_.q, first, call_.width, call_.dtype), count, call_.width, width_steps_, parts_, rows_);
     const std::int64_t stride = key_panels_ * kBlock;
     for (std::int64_t panel = 0; panel < key_panels_; ++panel)
-      unit_.multiply(rows_, blocks, keys_ + panel * key_panel_, width_steps_, parts_, sums_ + panel * kBlock, stride, nullptr, nullptr);
+      multiply(rows_, width_steps_, blocks, keys_ + panel * key_panel_, sums_ + panel * kBlock, stride, nullptr);
     float inverse[kAttentionBlocks * kBlock];
     for (std::int64_t block = 0; block < blocks; ++block)
       row_kernels().softmax(sums_ + block * kBlock * stride, stride, call_.length, call_.scale,
@@ -258,7 +268,16 @@ class SharedAttention {
     for (std::int64_t panel = 0; panel < value_panels_; ++panel) {
       const Finish finish{at(call_.out, first + panel * kBlock, call_.dtype), call_.width, call_.dtype == DType::bf16, count,
                           call_.width - panel * kBlock, nullptr, inverse, Activation::none};
-      unit_.multiply(weights_, blocks, values_ + panel * value_panel_, length_steps_, parts_, sums_, kBlock, &finish, nullptr);
+      multiply(weights_, length_steps_, blocks, values_ + panel * value_panel_, sums_, kBlock, &finish);
+    }
+  }
+
+  void multiply(const std::uint8_t* rows, std::int64_t all_steps, std::int64_t blocks, const std::uint8_t* panel, float* sums,
+                std::int64_t stride, const Finish* finish) const {
+    for (std::int64_t step = 0; step < all_steps; step += kStepsAtOnce) {
+      const std::int64_t steps = std::min(kStepsAtOnce, all_steps - step);
+      unit_.multiply(rows + row_tile_bytes(step, parts_), row_tile_bytes(all_steps, parts_), blocks, panel + panel_bytes(step, parts_),
+                     steps, parts_, step > 0, sums, stride, step + steps == all_steps ? finish : nullptr, nullptr);
     }
   }
 

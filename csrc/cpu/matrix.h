@@ -13,6 +13,9 @@ constexpr int kBlock = 2 * kTile;      // rows, and columns, that are multiplied
 constexpr int kStep = 32;              // values of the inner dimension in a tile of bf16
 constexpr int64_t kTileBytes = 1024;
 constexpr int kFloatParts = 3;         // bf16 numbers whose sum is an fp32 number
+// Steps to multiply in one go, 768 values: the rows of a task stay in the second-level cache, and sums of parts keep small
+// products away from the rounding of a large total.
+constexpr int64_t kStepsAtOnce = 24;
 
 // A matrix in memory, values of fp32 or (bfloat) bf16. Strides count values.
 struct Rows {
@@ -61,10 +64,11 @@ struct MatrixUnit {
   // Up to kBlock columns → one panel. Column c, value d is from.data[c * from.stride + d * depth_stride]; one of the strides is 1.
   void (*pack_columns)(const Rows& from, int64_t depth_stride, int columns, int64_t depth, int64_t steps, int parts,
                        uint8_t* to);
-  // rows × panel over all steps: sums[kBlock * blocks, kBlock] or, with `finish`, what it makes of them (sums are scratch
-  // then). `ahead`, as long as the panel, is read next; null: nothing.
-  void (*multiply)(const uint8_t* rows, int64_t blocks, const uint8_t* panel, int64_t steps, int parts, float* sums, int64_t stride,
-                   const Finish* finish, const uint8_t* ahead);
+  // rows × panel over steps of the inner dimension, for `blocks` of kBlock rows whose row tiles begin `row_tile` bytes apart:
+  // sums[kBlock * blocks, kBlock] = or += (add) the product or, with `finish`, what it makes of them. `ahead` is read next;
+  // null: nothing.
+  void (*multiply)(const uint8_t* rows, int64_t row_tile, int64_t blocks, const uint8_t* panel, int64_t steps, int parts, bool add,
+                   float* sums, int64_t stride, const Finish* finish, const uint8_t* ahead);
 };
 
 static inline int64_t attend_scratch(const StreamHead& head) {

@@ -231,74 +231,89 @@ class PanelPrefetcher {
   int64_t lines_;
 };
 
-// What becomes of the sums of one block over part of the inner dimension: added to those of the parts before or, with the
-// last part, finished.
-struct Take {
-  float* sums;  // [rows, kBlock]
-  int64_t stride;
-  bool add;              // there are parts before
-  const Finish* finish;  // null: not the last part, or nothing to finish
-
-  void row(const float* from, int64_t row) const {
-    __m512 value[2] = {_mm512_load_ps(from), _mm512_load_ps(from + kTile)};
-    float* at = sums + row * stride;
-    if (add)
-      for (int side = 0; side < 2; ++side) value[side] = _mm512_add_ps(value[side], _mm512_loadu_ps(at + kTile * side));
-    if (finish == nullptr) {
-      for (int side = 0; side < 2; ++side) _mm512_storeu_ps(at + kTile * side, value[side]);
-      return;
-    }
-    const Finish& f = *finish;
-    if (row >= f.rows) return;
+// What becomes of the sums of a block over part of the inner dimension: added to those of the parts before or, with the last
+// part, finished.
+class Take {
+ public:
+  Take(float* sums, int64_t stride, bool add, const Finish* finish) : sums_(sums), stride_(stride), add_(add), finish_(finish) {
+    if (finish == nullptr) return;
     for (int side = 0; side < 2; ++side) {
-      const __mmask16 mask = first_lanes(f.columns - kTile * side);
-      const __m512 bias = f.bias == nullptr ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(mask, f.bias + kTile * side);
-      __m512 result = f.row_scale == nullptr ? _mm512_add_ps(value[side], bias)
-                                             : _mm512_fmadd_ps(value[side], _mm512_set1_ps(f.row_scale[row]), bias);
-      if (f.activation == Activation::gelu) result = gelu(result);
-      store16(f.out, row * f.stride + kTile * side, f.bfloat, result, mask);
+      mask_[side] = first_lanes(finish->columns - kTile * side);
+      bias_[side] = finish->bias == nullptr ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(mask_[side], finish->bias + kTile * side);
     }
   }
-};
 
-// Steps multiplied in one go. Sums of parts keep small products away from the rounding of a large total.
-constexpr int64_t kStepsAtOnce = 24;
+  void row(const float* from, int64_t row) const {
+    __m512 left = _mm512_load_ps(from), right = _mm512_load_ps(from + kTile);
+    float* at = sums_ + row * stride_;
+    if (add_) {
+      left = _mm512_add_ps(left, _mm512_loadu_ps(at));
+      right = _mm512_add_ps(right, _mm512_loadu_ps(at + kTile));
+    }
+    if (finish_ == nullptr) {
+      _mm512_storeu_ps(at, left);
+      _mm512_storeu_ps(at + kTile, right);
+      return;
+    }
+    const Finish& f = *finish_;
+    if (row >= f.rows) return;
+    const __m512 scale = _mm512_set1_ps(f.row_scale == nullptr ? 1.0f : f.row_scale[row]);
+    left = _mm512_fmadd_ps(left, scale, bias_[0]);
+    right = _mm512_fmadd_ps(right, scale, bias_[1]);
+    if (f.activation == Activation::gelu) {
+      left = gelu(left);
+      right = gelu(right);
+    }
+    if (f.bfloat) {
+      const __m512i both = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(right, left));
+      _mm512_mask_storeu_epi16(static_cast<uint16_t*>(f.out) + row * f.stride, _mm512_kunpackw(mask_[1], mask_[0]), both);
+    } else {
+      float* out = static_cast<float*>(f.out) + row * f.stride;
+      _mm512_mask_storeu_ps(out, mask_[0], left);
+      _mm512_mask_storeu_ps(out + kTile, mask_[1], right);
+    }
+  }
+
+ private:
+  float* sums_;  // [rows, kBlock]
+  int64_t stride_;
+  bool add_;              // there are parts before
+  const Finish* finish_;  // null: not the last part, or nothing to finish
+  __mmask16 mask_[2];
+  __m512 bias_[2];
+};
 
 // While the unit multiplies one block the vector unit takes the sums of the block before it.
 template <int Parts>
-void multiply_of(const uint8_t* rows, int64_t blocks, const uint8_t* panel, int64_t steps, float* sums, int64_t stride,
-                 const Finish* finish, const uint8_t* ahead) {
+void multiply_of(const uint8_t* rows, int64_t row_tile, int64_t blocks, const uint8_t* panel, int64_t steps, const Take& take,
+                 const uint8_t* ahead) {
   alignas(64) float scratch[2][kBlock * kBlock];
   PanelPrefetcher prefetcher(ahead, steps, Parts, blocks);
-  for (int64_t first = 0; first < steps; first += kStepsAtOnce) {
-    const int64_t count = steps - first < kStepsAtOnce ? steps - first : kStepsAtOnce;
-    const int64_t rows_per_turn = (kBlock + count - 1) / count;
-    const Take take{sums, stride, first > 0, first + count == steps ? finish : nullptr};
-    const int64_t tile = row_tile_bytes(steps, Parts);
-    for (int64_t b = 0; b <= blocks; ++b) {
-      const float* before = scratch[(b + 1) % 2];
-      int64_t taken = b == 0 ? kBlock : 0;
-      const auto take_until = [&](int64_t until) {
-        for (; taken < until; ++taken) take.row(before + taken * kBlock, (b - 1) * kBlock + taken);
-      };
-      if (b < blocks) {
-        zero_tiles();
-        const uint8_t* upper = rows + 2 * b * tile + row_tile_bytes(first, Parts);
-        add_product<Parts>(upper, upper + tile, panel + panel_bytes(first, Parts), count, [&] {
-          prefetcher.turn();
-          take_until(taken + rows_per_turn < kBlock ? taken + rows_per_turn : kBlock);
-        });
-        store_tiles(scratch[b % 2], kBlock);
-      }
-      take_until(kBlock);
+  const int64_t rows_per_turn = (kBlock + steps - 1) / steps;
+  for (int64_t b = 0; b <= blocks; ++b) {
+    const float* before = scratch[(b + 1) % 2];
+    int64_t taken = b == 0 ? kBlock : 0;
+    const auto take_until = [&](int64_t until) {
+      for (; taken < until; ++taken) take.row(before + taken * kBlock, (b - 1) * kBlock + taken);
+    };
+    if (b < blocks) {
+      zero_tiles();
+      const uint8_t* upper = rows + 2 * b * row_tile;
+      add_product<Parts>(upper, upper + row_tile, panel, steps, [&] {
+        prefetcher.turn();
+        take_until(taken + rows_per_turn < kBlock ? taken + rows_per_turn : kBlock);
+      });
+      store_tiles(scratch[b % 2], kBlock);
     }
+    take_until(kBlock);
   }
 }
 
-void multiply(const uint8_t* rows, int64_t blocks, const uint8_t* panel, int64_t steps, int parts, float* sums, int64_t stride,
-              const Finish* finish, const uint8_t* ahead) {
-  parts == 1 ? multiply_of<1>(rows, blocks, panel, steps, sums, stride, finish, ahead)
-             : multiply_of<kFloatParts>(rows, blocks, panel, steps, sums, stride, finish, ahead);
+void multiply(const uint8_t* rows, int64_t row_tile, int64_t blocks, const uint8_t* panel, int64_t steps, int parts, bool add,
+              float* sums, int64_t stride, const Finish* finish, const uint8_t* ahead) {
+  const Take take(sums, stride, add, finish);
+  parts == 1 ? multiply_of<1>(rows, row_tile, blocks, panel, steps, take, ahead)
+             : multiply_of<kFloatParts>(rows, row_tile, blocks, panel, steps, take, ahead);
 }
 
 }  // namespace

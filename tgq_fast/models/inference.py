@@ -97,7 +97,7 @@ def _on_matrix_unit(owner: nn.Module) -> _Replacement | None:
             p = owner.attention
             return "context", _CrossAttention(owner), [p.query, p.key, p.value]
         case ResidualOutput():
-            packed = PackedLinear(owner.dense.weight, owner.dense.bias)
+            packed = PackedLinear(owner.dense.weight, owner.dense.bias, owner.LayerNorm)
             return "forward", partial(_residual_output, owner, packed), [owner.dense]
         case Intermediate() if _exact_gelu(owner):
             packed = PackedLinear(owner.dense.weight, owner.dense.bias)
@@ -121,7 +121,7 @@ def _linear(owner: Any, layer: nn.Linear, packed: PackedLinear, gelu: bool, x: T
 def _residual_output(owner: ResidualOutput, packed: PackedLinear, x: Tensor, residual: Tensor) -> Tensor:
     if not _applies(owner.dense.weight, x, residual) or (owner.training and owner.dropout.p):
         return type(owner).forward(owner, x, residual)
-    return packed.residual_norm(x, residual, owner.LayerNorm)
+    return packed.residual_norm(x, residual)
 
 
 class _SelfAttention:

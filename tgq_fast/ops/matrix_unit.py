@@ -61,13 +61,14 @@ class PackedLinear:
         weight: [out, in], or [groups, out, in]: group g maps inputs g · in … (g + 1) · in to outputs g · out …; fp32 or
             bf16 on the CPU. Copied: later changes are not seen.
         bias: [groups · out] or None.
+        norm: the LayerNorm of :meth:`residual_norm`.
 
     Raises:
         BackendError: see :func:`why_not`.
         ArgumentError: several groups whose `out` is not a multiple of 32.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, norm: nn.LayerNorm | None = None) -> None:
         if reason := why_not(weight.dtype):
             raise BackendError("PackedLinear", "cpp", {"cpp": (reason,)})
         weight = weight.detach()
@@ -89,8 +90,10 @@ class PackedLinear:
         self._packed = self._memory[skip : skip + size]
         addresses, threads = (weight.data_ptr(), *weight.stride(), self._packed.data_ptr()), torch.get_num_threads()
         _call("pack_weights", self._shape, *addresses, threads)
-        self._bias = None if bias is None else bias.detach().float().contiguous()
-        self._zeros = torch.zeros(self.groups * self.out_features) if bias is None else self._bias
+        features = self.groups * self.out_features
+        self._bias = torch.zeros(features) if bias is None else bias.detach().float().contiguous()
+        if norm is not None:
+            self._norm = norm.weight.detach().float(), norm.bias.detach().float(), norm.eps
 
     def __call__(self, x: Tensor, *, gelu: bool = False, columns: slice | None = None) -> Tensor:
         """act(x Wᵀ + b).
@@ -104,15 +107,15 @@ class PackedLinear:
         first, last, _ = (columns or slice(None)).indices(self.groups * self.out_features)
         out = torch.empty(rows.shape[0], last - first, dtype=self.dtype)
         self._run(rows, out, first, gelu, None)
-        return out.unflatten(0, x.shape[:-1])
+        return out.view(*x.shape[:-1], last - first)
 
-    def residual_norm(self, x: Tensor, residual: Tensor, norm: nn.LayerNorm) -> Tensor:
+    def residual_norm(self, x: Tensor, residual: Tensor) -> Tensor:
         """LayerNorm(x Wᵀ + b + residual): [..., in] and [..., out] → [..., out]."""
         rows, base = self._checked(x), _rows(residual)
         out = torch.empty(rows.shape[0], self.out_features, dtype=self.dtype)
-        weight, shift = norm.weight.detach().float(), norm.bias.detach().float()
-        self._run(rows, out, 0, False, (_matrix(base), weight.data_ptr(), shift.data_ptr(), norm.eps))
-        return out.unflatten(0, x.shape[:-1])
+        weight, shift, eps = self._norm
+        self._run(rows, out, 0, False, (_matrix(base), weight.data_ptr(), shift.data_ptr(), eps))
+        return out.view(*x.shape[:-1], self.out_features)
 
     def _checked(self, x: Tensor) -> Tensor:
         if x.dtype != self.dtype or x.shape[-1] != self.groups * self.in_features or x.device.type != "cpu":
@@ -121,10 +124,8 @@ class PackedLinear:
         return _rows(x)
 
     def _run(self, rows: Tensor, out: Tensor, first: int, gelu: bool, norm: tuple[object, ...] | None) -> None:
-        bias = self._zeros if norm is not None else self._bias
-        address = 0 if bias is None else bias.data_ptr()
-        packed, threads = self._packed.data_ptr(), torch.get_num_threads()
-        _call("linear", self._shape, packed, address, _matrix(rows), _matrix(out), first, gelu, norm, threads)
+        packed, bias, threads = self._packed.data_ptr(), self._bias.data_ptr(), torch.get_num_threads()
+        _call("linear", self._shape, packed, bias, _matrix(rows), _matrix(out), first, gelu, norm, threads)
 
 
 def shared_attention(q: Tensor, x: Tensor, visible: Tensor | None, scale: float) -> Tensor:
