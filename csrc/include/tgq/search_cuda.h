@@ -13,7 +13,7 @@ namespace tgq {
 enum class Engine : int { automatic = 0, direct = 1, portable = 2, hopper = 3, skinny = 4 };
 
 // Queries x rows of a block of the Hopper engine: 128 x 128 and 64 x 256 have two consumers in turn, each with its own
-// tile; 128 x 256 has two that share one.
+// tile; 128 x 256, the automatic choice, has two that share one.
 enum class HopperTile : int { automatic = 0, q128_n128 = 1, q64_n256 = 2, q128_n256 = 3 };
 
 // Switches for tests and measurements; answers never depend on them. 0 or -1: chosen.
