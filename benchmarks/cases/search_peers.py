@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.cases.faiss_process import Avx2Process
 from benchmarks.registry import Call, Setting, UnavailableError, Variant
 from tgq_fast.errors import ArgumentError, BackendError
 from tgq_fast.retrieval import TopK, build_shadow, topk, topk_cuda
@@ -21,6 +22,7 @@ _TILE_ROWS = 65536
 _WHOLE_BYTES = {"cpu": 4 << 30, "cuda": 24 << 30}  # a score matrix above this is not tried
 # Products Q × N × D above which a peer that takes seconds at it is left to the smaller cases.
 _FAISS_PRODUCTS, _USEARCH_PRODUCTS = 5e10, 1.5e10
+_FEW_QUERIES = 16
 _NUMPY_BYTES = 512 << 20
 _ENGINES = ("hopper", "portable", "skinny", "direct")
 # (distance_compute_blas_threshold, query block, database block): the first is faiss' default.
@@ -73,8 +75,9 @@ def variants(problem: Problem, setting: Setting) -> list[Variant]:
     found.append(Variant("tgq_fast, AVX2 forced", "ours", lambda: _ours_isa(problem, "avx2")))
     if problem.pool.dtype is torch.float32:
         found += [
-            Variant("faiss-cpu flat, default", "peer", lambda: _faiss_cpu(problem, tuned=False)),
-            Variant("faiss-cpu flat, tuned", "peer", lambda: _faiss_cpu(problem, tuned=True)),
+            Variant("faiss-cpu flat, default", "peer", lambda: faiss_cpu(problem, tuned=False)),
+            Variant("faiss-cpu flat, tuned", "peer", lambda: faiss_cpu(problem, tuned=True)),
+            _faiss_avx2(problem, setting),
             Variant("numpy argpartition", "peer", lambda: _numpy(problem)),
             Variant("usearch exact", "peer", lambda: _usearch(problem)),
         ]
@@ -217,7 +220,7 @@ def _affordable(problem: Problem, most: float) -> None:
         raise UnavailableError("takes too long at this size; see the smaller cases")
 
 
-def _faiss_cpu(problem: Problem, *, tuned: bool) -> Call:
+def faiss_cpu(problem: Problem, *, tuned: bool) -> Call:
     faiss = _need("faiss")
     _affordable(problem, _FAISS_PRODUCTS)
     index = faiss.IndexFlatIP(problem.pool.shape[1])
@@ -237,9 +240,25 @@ def _faiss_cpu(problem: Problem, *, tuned: bool) -> Call:
                 setattr(faiss.cvar, name, value)
 
     # Without BLAS, faiss is worth trying for a handful of queries only.
-    tried = _FAISS_SETTINGS if len(queries[0]) <= 16 else _FAISS_SETTINGS[:-1]
+    tried = _FAISS_SETTINGS if len(queries[0]) <= _FEW_QUERIES else _FAISS_SETTINGS[:-1]
     chosen = _fastest(lambda s: search(s, 0), tried) if tuned else _FAISS_SETTINGS[0]
     return lambda i: search(chosen, i)
+
+
+def _faiss_avx2(problem: Problem, setting: Setting) -> Variant:
+    """Tuned faiss held to AVX2, in a process of its own: what ours with AVX2 forced is to be compared with."""
+    facts: list[str] = []
+
+    def prepare() -> Call:
+        _need("faiss")
+        _affordable(problem, _FAISS_PRODUCTS)
+        if setting.tiny or len(problem.queries[0]) <= _FEW_QUERIES:
+            raise UnavailableError("starts a process: left to full sizes with many queries")
+        child = Avx2Process(problem.pool.numpy(), [q.numpy() for q in problem.queries], problem.k, problem.threads)
+        facts.append(child.facts)
+        return lambda i: torch.from_numpy(child.search(i))
+
+    return Variant("faiss-cpu flat, tuned, AVX2", "peer", prepare, describe=lambda: facts[-1])
 
 
 def _fastest(run: Callable[[Any], Any], settings: tuple[Any, ...]) -> Any:

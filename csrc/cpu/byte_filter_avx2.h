@@ -1,5 +1,6 @@
-// The byte filter in 256-bit registers; what multiplies is the including file's: Dot::query_limit and
-// Dot::add(sums, rows, queries), which adds to each 32-bit sum four products of unsigned and signed bytes.
+// The byte filter in 256-bit registers; what multiplies is the including file's: Dot::add(sums, rows, queries), which adds to each
+// 32-bit sum four products of unsigned and signed bytes from each of Dot::words registers, and Dot::Range, the codes of queries
+// that it can take.
 #pragma once
 
 #include <immintrin.h>
@@ -23,19 +24,31 @@ inline float largest_lane(__m256 v) {
 
 inline __m256 absolute(__m256 v) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), v); }
 
-template <int Limit, int Zero>
+// Codes as large as a byte holds.
+struct FullRange {
+  static constexpr int limit = kByteLimit;
+  static float largest(const float* from, int64_t size) {
+    __m256 most[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
+    for (int64_t d = 0; d < size; d += 16)
+      for (int half = 0; half < 2; ++half) most[half] = _mm256_max_ps(absolute(_mm256_loadu_ps(from + d + 8 * half)), most[half]);
+    return largest_lane(_mm256_max_ps(most[0], most[1]));
+  }
+};
+
+template <class Range, int Zero>
 void encode(const float* rows, int64_t row_stride, int num_rows, int64_t width, int64_t row_bytes, uint8_t* codes, float* scale,
             float* norm, float* error) {
   const int padded = (num_rows + kPanel - 1) / kPanel * kPanel;
   const __m128i zero = _mm_set1_epi8(static_cast<char>(Zero));
   for (int r = 0; r < padded; ++r) {
+    if (r % 8 == 0)  // ahead, since all of a row waits for its scale
+      for (int i = r; i < r + 8; ++i)
+        scale[i] = code_scale(Range::largest(rows + i * row_stride, i < num_rows ? width : 0), Range::limit);
     const float* from = rows + r * row_stride;
     const int64_t size = r < num_rows ? width : 0;
-    __m256 most = _mm256_setzero_ps();
-    for (int64_t d = 0; d < size; d += 8) most = _mm256_max_ps(absolute(_mm256_loadu_ps(from + d)), most);
-    const float unit = code_scale(largest_lane(most), Limit);
+    const float unit = scale[r];
     const __m256 step = _mm256_set1_ps(unit), inverse = _mm256_set1_ps(unit > 0 ? 1.0f / unit : 0.0f);
-    __m256 squares = _mm256_setzero_ps(), lost_squares = squares;
+    __m256 squares[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()}, lost_squares[2] = {squares[0], squares[0]};
     for (int64_t d = 0; d < row_bytes; d += 16) {
       __m256i whole[2];
       for (int half = 0; half < 2; ++half) {
@@ -43,16 +56,15 @@ void encode(const float* rows, int64_t row_stride, int num_rows, int64_t width, 
         whole[half] = _mm256_cvtps_epi32(_mm256_mul_ps(value, inverse));
         const __m256 count = _mm256_cvtepi32_ps(whole[half]), kept = _mm256_mul_ps(count, step);
         const __m256 lost = _mm256_fnmadd_ps(count, step, value);
-        squares = _mm256_fmadd_ps(kept, kept, squares);
-        lost_squares = _mm256_fmadd_ps(lost, lost, lost_squares);
+        squares[half] = _mm256_fmadd_ps(kept, kept, squares[half]);
+        lost_squares[half] = _mm256_fmadd_ps(lost, lost, lost_squares[half]);
       }
       const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(whole[0], whole[1]), 0xd8);
       const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
       _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + r * row_bytes + d), _mm_xor_si128(bytes, zero));
     }
-    scale[r] = unit;
-    norm[r] = norm_upper_bound(sum_lanes(squares));
-    error[r] = norm_upper_bound(sum_lanes(lost_squares));
+    norm[r] = norm_upper_bound(sum_lanes(_mm256_add_ps(squares[0], squares[1])));
+    error[r] = norm_upper_bound(sum_lanes(_mm256_add_ps(lost_squares[0], lost_squares[1])));
   }
 }
 
@@ -60,19 +72,24 @@ void encode(const float* rows, int64_t row_stride, int num_rows, int64_t width, 
 template <class Dot, int R>
 inline void multiply(const uint8_t* rows, int64_t stride, int64_t row_bytes, const uint32_t* queries, const int32_t* offset,
                      int32_t* sums) {
+  constexpr int W = Dot::words;
   __m256i total[R][2];
   for (int r = 0; r < R; ++r)
     for (int i = 0; i < 2; ++i) total[r][i] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(offset + 8 * i));
   for (int64_t line = 0; line < row_bytes; line += kCodeLine, queries += 512)
-    for (int word = 0; word < 16; ++word) {
-      const auto* at = reinterpret_cast<const __m256i*>(queries + 16 * word);
-      const __m256i left = _mm256_loadu_si256(at), right = _mm256_loadu_si256(at + 1);
+    for (int word = 0; word < 16; word += W) {
+      __m256i query[2][W];
+      for (int w = 0; w < W; ++w)
+        for (int i = 0; i < 2; ++i)
+          query[i][w] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(queries + 16 * (word + w)) + i);
       for (int r = 0; r < R; ++r) {
-        int32_t four;
-        __builtin_memcpy(&four, rows + r * stride + line + 4 * word, sizeof four);
-        const __m256i row = _mm256_set1_epi32(four);
-        total[r][0] = Dot::add(total[r][0], row, left);
-        total[r][1] = Dot::add(total[r][1], row, right);
+        __m256i row[W];
+        for (int w = 0; w < W; ++w) {
+          int32_t four;
+          __builtin_memcpy(&four, rows + r * stride + line + 4 * (word + w), sizeof four);
+          row[w] = _mm256_set1_epi32(four);
+        }
+        for (int i = 0; i < 2; ++i) total[r][i] = Dot::add(total[r][i], row, query[i]);
       }
     }
   for (int r = 0; r < R; ++r)
@@ -91,8 +108,9 @@ inline void multiply_group(const FilterBlock& block, const FilterPanel& panel, i
     int r = 0;
     for (; r + R <= kPanel; r += R)
       multiply<Dot, R>(rows + r * block.stride, block.stride, block.row_bytes, queries, offset, sums + r * kPanel + 16 * half);
-    multiply<Dot, kPanel % R>(rows + r * block.stride, block.stride, block.row_bytes, queries, offset,
-                              sums + r * kPanel + 16 * half);
+    if constexpr (kPanel % R > 0)
+      multiply<Dot, kPanel % R>(rows + r * block.stride, block.stride, block.row_bytes, queries, offset,
+                                sums + r * kPanel + 16 * half);
   }
 }
 
@@ -179,7 +197,7 @@ void nothing() {}
 
 template <class Dot>
 constexpr Filter byte_filter(const char* name) {
-  return {name,    1,      encode<kByteLimit, kByteZero>, encode<Dot::query_limit, 0>, nullptr, filter_block<Dot>,
+  return {name,    1,      encode<FullRange, kByteZero>, encode<typename Dot::Range, 0>, nullptr, filter_block<Dot>,
           raise_maxima<Dot>, nothing, nothing};
 }
 

@@ -100,12 +100,28 @@ void bfloat_to_float(const uint16_t* from, int64_t count, float* to) {
   }
 }
 
-// Without VNNI: two products meet in 16 bits, so a query's codes stay within 255 * 64 * 2 < 2^15.
+// Without VNNI the products of four elements, d, d + 1, d + 4 and d + 5 for d = 0 and 2 modulo 8, meet in 16 bits. A query's codes
+// are scaled so that the magnitudes of such four add up to at most 128: 255 * 128 < 2^15, whatever the row. The 126 leaves
+// room for four roundings.
+struct FourRange {
+  static constexpr int limit = 126;
+  static float largest(const float* from, int64_t size) {
+    __m256 most = _mm256_setzero_ps();
+    for (int64_t d = 0; d < size; d += 8) {
+      const __m256 value = absolute(_mm256_loadu_ps(from + d));
+      const __m256 two = _mm256_hadd_ps(value, value);
+      most = _mm256_max_ps(_mm256_add_ps(two, _mm256_permute2f128_ps(two, two, 1)), most);
+    }
+    return largest_lane(most);
+  }
+};
+
 struct Pairs {
-  static constexpr int query_limit = 64;
-  static constexpr int rows = 5;
-  static __m256i add(__m256i sums, __m256i rows, __m256i queries) {
-    return _mm256_add_epi32(sums, _mm256_madd_epi16(_mm256_maddubs_epi16(rows, queries), _mm256_set1_epi16(1)));
+  using Range = FourRange;
+  static constexpr int rows = 4, words = 2;
+  static __m256i add(__m256i sums, const __m256i* rows, const __m256i* queries) {
+    const __m256i four = _mm256_add_epi16(_mm256_maddubs_epi16(rows[0], queries[0]), _mm256_maddubs_epi16(rows[1], queries[1]));
+    return _mm256_add_epi32(sums, _mm256_madd_epi16(four, _mm256_set1_epi16(1)));
   }
 };
 

@@ -6,9 +6,11 @@ namespace tgq {
 namespace {
 
 struct Vnni {
-  static constexpr int query_limit = kByteLimit;
-  static constexpr int rows = 6;  // twelve sums, two vectors of queries and one row in sixteen registers
-  static __m256i add(__m256i sums, __m256i rows, __m256i queries) { return _mm256_dpbusd_avx_epi32(sums, rows, queries); }
+  using Range = FullRange;
+  static constexpr int rows = 6, words = 1;  // twelve sums, two vectors of queries and one row in sixteen registers
+  static __m256i add(__m256i sums, const __m256i* rows, const __m256i* queries) {
+    return _mm256_dpbusd_avx_epi32(sums, rows[0], queries[0]);
+  }
 };
 
 }  // namespace

@@ -7,32 +7,39 @@
 namespace tgq {
 namespace {
 
+inline float largest(const float* from, int64_t size) {
+  __m512 most = _mm512_setzero_ps();
+  for (int64_t d = 0; d < size; d += 16) most = _mm512_max_ps(_mm512_abs_ps(_mm512_loadu_ps(from + d)), most);
+  return _mm512_reduce_max_ps(most);
+}
+
 template <int Zero>
 void encode(const float* rows, int64_t row_stride, int num_rows, int64_t width, int64_t row_bytes, uint8_t* codes, float* scale,
             float* norm, float* error) {
   const int padded = (num_rows + kPanel - 1) / kPanel * kPanel;
   const __m128i zero = _mm_set1_epi8(static_cast<char>(Zero));
   for (int r = 0; r < padded; ++r) {
+    if (r % 8 == 0)  // ahead, since all of a row waits for its scale
+      for (int i = r; i < r + 8; ++i) scale[i] = code_scale(largest(rows + i * row_stride, i < num_rows ? width : 0), kByteLimit);
     const float* from = rows + r * row_stride;
     const int64_t size = r < num_rows ? width : 0;
-    __m512 most = _mm512_setzero_ps();
-    for (int64_t d = 0; d < size; d += 16) most = _mm512_max_ps(_mm512_abs_ps(_mm512_loadu_ps(from + d)), most);
-    const float unit = code_scale(_mm512_reduce_max_ps(most), kByteLimit);
+    const float unit = scale[r];
     const __m512 step = _mm512_set1_ps(unit), inverse = _mm512_set1_ps(unit > 0 ? 1.0f / unit : 0.0f);
-    __m512 squares = _mm512_setzero_ps(), lost_squares = squares;
-    for (int64_t d = 0; d < row_bytes; d += 16) {
-      const __m512 value = d < size ? _mm512_loadu_ps(from + d) : _mm512_setzero_ps();
-      const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(value, inverse));
-      const __m512 count = _mm512_cvtepi32_ps(whole), kept = _mm512_mul_ps(count, step);
-      const __m512 lost = _mm512_fnmadd_ps(count, step, value);
-      squares = _mm512_fmadd_ps(kept, kept, squares);
-      lost_squares = _mm512_fmadd_ps(lost, lost, lost_squares);
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + r * row_bytes + d),
-                       _mm_xor_si128(_mm512_cvtsepi32_epi8(whole), zero));
-    }
-    scale[r] = unit;
-    norm[r] = norm_upper_bound(_mm512_reduce_add_ps(squares));
-    error[r] = norm_upper_bound(_mm512_reduce_add_ps(lost_squares));
+    __m512 squares[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()}, lost_squares[2] = {squares[0], squares[0]};
+    for (int64_t d = 0; d < row_bytes; d += 32)
+      for (int half = 0; half < 2; ++half) {
+        const int64_t at = d + 16 * half;
+        const __m512 value = at < size ? _mm512_loadu_ps(from + at) : _mm512_setzero_ps();
+        const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(value, inverse));
+        const __m512 count = _mm512_cvtepi32_ps(whole), kept = _mm512_mul_ps(count, step);
+        const __m512 lost = _mm512_fnmadd_ps(count, step, value);
+        squares[half] = _mm512_fmadd_ps(kept, kept, squares[half]);
+        lost_squares[half] = _mm512_fmadd_ps(lost, lost, lost_squares[half]);
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + r * row_bytes + at),
+                         _mm_xor_si128(_mm512_cvtsepi32_epi8(whole), zero));
+      }
+    norm[r] = norm_upper_bound(_mm512_reduce_add_ps(_mm512_add_ps(squares[0], squares[1])));
+    error[r] = norm_upper_bound(_mm512_reduce_add_ps(_mm512_add_ps(lost_squares[0], lost_squares[1])));
   }
 }
 

@@ -10,7 +10,7 @@
 namespace tgq {
 namespace {
 
-constexpr int kShareEvery = 6;  // chunks between two exchanges of floors
+constexpr int kShareEvery = 3;  // chunks between two exchanges of floors
 constexpr std::int64_t kMergeQueries = 8;  // queries that a thread claims at a time
 
 }  // namespace
