@@ -5,21 +5,18 @@
 #include <cuda_runtime.h>
 
 #include "cuda/filter.h"
+#include "cuda/fragments.h"
 
 namespace tgq::cuda {
 namespace {
 
 constexpr int kTile = 128;                      // queries, and rows, of a block
-constexpr int kSlab = 32;                       // values of each per stage
 constexpr int kStages = 4;
 constexpr int kThreads = 256;
 constexpr int kChunks = kSlab / 8;              // 16-byte chunks of a slab's row
 constexpr int kSlabBytes = kTile * kSlab * 2;   // of one operand
 constexpr int kSharedBytes = kStages * 2 * kSlabBytes;
 static_assert(kTile == static_cast<int>(kBoundRows), "one bound of the norms per tile");
-
-// Byte of a chunk within a slab. Rows are 64 bytes; the exclusive or spreads eight rows of one chunk over all banks.
-__device__ inline int chunk_byte(int row, int chunk) { return row * (kSlab * 2) + ((chunk ^ ((row >> 1) & 3)) << 4); }
 
 __device__ inline void copy_chunk(unsigned to, const void* from, bool valid) {
   const int bytes = valid ? 16 : 0;  // the rest is filled with zeros
@@ -97,10 +94,10 @@ __global__ void __launch_bounds__(kThreads, 2) portable_filter(const __grid_cons
       unsigned a[4][4], b[4];
 #pragma unroll
       for (int m = 0; m < 4; ++m)
-        load_matrices(a[m], stage + chunk_byte(warp_query + m * 16 + lane % 16, step * 2 + lane / 16));
+        load_matrices(a[m], stage + query_byte(warp_query + m * 16, lane, step));
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
-        load_matrices(b, stage + kSlabBytes + chunk_byte(warp_row + n * 16 + lane % 8 + lane / 16 * 8, step * 2 + lane / 8 % 2));
+        load_matrices(b, stage + kSlabBytes + row_byte(warp_row + n * 16, lane, step));
 #pragma unroll
         for (int m = 0; m < 4; ++m) {
           multiply<kHalf>(sums[m][2 * n], a[m], b[0], b[1]);

@@ -7,6 +7,8 @@
 #include <cstdio>
 #include <vector>
 
+#include "cuda/fragments.h"
+
 template <int kQueries, int kColumns, class Schedule>
 bool places_are_as_the_epilogue_takes_them() {
   using namespace cute;
@@ -67,10 +69,43 @@ bool skinny_fragments_agree() {
   return true;
 }
 
+// What ldmatrix brings from the slabs of portable.cu must be what mma.sync takes: register i of a lane holds two values of
+// the row that lane 8 i + lane / 4 named. And eight rows of one chunk must lie in different banks.
+bool portable_fragments_agree() {
+  using namespace cute;
+  using namespace tgq::cuda;
+  using Traits = MMA_Traits<SM80_16x8x16_F32BF16BF16F32_TN>;
+  const auto a = typename Traits::ALayout{};
+  const auto b = typename Traits::BLayout{};
+  std::vector<int> row_at(128 * kSlab * 2 / 16, -1), chunk_at(row_at);
+  for (int row = 0; row < 128; ++row)
+    for (int chunk = 0; chunk < kSlab / 8; ++chunk) {
+      const int place = chunk_byte(row, chunk);
+      if (place % 16 != 0 || row_at[place / 16] != -1) return false;
+      row_at[place / 16] = row;
+      chunk_at[place / 16] = chunk;
+      for (int other = row / 8 * 8; other < row; ++other)
+        if (place / 16 % 8 == chunk_byte(other, chunk) / 16 % 8) return false;
+    }
+  constexpr int kFirst = 48;
+  for (int step = 0; step < kSlab / 16; ++step)
+    for (int lane = 0; lane < 32; ++lane)
+      for (int v = 0; v < 8; ++v) {
+        const int source = 8 * (v / 2) + lane / 4, value = lane % 4 * 2 + v % 2;
+        const int from_a = query_byte(kFirst, source, step) / 16, from_b = row_byte(kFirst, source, step) / 16;
+        if (row_at[from_a] - kFirst + 16 * (chunk_at[from_a] * 8 + value - 16 * step) != a(lane, v)) return false;
+        // Registers 0 and 1 are B of the first eight rows, 2 and 3 of the next.
+        const int row = row_at[from_b] - kFirst - v / 4 * 8;
+        if (row + 8 * (chunk_at[from_b] * 8 + value - 16 * step) != b(lane, v % 4)) return false;
+      }
+  return true;
+}
+
 int main() {
   using cutlass::gemm::KernelTmaWarpSpecializedCooperative;
   using cutlass::gemm::KernelTmaWarpSpecializedPingpong;
-  const bool right = skinny_fragments_agree() && places_are_as_the_epilogue_takes_them<128, 128, KernelTmaWarpSpecializedPingpong>() &&
+  const bool right = skinny_fragments_agree() && portable_fragments_agree() &&
+                     places_are_as_the_epilogue_takes_them<128, 128, KernelTmaWarpSpecializedPingpong>() &&
                      places_are_as_the_epilogue_takes_them<64, 256, KernelTmaWarpSpecializedPingpong>() &&
                      places_are_as_the_epilogue_takes_them<128, 256, KernelTmaWarpSpecializedCooperative>();
   std::puts(right ? "as assumed" : "fragments lie elsewhere");

@@ -122,7 +122,8 @@ def test_fragments_lie_where_the_kernels_take_them(tmp_path: Path) -> None:
     skip_without_headers("hopper")
     program = tmp_path / "layouts"
     command = ["nice", NVCC, "-std=c++17", "-DNDEBUG", "-gencode=arch=compute_90a,code=sm_90a", "-o", program]
-    command += ["--expt-relaxed-constexpr", f"-I{cutlass()}", Path(__file__).with_name("layouts.cu")]
+    command += ["--expt-relaxed-constexpr", f"-I{cutlass()}", f"-I{SOURCES.parent}", f"-I{SOURCES.parent / 'include'}"]
+    command.append(Path(__file__).with_name("layouts.cu"))
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert subprocess.run([program], capture_output=True, text=True).stdout == "as assumed\n"
