@@ -129,16 +129,15 @@ int pack_weights(const py::tuple& shape, std::uintptr_t weights, std::int64_t gr
                                             address<std::uint8_t>(packed), threads));
 }
 
-// norm: None, or (residual, weight, shift, eps).
-int linear(const py::tuple& shape, std::uintptr_t packed, std::uintptr_t bias, const py::tuple& x, const py::tuple& out,
-           std::int64_t first_column, bool gelu, const py::object& norm, int threads) {
+// layer: (shape, packed, bias); norm: None, or (residual, weight, shift, eps).
+tgq::LinearCall linear_call(const py::tuple& layer, const tgq::Matrix& x, const tgq::Matrix& out, bool gelu, const py::object& norm,
+                            int threads) {
   tgq::LinearCall call{};
-  call.shape = packed_shape(shape);
-  call.packed = address<const std::uint8_t>(packed);
-  call.bias = address<const float>(bias);
-  call.x = matrix(x);
-  call.out = matrix(out);
-  call.first_column = first_column;
+  call.shape = packed_shape(layer[0].cast<py::tuple>());
+  call.packed = address<const std::uint8_t>(layer[1].cast<std::uintptr_t>());
+  call.bias = address<const float>(layer[2].cast<std::uintptr_t>());
+  call.x = x;
+  call.out = out;
   call.gelu = gelu;
   if (!norm.is_none()) {
     const auto fields = norm.cast<py::tuple>();
@@ -148,8 +147,26 @@ int linear(const py::tuple& shape, std::uintptr_t packed, std::uintptr_t bias, c
     call.norm_eps = fields[3].cast<float>();
   }
   call.threads = threads;
+  return call;
+}
+
+int linear(const py::tuple& layer, const py::tuple& x, const py::tuple& out, std::int64_t first_column, bool gelu,
+           const py::object& norm, int threads) {
+  tgq::LinearCall call = linear_call(layer, matrix(x), matrix(out), gelu, norm, threads);
+  call.first_column = first_column;
   const py::gil_scoped_release unlocked;
   return static_cast<int>(tgq::linear(call));
+}
+
+int feed_forward(const py::tuple& up, const py::tuple& down, const py::tuple& x, const py::tuple& out, const py::object& norm,
+                 int threads) {
+  const tgq::Matrix from = matrix(x), to = matrix(out);
+  const tgq::PackedShape shape = packed_shape(up[0].cast<py::tuple>());
+  const tgq::Matrix hidden{nullptr, from.rows, shape.out, shape.out, 1, shape.dtype};
+  const tgq::LinearCall first = linear_call(up, from, hidden, true, py::none(), threads);
+  const tgq::LinearCall second = linear_call(down, hidden, to, false, norm, threads);
+  const py::gil_scoped_release unlocked;
+  return static_cast<int>(tgq::feed_forward(first, second));
 }
 
 // sizes: (B, rows, length, width); strides: of q's items, of x' items and tokens.
@@ -235,6 +252,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("packed_bytes", [](const py::tuple& shape) { return tgq::packed_bytes(packed_shape(shape)); });
   module.def("pack_weights", &pack_weights);
   module.def("linear", &linear);
+  module.def("feed_forward", &feed_forward);
   module.def("shared_attention", &shared_attention);
   module.def("stream_attention", &stream_attention);
 #if defined(TGQ_WITH_CUDA)

@@ -107,50 +107,52 @@ Status pack_weights(const PackedShape& shape, const void* weights, std::int64_t 
 
 namespace {
 
-// One call of `linear`: rows are packed, panels multiplied and, for a LayerNorm, whole rows finished.
+// One layer over up to kRowBlocks blocks of rows at a time: rows are packed, panels multiplied and, for a LayerNorm, whole
+// rows finished. Where another layer follows at once, its rows are left packed in `next`.
 class Linear {
  public:
   Linear(const LinearCall& call, const MatrixUnit& unit)
-      : call_(call), unit_(unit), layout_(call.shape), groups_(call.shape.groups), norm_(call.norm_weight != nullptr) {}
+      : call_(call), unit_(unit), worker_{unit.begin, unit.end}, layout_(call.shape), panels_(ceil_div(call.out.cols, kBlock)),
+        norm_(call.norm_weight != nullptr) {}
 
-  Status run() {
-    static thread_local Scratch packed_rows, sums;
-    const Worker worker{unit_.begin, unit_.end};
-    const std::int64_t panels = ceil_div(call_.out.cols, kBlock);
-    for (first_ = 0; first_ < call_.x.rows; first_ += kRowBlocks * kBlock) {
-      count_ = std::min(kRowBlocks * kBlock, call_.x.rows - first_);
-      blocks_ = ceil_div(count_, kBlock);
-      packed_ = packed_rows.take<std::uint8_t>(groups_ * blocks_ * block_bytes());
-      if (norm_) sums_ = sums.take<float>(blocks_ * kBlock * panels * kBlock);
-      Status status = parallel_for(groups_ * blocks_, 1, call_.threads, worker,
-                                   [&](std::int64_t i, std::int64_t) { pack(i / blocks_, i % blocks_); });
-      if (status != Status::ok) return status;
-      status = parallel_for(panels, std::min(kPanelsAtOnce, ceil_div(panels, call_.threads)), call_.threads, worker,
-                            [&](std::int64_t begin, std::int64_t end) { multiply(begin, end); });
-      if (status == Status::ok && norm_)
-        status = parallel_for(blocks_, 1, call_.threads, worker, [&](std::int64_t block, std::int64_t) { normalise(block); });
-      if (status != Status::ok) return status;
-    }
-    return Status::ok;
+  std::int64_t packed_bytes(std::int64_t blocks) const { return call_.shape.groups * blocks * block_bytes(); }
+
+  // Packs rows [first, first + count).
+  Status pack(std::int64_t first, std::int64_t count, std::uint8_t* rows) const {
+    const std::int64_t blocks = ceil_div(count, kBlock);
+    return parallel_for(call_.shape.groups * blocks, 1, call_.threads, worker_, [&](std::int64_t i, std::int64_t) {
+      const std::int64_t row = i % blocks * kBlock, value = (first + row) * call_.x.row_stride + i / blocks * call_.shape.in;
+      unit_.pack_rows(rows_at(call_.x.data, value, call_.x.row_stride, dtype()), std::min<std::int64_t>(kBlock, count - row),
+                      call_.shape.in, layout_.steps, layout_.parts, rows + i * block_bytes());
+    });
+  }
+
+  // Multiplies those rows; with `next`, what comes out is packed for a layer of `call_.out.cols` inputs.
+  Status multiply(std::int64_t first, std::int64_t count, const std::uint8_t* rows, std::uint8_t* next) {
+    static thread_local Scratch sums;
+    first_ = first;
+    count_ = count;
+    blocks_ = ceil_div(count, kBlock);
+    rows_ = rows;
+    next_ = next;
+    if (norm_) sums_ = sums.take<float>(blocks_ * kBlock * panels_ * kBlock);
+    const std::int64_t grain = std::min(kPanelsAtOnce, ceil_div(panels_, call_.threads));
+    const Status status = parallel_for(panels_, grain, call_.threads, worker_,
+                                       [&](std::int64_t begin, std::int64_t end) { multiply_panels(begin, end); });
+    if (status != Status::ok || !norm_) return status;
+    return parallel_for(blocks_, 1, call_.threads, worker_, [&](std::int64_t block, std::int64_t) { normalise(block); });
   }
 
  private:
   DType dtype() const { return call_.shape.dtype; }
   std::int64_t block_bytes() const { return 2 * row_tile_bytes(layout_.steps, layout_.parts); }
-  std::int64_t sums_width() const { return ceil_div(call_.out.cols, kBlock) * kBlock; }
+  std::int64_t sums_width() const { return panels_ * kBlock; }
   void* out_at(std::int64_t row, std::int64_t column) const {
     return at(const_cast<void*>(call_.out.data), (first_ + row) * call_.out.row_stride + column, dtype());
   }
 
-  void pack(std::int64_t group, std::int64_t block) const {
-    const std::int64_t row = block * kBlock, value = (first_ + row) * call_.x.row_stride + group * call_.shape.in;
-    unit_.pack_rows(rows_at(call_.x.data, value, call_.x.row_stride, dtype()), std::min<std::int64_t>(kBlock, count_ - row),
-                    call_.shape.in, layout_.steps, layout_.parts,
-                    packed_ + (group * blocks_ + block) * block_bytes());
-  }
-
-  // Panels [begin, end): the sums of all of them over one part of the inner dimension, then over the next.
-  void multiply(std::int64_t begin, std::int64_t end) const {
+  // The sums of all panels [begin, end) over one part of the inner dimension, then over the next.
+  void multiply_panels(std::int64_t begin, std::int64_t end) const {
     static thread_local Scratch scratch;
     const std::int64_t stride = norm_ ? sums_width() : kBlock, panel_sums = norm_ ? kBlock : blocks_ * kBlock * kBlock;
     float* sums = norm_ ? sums_ + begin * kBlock : scratch.take<float>((end - begin) * panel_sums);
@@ -159,8 +161,8 @@ class Linear {
       for (std::int64_t panel = begin; panel < end; ++panel) {
         const std::int64_t source = panel + call_.first_column / kBlock, group = source / layout_.group_panels;
         const std::uint8_t* columns = call_.packed + source * layout_.panel() + panel_bytes(step, layout_.parts);
-        const std::uint8_t* rows = packed_ + group * blocks_ * block_bytes() + row_tile_bytes(step, layout_.parts);
-        const Finish finish = finish_of(panel * kBlock);
+        const std::uint8_t* rows = rows_ + group * blocks_ * block_bytes() + row_tile_bytes(step, layout_.parts);
+        const Finish finish = finish_of(panel);
         const bool last = step + steps == layout_.steps;
         unit_.multiply(rows, row_tile_bytes(layout_.steps, layout_.parts), blocks_, columns, steps, layout_.parts, step > 0,
                        sums + (panel - begin) * panel_sums, stride, last && !norm_ ? &finish : nullptr,
@@ -169,9 +171,11 @@ class Linear {
     }
   }
 
-  Finish finish_of(std::int64_t column) const {
-    return {out_at(0, column),
+  Finish finish_of(std::int64_t panel) const {
+    const std::int64_t column = panel * kBlock;
+    return {next_ == nullptr ? out_at(0, column) : next_ + row_tile_bytes(panel, layout_.parts),
             call_.out.row_stride,
+            next_ == nullptr ? 0 : row_tile_bytes(panels_, layout_.parts),
             dtype() == DType::bf16,
             count_,
             call_.out.cols - column,
@@ -189,28 +193,68 @@ class Linear {
 
   const LinearCall& call_;
   const MatrixUnit& unit_;
+  const Worker worker_;
   const Layout layout_;
-  const std::int64_t groups_;
+  const std::int64_t panels_;
   const bool norm_;
   std::int64_t first_ = 0, count_ = 0, blocks_ = 0;  // the rows at hand
-  std::uint8_t* packed_ = nullptr;
+  const std::uint8_t* rows_ = nullptr;
+  std::uint8_t* next_ = nullptr;
   float* sums_ = nullptr;
 };
+
+bool valid(const LinearCall& call) {
+  const PackedShape& shape = call.shape;
+  const bool several = shape.groups > 1;
+  return supported(shape.dtype) && call.x.dtype == shape.dtype && call.out.dtype == shape.dtype && call.x.rows == call.out.rows &&
+         call.x.cols == shape.groups * shape.in && call.first_column % kBlock == 0 && call.threads > 0 &&
+         call.first_column + call.out.cols <= shape.groups * shape.out &&
+         !(several && (call.first_column != 0 || shape.out % kBlock != 0)) &&
+         (call.norm_weight == nullptr ||
+          (!several && call.bias != nullptr && call.norm_shift != nullptr && call.residual.data != nullptr));
+}
 
 }  // namespace
 
 Status linear(const LinearCall& call) {
   const MatrixUnit* unit = unit_in_force();
   if (unit == nullptr) return Status::unsupported;
-  const PackedShape& shape = call.shape;
-  const bool several = shape.groups > 1;
-  if (!supported(shape.dtype) || call.x.dtype != shape.dtype || call.out.dtype != shape.dtype || call.x.rows != call.out.rows ||
-      call.x.cols != shape.groups * shape.in || call.first_column % kBlock != 0 || call.threads < 1 ||
-      call.first_column + call.out.cols > shape.groups * shape.out || (several && (call.first_column != 0 || shape.out % kBlock != 0)) ||
-      (call.norm_weight != nullptr && (several || call.bias == nullptr || call.norm_shift == nullptr || call.residual.data == nullptr)))
-    return Status::bad_argument;
+  if (!valid(call)) return Status::bad_argument;
+  static thread_local Scratch packed;
   try {
-    return Linear(call, *unit).run();
+    Linear layer(call, *unit);
+    for (std::int64_t first = 0; first < call.x.rows; first += kRowBlocks * kBlock) {
+      const std::int64_t count = std::min(kRowBlocks * kBlock, call.x.rows - first);
+      std::uint8_t* rows = packed.take<std::uint8_t>(layer.packed_bytes(ceil_div(count, kBlock)));
+      Status status = layer.pack(first, count, rows);
+      if (status == Status::ok) status = layer.multiply(first, count, rows, nullptr);
+      if (status != Status::ok) return status;
+    }
+    return Status::ok;
+  } catch (const std::bad_alloc&) {
+    return Status::out_of_memory;
+  }
+}
+
+Status feed_forward(const LinearCall& up, const LinearCall& down) {
+  const MatrixUnit* unit = unit_in_force();
+  if (unit == nullptr) return Status::unsupported;
+  if (!valid(up) || !valid(down) || up.shape.groups != 1 || down.shape.groups != 1 || up.first_column != 0 ||
+      up.norm_weight != nullptr || up.out.cols != down.x.cols || up.x.rows != down.x.rows || up.shape.dtype != down.shape.dtype)
+    return Status::bad_argument;
+  static thread_local Scratch packed, packed_hidden;
+  try {
+    Linear first_layer(up, *unit), second_layer(down, *unit);
+    for (std::int64_t first = 0; first < up.x.rows; first += kRowBlocks * kBlock) {
+      const std::int64_t count = std::min(kRowBlocks * kBlock, up.x.rows - first), blocks = ceil_div(count, kBlock);
+      std::uint8_t* rows = packed.take<std::uint8_t>(first_layer.packed_bytes(blocks));
+      std::uint8_t* hidden = packed_hidden.take<std::uint8_t>(second_layer.packed_bytes(blocks));
+      Status status = first_layer.pack(first, count, rows);
+      if (status == Status::ok) status = first_layer.multiply(first, count, rows, hidden);
+      if (status == Status::ok) status = second_layer.multiply(first, count, hidden, nullptr);
+      if (status != Status::ok) return status;
+    }
+    return Status::ok;
   } catch (const std::bad_alloc&) {
     return Status::out_of_memory;
   }
@@ -266,7 +310,7 @@ class SharedAttention {
                             call_.visible == nullptr ? nullptr : call_.visible + b * call_.length, length_steps_, parts_,
                             weights_ + block * 2 * row_tile_bytes(length_steps_, parts_), inverse + block * kBlock);
     for (std::int64_t panel = 0; panel < value_panels_; ++panel) {
-      const Finish finish{at(call_.out, first + panel * kBlock, call_.dtype), call_.width, call_.dtype == DType::bf16, count,
+      const Finish finish{at(call_.out, first + panel * kBlock, call_.dtype), call_.width, 0, call_.dtype == DType::bf16, count,
                           call_.width - panel * kBlock, nullptr, inverse, Activation::none};
       multiply(weights_, length_steps_, blocks, values_ + panel * value_panel_, sums_, kBlock, &finish);
     }

@@ -32,10 +32,12 @@ static constexpr int64_t panel_bytes(int64_t steps, int parts) { return steps * 
 
 enum class Activation : int { none = 0, gelu = 1 };
 
-// out[r, c] = activation(row_scale[r] * sum[r, c] + bias[c]), for the first `rows` and `columns` of what was multiplied.
+// out[r, c] = activation(row_scale[r] * sum[r, c] + bias[c]), for the first `rows` and `columns` of what was multiplied. With
+// `row_tile` the values of a panel go to `out` as one step of row tiles instead, as pack_rows would have packed them.
 struct Finish {
   void* out;
-  int64_t stride;  // values
+  int64_t stride;    // values
+  int64_t row_tile;  // bytes between row tiles; 0: rows of values
   bool bfloat;
   int64_t rows, columns;
   const float* bias;       // null: zeros

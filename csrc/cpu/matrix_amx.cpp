@@ -264,7 +264,16 @@ class Take {
       left = gelu(left);
       right = gelu(right);
     }
-    if (f.bfloat) {
+    if (f.row_tile > 0) {
+      uint8_t* tile = static_cast<uint8_t*>(f.out) + row / kTile * f.row_tile + row % kTile * 64;
+      __m512i parts[kFloatParts];
+      if (f.bfloat) {
+        split<1>(left, right, parts);
+      } else {
+        split<kFloatParts>(left, right, parts);
+      }
+      for (int p = 0; p < (f.bfloat ? 1 : kFloatParts); ++p) _mm512_store_si512(tile + p * kTileBytes, parts[p]);
+    } else if (f.bfloat) {
       const __m512i both = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(right, left));
       _mm512_mask_storeu_epi16(static_cast<uint16_t*>(f.out) + row * f.stride, _mm512_kunpackw(mask_[1], mask_[0]), both);
     } else {

@@ -19,6 +19,7 @@ from transformers.activations import ACT2FN
 from tgq_fast.models.layers import (
     HybridCrossAttention,
     Intermediate,
+    QueryLayer,
     ResidualOutput,
     StreamSelfAttention,
     TextPacking,
@@ -90,6 +91,9 @@ def _applies(weight: Tensor, *tensors: Tensor) -> bool:
 
 def _on_matrix_unit(owner: nn.Module) -> _Replacement | None:
     match owner:
+        case QueryLayer() if _exact_gelu(owner.intermediate_query):
+            fused = _FeedForwards(owner)
+            return "feed_forward", fused, fused.covered
         case StreamSelfAttention() if _SelfAttention.fits(owner):
             p = owner.attention
             return "forward", _SelfAttention(owner), [p.query, p.key, p.value]
@@ -99,12 +103,8 @@ def _on_matrix_unit(owner: nn.Module) -> _Replacement | None:
         case ResidualOutput():
             packed = PackedLinear(owner.dense.weight, owner.dense.bias, owner.LayerNorm)
             return "forward", partial(_residual_output, owner, packed), [owner.dense]
-        case Intermediate() if _exact_gelu(owner):
-            packed = PackedLinear(owner.dense.weight, owner.dense.bias)
-            return "forward", partial(_linear, owner, owner.dense, packed, True), [owner.dense]
         case nn.Linear() if type(owner) is nn.Linear:
-            packed = PackedLinear(owner.weight, owner.bias)
-            return "forward", partial(_linear, owner, owner, packed, False), []
+            return "forward", partial(_linear, owner, PackedLinear(owner.weight, owner.bias)), []
     return None
 
 
@@ -112,16 +112,40 @@ def _exact_gelu(owner: Intermediate) -> bool:
     return type(owner.activation) is type(ACT2FN["gelu"])
 
 
-def _linear(owner: Any, layer: nn.Linear, packed: PackedLinear, gelu: bool, x: Tensor) -> Tensor:
-    if not _applies(layer.weight, x):
-        return type(owner).forward(owner, x)
-    return packed(x, gelu=gelu)
+def _linear(owner: nn.Linear, packed: PackedLinear, x: Tensor) -> Tensor:
+    return packed(x) if _applies(owner.weight, x) else type(owner).forward(owner, x)
 
 
 def _residual_output(owner: ResidualOutput, packed: PackedLinear, x: Tensor, residual: Tensor) -> Tensor:
     if not _applies(owner.dense.weight, x, residual) or (owner.training and owner.dropout.p):
         return type(owner).forward(owner, x, residual)
     return packed.residual_norm(x, residual)
+
+
+class _FeedForwards:
+    """`QueryLayer.feed_forward` with both halves in one call."""
+
+    def __init__(self, owner: QueryLayer) -> None:
+        self.owner = owner
+        pairs = [
+            (getattr(owner, f"intermediate{name}"), getattr(owner, f"output{name}"))
+            for name in ("_query", "_explore", "")
+            if hasattr(owner, f"intermediate{name}")
+        ]
+        self.packed = {
+            first: (
+                PackedLinear(first.dense.weight, first.dense.bias),
+                PackedLinear(second.dense.weight, second.dense.bias, second.LayerNorm),
+            )
+            for first, second in pairs
+        }
+        self.covered = [m for first, second in pairs for m in (first, first.dense, second, second.dense)]
+
+    def __call__(self, intermediate: Intermediate, output: ResidualOutput, x: Tensor) -> Tensor:
+        if not _applies(output.dense.weight, x) or (output.training and output.dropout.p):
+            return type(self.owner).feed_forward(self.owner, intermediate, output, x)
+        up, down = self.packed[intermediate]
+        return up.feed_forward(down, x)
 
 
 class _SelfAttention:

@@ -321,14 +321,18 @@ class QueryLayer(nn.Module):
             queries = self.crossattention(queries, num_anchored, visual, visual_mask)
         if self.splits_ffn:
             anchored, exploratory = queries[:, :num_anchored], queries[:, num_anchored:]
-            anchored = self.output_query(self.intermediate_query(anchored), anchored)
-            exploratory = self.output_explore(self.intermediate_explore(exploratory), exploratory)
+            anchored = self.feed_forward(self.intermediate_query, self.output_query, anchored)
+            exploratory = self.feed_forward(self.intermediate_explore, self.output_explore, exploratory)
             queries = torch.cat((anchored, exploratory), dim=1)
         else:
-            queries = self.output_query(self.intermediate_query(queries), queries)
+            queries = self.feed_forward(self.intermediate_query, self.output_query, queries)
         if text is not None:
-            text = self.output(self.intermediate(text), text)
+            text = self.feed_forward(self.intermediate, self.output, text)
         return queries, text, attention
+
+    def feed_forward(self, intermediate: Intermediate, output: ResidualOutput, x: Tensor) -> Tensor:
+        """[..., d] → [..., d]."""
+        return output(intermediate(x), x)
 
 
 class QueryEncoder(nn.Module):

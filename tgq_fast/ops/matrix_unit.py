@@ -54,6 +54,10 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
+def _copy(x: Tensor) -> Tensor:
+    return x.detach().to(torch.float32, copy=True).contiguous()
+
+
 class PackedLinear:
     """One linear layer, or `groups` of equal shape side by side, with weights in the matrix unit's layout.
 
@@ -91,9 +95,10 @@ class PackedLinear:
         addresses, threads = (weight.data_ptr(), *weight.stride(), self._packed.data_ptr()), torch.get_num_threads()
         _call("pack_weights", self._shape, *addresses, threads)
         features = self.groups * self.out_features
-        self._bias = torch.zeros(features) if bias is None else bias.detach().float().contiguous()
+        self._bias = torch.zeros(features) if bias is None else _copy(bias)
+        self._layer = (self._shape, self._packed.data_ptr(), self._bias.data_ptr())
         if norm is not None:
-            self._norm = norm.weight.detach().float(), norm.bias.detach().float(), norm.eps
+            self._norm = _copy(norm.weight), _copy(norm.bias), norm.eps
 
     def __call__(self, x: Tensor, *, gelu: bool = False, columns: slice | None = None) -> Tensor:
         """act(x Wᵀ + b).
@@ -111,11 +116,25 @@ class PackedLinear:
 
     def residual_norm(self, x: Tensor, residual: Tensor) -> Tensor:
         """LayerNorm(x Wᵀ + b + residual): [..., in] and [..., out] → [..., out]."""
-        rows, base = self._checked(x), _rows(residual)
+        rows, base = self._checked(x), _rows(residual)  # held here: the call gets addresses
         out = torch.empty(rows.shape[0], self.out_features, dtype=self.dtype)
-        weight, shift, eps = self._norm
-        self._run(rows, out, 0, False, (_matrix(base), weight.data_ptr(), shift.data_ptr(), eps))
+        self._run(rows, out, 0, False, self._norm_over(base))
         return out.view(*x.shape[:-1], self.out_features)
+
+    def feed_forward(self, down: PackedLinear, x: Tensor) -> Tensor:
+        """LayerNorm(down(gelu(self(x))) + x) with the LayerNorm of `down`: [..., in] → [..., in].
+
+        The hidden values, in groups of 512 rows, stay in the matrix unit's layout.
+        """
+        rows = self._checked(x)
+        out = torch.empty(rows.shape[0], down.out_features, dtype=self.dtype)
+        norm, threads = down._norm_over(rows), torch.get_num_threads()
+        _call("feed_forward", self._layer, down._layer, _matrix(rows), _matrix(out), norm, threads)
+        return out.view(*x.shape[:-1], down.out_features)
+
+    def _norm_over(self, residual: Tensor) -> tuple[object, ...]:
+        weight, shift, eps = self._norm
+        return _matrix(residual), weight.data_ptr(), shift.data_ptr(), eps
 
     def _checked(self, x: Tensor) -> Tensor:
         if x.dtype != self.dtype or x.shape[-1] != self.groups * self.in_features or x.device.type != "cpu":
@@ -124,8 +143,7 @@ class PackedLinear:
         return _rows(x)
 
     def _run(self, rows: Tensor, out: Tensor, first: int, gelu: bool, norm: tuple[object, ...] | None) -> None:
-        packed, bias, threads = self._packed.data_ptr(), self._bias.data_ptr(), torch.get_num_threads()
-        _call("linear", self._shape, packed, bias, _matrix(rows), _matrix(out), first, gelu, norm, threads)
+        _call("linear", self._layer, _matrix(rows), _matrix(out), first, gelu, norm, torch.get_num_threads())
 
 
 def shared_attention(q: Tensor, x: Tensor, visible: Tensor | None, scale: float) -> Tensor:
@@ -133,12 +151,18 @@ def shared_attention(q: Tensor, x: Tensor, visible: Tensor | None, scale: float)
 
     Args:
         q: [B, R, dv] contiguous; overwritten with the result.
-        x: [B, L, dv], L ≥ 1, values of a token contiguous.
+        x: [B, L, dv] of the same dtype, L ≥ 1, values of a token contiguous.
         visible: [B, L] bool or None; an item without any visible token gets zeros.
 
     Returns:
         `q`, [B, R, dv].
+
+    Raises:
+        ArgumentError: other shapes, dtypes or strides.
     """
+    if not q.is_contiguous() or x.dtype != q.dtype or x.ndim != 3 or x.shape[::2] != q.shape[::2] or x.stride(2) != 1:
+        given = f"{q.dtype} {tuple(q.shape)} and {x.dtype} {tuple(x.shape)}, strides {x.stride()}"
+        raise ArgumentError("q, x", given, "contiguous [B, R, dv] and [B, L, dv] with values of a token side by side")
     batch, rows, width = q.shape
     sizes, strides = (batch, rows, x.shape[1], width), (q.stride(0), x.stride(0), x.stride(1))
     mask = None if visible is None else visible.contiguous()
@@ -162,8 +186,8 @@ def stream_attention(
     """Self-attention over [A; E; T] per item, who sees whom as in :func:`tgq_fast.reference.stream_mask`.
 
     Args:
-        queries: [B, Na + Ne, 3 d] contiguous, query, key and value of each row side by side.
-        text: [T, 3 d] contiguous, the text rows of all items one after the other; [T, 2 d] (key, value) when they are
+        queries: [B, Na + Ne, 3 d], query, key and value of each row side by side.
+        text: [T, 3 d], the text rows of all items one after the other; [T, 2 d] (key, value) when they are
             not wanted; None without text.
         text_starts: [B + 1] int64, where each item's rows begin.
         lengths: (Na, Ne).
@@ -172,6 +196,7 @@ def stream_attention(
     Returns:
         [B, Na + Ne, d] and [T, d] (None without text or when not wanted).
     """
+    queries, text = queries.contiguous(), None if text is None else text.contiguous()
     batch, rows, width = queries.shape[0], queries.shape[1], queries.shape[2] // 3
     out = torch.empty(batch, rows, width, dtype=queries.dtype)
     text_out = None

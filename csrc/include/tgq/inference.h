@@ -39,6 +39,9 @@ struct LinearCall {
 };
 Status linear(const LinearCall& call);
 
+// down(up(x)) without the values in between in memory: up.out and down.x only name their shape. One group each.
+Status feed_forward(const LinearCall& up, const LinearCall& down);
+
 // out[b, r] = softmax(scale q[b, r] x[b]ᵀ) x[b]: the tokens x are keys and values of every row. out may be q.
 struct SharedAttentionCall {
   const void *q, *x;  // [B, rows, width], [B, length, width]; the last two dimensions of q and the last of x contiguous
