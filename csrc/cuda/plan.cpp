@@ -94,7 +94,8 @@ std::uint32_t pending_capacity(const CudaRequest& request, std::int64_t stride) 
   if (request.tuning.hit_capacity > 0) return request.tuning.hit_capacity;
   if (stride == 0) return 1024;
   const double rank = sample_rank(request.k, static_cast<std::uint32_t>(stride));
-  return static_cast<std::uint32_t>(round_up(static_cast<std::int64_t>(static_cast<double>(stride) * (rank + 4 * std::sqrt(rank))), 64));
+  const double rows = static_cast<double>(stride) * (rank + 4 * std::sqrt(rank));
+  return static_cast<std::uint32_t>(round_up(static_cast<std::int64_t>(rows), 64));
 }
 
 // Whether a search of a pool for its own rows goes over one triangle.
@@ -115,7 +116,8 @@ std::vector<Phase> triangle_phases(const Plan& plan, const CudaRequest& request,
   const std::int64_t rows = request.pool.rows, own_end = std::min(rows, begin + plan.tile_queries);
   const std::int64_t even = std::max(kMinChunk, round_up((rows - own_end + kChunks - 1) / kChunks, kBoundRows));
   for (std::int64_t at = begin; at < rows;) {
-    const std::int64_t left = at < own_end ? own_end - at : std::min(even, rows - at), count = std::min(left, plan.chunk_rows);
+    const std::int64_t left = at < own_end ? own_end - at : std::min(even, rows - at);
+    const std::int64_t count = std::min(left, plan.chunk_rows);
     phases.push_back({at, 1, count, request.k, false, static_cast<std::uint32_t>(at / kBoundRows)});
     at += count;
   }
@@ -173,7 +175,8 @@ Plan make_plan(const CudaRequest& request, const DeviceFacts& facts) {
       plan.bound_tiles = static_cast<std::uint32_t>(round_up(rows, kBoundRows) / kBoundRows);  // the sample's come behind
     }
     plan.chunk_rows = most;
-    plan.keep_bounds = plan.self_join || (!skinny && !plan.shadow_rows && queries > plan.tile_queries && tiles <= kMaxBoundTiles);
+    const bool tiled = !skinny && !plan.shadow_rows && queries > plan.tile_queries && tiles <= kMaxBoundTiles;
+    plan.keep_bounds = plan.self_join || tiled;
     for (Phase& phase : plan.phases) {
       if (skinny) break;
       if (plan.keep_bounds) phase.first_tile = plan.bound_tiles;

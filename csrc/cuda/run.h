@@ -99,8 +99,10 @@ int run_self_join(Device& device, const Plan& plan, const CudaRequest& request, 
   for (std::int64_t begin = 0; begin < rows; begin += plan.tile_queries) {
     const Job job = tile_job(all, plan, request, begin);
     if (const int error = device.prepare_queries(job)) return error;
-    for (const Phase& phase : plan.phases)
-      if (const int error = run_phase(device, job, phase, filter_job(job, phase), begin == 0 || plan.shadow_rows)) return error;
+    for (const Phase& phase : plan.phases) {
+      const FilterJob filter = filter_job(job, phase);
+      if (const int error = run_phase(device, job, phase, filter, begin == 0 || plan.shadow_rows)) return error;
+    }
   }
   const Phase waiting{0, 1, 0, request.k, false, 0};
   for (std::int64_t begin = 0; begin < rows; begin += plan.tile_queries) {
@@ -128,8 +130,10 @@ int run(Device& device, const Plan& plan, const CudaRequest& request) {
   for (std::int64_t begin = 0; begin < request.queries.rows; begin += plan.tile_queries) {
     const Job job = tile_job(all, plan, request, begin);
     if (const int error = device.prepare_queries(job)) return error;
-    for (const Phase& phase : plan.phases)
-      if (const int error = run_phase(device, job, phase, filter_job(job, phase), begin == 0 || !plan.keep_bounds)) return error;
+    for (const Phase& phase : plan.phases) {
+      const FilterJob filter = filter_job(job, phase);
+      if (const int error = run_phase(device, job, phase, filter, begin == 0 || !plan.keep_bounds)) return error;
+    }
     if (const int error = end_tile(device, job)) return error;
   }
   return 0;

@@ -68,7 +68,8 @@ void test_equals_the_cpu() {
         r.tuning.direct_blocks = 1;
       }
       HostDevice device;
-      compare(r, device, std::string("self-join, ") + c.kind + " k " + std::to_string(c.k) + " variant " + std::to_string(variant));
+      const std::string note = std::string("self-join, ") + c.kind + " k " + std::to_string(c.k);
+      compare(r, device, note + " variant " + std::to_string(variant));
     }
   }
 }
@@ -166,13 +167,15 @@ void test_random_self_joins() {
   for (int turn = 0; turn < turns; ++turn) {
     const std::string kind = kinds[below(8)];
     const DType types[] = {DType::f32, DType::bf16, kind == "integers" || kind == "equal" ? DType::f16 : DType::f32};
-    const std::int64_t n = 1 + below(450), d = below(3) == 0 ? 1 + below(20) : 8 * (1 + below(3)), pitch = d + (below(3) == 0 ? 8 : 0);
+    const std::int64_t n = 1 + below(450), d = below(3) == 0 ? 1 + below(20) : 8 * (1 + below(3));
+    const std::int64_t pitch = d + (below(3) == 0 ? 8 : 0);
     Values pool;
     fill(pool, numbers(static_cast<std::size_t>(n * pitch + 1), kind), n, d, types[below(3)]);
     pool.matrix.row_stride = pitch;
     CudaRequest r = self_join(pool, 1 + below(below(3) == 0 ? 500 : 20));
     std::vector<std::int64_t> exclude(static_cast<std::size_t>(n));
-    for (std::int64_t i = 0; i < n; ++i) exclude[static_cast<std::size_t>(i)] = below(9) == 0 ? static_cast<std::int64_t>(below(static_cast<std::uint32_t>(n))) : i;
+    for (std::size_t i = 0; i < exclude.size(); ++i)
+      exclude[i] = static_cast<std::int64_t>(below(9) == 0 ? below(static_cast<std::uint32_t>(n)) : i);
     if (below(2) == 0) {
       r.exclude = exclude.data();
       r.exclude_width = 1;
