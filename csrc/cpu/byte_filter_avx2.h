@@ -99,15 +99,17 @@ inline void multiply(const uint8_t* rows, int64_t stride, int64_t row_bytes, con
 
 // Sums of group g: sums[row * kPanel + query].
 template <class Dot>
-inline void multiply_group(const FilterBlock& block, const FilterPanel& panel, int g, int32_t* sums) {
+inline void multiply_group(const FilterBlock& block, const FilterPanel& panel, int g, int32_t* sums, Prefetcher& prefetcher) {
   constexpr int R = Dot::rows;
   const uint8_t* rows = block.codes + g * kPanel * block.stride;
   for (int half = 0; half < 2; ++half) {
     const uint32_t* queries = panel.codes + 256 * half;
     const int32_t* offset = panel.offset + 16 * half;
     int r = 0;
-    for (; r + R <= kPanel; r += R)
+    for (; r + R <= kPanel; r += R) {
+      prefetcher.turn();  // few lines at a time: they compete with the loads for buffers
       multiply<Dot, R>(rows + r * block.stride, block.stride, block.row_bytes, queries, offset, sums + r * kPanel + 16 * half);
+    }
     if constexpr (kPanel % R > 0)
       multiply<Dot, kPanel % R>(rows + r * block.stride, block.stride, block.row_bytes, queries, offset,
                                 sums + r * kPanel + 16 * half);
@@ -123,12 +125,11 @@ inline __m256 to_scores(const int32_t* sums, __m256 row_scale, const float* quer
 template <class Dot, bool Symmetric>
 int filter_rows(const FilterBlock& block, const FilterPanel& panel, FilterHit* hits, uint8_t* dense) {
   alignas(64) int32_t sums[kPanel * kPanel];
-  Prefetcher prefetcher(block.ahead, block.groups);
+  Prefetcher prefetcher(block.ahead, block.groups * (2 * (kPanel / Dot::rows)));
   const __m256 slack = _mm256_set1_ps(0x1p-22f);
   int total = 0;
   for (int g = 0; g < block.groups; ++g) {
-    prefetcher.turn();
-    multiply_group<Dot>(block, panel, g, sums);
+    multiply_group<Dot>(block, panel, g, sums, prefetcher);
     __m256 margin[4], floor[4];
     for (int i = 0; i < 4; ++i) {
       const __m256 f = _mm256_loadu_ps(panel.floor + 8 * i);
@@ -175,10 +176,9 @@ int filter_block(const FilterBlock& block, const FilterPanel& panel, FilterHit* 
 template <class Dot>
 void raise_maxima(const FilterBlock& block, const FilterPanel& panel, Maxima maxima) {
   alignas(64) int32_t sums[kPanel * kPanel];
-  Prefetcher prefetcher(block.ahead, block.groups);
+  Prefetcher prefetcher(block.ahead, block.groups * (2 * (kPanel / Dot::rows)));
   for (int g = 0; g < block.groups; ++g) {
-    prefetcher.turn();
-    multiply_group<Dot>(block, panel, g, sums);
+    multiply_group<Dot>(block, panel, g, sums, prefetcher);
     for (int begin = 0; begin < kPanel; begin += maxima.run) {
       float* best = maxima.turn();
       for (int i = 0; i < 4; ++i) {

@@ -67,10 +67,12 @@ inline void multiply(const uint8_t* rows, int64_t stride, int64_t row_bytes, con
 }
 
 // Sums of group g: sums[row * kPanel + query].
-inline void multiply_group(const FilterBlock& block, const FilterPanel& panel, int g, int32_t* sums) {
-  for (int r = 0; r < kPanel; r += kRows)
+inline void multiply_group(const FilterBlock& block, const FilterPanel& panel, int g, int32_t* sums, Prefetcher& prefetcher) {
+  for (int r = 0; r < kPanel; r += kRows) {
+    prefetcher.turn();  // few lines at a time: they compete with the loads for buffers
     multiply(block.codes + (g * kPanel + r) * block.stride, block.stride, block.row_bytes, panel.codes, panel.offset,
              sums + r * kPanel);
+  }
 }
 
 // Scores of a row, by its sums, and of sixteen queries.
@@ -82,12 +84,11 @@ inline __m512 to_scores(const int32_t* sums, const float* row_scale, const float
 template <bool Symmetric>
 int filter_rows(const FilterBlock& block, const FilterPanel& panel, FilterHit* hits, uint8_t* dense) {
   alignas(64) int32_t sums[kPanel * kPanel];
-  Prefetcher prefetcher(block.ahead, block.groups);
+  Prefetcher prefetcher(block.ahead, block.groups * (kPanel / kRows));
   const __m512 slack = _mm512_set1_ps(0x1p-22f);
   int total = 0;
   for (int g = 0; g < block.groups; ++g) {
-    prefetcher.turn();
-    multiply_group(block, panel, g, sums);
+    multiply_group(block, panel, g, sums, prefetcher);
     __m512 margin[2], floor[2];
     for (int half = 0; half < 2; ++half) {
       const __m512 f = _mm512_loadu_ps(panel.floor + 16 * half);
@@ -133,10 +134,9 @@ int filter_block(const FilterBlock& block, const FilterPanel& panel, FilterHit* 
 
 void raise_maxima(const FilterBlock& block, const FilterPanel& panel, Maxima maxima) {
   alignas(64) int32_t sums[kPanel * kPanel];
-  Prefetcher prefetcher(block.ahead, block.groups);
+  Prefetcher prefetcher(block.ahead, block.groups * (kPanel / kRows));
   for (int g = 0; g < block.groups; ++g) {
-    prefetcher.turn();
-    multiply_group(block, panel, g, sums);
+    multiply_group(block, panel, g, sums, prefetcher);
     for (int begin = 0; begin < kPanel; begin += maxima.run) {
       float* best = maxima.turn();
       for (int half = 0; half < 2; ++half) {
