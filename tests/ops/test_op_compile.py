@@ -54,8 +54,8 @@ def info_nce(triton: bool) -> tuple:
     return triton_losses.info_nce_operator, leaf(4, 8), index.flip(0), leaf(), None, index, triton
 
 
-def redundancy() -> tuple:
-    return triton_losses.redundancy_operator, leaf(4, 8), leaf(4, 8), None, 1e-6
+def redundancy(triton: bool) -> tuple:
+    return triton_losses.redundancy_operator, leaf(4, 8), leaf(4, 8), None, 1e-6, triton
 
 
 OPERATORS: dict[str, Callable[[], tuple]] = {
@@ -65,7 +65,8 @@ OPERATORS: dict[str, Callable[[], tuple]] = {
     "modulation": modulation,
     "info_nce torch": lambda: info_nce(False),
     "info_nce triton": lambda: info_nce(True),
-    "redundancy": redundancy,
+    "redundancy torch": lambda: redundancy(False),
+    "redundancy triton": lambda: redundancy(True),
 }
 
 

@@ -95,14 +95,33 @@ def test_modulation_strided() -> None:
     check_modulation(torch.float32, sizes=(3, 2, 2, 16, 4, 4), strided=True)
 
 
+@pytest.mark.parametrize("backend", ["triton", "torch"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_redundancy(dtype: torch.dtype) -> None:
-    check_redundancy(dtype)
+def test_redundancy(dtype: torch.dtype, backend: str) -> None:
+    check_redundancy(dtype, backend=backend)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_redundancy_chunks(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tgq_fast.ops import triton_losses
+
+    monkeypatch.setattr(triton_losses, "CENTRED_ELEMENTS", 100)  # 20 channels: five items per chunk
+    check_redundancy(dtype, backend="torch")
+
+
+def test_redundancy_of_known_moments_reads_no_means() -> None:
+    a, e = torch.randn(2, 30, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    covariance = ((a - a.mean(0)) * (e - e.mean(0))).mean(0)
+    moments = torch.stack((a.mean(0), e.mean(0), a.var(0, correction=0), e.var(0, correction=0), covariance))
+    unread = torch.full_like(a, float("nan"))
+    found = ops.redundancy_loss(unread, unread, moments=moments, backend="torch")
+    torch.testing.assert_close(found, reference.redundancy_loss(a, e))
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
 @pytest.mark.parametrize("batch", [0, 1, 5])
-def test_redundancy_small_batches(batch: int) -> None:
-    check_redundancy(torch.float32, batch=batch, width=3, offset=0)
+def test_redundancy_small_batches(batch: int, backend: str) -> None:
+    check_redundancy(torch.float32, batch=batch, width=3, offset=0, backend=backend)
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])

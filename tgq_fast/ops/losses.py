@@ -24,7 +24,7 @@ def redundancy_loss(
     """mean_i C_ii² with C the batch correlation matrix of ā against ē.
 
     Arguments and result are those of :func:`tgq_fast.reference.redundancy_loss`; `backend` as in
-    :mod:`tgq_fast.ops.dispatch`. The kernels stream over the batch once.
+    :mod:`tgq_fast.ops.dispatch`. The kernels stream over the batch once, the CPU over what fits in its caches.
 
     Args:
         moments: [5, d] of :func:`tgq_fast.ops.dual_gated_modulation_with_moments` over the very same means: the
@@ -35,8 +35,9 @@ def redundancy_loss(
         BackendError: a backend that was asked for by name cannot run this call.
     """
     decision = _decide_redundancy(anchored, exploratory, eps=eps, moments=moments, backend=backend)
-    if decision.backend == "triton" and anchored.shape[0] >= 2:
-        return redundancy_operator(anchored, exploratory.to(anchored.dtype), moments, eps)[0]
+    triton = decision.backend == "triton"
+    if anchored.shape[0] >= 2 and (triton or anchored.device.type == "cpu"):
+        return redundancy_operator(anchored, exploratory.to(anchored.dtype), moments, eps, triton)[0]
     return reference.redundancy_loss(anchored, exploratory, eps=eps)
 
 

@@ -15,6 +15,8 @@ __all__ = ["info_nce_operator", "redundancy_operator"]
 
 # Logits of one chunk of anchors, torch backend: few enough to stay in a CPU's caches from one pass to the next.
 CHUNK_ELEMENTS = 2**21
+# Elements of either stream that the redundancy loss takes at once there.
+CENTRED_ELEMENTS = 2**17
 
 
 def _upcast(x: Tensor) -> Tensor:
@@ -132,53 +134,86 @@ def _info_nce_backward(ctx, d_loss, _):  # type: ignore[no-untyped-def]
 info_nce_operator.register_autograd(_info_nce_backward, setup_context=_info_nce_setup)
 
 
+def _centred(a: Tensor, e: Tensor, means: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Both streams less their means, some items at a time: what is computed from them then stays in a CPU's caches."""
+    step = max(1, CENTRED_ELEMENTS // max(1, a.shape[1]))
+    for first in range(0, a.shape[0], step):
+        part = slice(first, first + step)
+        yield part, a[part] - means[0], e[part] - means[1]
+
+
+def _moments(a: Tensor, e: Tensor) -> Tensor:
+    """[5, d] means of both streams, their variances and covariance."""
+    dtype = torch.promote_types(a.dtype, torch.float32)
+    found = a.new_zeros(5, a.shape[1], dtype=dtype)
+    found[0], found[1] = a.mean(dim=0, dtype=dtype), e.mean(dim=0, dtype=dtype)
+    for _, x, y in _centred(a, e, found):
+        found[4] += (x * y).sum(dim=0)
+        found[2] += x.square_().sum(dim=0)
+        found[3] += y.square_().sum(dim=0)
+    found[2:] /= a.shape[0]
+    return found
+
+
 @torch.library.custom_op("tgq_fast::redundancy_loss", mutates_args=())
 def redundancy_operator(
-    anchored: Tensor, exploratory: Tensor, moments: Tensor | None, eps: float
+    anchored: Tensor, exploratory: Tensor, moments: Tensor | None, eps: float, triton: bool
 ) -> tuple[Tensor, Tensor]:
-    """Loss [] and merged moments [5, d] of [B, d] means, fp32; B ≥ 2. Moments that are known save the pass."""
-    from tgq_fast.kernels import redundancy
+    """Loss [] and merged moments [5, d] of [B, d] means, fp32 (fp64 for fp64 input); B ≥ 2.
 
-    if moments is not None:
-        var_a, var_e, cov = moments[2:]
-        return (cov.square() / ((var_a + eps) * (var_e + eps))).mean(), moments.clone()
-    merged, terms = redundancy.merge(redundancy.moments(anchored, exploratory), eps)
-    return terms.sum(), merged
+    Moments that are known save the pass.
+    """
+    if moments is None and triton:
+        from tgq_fast.kernels import redundancy
+
+        merged, terms = redundancy.merge(redundancy.moments(anchored, exploratory), eps)
+        return terms.sum(), merged
+    moments = _moments(anchored, exploratory) if moments is None else moments.clone()
+    var_a, var_e, cov = moments[2:]
+    return (cov.square() / ((var_a + eps) * (var_e + eps))).mean(), moments
 
 
 @redundancy_operator.register_fake
-def _(anchored, exploratory, moments, eps):  # type: ignore[no-untyped-def]
-    make = anchored.new_empty
-    return make((), dtype=torch.float32), make(5, anchored.shape[1], dtype=torch.float32)
+def _(anchored, exploratory, moments, eps, triton):  # type: ignore[no-untyped-def]
+    dtype = torch.promote_types(anchored.dtype, torch.float32)
+    return anchored.new_empty((), dtype=dtype), anchored.new_empty(5, anchored.shape[1], dtype=dtype)
 
 
 @torch.library.custom_op("tgq_fast::redundancy_loss_backward", mutates_args=())
 def redundancy_backward(
-    d_loss: Tensor, anchored: Tensor, exploratory: Tensor, merged: Tensor, eps: float
+    d_loss: Tensor, anchored: Tensor, exploratory: Tensor, merged: Tensor, eps: float, triton: bool
 ) -> tuple[Tensor, Tensor]:
     """Gradients of both means."""
-    from tgq_fast.kernels import redundancy
+    if triton:
+        from tgq_fast.kernels import redundancy
 
-    return redundancy.backward(d_loss, anchored, exploratory, merged, eps)
+        return redundancy.backward(d_loss, anchored, exploratory, merged, eps)
+    var_a, var_e, cov = merged[2] + eps, merged[3] + eps, merged[4]
+    across = d_loss * 2 / anchored.numel() * cov / (var_a * var_e)  # per channel: slope of cov, over B
+    own_a, own_e = -across * cov / var_a, -across * cov / var_e  # of either variance, times 2
+    d_a, d_e = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (anchored, exploratory))
+    for part, x, y in _centred(anchored, exploratory, merged):
+        d_a[part] = (y * across).addcmul_(x, own_a)
+        d_e[part] = x.mul_(across).addcmul_(y, own_e)
+    return d_a, d_e
 
 
 @redundancy_backward.register_fake
-def _(d_loss, anchored, exploratory, merged, eps):  # type: ignore[no-untyped-def]
+def _(d_loss, anchored, exploratory, merged, eps, triton):  # type: ignore[no-untyped-def]
     return anchored.new_empty(anchored.shape), exploratory.new_empty(exploratory.shape)
 
 
 def _redundancy_setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    anchored, exploratory, _, eps = inputs
+    anchored, exploratory, _, *ctx.options = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(anchored, exploratory, output[1])
-    ctx.eps = eps
 
 
 def _redundancy_backward(ctx, d_loss, _):  # type: ignore[no-untyped-def]
     if d_loss is None:
-        return None, None, None, None
-    return (*redundancy_backward(d_loss, *ctx.saved_tensors, ctx.eps), None, None)
+        return (None,) * 5
+    return (*redundancy_backward(d_loss, *ctx.saved_tensors, *ctx.options), None, None, None)
 
 
 redundancy_operator.register_autograd(_redundancy_backward, setup_context=_redundancy_setup)
