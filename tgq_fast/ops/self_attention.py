@@ -29,11 +29,11 @@ def stream_self_attention(
     text_mask: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Self-attention over [A; E; T] without a dense mask.
+    """Self-attention over [A; E; T] without a mask per head.
 
     Arguments and result are those of :func:`tgq_fast.reference.stream_self_attention`; `backend` as in
-    :mod:`tgq_fast.ops.dispatch`. Every block is a computation of its own: with ``mixing="block"`` the bits of the
-    exploratory rows do not depend on the metadata, however long it is.
+    :mod:`tgq_fast.ops.dispatch`. With ``mixing="block"`` exploratory rows are a computation of their own: their bits do
+    not depend on the metadata, however long it is.
 
     Raises:
         ArgumentError: lengths do not sum to S, or an unknown mixing or backend.
