@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from tgq_fast import ops, reference
 from tgq_fast.ops import self_attention_cpu
+from tgq_fast.reference.attention import stream_mask
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 BF16 = torch.bfloat16
@@ -145,3 +147,16 @@ def test_opcheck(dtype: torch.dtype, length: int) -> None:
         (mask, [4, 0, length - 4], "full"),
     ):
         torch.library.opcheck(self_attention_cpu.stream_attention_cpu, (q, k, v, *options, False, True))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("lengths", [(2, 3, 4), (3, 3, 0)], ids=str)
+def test_counted_operations_are_those_of_visible_pairs(layout: str, lengths: tuple[int, int, int]) -> None:
+    mixing, sees_text = LAYOUTS[layout]
+    leaves = [x.requires_grad_() for x in operands(torch.float32, sum(lengths))[:3]]
+    pairs = int(stream_mask(lengths, mixing=mixing, explore_sees_text=sees_text).sum())
+    with FlopCounterMode(display=False) as counter:
+        out = ops.stream_self_attention(*leaves, lengths, mixing=mixing, explore_sees_text=sees_text, backend="torch")
+        assert counter.get_total_flops() == 4 * 3 * 2 * 16 * pairs
+        out.sum().backward()
+    assert counter.get_total_flops() == 14 * 3 * 2 * 16 * pairs

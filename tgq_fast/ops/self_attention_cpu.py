@@ -15,6 +15,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+from torch.utils.flop_counter import register_flop_formula
 
 from tgq_fast.ops.dispatch import wants_grad
 from tgq_fast.reference.attention import Mixing, stream_mask
@@ -149,6 +150,27 @@ def _layout_bias(lengths: tuple[int, int, int], mixing: Mixing, explore_sees_tex
     """[1, 1, S, S]; called on real tensors only, so that what is kept is real."""
     visible = stream_mask(lengths, mixing=mixing, explore_sees_text=explore_sees_text)
     return torch.where(visible, 0.0, float("-inf")).to(dtype)
+
+
+def _pairs(lengths: list[int], mixing: str, explore_sees_text: bool) -> int:
+    """Rows times the keys they see."""
+    anchored, exploratory, text = lengths
+    if mixing == "full":
+        return sum(lengths) ** 2
+    seen = anchored + text + (exploratory if mixing == "one_way" else 0)
+    return anchored * seen + exploratory * (exploratory + (text if explore_sees_text else 0)) + text**2
+
+
+# What PyTorch's counter shows for a call: two products over the pairs, five in the backward.
+@register_flop_formula(torch.ops.tgq_fast.stream_attention_cpu)
+def _flops(q_shape, k_shape, v_shape, mask_shape, lengths, mixing, explore_sees_text, *_, **__):  # type: ignore[no-untyped-def]
+    batch, _, heads, head = q_shape
+    return 4 * batch * heads * head * _pairs(lengths, mixing, explore_sees_text)
+
+
+@register_flop_formula(torch.ops.tgq_fast.stream_attention_cpu_backward)
+def _backward_flops(d_shape, q_shape, k_shape, v_shape, mask_shape, result_shape, kept_shape, *layout, **__):  # type: ignore[no-untyped-def]
+    return 5 * _flops(q_shape, k_shape, v_shape, mask_shape, *layout) // 2
 
 
 def _by_products(q: Tensor, training: bool) -> bool:
