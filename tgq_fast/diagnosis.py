@@ -78,6 +78,7 @@ def doctor() -> Diagnosis:
         backends=[
             _probe("torch", _torch, required=True),
             _probe("native search", _search),
+            _probe("native inference", _inference),
             _probe("triton", _triton),
             _probe("cuda", _cuda),
             _probe("flash-attn", _flash_attention),
@@ -161,6 +162,20 @@ def _search() -> tuple[bool, str]:
     same = torch.equal(torch.as_tensor(topk(queries, pool, 5).indices), exact_topk(queries, pool, 5).indices)
     info = _native.build_info()
     return same, f"isa {info.get('isa', 'unknown')}; " + ("agrees with the reference" if same else "WRONG neighbours")
+
+
+def _inference() -> tuple[bool, str]:
+    import torch
+
+    from tgq_fast.ops.matrix_unit import PackedLinear, why_not
+
+    if reason := why_not(torch.float32):
+        return False, f"{reason}; packed layers use oneDNN"
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randint(-8, 8, (40, 50), generator=generator).float()
+    x = torch.randint(-8, 8, (3, 50), generator=generator).float()
+    same = torch.equal(PackedLinear(weight)(x), x @ weight.T)
+    return same, "AMX matrix unit, " + ("product of integers is right" if same else "WRONG product")
 
 
 def _triton() -> tuple[bool, str]:
