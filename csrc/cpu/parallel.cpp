@@ -6,26 +6,7 @@
 
 #include "cpu/team.h"
 
-#if defined(__linux__)
-#include <dlfcn.h>
-#endif
-
 namespace tgq {
-namespace {
-
-// GNU's (and LLVM's, and Intel's) entry point of a parallel region, stable since gcc 4.9.
-using ParallelRegion = void (*)(void (*)(void*), void*, unsigned, unsigned);
-
-ParallelRegion process_pool() {
-#if defined(__linux__)
-  static const auto found = reinterpret_cast<ParallelRegion>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
-  return found;
-#else
-  return nullptr;
-#endif
-}
-
-}  // namespace
 
 Status parallel_for(std::int64_t count, std::int64_t grain, int threads, const Worker& worker,
                     const std::function<void(std::int64_t, std::int64_t)>& work) {

@@ -83,6 +83,7 @@ void Pass::scan(const Tile& tile, Scanner& scanner, std::int64_t first, std::int
     const std::int64_t ahead = std::min<std::int64_t>(last - end, plan_.block_rows);
     scanner.scan_block(first, static_cast<int>(end - first), ahead, first < own_end ? nullptr : columns_);
     progress_.done += (end - first) * tile.count;
+    progress_.tick();
     first = end;
   }
 }

@@ -21,6 +21,7 @@ constexpr std::int64_t kSmallQueries = 12;    // from so many on, rounding the p
 constexpr std::int64_t kMaxFilterDepth = 1 << 16;  // the margin's proof covers D up to here
 constexpr std::int64_t kBlockBytes = 256 * 1024;  // fp32 rows of a block: a quarter of a small second-level cache
 constexpr std::int64_t kCodeBytes = 32 * 1024;    // codes of a block: most of a small first-level cache
+constexpr std::int64_t kMaxChunk = 1 << 16;       // rows that threads may wait for at the end
 constexpr std::int64_t kMinRowsToSample = 4096;
 constexpr std::int64_t kMinSelfJoin = 2048;
 constexpr int kSampleStride = 16;
@@ -124,7 +125,8 @@ std::int64_t pick_block_rows(std::int64_t width, std::int64_t row_bytes) {
 
 // Rows a thread claims at a time: small enough that the threads end together.
 std::int64_t pick_chunk(std::int64_t rows, std::int64_t block, int threads) {
-  return std::max(block, round_up(ceil_div(rows, static_cast<std::int64_t>(threads) * 16), block));
+  const std::int64_t share = std::min(kMaxChunk, ceil_div(rows, static_cast<std::int64_t>(threads) * 16));
+  return std::max(block, round_up(share, block));
 }
 
 class Search {

@@ -9,6 +9,11 @@
 #include <thread>
 #include <vector>
 
+#if defined(__linux__)
+#include <dlfcn.h>
+#include <pthread.h>
+#include <sys/stat.h>
+#endif
 #if defined(__SSE__)
 #include <xmmintrin.h>
 #endif
@@ -41,53 +46,92 @@ Status guarded(const std::function<void(int)>& work, int index, Progress& progre
   }
 }
 
+std::atomic<bool> forked{false};
+
+#if defined(__linux__)
+// From the start: a fork may come before the first search.
+[[maybe_unused]] const int watching = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+
+bool has_other_threads() {
+  struct stat tasks;
+  return stat("/proc/self/task", &tasks) == 0 && tasks.st_nlink > 3;  // two links of the folder itself
+}
+#endif
+
 }  // namespace
+
+ParallelRegion process_pool() {
+#if defined(__linux__)
+  static const auto found = reinterpret_cast<ParallelRegion>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  return found != nullptr && !forked && has_other_threads() ? found : nullptr;
+#else
+  return nullptr;
+#endif
+}
+
+void Progress::tick() {
+  if (poll_ == nullptr || stop || std::this_thread::get_id() != caller_) return;
+  const auto now = std::chrono::steady_clock::now();
+  if (now < due_) return;
+  due_ = now + kPollInterval;
+  if ((*poll_)(std::min(1.0, static_cast<double>(done) / static_cast<double>(total)))) return;
+  cancelled_ = true;
+  stop = true;
+}
 
 Status run_team(int threads, const std::function<void(int)>& work, Progress& progress,
                 const std::function<bool(double)>& poll) {
-  if (threads <= 1 && !poll) return guarded(work, 0, progress);
+  progress.caller_ = std::this_thread::get_id();
+  progress.due_ = std::chrono::steady_clock::now() + kPollInterval;
+  progress.poll_ = poll ? &poll : nullptr;
   std::mutex mutex;
   std::condition_variable changed;
   int running = 0;
+  std::atomic<int> next{0};
   Status status = Status::ok;
-  std::vector<std::thread> team;
-  team.reserve(static_cast<std::size_t>(threads));
-  for (int t = 0; t < threads; ++t) {
-    {
-      const std::lock_guard<std::mutex> lock(mutex);
-      ++running;
-    }
-    try {
-      team.emplace_back([&, t] {
-        const Status result = guarded(work, t, progress);
+  const std::function<void()> member = [&] {
+    const Status result = guarded(work, next++, progress);
+    const std::lock_guard<std::mutex> lock(mutex);
+    if (result != Status::ok && status == Status::ok) status = result;
+  };
+  if (threads <= 1) {
+    member();
+  } else if (const ParallelRegion region = process_pool()) {
+    region([](void* data) { (*static_cast<const std::function<void()>*>(data))(); }, const_cast<std::function<void()>*>(&member),
+           static_cast<unsigned>(threads), 0);
+  } else {
+    std::vector<std::thread> team;
+    team.reserve(static_cast<std::size_t>(threads));
+    for (int t = 1; t < threads; ++t) {
+      {
         const std::lock_guard<std::mutex> lock(mutex);
-        if (result != Status::ok && status == Status::ok) status = result;
+        ++running;
+      }
+      try {
+        team.emplace_back([&] {
+          member();
+          const std::lock_guard<std::mutex> lock(mutex);
+          --running;
+          changed.notify_one();
+        });
+      } catch (const std::system_error&) {  // no more threads to be had: those there are share the work
+        const std::lock_guard<std::mutex> lock(mutex);
         --running;
-        changed.notify_one();
-      });
-    } catch (const std::system_error&) {  // no more threads to be had: those there are share the work
-      const std::lock_guard<std::mutex> lock(mutex);
-      --running;
-      break;
+        break;
+      }
     }
-  }
-  if (team.empty()) return guarded(work, 0, progress);
-  std::unique_lock<std::mutex> lock(mutex);
-  while (!changed.wait_for(lock, kPollInterval, [&] { return running == 0; })) {
-    if (!poll || progress.stop) continue;
-    const double share = std::min(1.0, static_cast<double>(progress.done) / static_cast<double>(progress.total));
-    lock.unlock();
-    if (!poll(share)) {
-      progress.stop = true;
+    member();
+    std::unique_lock<std::mutex> lock(mutex);
+    while (!changed.wait_for(lock, kPollInterval, [&] { return running == 0; })) {
+      lock.unlock();
+      progress.tick();
       lock.lock();
-      if (status == Status::ok) status = Status::cancelled;
-      continue;
     }
-    lock.lock();
+    lock.unlock();
+    for (std::thread& other : team) other.join();
   }
-  lock.unlock();
-  for (std::thread& member : team) member.join();
-  return status;
+  progress.poll_ = nullptr;
+  return status == Status::ok && progress.cancelled() ? Status::cancelled : status;
 }
 
 }  // namespace tgq

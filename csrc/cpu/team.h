@@ -1,23 +1,45 @@
-// Threads of one call: started, watched and joined here, so that nothing survives a call (or a fork).
+// The threads of one call: those of the process' own pool, or some that are started and joined here.
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <functional>
+#include <thread>
 
 #include "tgq/search.h"
 
 namespace tgq {
 
 // Shared by the workers of one call.
-struct Progress {
+class Progress {
+ public:
   std::atomic<bool> stop{false};
   std::atomic<std::int64_t> done{0};
   std::int64_t total = 1;
+
+  // Workers call it often; on the calling thread it polls a few times per second.
+  void tick();
+  bool cancelled() const { return cancelled_; }
+
+ private:
+  friend Status run_team(int, const std::function<void(int)>&, Progress&, const std::function<bool(double)>&);
+  const std::function<bool(double)>* poll_ = nullptr;
+  std::thread::id caller_;
+  std::chrono::steady_clock::time_point due_;
+  bool cancelled_ = false;
 };
 
-// Runs work(0) … work(threads - 1), each on its own thread, and polls on the calling thread meanwhile. With one thread
-// and no poll it runs in place. Work must watch progress.stop. The first failure stops all and is returned.
+// GNU's (and LLVM's, and Intel's) entry point of an OpenMP parallel region, stable since gcc 4.9.
+using ParallelRegion = void (*)(void (*)(void*), void*, unsigned, unsigned);
+
+// That of the OpenMP pool in the process, PyTorch's as a rule: its workers spin for milliseconds after each of PyTorch's
+// operators, and threads beside them would get half of a core. Null where there is none, where the process has no other thread
+// (nobody spins), and in a forked child, where a pool has lost its workers.
+ParallelRegion process_pool();
+
+// Runs work(0) … work(threads - 1), or fewer where there are not so many threads, on the calling thread and others. Work must
+// watch progress.stop and tick. The first failure stops all and is returned.
 Status run_team(int threads, const std::function<void(int)>& work, Progress& progress,
                 const std::function<bool(double)>& poll);
 
