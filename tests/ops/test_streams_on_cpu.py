@@ -160,3 +160,13 @@ def test_counted_operations_are_those_of_visible_pairs(layout: str, lengths: tup
         assert counter.get_total_flops() == 4 * 3 * 2 * 16 * pairs
         out.sum().backward()
     assert counter.get_total_flops() == 14 * 3 * 2 * 16 * pairs
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
+def test_a_layout_first_seen_in_inference_mode_can_be_trained(dtype: torch.dtype) -> None:
+    self_attention_cpu._layout_bias.cache_clear()
+    inputs, lengths = operands(dtype, 9)[:3], (2, 3, 4)
+    with torch.inference_mode():
+        ops.stream_self_attention(*inputs, lengths)
+    out = ops.stream_self_attention(*(x.requires_grad_() for x in inputs), lengths)
+    assert all(g.isfinite().all() for g in torch.autograd.grad(out.sum(), inputs))
