@@ -172,6 +172,16 @@ class TestLinearDetails:
         assert not wrong
 
 
+def test_gelu_over_its_range() -> None:
+    """The identity as weights hands every value to the activation as it is."""
+    x = torch.cat(
+        (torch.linspace(-14, 14, 4096 - 32), torch.tensor([0.0, -0.0, 1e-30, -1e-30, 1e4, -1e4, 9.0, -9.0] * 4))
+    )
+    got = PackedLinear(torch.eye(32))(x.view(-1, 32), gelu=True).flatten().double()
+    exact = functional.gelu(x.double())
+    assert ((got - exact).abs() <= 6e-8 * x.abs().double().clamp_min(1.0)).all()
+
+
 @pytest.mark.parametrize("kind", ["large", "small", "mixed", "cancelling", "halfway", "denormal"])
 def test_fp32_values_that_are_hard_to_split(kind: str) -> None:
     """Parts of an fp32 number must add up to it over the whole range of exponents that a product can have."""
