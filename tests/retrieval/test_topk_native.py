@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from multiprocessing.connection import Connection
 
 import numpy as np
 import pytest
@@ -244,23 +245,34 @@ def test_concurrent_callers_get_their_own_answers() -> None:
         assert_same(got, want)
 
 
-def _search_in_child(queue) -> None:
+def _search_in_child(connection: Connection) -> None:
     torch.manual_seed(5)
     torch.set_num_threads(1)  # OpenMP of the parent does not survive the fork; the search's threads do not need to
-    queue.put(topk(torch.randn(40, 32), torch.randn(40000, 32), 5, num_threads=2, backend="cpp").indices.numpy())
+    idle = threading.Event()
+    threading.Thread(target=idle.wait, daemon=True).start()  # a process with threads, but without the parent's pool
+    connection.send(topk(torch.randn(40, 32), torch.randn(40000, 32), 5, num_threads=2, backend="cpp").indices.numpy())
+    idle.set()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="fork is tested on Linux")
 def test_fork_after_use() -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    torch.randn(1 << 16).exp()  # the OpenMP pool has workers
     torch.manual_seed(5)
     expected = topk(torch.randn(40, 32), torch.randn(40000, 32), 5, num_threads=2, backend="cpp").indices
+    torch.set_num_threads(threads)
     context = multiprocessing.get_context("fork")
-    queue = context.SimpleQueue()
-    child = context.Process(target=_search_in_child, args=(queue,))
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=_search_in_child, args=(sender,))
     child.start()
-    found = queue.get()
-    child.join(30)
-    assert child.exitcode == 0 and np.array_equal(found, expected.numpy())
+    try:
+        assert receiver.poll(60), "the search in the child hangs"
+        assert np.array_equal(receiver.recv(), expected.numpy())
+        child.join(30)
+        assert child.exitcode == 0
+    finally:
+        child.kill()
 
 
 def test_ctrl_c_ends_a_long_search() -> None:
