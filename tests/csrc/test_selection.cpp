@@ -111,27 +111,6 @@ void test_select_largest() {
   }
 }
 
-void test_merge() {
-  std::mt19937_64 random(5);
-  for (int trial = 0; trial < 2000; ++trial) {
-    std::vector<Key> a, b, all;
-    for (Key key = 1; key < 60; ++key) (random() % 3 == 0 ? a : b).push_back(key);
-    std::reverse(a.begin(), a.end());
-    std::reverse(b.begin(), b.end());
-    if (trial % 7 == 0) a.clear();
-    if (trial % 11 == 0) b.clear();
-    all = a;
-    all.insert(all.end(), b.begin(), b.end());
-    const std::uint32_t size = static_cast<std::uint32_t>(random() % 80);
-    std::vector<Key> out(size + 1, 77);
-    const std::uint32_t count = merge_descending(a.data(), static_cast<std::uint32_t>(a.size()), b.data(),
-                                                 static_cast<std::uint32_t>(b.size()), out.data(), size);
-    CHECK(out[size] == 77);
-    out.resize(count);
-    CHECK(out == reference(all, size));
-  }
-}
-
 // The sample's rank is a true bound on how often the floor fails: far below one in a thousand on random data.
 void test_sample_rank() {
   std::mt19937 random(6);
@@ -155,7 +134,6 @@ int main() {
   test_floor_score();
   test_candidates();
   test_select_largest();
-  test_merge();
   test_sample_rank();
   std::puts("selection: all passed");
 }

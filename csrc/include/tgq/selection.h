@@ -154,14 +154,6 @@ TGQ_HD inline bool Candidates::push(Key key) {
   return true;
 }
 
-// Merges two lists, each in descending order, into the first `size` of their union. Returns how many were written.
-TGQ_HD inline std::uint32_t merge_descending(const Key* a, std::uint32_t na, const Key* b, std::uint32_t nb, Key* out,
-                                             std::uint32_t size) {
-  std::uint32_t i = 0, j = 0, n = 0;
-  while (n < size && (i < na || j < nb)) out[n++] = (j >= nb || (i < na && a[i] > b[j])) ? a[i++] : b[j++];
-  return n;
-}
-
 // Rank to take in a sample of one row in `stride` so that its score is, most likely, below the k-th best of the whole
 // pool: mean + 4 standard deviations + 4 of the number of top-k rows that the sample holds.
 TGQ_HD inline std::uint32_t sample_rank(std::uint32_t k, std::uint32_t stride) {
