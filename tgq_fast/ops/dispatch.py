@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -167,6 +168,7 @@ def triton_reasons(*tensors: Tensor | None, forced: bool) -> list[str]:
 
 # Facts of the machine and process: constant while a compiled graph lives, so the tracer need not look inside.
 @torch.compiler.assume_constant_result
+@cache
 def triton_importable() -> bool:
     """Whether the triton package is installed."""
     return importlib.util.find_spec("triton") is not None
