@@ -4,30 +4,10 @@
 #include <immintrin.h>
 
 #include "cpu/kernels.h"
+#include "cpu/tile_config.h"
 
 namespace tgq {
 namespace {
-
-struct alignas(64) TileConfig {
-  uint8_t palette = 1;
-  uint8_t start_row = 0;
-  uint8_t reserved[14] = {};
-  uint16_t row_bytes[16] = {};
-  uint8_t rows[16] = {};
-};
-
-void begin() {
-  TileConfig config;
-  for (int t = 0; t < 8; ++t) {
-    config.row_bytes[t] = 64;
-    config.rows[t] = 16;
-  }
-  _tile_loadconfig(&config);
-  // gcc 12 does not know that the instruction reads the configuration and may drop the stores above.
-  __asm__ volatile("" : : "r"(&config) : "memory");
-}
-
-void end() { _tile_release(); }
 
 void encode_bfloat(const float* rows, int64_t row_stride, int num_rows, int64_t width, int64_t row_bytes, uint8_t* codes,
                    float* scale, float* norm, float* error) {

@@ -6,31 +6,11 @@
 #include <immintrin.h>
 
 #include "cpu/matrix.h"
+#include "cpu/tile_config.h"
 #include "cpu/vector_math.h"
 
 namespace tgq {
 namespace {
-
-struct alignas(64) TileConfig {
-  uint8_t palette = 1;
-  uint8_t start_row = 0;
-  uint8_t reserved[14] = {};
-  uint16_t row_bytes[16] = {};
-  uint8_t rows[16] = {};
-};
-
-void begin() {
-  TileConfig config;
-  for (int t = 0; t < 8; ++t) {
-    config.row_bytes[t] = 64;
-    config.rows[t] = kTile;
-  }
-  _tile_loadconfig(&config);
-  // gcc 12 does not know that the instruction reads the configuration and may drop the stores above.
-  __asm__ volatile("" : : "r"(&config) : "memory");
-}
-
-void end() { _tile_release(); }
 
 // ---- packing -----------------------------------------------------------------------------------------------------------
 
