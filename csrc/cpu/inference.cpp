@@ -115,15 +115,45 @@ class Linear {
       : call_(call), unit_(unit), worker_{unit.begin, unit.end}, layout_(call.shape), panels_(ceil_div(call.out.cols, kBlock)),
         norm_(call.norm_weight != nullptr) {}
 
-  std::int64_t packed_bytes(std::int64_t blocks) const { return call_.shape.groups * blocks * block_bytes(); }
+  std::int64_t packed_bytes(std::int64_t blocks) const { return blocks * block_bytes(); }
 
   // Packs rows [first, first + count).
   Status pack(std::int64_t first, std::int64_t count, std::uint8_t* rows) const {
-    const std::int64_t blocks = ceil_div(count, kBlock);
-    return parallel_for(call_.shape.groups * blocks, 1, call_.threads, worker_, [&](std::int64_t i, std::int64_t) {
-      const std::int64_t row = i % blocks * kBlock, value = (first + row) * call_.x.row_stride + i / blocks * call_.shape.in;
-      unit_.pack_rows(rows_at(call_.x.data, value, call_.x.row_stride, dtype()), std::min<std::int64_t>(kBlock, count - row),
-                      call_.shape.in, layout_.steps, layout_.parts, rows + i * block_bytes());
+    return parallel_for(ceil_div(count, kBlock), 1, call_.threads, worker_, [&](std::int64_t block, std::int64_t) {
+      const std::int64_t row = block * kBlock;
+      unit_.pack_rows(rows_at(call_.x.data, (first + row) * call_.x.row_stride, call_.x.row_stride, dtype()),
+                      std::min<std::int64_t>(kBlock, count - row), call_.shape.in, layout_.steps, layout_.parts,
+                      rows + block * block_bytes());
+    });
+  }
+
+  // Packs and multiplies rows [first, first + count) group by group: a group's rows are multiplied while they are cached.
+  Status run_groups(std::int64_t first, std::int64_t count) {
+    first_ = first;
+    count_ = count;
+    const std::int64_t groups = call_.shape.groups, blocks = ceil_div(count, kBlock);
+    const std::int64_t chunk = std::min(blocks, ceil_div(blocks * groups, 2 * call_.threads)), chunks = ceil_div(blocks, chunk);
+    return parallel_for(groups * chunks, 1, call_.threads, worker_, [&](std::int64_t i, std::int64_t) {
+      static thread_local Scratch packed, sums;
+      const std::int64_t group = i / chunks, block = i % chunks * chunk, row = block * kBlock;
+      const std::int64_t here = std::min(chunk, blocks - block);
+      std::uint8_t* rows = packed.take<std::uint8_t>(here * block_bytes());
+      const std::int64_t value = (first + row) * call_.x.row_stride + group * call_.shape.in;
+      unit_.pack_rows(rows_at(call_.x.data, value, call_.x.row_stride, dtype()), std::min(here * kBlock, count - row), call_.shape.in,
+                      layout_.steps, layout_.parts, rows);
+      float* taken = sums.take<float>(here * kBlock * kBlock);
+      for (std::int64_t panel = group * layout_.group_panels; panel < (group + 1) * layout_.group_panels; ++panel) {
+        Finish finish = finish_of(panel);
+        finish.out = out_at(row, panel * kBlock);
+        finish.rows = std::min(here * kBlock, count - row);
+        const std::uint8_t* columns = call_.packed + panel * layout_.panel();
+        for (std::int64_t step = 0; step < layout_.steps; step += kStepsAtOnce) {
+          const std::int64_t steps = std::min(kStepsAtOnce, layout_.steps - step);
+          unit_.multiply(rows + row_tile_bytes(step, layout_.parts), row_tile_bytes(layout_.steps, layout_.parts), here,
+                         columns + panel_bytes(step, layout_.parts), steps, layout_.parts, step > 0, taken, kBlock,
+                         step + steps == layout_.steps ? &finish : nullptr, nullptr);
+        }
+      }
     });
   }
 
@@ -159,9 +189,9 @@ class Linear {
     for (std::int64_t step = 0; step < layout_.steps; step += kStepsAtOnce) {
       const std::int64_t steps = std::min(kStepsAtOnce, layout_.steps - step);
       for (std::int64_t panel = begin; panel < end; ++panel) {
-        const std::int64_t source = panel + call_.first_column / kBlock, group = source / layout_.group_panels;
+        const std::int64_t source = panel + call_.first_column / kBlock;
         const std::uint8_t* columns = call_.packed + source * layout_.panel() + panel_bytes(step, layout_.parts);
-        const std::uint8_t* rows = rows_ + group * blocks_ * block_bytes() + row_tile_bytes(step, layout_.parts);
+        const std::uint8_t* rows = rows_ + row_tile_bytes(step, layout_.parts);
         const Finish finish = finish_of(panel);
         const bool last = step + steps == layout_.steps;
         unit_.multiply(rows, row_tile_bytes(layout_.steps, layout_.parts), blocks_, columns, steps, layout_.parts, step > 0,
@@ -225,9 +255,14 @@ Status linear(const LinearCall& call) {
     Linear layer(call, *unit);
     for (std::int64_t first = 0; first < call.x.rows; first += kRowBlocks * kBlock) {
       const std::int64_t count = std::min(kRowBlocks * kBlock, call.x.rows - first);
-      std::uint8_t* rows = packed.take<std::uint8_t>(layer.packed_bytes(ceil_div(count, kBlock)));
-      Status status = layer.pack(first, count, rows);
-      if (status == Status::ok) status = layer.multiply(first, count, rows, nullptr);
+      Status status = Status::ok;
+      if (call.shape.groups > 1) {
+        status = layer.run_groups(first, count);
+      } else {
+        std::uint8_t* rows = packed.take<std::uint8_t>(layer.packed_bytes(ceil_div(count, kBlock)));
+        status = layer.pack(first, count, rows);
+        if (status == Status::ok) status = layer.multiply(first, count, rows, nullptr);
+      }
       if (status != Status::ok) return status;
     }
     return Status::ok;

@@ -100,10 +100,15 @@ void pack_wide_columns(const Rows& from, int64_t depth_stride, int columns, int6
       const __mmask16 mask = first_lanes(columns - 16 * side);
       for (int r = 0; r < 16; ++r) {
         const int64_t d = s * kStep + 2 * r, i = d * depth_stride + 16 * side;
-        const __m512 even = d < depth && mask ? load16(from.data, i, from.bfloat, mask) : _mm512_setzero_ps();
-        const __m512 odd = d + 1 < depth && mask ? load16(from.data, i + depth_stride, from.bfloat, mask) : _mm512_setzero_ps();
+        const __mmask16 even_mask = d < depth ? mask : 0, odd_mask = d + 1 < depth ? mask : 0;
         __m512i parts[Parts];
-        split<Parts>(even, odd, parts);
+        if (Parts == 1 && from.bfloat) {
+          const auto* values = static_cast<const uint16_t*>(from.data);
+          const __m256i even = _mm256_maskz_loadu_epi16(even_mask, values + i);
+          parts[0] = _mm512_inserti64x4(_mm512_castsi256_si512(even), _mm256_maskz_loadu_epi16(odd_mask, values + i + depth_stride), 1);
+        } else {
+          split<Parts>(load16(from.data, i, from.bfloat, even_mask), load16(from.data, i + depth_stride, from.bfloat, odd_mask), parts);
+        }
         for (int p = 0; p < Parts; ++p)
           _mm512_store_si512(to + ((s * Parts + p) * 2 + side) * kTileBytes + 64 * r, _mm512_permutexvar_epi16(pairs, parts[p]));
       }
