@@ -43,7 +43,13 @@ def run_step(
     with tempfile.TemporaryFile("w+", errors="replace") as log:
         try:
             process = subprocess.Popen(
-                command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env=environment, start_new_session=True
+                command,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                cwd=ROOT,
+                env=environment,
+                start_new_session=True,
+                preexec_fn=_hear_interrupts,
             )
         except OSError as error:
             return {**step, "status": "skipped", "seconds": 0.0, "returncode": None, "tail": str(error)}
@@ -62,6 +68,11 @@ def run_step(
             file.write(f"==== {name}: {step['command']}\n{printed[-_LOG_BYTES:]}\n==== {status}, returned {code}\n")
     seconds = round(time.monotonic() - begin, 1)
     return {**step, "status": status, "seconds": seconds, "returncode": code, "tail": printed[-_TAIL:]}
+
+
+def _hear_interrupts() -> None:
+    """A shell starts background jobs deaf to interrupts, and what they start inherits it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _end(process: subprocess.Popen[Any]) -> None:
