@@ -73,6 +73,16 @@ Rows rows_at(const void* data, std::int64_t index, std::int64_t stride, DType dt
   return {at(data, index, dtype), stride, dtype == DType::bf16};
 }
 
+// Rows × one panel over its whole depth, part by part.
+void multiply_all_steps(const MatrixUnit& unit, const std::uint8_t* rows, std::int64_t all_steps, std::int64_t blocks,
+                        const std::uint8_t* panel, int parts, float* sums, std::int64_t stride, const Finish* finish) {
+  for (std::int64_t step = 0; step < all_steps; step += kStepsAtOnce) {
+    const std::int64_t steps = std::min(kStepsAtOnce, all_steps - step);
+    unit.multiply(rows + row_tile_bytes(step, parts), row_tile_bytes(all_steps, parts), blocks, panel + panel_bytes(step, parts), steps,
+                  parts, step > 0, sums, stride, step + steps == all_steps ? finish : nullptr, nullptr);
+  }
+}
+
 // Geometry of a packed layer: panels of a group follow one another.
 struct Layout {
   explicit Layout(const PackedShape& shape)
@@ -146,13 +156,8 @@ class Linear {
         Finish finish = finish_of(panel);
         finish.out = out_at(row, panel * kBlock);
         finish.rows = std::min(here * kBlock, count - row);
-        const std::uint8_t* columns = call_.packed + panel * layout_.panel();
-        for (std::int64_t step = 0; step < layout_.steps; step += kStepsAtOnce) {
-          const std::int64_t steps = std::min(kStepsAtOnce, layout_.steps - step);
-          unit_.multiply(rows + row_tile_bytes(step, layout_.parts), row_tile_bytes(layout_.steps, layout_.parts), here,
-                         columns + panel_bytes(step, layout_.parts), steps, layout_.parts, step > 0, taken, kBlock,
-                         step + steps == layout_.steps ? &finish : nullptr, nullptr);
-        }
+        multiply_all_steps(unit_, rows, layout_.steps, here, call_.packed + panel * layout_.panel(), layout_.parts, taken, kBlock,
+                           &finish);
       }
     });
   }
@@ -338,7 +343,8 @@ class SharedAttention {
     unit_.pack_rows(rows_at(call_.q, first, call_.width, call_.dtype), count, call_.width, width_steps_, parts_, rows_);
     const std::int64_t stride = key_panels_ * kBlock;
     for (std::int64_t panel = 0; panel < key_panels_; ++panel)
-      multiply(rows_, width_steps_, blocks, keys_ + panel * key_panel_, sums_ + panel * kBlock, stride, nullptr);
+      multiply_all_steps(unit_, rows_, width_steps_, blocks, keys_ + panel * key_panel_, parts_, sums_ + panel * kBlock, stride,
+                         nullptr);
     float inverse[kAttentionBlocks * kBlock];
     for (std::int64_t block = 0; block < blocks; ++block)
       row_kernels().softmax(sums_ + block * kBlock * stride, stride, call_.length, call_.scale,
@@ -347,16 +353,7 @@ class SharedAttention {
     for (std::int64_t panel = 0; panel < value_panels_; ++panel) {
       const Finish finish{at(call_.out, first + panel * kBlock, call_.dtype), call_.width, 0, call_.dtype == DType::bf16, count,
                           call_.width - panel * kBlock, nullptr, inverse, Activation::none};
-      multiply(weights_, length_steps_, blocks, values_ + panel * value_panel_, sums_, kBlock, &finish);
-    }
-  }
-
-  void multiply(const std::uint8_t* rows, std::int64_t all_steps, std::int64_t blocks, const std::uint8_t* panel, float* sums,
-                std::int64_t stride, const Finish* finish) const {
-    for (std::int64_t step = 0; step < all_steps; step += kStepsAtOnce) {
-      const std::int64_t steps = std::min(kStepsAtOnce, all_steps - step);
-      unit_.multiply(rows + row_tile_bytes(step, parts_), row_tile_bytes(all_steps, parts_), blocks, panel + panel_bytes(step, parts_),
-                     steps, parts_, step > 0, sums, stride, step + steps == all_steps ? finish : nullptr, nullptr);
+      multiply_all_steps(unit_, weights_, length_steps_, blocks, values_ + panel * value_panel_, parts_, sums_, kBlock, &finish);
     }
   }
 

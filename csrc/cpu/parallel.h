@@ -8,9 +8,8 @@
 
 namespace tgq {
 
-// Calls work(begin, end) for parts of [0, count), each at most `grain` long, on up to `threads` threads; work runs begin and
-// finish of `worker` once per thread around them. Uses the OpenMP pool of the process (PyTorch's) where there is one: a second
-// pool would compete with its workers, which spin between PyTorch's operators. Else threads of its own.
+// Calls work(begin, end) for parts of [0, count), each at most `grain` long, on up to `threads` threads of a team
+// (cpu/team.h); begin and end of `worker` run once per thread around them.
 struct Worker {
   void (*begin)();
   void (*end)();

@@ -58,8 +58,12 @@ bool has_other_threads() {
 }
 #endif
 
-}  // namespace
+// GNU's (and LLVM's, and Intel's) entry point of an OpenMP parallel region, stable since gcc 4.9.
+using ParallelRegion = void (*)(void (*)(void*), void*, unsigned, unsigned);
 
+// That of the OpenMP pool in the process, PyTorch's as a rule: its workers spin for milliseconds after each of PyTorch's
+// operators, and threads beside them would get half of a core. Null where there is none, where the process has no other thread
+// (nobody spins), and in a forked child, where a pool has lost its workers.
 ParallelRegion process_pool() {
 #if defined(__linux__)
   static const auto found = reinterpret_cast<ParallelRegion>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
@@ -68,6 +72,8 @@ ParallelRegion process_pool() {
   return nullptr;
 #endif
 }
+
+}  // namespace
 
 void Progress::tick() {
   if (poll_ == nullptr || stop || std::this_thread::get_id() != caller_) return;

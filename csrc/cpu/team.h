@@ -30,14 +30,6 @@ class Progress {
   bool cancelled_ = false;
 };
 
-// GNU's (and LLVM's, and Intel's) entry point of an OpenMP parallel region, stable since gcc 4.9.
-using ParallelRegion = void (*)(void (*)(void*), void*, unsigned, unsigned);
-
-// That of the OpenMP pool in the process, PyTorch's as a rule: its workers spin for milliseconds after each of PyTorch's
-// operators, and threads beside them would get half of a core. Null where there is none, where the process has no other thread
-// (nobody spins), and in a forked child, where a pool has lost its workers.
-ParallelRegion process_pool();
-
 // Runs work(0) … work(threads - 1), or fewer where there are not so many threads, on the calling thread and others. Work must
 // watch progress.stop and tick. The first failure stops all and is returned.
 Status run_team(int threads, const std::function<void(int)>& work, Progress& progress,
