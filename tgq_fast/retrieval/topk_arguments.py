@@ -6,6 +6,8 @@ unless torch cannot express the memory (negative strides, foreign byte order).
 
 from __future__ import annotations
 
+import operator
+import reprlib
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -24,26 +26,38 @@ _MAX_ROWS = 2**32 - 1  # an index is 32 bits of the order key
 
 
 def as_tensor(name: str, value: Any) -> Tensor:
-    """A tensor over the memory of `value`."""
+    """A dense tensor over the memory of `value`; its memory holds its values, so that its address may be passed on.
+
+    A tensor whose negation, conjugation or zeros torch keeps as a mark beside other memory is copied.
+    """
     if isinstance(value, Tensor):
-        return value.detach()
+        if value.is_nested or value.layout != torch.strided:
+            kind = "a nested tensor" if value.is_nested else f"layout {value.layout}"
+            raise ArgumentError(name, kind, "a dense (strided) tensor")
+        value = value.detach()
+        return (value.clone() if value._is_zerotensor() else value).resolve_conj().resolve_neg()
     if isinstance(value, np.ndarray):
         return _from_numpy(name, value)
     if hasattr(value, "__dlpack__"):
         try:
             return torch.from_dlpack(value)
-        except (BufferError, RuntimeError, TypeError) as error:
+        except (BufferError, RuntimeError, TypeError, ValueError, AttributeError) as error:
             raise ArgumentError(name, type(value).__name__, "memory that DLPack can share", str(error)) from error
     raise ArgumentError(name, type(value).__name__, "a torch tensor, a numpy array or an object with __dlpack__")
 
 
 def _from_numpy(name: str, array: np.ndarray) -> Tensor:
     bfloat16 = array.dtype.name == "bfloat16"
+    if isinstance(array, np.ma.MaskedArray):
+        raise ArgumentError(
+            name, "a masked array", "a plain array", "Decide with .filled(value) what masked values are."
+        )
     if bfloat16:
         array = array.view(np.int16)
-    elif array.dtype.kind not in "fiu":
-        raise ArgumentError(name, f"numpy dtype {array.dtype}", "float32, float16 or bfloat16")
-    if not array.dtype.isnative or any(stride < 0 or stride % array.itemsize for stride in array.strides):
+    elif array.dtype.kind not in "fiu" or array.dtype.itemsize > 8:
+        raise ArgumentError(name, f"numpy dtype {array.dtype}", "float32, float16, bfloat16 or whole numbers")
+    strided = any(stride < 0 or stride % array.itemsize for stride in array.strides)
+    if strided or not array.dtype.isnative or not array.flags.aligned:
         array = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("="))
     with warnings.catch_warnings():
         # Read-only memory (a memory map) is fine: the search only reads it.
@@ -52,18 +66,29 @@ def _from_numpy(name: str, array: np.ndarray) -> Tensor:
     return tensor.view(torch.bfloat16) if bfloat16 else tensor
 
 
+def floating_rows(name: str, value: Any, dims: int) -> Tensor:
+    """[n, dims] on the CPU, of the dtypes of a pool or float64, for calls that store or search them in another dtype.
+
+    Raises:
+        ArgumentError: another shape or dtype; names the argument.
+    """
+    rows = as_tensor(name, value)
+    if rows.ndim != 2 or rows.shape[1] != dims or rows.dtype not in (*DTYPES, torch.float64):
+        given = f"{tuple(rows.shape)} {rows.dtype}"
+        raise ArgumentError(name, given, f"[n, {dims}] of float32, float16, bfloat16 or float64")
+    return rows.cpu()
+
+
 def check_matrices(queries: Any, pool: Any) -> tuple[Tensor, Tensor]:
     """Queries [Q, D] and pool [N, D] as tensors of the accepted dtypes, on one device or the queries on a GPU alone."""
     q, p = as_tensor("queries", queries), as_tensor("pool", pool)
-    for name, tensor in (("queries", q), ("pool", p)):
-        if tensor.layout != torch.strided:
-            raise ArgumentError(name, f"layout {tensor.layout}", "a dense (strided) tensor")
+    for name, tensor, given in (("queries", q, queries), ("pool", p, pool)):
         if tensor.ndim != 2:
             raise ArgumentError(name, f"shape {tuple(tensor.shape)}", "a matrix [rows, D]")
         if tensor.dtype not in DTYPES:
-            raise ArgumentError(
-                name, f"dtype {tensor.dtype}", "float32, float16 or bfloat16", f"Convert with {name}.float()."
-            )
+            convert = 'astype("float32")' if isinstance(given, np.ndarray) else "float()"
+            hint = f"Convert with {name}.{convert}."
+            raise ArgumentError(name, f"dtype {tensor.dtype}", "float32, float16 or bfloat16", hint)
     if q.shape[1] != p.shape[1]:
         raise ArgumentError("queries", f"width D = {q.shape[1]}", f"the pool's width {p.shape[1]}")
     if q.device != p.device and not (q.device.type == "cuda" and p.device.type == "cpu"):
@@ -88,7 +113,7 @@ def check_exclude(exclude: Any, num_queries: int, pool_size: int, device: torch.
     if exclude is None:
         return None
     expected = f"[{num_queries}] or [{num_queries}, X] integers, or one list of integers per query"
-    if isinstance(exclude, Sequence) and not isinstance(exclude, str):
+    if isinstance(exclude, Sequence) and not isinstance(exclude, str | bytes):
         exclude = _ragged(exclude, expected)
     rows = as_tensor("exclude", exclude)
     if rows.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
@@ -104,14 +129,24 @@ def check_exclude(exclude: Any, num_queries: int, pool_size: int, device: torch.
 
 
 def _ragged(rows: Sequence[Any], expected: str) -> np.ndarray:
-    lists = [[row] if isinstance(row, (int, np.integer)) else list(row) for row in rows]
-    width = max((len(row) for row in lists), default=0)
-    table = np.full((len(lists), width), -1, dtype=np.int64)
-    for i, row in enumerate(lists):
-        if not all(isinstance(value, (int, np.integer)) for value in row):
-            raise ArgumentError("exclude", f"{row!r} for query {i}", expected)
-        table[i, : len(row)] = row
+    lists: list[list[int]] = []
+    for i, row in enumerate(rows):
+        try:
+            single = hasattr(row, "__index__") and not getattr(row, "shape", ())
+            lists.append([_row(row)] if single else [_row(value) for value in row])
+        except (TypeError, ValueError, OverflowError):
+            raise ArgumentError("exclude", f"{reprlib.repr(row)} for query {i}", expected) from None
+    table = np.full((len(lists), max(map(len, lists), default=0)), -1, dtype=np.int64)
+    for i, values in enumerate(lists):
+        table[i, : len(values)] = values
     return table
+
+
+def _row(value: Any) -> int:
+    row = operator.index(value)
+    if isinstance(value, bool) or "bool" in str(getattr(value, "dtype", "")) or not -(2**63) <= row < 2**63:
+        raise ValueError(value)
+    return row
 
 
 def check_out(out: Any, num_queries: int, k: int, device: torch.device) -> TopK:
@@ -129,6 +164,8 @@ def check_out(out: Any, num_queries: int, k: int, device: torch.device) -> TopK:
         if isinstance(value, np.ndarray) and not value.flags.writeable:
             raise ArgumentError(name, "a read-only array", "writable memory")
         tensor = as_tensor(name, value)
+        if isinstance(value, Tensor) and tensor.data_ptr() != value.data_ptr():
+            raise ArgumentError(name, "a tensor with a lazy negation or conjugation", "memory that can be written")
         if tuple(tensor.shape) != shape or tensor.dtype != dtype or tensor.device != device:
             given = f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
             raise ArgumentError(name, given, f"{dtype} {shape} on {device}")

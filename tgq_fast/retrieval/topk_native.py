@@ -13,6 +13,7 @@ from torch import Tensor
 from tgq_fast import _native
 from tgq_fast.errors import ArgumentError, BackendError, TGQError
 from tgq_fast.reference import TopK
+from tgq_fast.retrieval.topk_arguments import as_tensor
 
 _DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _OK, _OUT_OF_MEMORY = 0, 2
@@ -55,6 +56,7 @@ def build_shadow(pool: Tensor, threads: int | None = None) -> Shadow:
     module = _native.extension()
     if module is None:
         raise BackendError("build_shadow", "cpp", {"cpp": [_native.why_missing()]})
+    pool = as_tensor("pool", pool)
     if pool.ndim != 2 or pool.dtype not in _DTYPE_CODES or pool.device.type != "cpu":
         got = f"{pool.dtype} {list(pool.shape)} on {pool.device}"
         raise ArgumentError("pool", got, "[N, D] float32, float16 or bfloat16 on the CPU")
