@@ -115,6 +115,7 @@ setup(
     package_data={
         "tgq_fast": ["py.typed"],
         "tgq_fast.kernels": ["tiles/*.json"],
+        "tgq_fast.serve": ["static/*"],
         "tgq_fast.report": ["*.html", "*.css", "*.js", "*.j2", "templates/*"],
     },
     include_package_data=False,

@@ -346,6 +346,39 @@ def report(
         console.note(f"wrote {out} ({summary['bytes'] / 1e6:.1f} MB)")
 
 
+@app.command()
+@guarded
+def serve(
+    pool: Annotated[
+        list[Path], typer.Argument(help="Folders that embed wrote; several can be compared.", show_default=False)
+    ],
+    model: Annotated[
+        list[Path] | None, typer.Option("--model", metavar="RUN", help="Runs that made them, for queries by picture.")
+    ] = None,
+    catalog: Annotated[
+        Path | None, typer.Option(help="Catalogue of the pools; default: the one the first was made from.")
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; the default reaches this machine only.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    allow_host: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Further name that clients may use; '*' for any.")
+    ] = None,
+) -> None:
+    """A page to browse a catalogue and its neighbours, and the same as a JSON API under /api.
+
+    Example: tgq-fast serve pools/tgq --model runs/tgq
+    """
+    from tgq_fast.serve.server import open_shop
+    from tgq_fast.serve.server import serve as run
+
+    def announce(address: str) -> None:
+        console.note(f"{address} (Ctrl-C ends it)")
+
+    run(open_shop(pool, model or [], catalog), host=host, port=port, hosts=allow_host or [], announce=announce)
+
+
 @app.command("import")
 @guarded
 def import_(

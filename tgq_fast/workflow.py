@@ -307,7 +307,7 @@ def search_pool(
         vector = network.encode([image], fields=[dict(fields or {})])
         query = torch.as_tensor(vector).float()
     found = pool.search(query, k, exclude_ids=exclude)
-    known_items = _catalog_of(path, pool.manifest.source, catalog)
+    known_items = catalog_of(path, pool.manifest.source, catalog)
     hits = []
     for rank, (item_id, score) in enumerate(zip(found.ids[0], found.scores[0].tolist()), start=1):
         if item_id is None:
@@ -321,7 +321,7 @@ def search_pool(
     return {"query": item if item is not None else str(image), "k": k, "pool_size": len(pool), "hits": hits}
 
 
-def _catalog_of(pool: Path, digest: str, given: Path | None) -> Catalog | None:
+def catalog_of(pool: Path, digest: str, given: Path | None) -> Catalog | None:
     """The catalogue to show titles from: the given one, else the one the pool was made from if it is still there."""
     from tgq_fast.data import Catalog
 
