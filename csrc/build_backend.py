@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 from typing import Any
 
 from setuptools import build_meta
@@ -12,8 +13,19 @@ from setuptools.build_meta import *  # noqa: F403 (the hooks of PEP 517 and 660)
 CUTLASS = "nvidia-cutlass==4.2.0.0"  # header files; nothing of it is in the wheel
 
 
+def _has_gpu() -> bool:
+    """Whether TGQ_CUDA=auto builds the CUDA search: the rule of CMakeLists.txt."""
+    try:
+        return subprocess.run(["nvidia-smi", "-L"], capture_output=True).returncode == 0
+    except OSError:
+        return False
+
+
 def _wants_cutlass() -> bool:
-    if os.environ.get("TGQ_CUDA", "auto").lower() in ("0", "off") or os.environ.get("TGQ_CUTLASS_DIR"):
+    setting = os.environ.get("TGQ_CUDA", "auto").lower()
+    if setting in ("0", "off") or os.environ.get("TGQ_CUTLASS_DIR"):
+        return False
+    if setting in ("", "auto") and not os.environ.get("TGQ_CUDA_ARCHS") and not _has_gpu():
         return False
     if "90a" not in os.environ.get("TGQ_CUDA_ARCHS", "90a"):
         return False

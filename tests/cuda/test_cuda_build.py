@@ -168,3 +168,25 @@ def test_a_module_with_cuda_works_without_a_driver(tmp_path: Path) -> None:
     version, reason, no_such = facts.split("|")
     assert version and reason not in ("", "None") and no_such == "no such CUDA device"
     assert workspace == str((4, reason))
+
+
+@needs_nvcc
+@pytest.mark.slow
+def test_the_module_builds_and_imports_with_cuda(tmp_path: Path) -> None:
+    """The whole extension with its CUDA search links and loads on a machine without a driver."""
+    import pybind11
+
+    options = [
+        "-DTGQ_CUDA=ON",
+        "-DTGQ_CUDA_ARCHS=80",
+        "-DTGQ_BUILD_PYTHON=ON",
+        f"-DTGQ_OUTPUT_DIR={tmp_path}",
+        f"-DPython_EXECUTABLE={sys.executable}",
+        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+    ]
+    for step in (["-S", ROOT, "-B", tmp_path / "build", *options], ["--build", tmp_path / "build", "-j", "2"]):
+        done = subprocess.run(["nice", "cmake", *map(str, step)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import _C; print(_C.build_info()['cuda_archs'])"
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "80" in printed
