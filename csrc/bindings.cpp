@@ -55,13 +55,14 @@ tgq::Tuning tuning_of(const py::dict& options) {
 int search_cpu(const py::tuple& queries, const py::tuple& pool, std::uint32_t k, std::uintptr_t exclude,
                std::int64_t exclude_width, std::uintptr_t scores, std::uintptr_t rows, int threads, bool self_join,
                const py::object& progress, const py::object& isa, const py::dict& tuning, const py::object& counters,
-               const py::object& shadow) {
+               const py::object& shadow, std::uintptr_t allowed) {
   tgq::Request request;
   request.queries = matrix(queries);
   request.pool = matrix(pool);
   request.k = k;
   request.exclude = reinterpret_cast<const std::int64_t*>(exclude);
   request.exclude_width = exclude_width;
+  request.allowed = reinterpret_cast<const std::uint8_t*>(allowed);
   request.scores = reinterpret_cast<float*>(scores);
   request.rows = reinterpret_cast<std::int64_t*>(rows);
   request.threads = threads;
@@ -245,7 +246,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("search_cpu", &search_cpu, py::arg("queries"), py::arg("pool"), py::arg("k"), py::arg("exclude"),
              py::arg("exclude_width"), py::arg("scores"), py::arg("rows"), py::arg("threads"), py::arg("self_join"),
              py::arg("progress"), py::arg("isa"), py::arg("tuning"), py::arg("counters"),
-             py::arg("shadow") = py::none());
+             py::arg("shadow") = py::none(), py::arg("allowed") = 0);
   module.def("build_shadow", &build_shadow, py::arg("pool"), py::arg("codes"), py::arg("scale"), py::arg("norm"),
              py::arg("error"), py::arg("threads"));
   module.def("has_matrix_unit", &tgq::has_matrix_unit);

@@ -7,6 +7,7 @@
 #include <thread>
 
 #include "cpu/scan.h"
+#include "cpu/settle.h"
 #include "tgq/selection.h"
 
 namespace tgq {
@@ -14,14 +15,13 @@ namespace tgq {
 class Columns {
  public:
   // One candidate buffer per query, from the sampled floors where there are some.
-  Columns(std::int64_t queries, std::uint32_t k, std::uint32_t capacity, const Key* floors, const std::int64_t* exclude,
-          std::int64_t exclude_width)
-      : exclude_(exclude), exclude_width_(exclude_width), keys_(static_cast<std::size_t>(queries) * capacity),
+  Columns(std::int64_t queries, std::uint32_t capacity, const ScanPlan& plan)
+      : plan_(plan), keys_(static_cast<std::size_t>(queries) * capacity),
         candidates_(static_cast<std::size_t>(queries)),
         floors_(std::make_unique<std::atomic<Key>[]>(static_cast<std::size_t>(queries))),
         locks_(std::make_unique<std::atomic<unsigned char>[]>(static_cast<std::size_t>(queries))) {
     for (std::size_t q = 0; q < candidates_.size(); ++q) {
-      candidates_[q] = {keys_.data() + q * capacity, capacity, k, 0, floors == nullptr ? kNoKey : floors[q]};
+      candidates_[q] = {keys_.data() + q * capacity, capacity, plan.k, 0, plan.floors == nullptr ? kNoKey : plan.floors[q]};
       floors_[q].store(candidates_[q].floor, std::memory_order_relaxed);
       locks_[q].store(0, std::memory_order_relaxed);
     }
@@ -34,9 +34,7 @@ class Columns {
   void offer(std::int64_t query, std::int64_t row, float score) {
     const Key key = make_key(score, static_cast<std::uint32_t>(row));
     if (key <= floor(query)) return;
-    for (std::int64_t i = 0; i < exclude_width_; ++i)
-      if (exclude_[query * exclude_width_ + i] == row) return;
-    add(query, &key, 1);
+    if (!is_excluded(plan_, query, row)) add(query, &key, 1);
   }
 
   // Hits that a scan of `query` itself kept.
@@ -52,8 +50,7 @@ class Columns {
   Candidates& candidates(std::int64_t query) { return candidates_[static_cast<std::size_t>(query)]; }
 
  private:
-  const std::int64_t* exclude_;
-  std::int64_t exclude_width_;
+  const ScanPlan& plan_;
   Buffer<Key> keys_;
   std::vector<Candidates> candidates_;
   std::unique_ptr<std::atomic<Key>[]> floors_;

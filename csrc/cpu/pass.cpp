@@ -81,11 +81,17 @@ void Pass::scan(const Tile& tile, Scanner& scanner, std::int64_t first, std::int
   while (first < last && !progress_.stop) {
     const std::int64_t end = std::min({last, first + scanner.next_rows(), first < own_end ? own_end : last});
     const std::int64_t ahead = std::min<std::int64_t>(last - end, plan_.block_rows);
-    scanner.scan_block(first, static_cast<int>(end - first), ahead, first < own_end ? nullptr : columns_);
+    Columns* columns = first < own_end ? nullptr : columns_;
+    // Rows of a self-join that must not be returned are queries still.
+    if (columns != nullptr || !none_allowed(first, end)) scanner.scan_block(first, static_cast<int>(end - first), ahead, columns);
     progress_.done += (end - first) * tile.count;
     progress_.tick();
     first = end;
   }
+}
+
+bool Pass::none_allowed(std::int64_t first, std::int64_t last) const {
+  return plan_.allowed != nullptr && std::all_of(plan_.allowed + first, plan_.allowed + last, [](std::uint8_t a) { return a == 0; });
 }
 
 void Pass::leave(Tile& tile, Scanner& scanner) {

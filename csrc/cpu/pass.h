@@ -83,6 +83,7 @@ class Pass {
   bool claim(Tile& tile, std::int64_t* first, std::int64_t* last);
   void join(Tile& tile, Scanner& scanner);
   void scan(const Tile& tile, Scanner& scanner, std::int64_t first, std::int64_t last);
+  bool none_allowed(std::int64_t first, std::int64_t last) const;
 
   Cut cut_;
   Columns* columns_;

@@ -47,7 +47,7 @@ Scanner::Scanner(const ScanPlan& plan)
       pending_(plan.filter == nullptr ? 0 : static_cast<std::size_t>(plan.max_tile) * plan.pending),
       pending_count_(static_cast<std::size_t>(plan.max_tile)) {
   maxima_.resize(static_cast<std::size_t>(padded_tile_ * plan.slots));
-  stored_codes_ = plan.filter != nullptr && plan.filter->measure_rows != nullptr && plan.pool.dtype == DType::bf16 &&
+  stored_codes_ = plan.filter != nullptr && plan.filter->measure_rows != nullptr && plan.row_ids == nullptr && plan.pool.dtype == DType::bf16 &&
                   plan.pool.col_stride == 1 && plan.pool.cols * 2 == plan.row_bytes;
   for (std::size_t q = 0; q < candidates_.size(); ++q)
     candidates_[q] = {keys_.data() + q * plan.capacity, plan.capacity, plan.k, 0, kNoKey};
@@ -169,7 +169,7 @@ int Scanner::next_rows() const {
 }
 
 void Scanner::scan_block(std::int64_t first, int count, std::int64_t ahead, Columns* columns) {
-  rows_ = pool_.in_place() ? pool_.read(first, count, nullptr, &row_stride_) : nullptr;
+  rows_ = pool_.in_place() && plan_.row_ids == nullptr ? pool_.read(first, count, nullptr, &row_stride_) : nullptr;
   if (plan_.slots > 0) return scan_sample(first, count, ahead);
   if (columns != nullptr) load_row_floors(*columns, first, count);
   const bool was_cold = cold();
@@ -187,7 +187,7 @@ void Scanner::scan_block(std::int64_t first, int count, std::int64_t ahead, Colu
 }
 
 void Scanner::scan_direct(std::int64_t first, int count, Columns* columns) {
-  if (rows_ == nullptr) rows_ = pool_.read(first, count, row_scratch_.data(), &row_stride_);
+  if (rows_ == nullptr) read_rows(first, count);
   // As many queries as half of the first-level cache holds.
   const auto fit = static_cast<int>(24 * 1024 / (plan_.width * static_cast<std::int64_t>(sizeof(float)) + 1));
   const int group = std::clamp(fit / 4 * 4, 4, kDirectQueries);
@@ -214,13 +214,23 @@ void Scanner::scan_direct(std::int64_t first, int count, Columns* columns) {
   counters_.direct += num_queries_ * count;
 }
 
+void Scanner::read_rows(std::int64_t first, int count) {
+  if (plan_.row_ids == nullptr) {
+    rows_ = pool_.read(first, count, row_scratch_.data(), &row_stride_);
+    return;
+  }
+  for (int r = 0; r < count; ++r) pool_.read_row(plan_.row_ids[first + r], row_scratch_.data() + r * plan_.width);
+  rows_ = row_scratch_.data();
+  row_stride_ = plan_.width;
+}
+
 void Scanner::encode(std::int64_t first, int count) {
   const int padded = static_cast<int>(pad(count, kPanel));
   const bool own = plan_.shadow.codes == nullptr && !stored_codes_;
   block_.codes = codes_.data();
   block_.stride = plan_.row_bytes;
   if (own) {
-    if (rows_ == nullptr) rows_ = pool_.read(first, count, row_scratch_.data(), &row_stride_);
+    if (rows_ == nullptr) read_rows(first, count);
     plan_.filter->encode_rows(rows_, row_stride_, count, plan_.width, plan_.row_bytes, codes_.data(), scale_.data(),
                               norm_.data(), error_.data());
   } else {
@@ -235,7 +245,7 @@ void Scanner::encode(std::int64_t first, int count) {
       const std::int64_t step = plan_.shadow_step;
       for (int r = 0; r < count; ++r) {
         const auto to = static_cast<std::size_t>(r);
-        const std::int64_t from = (first + r) * step;
+        const std::int64_t from = plan_.row_ids == nullptr ? (first + r) * step : plan_.row_ids[first + r];
         scale_[to] = plan_.shadow.scale[from];
         norm_[to] = plan_.shadow.norm[from];
         error_[to] = plan_.shadow.error[from];
@@ -244,7 +254,11 @@ void Scanner::encode(std::int64_t first, int count) {
       stride = step * plan_.shadow.width;
     }
     for (auto* values : {&scale_, &norm_, &error_}) std::fill(values->begin() + count, values->begin() + padded, 0.0f);
-    if (count == padded) {
+    if (plan_.row_ids != nullptr) {
+      for (int r = 0; r < padded; ++r)
+        std::memcpy(codes_.data() + r * plan_.row_bytes, plan_.shadow.codes + plan_.row_ids[first + std::min(r, count - 1)] * plan_.shadow.width,
+                    static_cast<std::size_t>(plan_.row_bytes));
+    } else if (count == padded) {
       block_.codes = codes;
       block_.stride = stride;
     } else {  // the filter reads whole groups: not beyond the end of the memory
@@ -269,6 +283,7 @@ void Scanner::encode(std::int64_t first, int count) {
 }
 
 Ahead Scanner::memory_ahead(std::int64_t first, std::int64_t count) const {
+  if (plan_.row_ids != nullptr) return {};
   if (plan_.shadow.codes == nullptr) return pool_.memory(first, count);
   const std::int64_t stride = plan_.shadow.width * plan_.shadow_step;
   return {reinterpret_cast<const char*>(plan_.shadow.codes) + first * stride, stride, plan_.shadow.width, count};
@@ -328,7 +343,7 @@ void Scanner::scan_sample(std::int64_t first, int count, std::int64_t ahead) {
     counters_.filtered += num_queries_ * count;
     return;
   }
-  if (rows_ == nullptr) rows_ = pool_.read(first, count, row_scratch_.data(), &row_stride_);
+  if (rows_ == nullptr) read_rows(first, count);
   for (std::int64_t q = 0; q < num_queries_; ++q)
     for (int r = 0; r < count; r += kDirectRows) {
       const int part = std::min(kDirectRows, count - r);
@@ -358,7 +373,7 @@ void Scanner::put_off(std::int64_t panel, int hits, std::int64_t first, int coun
   for (int h = 0; h < hits; ++h) {
     const FilterHit& hit = hits_[static_cast<std::size_t>(h)];
     const std::int64_t q = panel + hit.query;
-    if (hit.row >= count || q >= num_queries_) continue;  // padding
+    if (hit.row >= count || q >= num_queries_ || !plan_.is_allowed(first + hit.row)) continue;  // padding, or never a hit
     std::uint32_t& at = pending_count_[static_cast<std::size_t>(q)];
     if (at == plan_.pending) settle(q);
     pending_[static_cast<std::size_t>(q * plan_.pending + at++)] = {hit.score, static_cast<std::uint32_t>(first + hit.row)};

@@ -68,6 +68,8 @@ struct ScanPlan {
   const Key* floors = nullptr;              // per position in that list; null: none known
   const std::int64_t* exclude = nullptr;
   std::int64_t exclude_width = 0;
+  const std::uint8_t* allowed = nullptr;    // per pool row, zero: never a hit; null: all may be
+  const std::uint32_t* row_ids = nullptr;   // a sample: row i is row row_ids[i] of the pool; null: row i itself
   std::uint32_t k = 0;
   std::uint32_t capacity = 0;
   std::uint32_t pending = 0;  // hits of a query that a thread puts off; 0: each is scored at once
@@ -82,6 +84,7 @@ struct ScanPlan {
   int block_rows = 0;              // multiple of kPanel
   std::int64_t max_tile = 0;       // queries of the largest tile
 
+  bool is_allowed(std::int64_t row) const { return allowed == nullptr || allowed[row] != 0; }
   std::int64_t query_id(std::int64_t position) const { return query_ids == nullptr ? position : query_ids[position]; }
 };
 
@@ -164,6 +167,8 @@ class Scanner {
   void scan_filtered(std::int64_t first, int count, std::int64_t ahead, Columns* columns);
   void scan_sample(std::int64_t first, int count, std::int64_t ahead);
   FilterPanel panel(std::int64_t begin) const;
+  // The rows as fp32, in place where they are: `rows_`.
+  void read_rows(std::int64_t first, int count);
   // Makes `block_` out of the rows.
   void encode(std::int64_t first, int count);
   Ahead memory_ahead(std::int64_t first, std::int64_t count) const;

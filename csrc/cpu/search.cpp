@@ -136,6 +136,7 @@ class Search {
     plan_.pool = request.pool;
     plan_.exclude = request.exclude_width > 0 ? request.exclude : nullptr;
     plan_.exclude_width = request.exclude_width;
+    plan_.allowed = request.allowed;
     plan_.kernels = isa.kernels;
     plan_.width = round_up(request.pool.cols, kLanes);
     plan_.filter = isa.filter;
@@ -194,6 +195,15 @@ class Search {
     request_.counters->rescored += c.rescored;
   }
 
+  // Every `stride`-th of the allowed rows.
+  std::vector<std::uint32_t> sample_ids(int stride) const {
+    std::vector<std::uint32_t> ids;
+    std::int64_t seen = 0;
+    for (std::int64_t row = 0; request_.allowed != nullptr && row < request_.pool.rows; ++row)
+      if (request_.allowed[row] != 0 && seen++ % stride == 0) ids.push_back(static_cast<std::uint32_t>(row));
+    return ids;
+  }
+
   // Floors from one row in `stride`, or from the caller of a test.
   Status sample() {
     const std::int64_t queries = request_.queries.rows;
@@ -204,16 +214,22 @@ class Search {
     const int stride = tuning_.sample_stride < 0 ? kSampleStride : tuning_.sample_stride;
     if (stride == 0) return Status::ok;
     const auto rank = static_cast<int>(sample_rank(request_.k, static_cast<std::uint32_t>(stride)));
-    const std::int64_t rows = request_.pool.rows / stride / kPanel * kPanel;
+    const std::vector<std::uint32_t> ids = sample_ids(stride);
+    const std::int64_t rows = (request_.allowed == nullptr ? request_.pool.rows / stride : static_cast<std::int64_t>(ids.size())) / kPanel * kPanel;
     if (rows < rank ||
         (tuning_.sample_stride < 0 && (request_.pool.rows < kMinRowsToSample || queries < kSmallQueries || rows < 4 * rank)))
       return Status::ok;
     floors_.assign(static_cast<std::size_t>(queries), kNoKey);
     ScanPlan plan = plan_;
     plan.pool.rows = rows;
-    plan.pool.row_stride *= stride;
-    plan.shadow_step = stride;
+    if (request_.allowed == nullptr) {
+      plan.pool.row_stride *= stride;
+      plan.shadow_step = stride;
+    } else {
+      plan.row_ids = ids.data();
+    }
     plan.exclude = nullptr;
+    plan.allowed = nullptr;
     plan.k = 1;
     plan.capacity = 2;
     plan.run = kPanel;
@@ -247,7 +263,7 @@ class Search {
     if (self_join) {
       // As large as half of the answer, not more: every query has a buffer at the same time.
       const auto capacity = static_cast<std::uint32_t>(request_.k + std::max<std::int64_t>(16, request_.k / 2));
-      columns = std::make_unique<Columns>(queries, request_.k, capacity, plan.floors, plan.exclude, plan.exclude_width);
+      columns = std::make_unique<Columns>(queries, capacity, plan);
       progress_.total -= queries * rows / 2;
     }
     SearchPass pass(plan, queries, {threads, limit, chunk}, progress_, request_,

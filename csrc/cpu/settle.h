@@ -27,6 +27,7 @@ class Settler {
   Buffer<float> scratch_;  // rows that have to be converted
 };
 
+// Whether pool row `row` must not be returned for query row `id`.
 bool is_excluded(const ScanPlan& plan, std::int64_t id, std::int64_t row);
 
 }  // namespace tgq

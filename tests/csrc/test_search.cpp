@@ -28,6 +28,7 @@ struct Problem {
   std::vector<float> q, x;
   std::vector<std::int64_t> exclude;
   std::int64_t exclude_width = 0;
+  std::vector<std::uint8_t> allowed;  // empty: all rows
 };
 
 // kind: 0 random, 1 clustered, 2 few distinct values, 3 ascending, 4 NaN and infinities, 5 all equal
@@ -51,6 +52,9 @@ Problem make(std::int64_t queries, std::int64_t rows, std::int64_t width, int ki
     p.exclude_width = 2;
     for (std::int64_t i = 0; i < 2 * queries; ++i) p.exclude.push_back(static_cast<std::int64_t>(random() % (rows + 1)) - 1);
   }
+  if (seed % 3 == 1) {  // one row in three, and long stretches without any
+    for (std::int64_t i = 0; i < rows; ++i) p.allowed.push_back(i / 300 % 3 != 1 && random() % 3 == 0);
+  }
   return p;
 }
 
@@ -67,6 +71,7 @@ Answer define(const Problem& p, std::uint32_t k) {
   for (std::int64_t q = 0; q < p.queries; ++q) {
     std::vector<Key> keys;
     for (std::int64_t r = 0; r < p.rows; ++r) {
+      if (!p.allowed.empty() && p.allowed[r] == 0) continue;
       const auto* banned = p.exclude.data() + q * p.exclude_width;
       if (std::find(banned, banned + p.exclude_width, r) != banned + p.exclude_width) continue;
       const Key key = make_key(fixed_order_dot(p.q.data() + q * p.width, p.x.data() + r * p.width, p.width), static_cast<std::uint32_t>(r));
@@ -102,6 +107,7 @@ Answer run(const Problem& p, std::uint32_t k, int threads, const char* isa, cons
   r.k = k;
   r.exclude = p.exclude.data();
   r.exclude_width = p.exclude_width;
+  r.allowed = p.allowed.empty() ? nullptr : p.allowed.data();
   r.scores = a.scores.data();
   r.rows = a.rows.data();
   r.threads = threads;
@@ -170,6 +176,28 @@ void test_paths() {
   direct.use_filter = 0;
   CHECK(run(p, 50, 2, nullptr, direct) == thinned);
   CHECK(run(clustered, 50, 2, nullptr, direct) == dense);
+}
+
+// Where few rows are allowed the others are not scored, and the floor is a sample's of the allowed ones.
+void test_allowed() {
+  Problem p = make(64, 30000, 64, 0, 2);
+  p.allowed.assign(30000, 0);
+  for (int r = 9000; r < 21000; ++r) p.allowed[r] = r % 2;
+  for (int r = 0; r < 9000; ++r)
+    for (int d = 0; d < 64; ++d) p.x[r * 64 + d] = 5.0f * p.q[r % 64 * 64 + d];  // far better, and not allowed
+  const OwnShadow shadow(p);
+  const Answer expected = define(p, 10);
+  for (const char* const* isa = available_isas(); *isa != nullptr; ++isa)
+    for (int filter : {0, 1})
+      for (const OwnShadow* codes : {static_cast<const OwnShadow*>(nullptr), &shadow}) {
+        Tuning tuning;
+        tuning.use_filter = filter;
+        const Answer found = run(p, 10, 2, *isa, tuning, filter == 1 ? codes : nullptr);
+        CHECK_NOTE(found == expected, "%s, filter %d", *isa, filter);
+        const Counters& c = found.counters;
+        CHECK_NOTE(c.rescanned == 0 && c.filtered + c.direct < 64 * 16000, "%s, filter %d: %lld %lld %lld", *isa,
+                   filter, static_cast<long long>(c.rescanned), static_cast<long long>(c.filtered), static_cast<long long>(c.direct));
+      }
 }
 
 // With a shadow even one query is filtered, and few rows are read.
@@ -242,6 +270,7 @@ void test_self_join() {
             r.k = k;
             r.exclude = p.exclude.data();
             r.exclude_width = p.exclude_width;
+            r.allowed = p.allowed.empty() ? nullptr : p.allowed.data();
             r.scores = found.scores.data();
             r.rows = found.rows.data();
             r.threads = 1 + which % 3;
@@ -338,6 +367,7 @@ void test_concurrent_callers() {
 int main() {
   test_everything();
   test_paths();
+  test_allowed();
   test_shadow();
   test_aligned_errors();
   test_self_join();

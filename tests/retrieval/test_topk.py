@@ -7,6 +7,8 @@ score matrix, stably sorted) gives the one right answer, indices included.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -91,6 +93,19 @@ def test_duplicates_straddle_k(backend: str) -> None:
     queries = integers(50, 24)
     for k in (1, 39, 40, 41, 100):
         check(topk(queries, pool, k, backend=backend), queries, pool, k)
+
+
+@pytest.mark.parametrize("give", [lambda x: x, lambda x: x.numpy(), lambda x: torch.stack((x, ~x), 1)[:, 0]])
+def test_only_allowed_rows_are_returned(backend: str, give: Callable[[torch.Tensor], Any]) -> None:
+    queries, pool = integers(9, 8), integers(700, 8)
+    exclude = torch.randint(-1, 700, (9, 3))
+    for allowed in (torch.rand(700) < 0.3, torch.zeros(700, dtype=torch.bool), torch.arange(700) == 699):
+        found = topk(queries, pool, 50, exclude=exclude, allowed=give(allowed), backend=backend)
+        expected = exact_topk(queries, pool, 50, exclude=exclude, allowed=allowed)
+        assert torch.equal(found.indices, expected.indices) and torch.equal(found.scores, expected.scores)
+    for wrong in (torch.ones(699, dtype=torch.bool), torch.ones(700), [True] * 700):
+        with pytest.raises(ArgumentError, match=r"allowed: got .*"):
+            topk(queries, pool, 5, allowed=wrong, backend=backend)
 
 
 def test_nan_is_never_returned_and_infinities_are_ordinary(backend: str) -> None:

@@ -117,6 +117,29 @@ def test_a_self_join_by_the_triangle_gives_what_the_square_gives(kind: str) -> N
     assert counters["direct"] < 0.6 * 2500 * 2500  # half of the square and the tiles on the diagonal
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_that_are_not_allowed_do_not_count(kind: str) -> None:
+    pool = dataset(kind, 3000, 40)
+    stretch = torch.arange(3000) // 400 % 3 != 1
+    for share in (0.0, 0.01, 0.5, 1.0):
+        allowed = (torch.rand(3000) < share) & stretch
+        rows = allowed.nonzero()[:, 0]
+        if len(rows):
+            kept = oracle(pool[:60], pool[rows], 20)
+            expected = TopK(kept.scores, torch.where(kept.indices < 0, -1, rows[kept.indices.clamp(min=0)]))
+        else:
+            expected = TopK(torch.full((60, 20), -torch.inf), torch.full((60, 20), -1))
+        shadow = topk_native.build_shadow(pool)
+        for number, tuning in enumerate(TUNINGS):
+            for codes in (None, shadow):
+                options = {"threads": 1 + number % 3, "tuning": tuning, "shadow": codes, "allowed": allowed}
+                assert_same(search(pool[:60], pool, 20, **options), expected, (share, tuning, codes is not None))
+        joined = search(pool, pool, 20, threads=2, allowed=allowed, tuning={"use_self_join": 1})
+        assert_same(TopK(joined.scores[:60], joined.indices[:60]), expected, ("self-join", share))
+        square = search(pool, pool, 20, allowed=allowed, tuning={"use_self_join": 0})
+        assert_same(joined, square, ("self-join", share))
+
+
 def test_same_bits_from_every_batch_of_queries() -> None:
     queries, pool = torch.randn(130, 24), torch.randn(5000, 24)
     whole = topk(queries, pool, 17)

@@ -20,16 +20,21 @@ class TopK(NamedTuple):
     indices: Tensor
 
 
-def exact_topk(queries: Tensor, pool: Tensor, k: int, *, exclude: Tensor | None = None) -> TopK:
+def exact_topk(
+    queries: Tensor, pool: Tensor, k: int, *, exclude: Tensor | None = None, allowed: Tensor | None = None
+) -> TopK:
     """Maximum inner product search of [Q, D] against [N, D] through a stable sort of all scores.
 
     NaN scores are never returned; ties go to the lower pool index; -0 and +0 tie; missing hits pad with (-inf, -1).
 
     Args:
         exclude: [Q] or [Q, X] int64 pool rows a query must not return; negative entries mean none.
+        allowed: [N] bool, false for rows that no query may return.
     """
     scores = queries @ pool.T + 0.0  # [Q, N]; + 0.0 turns -0 into +0
     valid = ~torch.isnan(scores)
+    if allowed is not None:
+        valid &= allowed
     if exclude is not None:
         excluded = exclude[:, None] if exclude.ndim == 1 else exclude  # [Q, X]
         for column in excluded.T:

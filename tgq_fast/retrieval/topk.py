@@ -28,6 +28,7 @@ def topk(
     k: int,
     *,
     exclude: Any = None,
+    allowed: Any = None,
     backend: str = "auto",
     precision: str = "exact",
     num_threads: int | None = None,
@@ -49,6 +50,8 @@ def topk(
         k: 1 … 2048.
         exclude: pool rows that a query must not return: [Q] or [Q, X] integers, or one list per query; entries below
             zero mean none.
+        allowed: [N] bool, false for pool rows that no query may return: what a filter or deletions leave. Tested on
+            hits only; blocks without an allowed row are not read.
         backend: "auto", "cpp" (the compiled core: C++ on the CPU, CUDA on a GPU) or "torch" (PyTorch in chunks).
         precision: "exact" scores the values as stored, each raised exactly to fp32; "native" first rounds the
             queries to the pool's dtype. Both accumulate in fp32, and are the same when the dtypes are.
@@ -69,7 +72,7 @@ def topk(
     [ours]
     """
     if torch.compiler.is_compiling():
-        return TopK(*_topk_op(queries, pool, k, exclude, backend, precision, num_threads))
+        return TopK(*_topk_op(queries, pool, k, exclude, backend, precision, num_threads, allowed))
     arguments.check_choice("backend", backend, BACKENDS)
     arguments.check_choice("precision", precision, arguments.PRECISIONS)
     k = arguments.check_k(k)
@@ -78,6 +81,7 @@ def topk(
     if progress is not None and not callable(progress):
         raise ArgumentError("progress", type(progress).__name__, "a function of one float, or None")
     excluded = arguments.check_exclude(exclude, q.shape[0], p.shape[0], q.device)
+    mask = arguments.check_allowed(allowed, p.shape[0], p.device)
     result = arguments.check_out(out, q.shape[0], k, q.device)
     if precision == "native" and q.dtype != p.dtype:
         q = q.to(p.dtype)
@@ -85,13 +89,21 @@ def topk(
         compiled = topk_cuda if q.device.type == "cuda" else topk_native
         reasons = compiled.why_not(q)
         if not reasons:
-            search = compiled.search if q.device == p.device else topk_stream.search
-            if shadow is not None and q.device.type == "cpu":
-                return topk_native.search(q, p, k, excluded, result, threads, progress, shadow=shadow)
-            return search(q, p, k, excluded, result, threads, progress)
+            if q.device.type == "cpu":
+                return topk_native.search(q, p, k, excluded, result, threads, progress, allowed=mask, shadow=shadow)
+            search = topk_cuda.search if q.device == p.device else topk_stream.search
+            if mask is None:
+                return search(q, p, k, excluded, result, threads, progress)
+            rows = mask.nonzero()[:, 0]
+            position = torch.where(mask, mask.cumsum(0) - 1, -1).to(q.device)
+            if excluded is not None:
+                excluded = torch.where(excluded < 0, -1, position[excluded.clamp(min=0)])
+            search(q, p[rows], k, excluded, result, threads, progress)
+            result.indices.copy_(_rows_at(rows.to(q.device), result.indices))
+            return result
         if backend == "cpp":
             raise BackendError("topk", "cpp", {"cpp": reasons})
-    return topk_torch(q, p, k, excluded, result, progress)
+    return topk_torch(q, p, k, excluded, result, progress, allowed=mask)
 
 
 @torch.library.custom_op("tgq_fast::topk", mutates_args=())
@@ -103,9 +115,19 @@ def _topk_op(
     backend: str = "auto",
     precision: str = "exact",
     num_threads: int | None = None,
+    allowed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """:func:`topk` as a torch operator: what a compiled graph calls. Hits have no gradient."""
-    found = topk(queries, pool, k, exclude=exclude, backend=backend, precision=precision, num_threads=num_threads)
+    found = topk(
+        queries,
+        pool,
+        k,
+        exclude=exclude,
+        allowed=allowed,
+        backend=backend,
+        precision=precision,
+        num_threads=num_threads,
+    )
     return found.scores, found.indices
 
 
@@ -118,6 +140,7 @@ def _(
     backend: str = "auto",
     precision: str = "exact",
     num_threads: int | None = None,
+    allowed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     shape = (queries.shape[0], k)
     return queries.new_empty(shape, dtype=torch.float32), queries.new_empty(shape, dtype=torch.int64)
@@ -149,6 +172,13 @@ def merge_topk(parts: Sequence[TopK], k: int, offsets: Sequence[int] | None = No
         scores = torch.nn.functional.pad(scores, (0, lacking), value=float("-inf"))
         indices = torch.nn.functional.pad(indices, (0, lacking), value=-1)
     return TopK(scores, indices)
+
+
+def _rows_at(rows: Tensor, indices: Tensor) -> Tensor:
+    """`rows[indices]`, and -1 where the index is."""
+    if not len(rows):
+        return indices
+    return torch.where(indices < 0, indices, rows[indices.clamp(min=0)])
 
 
 def _shift(indices: Tensor, offset: int) -> Tensor:

@@ -128,6 +128,18 @@ def check_exclude(exclude: Any, num_queries: int, pool_size: int, device: torch.
     return rows
 
 
+def check_allowed(allowed: Any, pool_size: int, device: torch.device) -> Tensor | None:
+    """The rows that may be returned as contiguous bool [N]."""
+    if allowed is None:
+        return None
+    if isinstance(allowed, np.ndarray) and allowed.dtype == np.bool_:
+        allowed = allowed.view(np.uint8)
+    rows = as_tensor("allowed", allowed)
+    if rows.dtype not in (torch.bool, torch.uint8) or tuple(rows.shape) != (pool_size,):
+        raise ArgumentError("allowed", f"{rows.dtype} {tuple(rows.shape)}", f"bool ({pool_size},), one per pool row")
+    return rows.to(device=device, dtype=torch.bool).contiguous()
+
+
 def _ragged(rows: Sequence[Any], expected: str) -> np.ndarray:
     lists: list[list[int]] = []
     for i, row in enumerate(rows):

@@ -92,14 +92,15 @@ def search(
     threads: int,
     progress: Callable[[float], None] | None,
     *,
+    allowed: Tensor | None = None,
     shadow: Shadow | None = None,
     isa: str | None = None,
     tuning: dict[str, Any] | None = None,
     counters: dict[str, int] | None = None,
 ) -> TopK:
-    """Runs the core; `shadow` is that of the pool. `isa`, `tuning` and `counters` are for tests and measurements.
+    """Runs the core; `allowed` [N] bool marks the rows that may be returned, `shadow` is that of the pool.
 
-    Answers depend on none of the four.
+    `isa`, `tuning` and `counters` are for tests and measurements. Answers depend on none of the last four.
     """
     module = _native.extension()
     if module is None:
@@ -124,6 +125,7 @@ def search(
         tuning or {},
         counters,
         None if shadow is None or shadow.codes.numel() == 0 else _addresses(shadow),
+        0 if allowed is None else allowed.data_ptr(),
     )
     _raise_for(status, "topk", "out of memory: search fewer queries at a time")
     if scores is not out.scores:

@@ -49,7 +49,14 @@ def _full_fp32_products() -> Iterator[None]:
 
 
 def topk_torch(
-    queries: Tensor, pool: Tensor, k: int, exclude: Tensor | None, out: TopK, progress: Callable[[float], None] | None
+    queries: Tensor,
+    pool: Tensor,
+    k: int,
+    exclude: Tensor | None,
+    out: TopK,
+    progress: Callable[[float], None] | None,
+    *,
+    allowed: Tensor | None = None,
 ) -> TopK:
     """Queries [Q, D] against pool [N, D] here or in host memory, chunk by chunk. Arguments are checked already."""
     num_queries, pool_size = queries.shape[0], pool.shape[0]
@@ -63,6 +70,8 @@ def topk_torch(
                 part = pool[first : first + rows].to(device=tile.device, dtype=torch.float32)
                 scores = tile @ part.T  # [q, n]
                 keys = order_keys(scores, first)
+                if allowed is not None:
+                    keys[:, ~allowed[first : first + rows].to(keys.device)] = _NONE
                 if exclude is not None:
                     _mask(keys, exclude[begin:end] - first)
                 keys = keys.topk(min(k, keys.shape[1]), dim=1).values  # keys differ, so this is exact

@@ -57,6 +57,7 @@ struct Request {
   std::uint32_t k = 0;          // 1 … 2048
   const std::int64_t* exclude = nullptr;  // [Q, exclude_width], rows < 0 mean none
   std::int64_t exclude_width = 0;
+  const std::uint8_t* allowed = nullptr;  // [N] rows with a zero are never returned; null: all are allowed
   float* scores = nullptr;      // [Q, k]
   std::int64_t* rows = nullptr;  // [Q, k]
   int threads = 1;
