@@ -80,7 +80,7 @@ def scene_donors(
         seed: the same seed gives the same rows.
     """
     rng = np.random.default_rng([seed & 0xFFFFFFFF, _DONORS])
-    seen, found = {categories[row]}, []
+    seen, found = {categories[row]}, list[int]()
     for _ in range(32 * count):  # a few draws settle nearly every scene without a pass over the pool
         if len(found) == count or not len(pool):
             break
