@@ -1,6 +1,6 @@
 """Absorbed attention: R rows of one item attend to its raw tokens X, which are keys and values at once.
 
-    S = scale · Q' Xᵀ,  P = softmax(S),  O' = P X           Q', O' [B, H, N, dv], X [B, L, dv]
+    S = scale · Q' Xᵀ + β g,  P = softmax(S),  O' = P X     Q', O' [B, H, N, dv], X [B, L, dv]
 
 The R = H · N rows of an item are cut into tiles of BLOCK_R, one program each. Scores of a tile are built key segment by
 key segment, walking the width in chunks; P then stays on chip (registers, in the input dtype) and multiplies X chunk by
@@ -9,7 +9,9 @@ keys are resident; the launchers cut longer inputs into groups and merge them in
 
 Backward of the rows, with the log-sum-exp of the forward and δ = Σ dO' ∘ O' per row given:
 
-    dP = dO' Xᵀ,  dS = scale · P ∘ (dP − δ),  dQ' = dS X     and, on request, dX = dSᵀ Q' + Pᵀ dO'
+    dP = dO' Xᵀ,  dS = P ∘ (dP − δ),  dQ' = scale · dS X,  dβ = Σ dS g     and, on request, dX = scale · dSᵀ Q' + Pᵀ dO'
+
+The guide g [B, L] with its β [Na, H] is optional; queries after the first Na never see it.
 
 Every tensor comes with its strides; the last dimension must have stride 1.
 """
@@ -25,6 +27,10 @@ from tgq_fast.kernels.launch import on_device, placeholder, unit_stride
 from tgq_fast.kernels.softmax import (
     LOG2E,
     UNSPECIALIZED,
+    guide_arguments,
+    guide_bias,
+    guide_of_keys,
+    guide_of_rows,
     load_log_sum,
     merge,
     new_statistics,
@@ -88,12 +94,12 @@ def _tokens(x, key, length, x_l, col, in_width):
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def absorbed_forward(
-    q, x, key_mask, key_group, out, lse, entropy, mass,
-    scale, rows, num_queries, length, width,
-    q_b, q_h, q_n, x_b, x_l, mask_b, mask_l, group_b, group_l, o_b, o_h, o_n,
-    HAS_MASK: tl.constexpr, HAS_GROUP: tl.constexpr, WANT_ENTROPY: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_L: tl.constexpr, SEGMENTS: tl.constexpr, BLOCK_C: tl.constexpr,
-    BLOCK_O: tl.constexpr,
+    q, x, key_mask, key_group, guide, guide_scale, out, lse, entropy, mass,
+    scale, rows, num_queries, num_guided, length, width,
+    q_b, q_h, q_n, x_b, x_l, mask_b, mask_l, group_b, group_l, guide_b, guide_l, o_b, o_h, o_n,
+    HAS_MASK: tl.constexpr, HAS_GROUP: tl.constexpr, HAS_GUIDE: tl.constexpr, WANT_ENTROPY: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_L: tl.constexpr, SEGMENTS: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
     """One tile of rows of one item; lse, entropy and mass are contiguous [B, R] fp32."""
     item, row, row_ok = _own_tile(rows, BLOCK_R)
@@ -102,6 +108,7 @@ def absorbed_forward(
     out += item * o_b
     key_mask += item * mask_b
     key_group += item * group_b
+    guide += item * guide_b
     q_rows = _row_offsets(row, num_queries, q_h, q_n)
     o_rows = _row_offsets(row, num_queries, o_h, o_n)
 
@@ -117,7 +124,11 @@ def absorbed_forward(
         key_ok = key < length
         s = _scores(q, x, width, q_rows, key.to(tl.int64) * x_l, row_ok, key_ok, BLOCK_R, BLOCK_L, BLOCK_C, PRECISION)
         visible = visible_keys(key, length, key_mask, mask_l, HAS_MASK)
-        s = tl.where(visible[None, :], s * (scale * LOG2E), float("-inf"))  # base 2
+        s *= scale * LOG2E  # base 2
+        if HAS_GUIDE:
+            guided, _, strength = guide_of_rows(guide_scale, row // num_queries, row % num_queries, row_ok, num_guided)
+            s += guide_bias(guided[:, None], strength[:, None], guide_of_keys(guide, key, visible, guide_l)[None, :])
+        s = tl.where(visible[None, :], s, float("-inf"))
         peak = tl.max(s, 1)
         peak = tl.where(peak == float("-inf"), 0.0, peak)  # a segment without visible keys: p = exp2(-inf) = 0
         p = tl.exp2(s - peak[:, None])
@@ -155,20 +166,24 @@ def absorbed_forward(
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def absorbed_backward_rows(
-    q, x, key_mask, d_out, lse, delta, d_q,
-    scale, rows, num_queries, length, width,
-    q_b, q_h, q_n, x_b, x_l, mask_b, mask_l, g_b, g_h, g_n, d_b, d_h, d_n,
-    HAS_MASK: tl.constexpr, ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr,
+    q, x, key_mask, guide, guide_scale, d_out, lse, delta, d_q, d_guide_scale,
+    scale, rows, num_queries, num_guided, length, width,
+    q_b, q_h, q_n, x_b, x_l, mask_b, mask_l, guide_b, guide_l, g_b, g_h, g_n, d_b, d_h, d_n,
+    HAS_MASK: tl.constexpr, HAS_GUIDE: tl.constexpr, ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_L: tl.constexpr, SEGMENTS: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_O: tl.constexpr,
 ):  # fmt: skip
-    """dQ' of one tile of rows; with ACCUMULATE the result is added to what `d_q` holds."""
+    """dQ' of one tile of rows, and what dβ is made of (:func:`backward_rows`), contiguous [B, 3, H, Na] fp32.
+
+    With ACCUMULATE the results are added to what their places hold.
+    """
     item, row, row_ok = _own_tile(rows, BLOCK_R)
     q += item * q_b
     x += item * x_b
     d_out += item * g_b
     d_q += item * d_b
     key_mask += item * mask_b
+    guide += item * guide_b
     q_rows = _row_offsets(row, num_queries, q_h, q_n)
     g_rows = _row_offsets(row, num_queries, g_h, g_n)
     d_rows = _row_offsets(row, num_queries, d_h, d_n)
@@ -176,15 +191,40 @@ def absorbed_backward_rows(
     dot_out = tl.load(delta + item * rows + row, mask=row_ok, other=0.0)
 
     gradients = ()
+    steered = tl.zeros([BLOCK_R], tl.float32)  # Σ dS g
+    excess = tl.zeros([BLOCK_R], tl.float32)  # Σ dS
+    level = tl.zeros([BLOCK_R], tl.float32)  # Σ p g
     for segment in tl.static_range(SEGMENTS):
         key = segment * BLOCK_L + tl.arange(0, BLOCK_L)
         s, d_p = _two_scores(
             q, d_out, x, width, q_rows, g_rows, key.to(tl.int64) * x_l, row_ok, key < length, BLOCK_R, BLOCK_L,
             BLOCK_C, PRECISION,
         )  # fmt: skip
-        visible = visible_keys(key, length, key_mask, mask_l, HAS_MASK)[None, :] & some[:, None]
-        p = tl.where(visible, tl.exp2(s * (scale * LOG2E) - log_sum[:, None]), 0.0)
-        gradients = gradients + ((p * (d_p - dot_out[:, None]) * scale).to(x.dtype.element_ty),)  # noqa: RUF005
+        visible = visible_keys(key, length, key_mask, mask_l, HAS_MASK)
+        s *= scale * LOG2E
+        if HAS_GUIDE:
+            guided, _, strength = guide_of_rows(guide_scale, row // num_queries, row % num_queries, row_ok, num_guided)
+            value = guide_of_keys(guide, key, visible, guide_l)
+            s += guide_bias(guided[:, None], strength[:, None], value[None, :])
+        p = tl.where(visible[None, :] & some[:, None], tl.exp2(s - log_sum[:, None]), 0.0)
+        d_s = p * (d_p - dot_out[:, None])
+        if HAS_GUIDE:
+            steered += tl.sum(d_s * value[None, :], 1)
+            excess += tl.sum(d_s, 1)
+            level += tl.sum(p * value[None, :], 1)
+        gradients = gradients + ((d_s * scale).to(x.dtype.element_ty),)  # noqa: RUF005
+
+    if HAS_GUIDE:
+        guided, place, _ = guide_of_rows(guide_scale, row // num_queries, row % num_queries, row_ok, num_guided)
+        pairs = (rows // num_queries) * num_guided
+        sums = d_guide_scale + item * 3 * pairs + place
+        if ACCUMULATE:
+            steered += tl.load(sums, mask=guided, other=0.0)
+            excess += tl.load(sums + pairs, mask=guided, other=0.0)
+            level += tl.load(sums + 2 * pairs, mask=guided, other=0.0)
+        tl.store(sums, steered, mask=guided)
+        tl.store(sums + pairs, excess, mask=guided)
+        tl.store(sums + 2 * pairs, level, mask=guided)
 
     for start in range(0, width, BLOCK_O):
         col = start + tl.arange(0, BLOCK_O)
@@ -202,10 +242,10 @@ def absorbed_backward_rows(
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def absorbed_backward_tokens(
-    q, x, key_mask, d_out, lse, delta, d_x,
-    scale, first_row, rows, num_queries, length, width,
-    q_b, q_h, q_n, x_b, x_l, mask_b, mask_l, g_b, g_h, g_n, d_b, d_l,
-    HAS_MASK: tl.constexpr, ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr,
+    q, x, key_mask, guide, guide_scale, d_out, lse, delta, d_x,
+    scale, first_row, rows, num_queries, num_guided, length, width,
+    q_b, q_h, q_n, x_b, x_l, mask_b, mask_l, guide_b, guide_l, g_b, g_h, g_n, d_b, d_l,
+    HAS_MASK: tl.constexpr, HAS_GUIDE: tl.constexpr, ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_R: tl.constexpr, SEGMENTS: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_O: tl.constexpr,
 ):  # fmt: skip
@@ -216,6 +256,7 @@ def absorbed_backward_tokens(
     d_out += item * g_b
     d_x += item * d_b
     key_mask += item * mask_b
+    guide += item * guide_b
     visible = visible_keys(key, length, key_mask, mask_l, HAS_MASK)
     x_rows = key.to(tl.int64) * x_l
 
@@ -229,7 +270,11 @@ def absorbed_backward_tokens(
         some, log_sum = load_log_sum(lse + item * rows + row, row_ok)
         dot_out = tl.load(delta + item * rows + row, mask=row_ok, other=0.0)
         s = _scores(x, q, width, x_rows, q_rows, key_ok, row_ok, BLOCK_L, BLOCK_R, BLOCK_C, PRECISION)
-        p = tl.where(visible[:, None] & some[None, :], tl.exp2(s * (scale * LOG2E) - log_sum[None, :]), 0.0)
+        s *= scale * LOG2E
+        if HAS_GUIDE:
+            guided, _, strength = guide_of_rows(guide_scale, row // num_queries, row % num_queries, row_ok, num_guided)
+            s += guide_bias(guided[None, :], strength[None, :], guide_of_keys(guide, key, visible, guide_l)[:, None])
+        p = tl.where(visible[:, None] & some[None, :], tl.exp2(s - log_sum[None, :]), 0.0)
         d_p = _scores(x, d_out, width, x_rows, g_rows, key_ok, row_ok, BLOCK_L, BLOCK_R, BLOCK_C, PRECISION)
         weights = weights + (p.to(x.dtype.element_ty),)  # noqa: RUF005
         gradients = gradients + ((p * (d_p - dot_out[None, :]) * scale).to(x.dtype.element_ty),)  # noqa: RUF005
@@ -262,6 +307,8 @@ def forward(
     x: Tensor,
     key_mask: Tensor | None,
     key_group: Tensor | None,
+    guide: Tensor | None,
+    guide_scale: Tensor | None,
     scale: float,
     out: Tensor,
     lse: Tensor,
@@ -274,6 +321,7 @@ def forward(
         q: [B, H, N, dv] absorbed queries, any strides.
         x: [B, L, dv] tokens of the same dtype.
         key_mask, key_group: [B, L] bool or None.
+        guide, guide_scale: [B, L] and [Na, H] fp32, or both None.
         out: [B, H, N, dv] to write, any strides but 1 in the last dimension.
         lse, entropy, mass: [B, H, N] fp32 contiguous to write; entropy and mass (which needs `key_group`) may be None.
     """
@@ -293,17 +341,20 @@ def forward(
         stacked = pooled, *new_statistics((groups, *lse.shape), q.device, *wanted)
         parts = [tuple(None if s is None else s[i] for s in stacked) for i in range(groups)]
     none = placeholder(q.device)
+    steer, strength, guided = guide_arguments(guide, guide_scale, q)
     for i, (target, *stats) in enumerate(parts):
         keys = slice(i * resident, min((i + 1) * resident, length))
+        value = steer[:, keys] if guided else steer
         mask, group = (none if m is None else m[:, keys] for m in (key_mask, key_group))
         tokens = x[:, keys]
         with on_device(q):
             absorbed_forward[grid](
-                q, tokens, mask, group, target, *(stats[0] if s is None else s for s in stats),
-                scale, heads * queries, queries, tokens.shape[1], width,
-                *q.stride()[:3], *tokens.stride()[:2], *mask.stride()[:2], *group.stride()[:2], *target.stride()[:3],
-                HAS_MASK=key_mask is not None, HAS_GROUP=mass is not None, WANT_ENTROPY=entropy is not None,
-                PRECISION=precision(q), **options,
+                q, tokens, mask, group, value, strength, target, *(stats[0] if s is None else s for s in stats),
+                scale, heads * queries, queries, guided, tokens.shape[1], width,
+                *q.stride()[:3], *tokens.stride()[:2], *mask.stride()[:2], *group.stride()[:2], *value.stride()[:2],
+                *target.stride()[:3],
+                HAS_MASK=key_mask is not None, HAS_GROUP=mass is not None, HAS_GUIDE=guided > 0,
+                WANT_ENTROPY=entropy is not None, PRECISION=precision(q), **options,
             )  # fmt: skip
     if groups > 1:
         merge(stacked, out, lse, entropy, mass)
@@ -313,18 +364,25 @@ def backward_rows(
     q: Tensor,
     x: Tensor,
     key_mask: Tensor | None,
+    guide: Tensor | None,
+    guide_scale: Tensor | None,
     d_out: Tensor,
     lse: Tensor,
     delta: Tensor,
     scale: float,
     d_q: Tensor,
+    d_guide_scale: Tensor | None = None,
 ) -> None:
-    """Gradient of the absorbed queries.
+    """Gradient of the absorbed queries, and the sums that make up that of the guide's scale.
+
+    dβ of an item is Σ dS g. It is returned as (Σ dS g, Σ dS, Σ p g): Σ dS is zero but for the error of `delta`, which
+    enters Σ dS g times Σ p g and so can be taken out again.
 
     Args:
         d_out: [B, H, N, dv] gradient of the pooled tokens.
         lse, delta: [B, H, N] fp32 contiguous: log-sum-exp of the forward and Σ d_out ∘ out.
         d_q: [B, H, N, dv] to write, any strides but 1 in the last dimension.
+        d_guide_scale: [B, 3, H, Na] fp32 contiguous to write; needed with a guide.
     """
     q, x, d_out = unit_stride(q), unit_stride(x), unit_stride(d_out)
     batch, heads, queries, width = q.shape
@@ -336,25 +394,39 @@ def backward_rows(
     grid = (batch * triton.cdiv(heads * queries, options["BLOCK_R"]),)
     if not length:
         d_q.zero_()
+        if d_guide_scale is not None:
+            d_guide_scale.zero_()
     if not length or not grid[0]:
         return
+    steer, strength, guided = guide_arguments(guide, guide_scale, q)
     for first in range(0, length, resident):
         keys = slice(first, min(first + resident, length))
         tokens = x[:, keys]
         mask = placeholder(q.device) if key_mask is None else key_mask[:, keys]
+        value = steer[:, keys] if guided else steer
         with on_device(q):
             absorbed_backward_rows[grid](
-                q, tokens, mask, d_out, lse, delta, target,
-                scale, heads * queries, queries, tokens.shape[1], width,
-                *q.stride()[:3], *tokens.stride()[:2], *mask.stride()[:2], *d_out.stride()[:3], *target.stride()[:3],
-                HAS_MASK=key_mask is not None, ACCUMULATE=first > 0, PRECISION=precision(q), **options,
+                q, tokens, mask, value, strength, d_out, lse, delta, target, lse if not guided else d_guide_scale,
+                scale, heads * queries, queries, guided, tokens.shape[1], width,
+                *q.stride()[:3], *tokens.stride()[:2], *mask.stride()[:2], *value.stride()[:2], *d_out.stride()[:3],
+                *target.stride()[:3],
+                HAS_MASK=key_mask is not None, HAS_GUIDE=guided > 0, ACCUMULATE=first > 0, PRECISION=precision(q),
+                **options,
             )  # fmt: skip
     if target is not d_q:
         d_q.copy_(target)
 
 
 def backward_tokens(
-    q: Tensor, x: Tensor, key_mask: Tensor | None, d_out: Tensor, lse: Tensor, delta: Tensor, scale: float
+    q: Tensor,
+    x: Tensor,
+    key_mask: Tensor | None,
+    guide: Tensor | None,
+    guide_scale: Tensor | None,
+    d_out: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    scale: float,
 ) -> Tensor:
     """Gradient of the tokens, [B, L, dv]; arguments as :func:`backward_rows`."""
     q, x, d_out = unit_stride(q), unit_stride(x), unit_stride(d_out)
@@ -367,12 +439,15 @@ def backward_tokens(
     if not grid[0] or not rows:
         return d_x.zero_().to(x.dtype)
     mask = placeholder(q.device) if key_mask is None else key_mask
+    value, strength, guided = guide_arguments(guide, guide_scale, q)
     for first in range(0, rows, resident):
         with on_device(q):
             absorbed_backward_tokens[grid](
-                q, x, mask, d_out, lse, delta, d_x,
-                scale, first, rows, queries, length, width,
-                *q.stride()[:3], *x.stride()[:2], *mask.stride()[:2], *d_out.stride()[:3], *d_x.stride()[:2],
-                HAS_MASK=key_mask is not None, ACCUMULATE=first > 0, PRECISION=precision(q), **options,
+                q, x, mask, value, strength, d_out, lse, delta, d_x,
+                scale, first, rows, queries, guided, length, width,
+                *q.stride()[:3], *x.stride()[:2], *mask.stride()[:2], *value.stride()[:2], *d_out.stride()[:3],
+                *d_x.stride()[:2],
+                HAS_MASK=key_mask is not None, HAS_GUIDE=guided > 0, ACCUMULATE=first > 0, PRECISION=precision(q),
+                **options,
             )  # fmt: skip
     return d_x.to(x.dtype)

@@ -64,39 +64,56 @@ class Kernel:
 
 _HEAD = ("BLOCK_D", "max_head")
 _RANK = ("RANK", "max_rank")
-_STREAM = (("MODE", 1), ("SEES_TEXT", False), ("HAS_MASK", True))
+# Self-attention in blocks, and projected cross-attention, which alone has a guide.
+_BLOCK = (("MODE", 1), ("SEES_TEXT", False), ("HAS_MASK", True), ("HAS_GUIDE", False))
+_ALL = (("MODE", 0), ("SEES_TEXT", False), ("HAS_MASK", True), ("HAS_GUIDE", True))
+_STREAM_FORWARD = "q k v out", "lse entropy mass guide guide_scale", "key_mask key_group"
+_ROWS = "q k v out d_out d_q", "lse delta guide guide_scale d_guide_scale", "key_mask"
+_KEYS = "q k v d_out d_k d_v", "lse delta guide guide_scale", "key_mask"
 KERNELS: dict[str, Kernel] = {
     "absorbed_forward": Kernel(
-        absorbed.absorbed_forward, "q x out", "lse entropy mass", "key_mask key_group", floats="scale",
-        flags=(("HAS_MASK", True), ("HAS_GROUP", True), ("WANT_ENTROPY", True)),
+        absorbed.absorbed_forward, "q x out", "lse entropy mass guide guide_scale", "key_mask key_group",
+        floats="scale", flags=(("HAS_MASK", True), ("HAS_GROUP", True), ("HAS_GUIDE", True), ("WANT_ENTROPY", True)),
     ),
     "absorbed_backward_rows": Kernel(
-        absorbed.absorbed_backward_rows, "q x d_out d_q", "lse delta", "key_mask", floats="scale",
-        flags=(("HAS_MASK", True), ("ACCUMULATE", False)),
+        absorbed.absorbed_backward_rows, "q x d_out d_q", "lse delta guide guide_scale d_guide_scale", "key_mask",
+        floats="scale", flags=(("HAS_MASK", True), ("HAS_GUIDE", True), ("ACCUMULATE", False)),
     ),
     "absorbed_backward_tokens": Kernel(
-        absorbed.absorbed_backward_tokens, "q x d_out d_x", "lse delta", "key_mask", floats="scale",
-        flags=(("HAS_MASK", True), ("ACCUMULATE", False)),
+        absorbed.absorbed_backward_tokens, "q x d_out d_x", "lse delta guide guide_scale", "key_mask", floats="scale",
+        flags=(("HAS_MASK", True), ("HAS_GUIDE", True), ("ACCUMULATE", False)),
     ),
     "fused_forward": Kernel(
-        fused.fused_forward, "q x wk wv bias out", "lse entropy mass", "key_mask key_group", floats="scale",
-        flags=(("HAS_BIAS", True), ("HAS_MASK", True), ("HAS_GROUP", True), ("WANT_ENTROPY", True)), width=_HEAD,
+        fused.fused_forward, "q x wk wv bias out", "lse entropy mass guide guide_scale", "key_mask key_group",
+        floats="scale",
+        flags=(
+            ("HAS_BIAS", True), ("HAS_MASK", True), ("HAS_GROUP", True), ("HAS_GUIDE", True), ("WANT_ENTROPY", True),
+        ),
+        width=_HEAD,
     ),
     "merge_parts": Kernel(
         softmax.merge_parts, "out", "part_out part_lse part_entropy part_mass lse entropy mass",
         flags=(("HAS_GROUP", True), ("WANT_ENTROPY", True)), bits=(32,), matrix=False,
     ),
     "stream_forward": Kernel(
-        streams.stream_forward, "q k v out", "lse entropy mass", "key_mask key_group", floats="scale",
-        flags=(*_STREAM, ("HAS_GROUP", False), ("WANT_ENTROPY", False)), width=_HEAD,
+        streams.stream_forward, *_STREAM_FORWARD, floats="scale",
+        flags=(*_BLOCK, ("HAS_GROUP", False), ("WANT_ENTROPY", False)), width=_HEAD,
+    ),
+    "projected_forward": Kernel(
+        streams.stream_forward, *_STREAM_FORWARD, floats="scale",
+        flags=(*_ALL, ("HAS_GROUP", True), ("WANT_ENTROPY", True)), width=_HEAD, tile="stream_forward",
     ),
     "stream_backward_rows": Kernel(
-        streams.stream_backward_rows, "q k v out d_out d_q", "lse delta", "key_mask", floats="scale", flags=_STREAM,
-        width=_HEAD,
+        streams.stream_backward_rows, *_ROWS, floats="scale", flags=_BLOCK, width=_HEAD,
+    ),
+    "projected_backward_rows": Kernel(
+        streams.stream_backward_rows, *_ROWS, floats="scale", flags=_ALL, width=_HEAD, tile="stream_backward_rows",
     ),
     "stream_backward_keys": Kernel(
-        streams.stream_backward_keys, "q k v d_out d_k d_v", "lse delta", "key_mask", floats="scale", flags=_STREAM,
-        width=_HEAD,
+        streams.stream_backward_keys, *_KEYS, floats="scale", flags=_BLOCK, width=_HEAD,
+    ),
+    "projected_backward_keys": Kernel(
+        streams.stream_backward_keys, *_KEYS, floats="scale", flags=_ALL, width=_HEAD, tile="stream_backward_keys",
     ),
     "modulation_forward": Kernel(
         modulation.modulation_forward,

@@ -1,6 +1,6 @@
 """Absorbed attention with both projections inside: one launch from projected queries to the context of a head.
 
-    q'_h = q_h Wk_h,  S = scale · q'_h Xᵀ,  P = softmax(S),  context_h = (P X) Wv_hᵀ + bv_h
+    q'_h = q_h Wk_h,  S = scale · q'_h Xᵀ + β g,  P = softmax(S),  context_h = (P X) Wv_hᵀ + bv_h
 
 A program owns up to BLOCK_N queries of one head of one item and BLOCK_L keys. It builds the scores over chunks of the
 width, making each chunk of q' on the spot, and leaves through the same chunks: O'_c = P X_c is multiplied with Wv_h
@@ -21,18 +21,30 @@ from torch import Tensor
 
 from tgq_fast.kernels.fusion import ROWS, parts
 from tgq_fast.kernels.launch import multiprocessors, on_device, placeholder, unit_stride
-from tgq_fast.kernels.softmax import LOG2E, UNSPECIALIZED, merge, new_statistics, store_statistics, visible_keys
+from tgq_fast.kernels.softmax import (
+    LOG2E,
+    UNSPECIALIZED,
+    guide_arguments,
+    guide_bias,
+    guide_of_keys,
+    guide_of_rows,
+    merge,
+    new_statistics,
+    store_statistics,
+    visible_keys,
+)
 from tgq_fast.kernels.tiling import precision, tile
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def fused_forward(
-    q, x, wk, wv, bias, key_mask, key_group, out, lse, entropy, mass,
-    scale, heads, num_queries, length, width, head_width,
-    q_b, q_n, q_h, x_b, x_l, wk_d, wv_d, mask_b, mask_l, group_b, group_l, o_p, o_b, o_h, o_n, stats_p,
-    HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_GROUP: tl.constexpr, WANT_ENTROPY: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr,
+    q, x, wk, wv, bias, key_mask, key_group, guide, guide_scale, out, lse, entropy, mass,
+    scale, heads, num_queries, num_guided, length, width, head_width,
+    q_b, q_n, q_h, x_b, x_l, wk_d, wv_d, mask_b, mask_l, group_b, group_l, guide_b, guide_l,
+    o_p, o_b, o_h, o_n, stats_p,
+    HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_GROUP: tl.constexpr, HAS_GUIDE: tl.constexpr,
+    WANT_ENTROPY: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries of one head and item over one part of the keys; neighbours in the grid are heads of one item.
 
@@ -66,8 +78,14 @@ def fused_forward(
         absorbed = tl.dot(queries, weight, input_precision=PRECISION).to(tokens.dtype)
         s = tl.dot(absorbed, tl.trans(tokens), s, input_precision=PRECISION)
 
-    visible = visible_keys(key, length, key_mask + item * mask_b, mask_l, HAS_MASK)[None, :]
-    s = tl.where(visible, s * (scale * LOG2E), float("-inf"))  # base 2
+    seen = visible_keys(key, length, key_mask + item * mask_b, mask_l, HAS_MASK)
+    s *= scale * LOG2E  # base 2
+    if HAS_GUIDE:
+        guided, _, strength = guide_of_rows(guide_scale, head, row, row_ok, num_guided)
+        value = guide_of_keys(guide + item * guide_b, key, seen, guide_l)
+        s += guide_bias(guided[:, None], strength[:, None], value[None, :])
+    visible = seen[None, :]
+    s = tl.where(visible, s, float("-inf"))
     top = tl.max(s, 1)
     top = tl.where(top == float("-inf"), 0.0, top)  # no visible key: p = exp2(-inf) = 0
     p = tl.exp2(s - top[:, None])
@@ -107,6 +125,8 @@ def forward(
     v_bias: Tensor | None,
     key_mask: Tensor | None,
     key_group: Tensor | None,
+    guide: Tensor | None,
+    guide_scale: Tensor | None,
     scale: float,
     want_entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -117,6 +137,7 @@ def forward(
         x: [B, L, dv] tokens of the same dtype; k_weight, v_weight: [H · dh, dv] of the same dtype.
         v_bias: [H · dh] of the same dtype, or None; rows without a visible key stay zero.
         key_mask, key_group: [B, L] bool or None.
+        guide, guide_scale: [B, L] and [Na, H] fp32, or both None.
 
     Returns:
         [B, N, H, dh] contiguous, then lse, entropy and group mass [B, H, N] fp32 (None where not asked for).
@@ -140,14 +161,16 @@ def forward(
     none = placeholder(q.device)
     mask, group = (none if m is None else m for m in (key_mask, key_group))
     bias = v_weight if v_bias is None else v_bias.contiguous()
+    value, strength, guided = guide_arguments(guide, guide_scale, q)
     with on_device(q):
         fused_forward[(batch * count * heads * triton.cdiv(queries, options["BLOCK_N"]),)](
-            q, x, k_weight, v_weight, bias, mask, group, target, *(stats[0] if s is None else s for s in stats),
-            scale, heads, queries, length, width, head,
+            q, x, k_weight, v_weight, bias, mask, group, value, strength, target,
+            *(stats[0] if s is None else s for s in stats),
+            scale, heads, queries, guided, length, width, head,
             *q.stride()[:3], *x.stride()[:2], k_weight.stride(0), v_weight.stride(0), *mask.stride()[:2],
-            *group.stride()[:2], *target.stride()[:4], lse.numel(),
+            *group.stride()[:2], *value.stride()[:2], *target.stride()[:4], lse.numel(),
             HAS_BIAS=v_bias is not None, HAS_MASK=key_mask is not None, HAS_GROUP=key_group is not None,
-            WANT_ENTROPY=want_entropy, PRECISION=precision(q), **options,
+            HAS_GUIDE=guided > 0, WANT_ENTROPY=want_entropy, PRECISION=precision(q), **options,
         )  # fmt: skip
     if count > 1:
         merge((target, *stats), out.transpose(1, 2), lse, entropy, mass)

@@ -1,4 +1,4 @@
-"""What the attention kernels share: the key mask, the statistics of a softmax, and the merge of softmaxes over parts.
+"""What the attention kernels share: key mask, guide, statistics of a softmax, and the merge of softmaxes over parts.
 
 Scores are in base 2 (multiplied by log₂ e) wherever they are exponentiated; statistics leave in base e.
 """
@@ -17,8 +17,8 @@ from tgq_fast.kernels.tiling import tile
 # and pointers into a batch, which are aligned for some of its chunks only. A kernel has some of them.
 UNSPECIALIZED = [
     "rows", "num_queries", "heads", "length", "first_row", "parts", "n_a", "n_e", "n_t", "mask_first",
-    "mask_b", "mask_l", "group_b", "group_l", "stats_p", "o_p",
-    "key_mask", "key_group", "lse", "entropy", "mass", "delta",
+    "mask_b", "mask_l", "group_b", "group_l", "guide_b", "guide_l", "num_guided", "stats_p", "o_p",
+    "key_mask", "key_group", "guide", "guide_scale", "d_guide_scale", "lse", "entropy", "mass", "delta",
 ]  # fmt: skip
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
@@ -31,6 +31,26 @@ def visible_keys(key, length, key_mask, stride, HAS_MASK: tl.constexpr):
     if HAS_MASK:
         inside = inside & (tl.load(key_mask + key.to(tl.int64) * stride, mask=inside, other=0) != 0)
     return inside
+
+
+@triton.jit
+def guide_of_rows(guide_scale, head, query, ok, num_guided):
+    """(which rows a guide steers, place of their β in [H, Na], β or 0)."""
+    guided = ok & (query < num_guided)
+    place = head * num_guided + query
+    return guided, place, tl.load(guide_scale + place, mask=guided, other=0.0)
+
+
+@triton.jit
+def guide_of_keys(guide, key, visible, stride):
+    """Guide of each key, 0 where it is hidden."""
+    return tl.load(guide + key.to(tl.int64) * stride, mask=visible, other=0.0)
+
+
+@triton.jit
+def guide_bias(guided, strength, value):
+    """What a guide adds to scores in base 2; the arguments broadcast. Rows without a guide never see its values."""
+    return tl.where(guided, strength * (value * LOG2E), 0.0)
 
 
 @triton.jit
@@ -125,6 +145,17 @@ def merge(
             rows, count, heads, queries, width, *out.stride()[:3],
             WANT_ENTROPY=entropy is not None, HAS_GROUP=mass is not None, **options,
         )  # fmt: skip
+
+
+def guide_arguments(guide: Tensor | None, guide_scale: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Guide [B, L] and scale [Na, H] as the kernels take them: fp32, the scale as contiguous [H, Na]; and Na.
+
+    Without a guide two tensors that are not read.
+    """
+    if guide is None or guide_scale is None:
+        none = like.new_empty((1, 1), dtype=torch.float32)
+        return none, none, 0
+    return guide.float(), guide_scale.float().t().contiguous(), guide_scale.shape[0]
 
 
 def new_statistics(

@@ -9,7 +9,8 @@ run-time numbers; which key ranges a row segment sees follows from the mode:
 
 and SEES_TEXT lets E see T. A program handles rows of one segment only and reads only the keys that segment sees, packed
 into one or two ranges: no dense mask exists and the exploratory rows never touch metadata. Keys from `mask_first` on
-obey the key mask. Softmax is computed online in base 2; statistics come from the same pass.
+obey the key mask. A guide may be added to the scores of the first rows of A (see :mod:`tgq_fast.kernels.absorbed`).
+Softmax is computed online in base 2; statistics come from the same pass.
 
 The backward is two kernels without atomics: one per row tile (dQ, and δ = Σ dO ∘ O on the way), one per key
 tile (dK, dV). Tensors are [B, S, H, dh] with any strides, the last one 1.
@@ -23,7 +24,17 @@ import triton.language as tl
 from torch import Tensor
 
 from tgq_fast.kernels.launch import on_device, placeholder, unit_stride
-from tgq_fast.kernels.softmax import LOG2E, UNSPECIALIZED, load_log_sum, new_statistics, store_statistics
+from tgq_fast.kernels.softmax import (
+    LOG2E,
+    UNSPECIALIZED,
+    guide_arguments,
+    guide_bias,
+    guide_of_keys,
+    guide_of_rows,
+    load_log_sum,
+    new_statistics,
+    store_statistics,
+)
 from tgq_fast.kernels.tiling import precision, tile
 
 ALL: tl.constexpr = tl.constexpr(0)
@@ -134,11 +145,11 @@ def _key_visible(key, inside, key_mask, mask_first, stride, HAS_MASK: tl.constex
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def stream_forward(
-    q, k, v, key_mask, key_group, out, lse, entropy, mass,
-    scale, heads, n_a, n_e, n_t, length, mask_first, head_width,
-    q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, mask_b, mask_l, group_b, group_l, o_b, o_s, o_h,
+    q, k, v, key_mask, key_group, guide, guide_scale, out, lse, entropy, mass,
+    scale, heads, n_a, n_e, n_t, num_guided, length, mask_first, head_width,
+    q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, mask_b, mask_l, group_b, group_l, guide_b, guide_l, o_b, o_s, o_h,
     MODE: tl.constexpr, SEES_TEXT: tl.constexpr, HAS_MASK: tl.constexpr, HAS_GROUP: tl.constexpr,
-    WANT_ENTROPY: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_GUIDE: tl.constexpr, WANT_ENTROPY: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One tile of rows of one segment, head and item; lse, entropy and mass are contiguous [B, H, rows] fp32."""
@@ -154,6 +165,8 @@ def stream_forward(
     k += item * k_b + head * k_h
     v += item * v_b + head * v_h
 
+    if HAS_GUIDE:
+        guided, _, strength = guide_of_rows(guide_scale, head, row, row_ok, num_guided)
     acc = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
     top = tl.full([BLOCK_S], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_S], tl.float32)
@@ -166,8 +179,12 @@ def stream_forward(
         there = inside[:, None] & in_head
         keys = tl.load(k + key.to(tl.int64)[:, None] * k_s + col[None, :], mask=there, other=0.0)
         values = tl.load(v + key.to(tl.int64)[:, None] * v_s + col[None, :], mask=there, other=0.0)
-        visible = _key_visible(key, inside, key_mask, mask_first, mask_l, HAS_MASK)[None, :]
+        seen = _key_visible(key, inside, key_mask, mask_first, mask_l, HAS_MASK)
+        visible = seen[None, :]
         s = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * (scale * LOG2E)
+        if HAS_GUIDE:
+            value = guide_of_keys(guide + item * guide_b, key, seen, guide_l)
+            s += guide_bias(guided[:, None], strength[:, None], value[None, :])
         s = tl.where(visible, s, float("-inf"))
         new_top = tl.maximum(top, tl.max(s, 1))
         shift = tl.where(new_top == float("-inf"), 0.0, new_top)  # nothing visible yet: p = exp2(-inf) = 0
@@ -195,13 +212,14 @@ def stream_forward(
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def stream_backward_rows(
-    q, k, v, key_mask, out, d_out, lse, delta, d_q,
-    scale, heads, n_a, n_e, n_t, length, mask_first, head_width,
-    q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, mask_b, mask_l, o_b, o_s, o_h, g_b, g_s, g_h, d_b, d_s, d_h,
-    MODE: tl.constexpr, SEES_TEXT: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    q, k, v, key_mask, guide, guide_scale, out, d_out, lse, delta, d_q, d_guide_scale,
+    scale, heads, n_a, n_e, n_t, num_guided, length, mask_first, head_width,
+    q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, mask_b, mask_l, guide_b, guide_l,
+    o_b, o_s, o_h, g_b, g_s, g_h, d_b, d_s, d_h,
+    MODE: tl.constexpr, SEES_TEXT: tl.constexpr, HAS_MASK: tl.constexpr, HAS_GUIDE: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dQ of one tile of rows; also writes δ for the key side."""
+    """dQ of one tile of rows, δ for the key side, and dβ of the item and head in contiguous [B, H, Na] fp32."""
     item, head, rows, segment, row, row_ok = _own_rows(heads, n_a, n_e, n_t, BLOCK_S, MODE)
     start0, size0, start1, size1 = _seen_keys(segment, n_a, n_e, n_t, length, MODE, SEES_TEXT)
     key_mask += item * mask_b
@@ -218,6 +236,11 @@ def stream_backward_rows(
     k += item * k_b + head * k_h
     v += item * v_b + head * v_h
 
+    if HAS_GUIDE:
+        guided, place, strength = guide_of_rows(guide_scale, head, row, row_ok, num_guided)
+        steered = tl.zeros([BLOCK_S], tl.float32)  # Σ dS g, Σ dS and Σ p g: see absorbed.backward_rows
+        excess = tl.zeros([BLOCK_S], tl.float32)
+        level = tl.zeros([BLOCK_S], tl.float32)
     acc = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
     for begin in range(0, size0 + size1, BLOCK_K):
         index = begin + tl.arange(0, BLOCK_K)
@@ -226,12 +249,21 @@ def stream_backward_rows(
         loaded = inside[:, None] & in_head
         keys = tl.load(k + key.to(tl.int64)[:, None] * k_s + col[None, :], mask=loaded, other=0.0)
         values = tl.load(v + key.to(tl.int64)[:, None] * v_s + col[None, :], mask=loaded, other=0.0)
-        visible = _key_visible(key, inside, key_mask, mask_first, mask_l, HAS_MASK)[None, :] & some[:, None]
+        visible = _key_visible(key, inside, key_mask, mask_first, mask_l, HAS_MASK)
         s = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * (scale * LOG2E)
-        p = tl.where(visible, tl.exp2(s - log_sum[:, None]), 0.0)
+        if HAS_GUIDE:
+            value = guide_of_keys(guide + item * guide_b, key, visible, guide_l)
+            s += guide_bias(guided[:, None], strength[:, None], value[None, :])
+        p = tl.where(visible[None, :] & some[:, None], tl.exp2(s - log_sum[:, None]), 0.0)
         d_p = tl.dot(gradient, tl.trans(values), input_precision=PRECISION)
-        d_s_tile = (p * (d_p - dot_out[:, None]) * scale).to(keys.dtype)
-        acc = tl.dot(d_s_tile, keys, acc, input_precision=PRECISION)
+        d_scores = p * (d_p - dot_out[:, None])
+        if HAS_GUIDE:
+            steered += tl.sum(d_scores * value[None, :], 1)
+            excess += tl.sum(d_scores, 1)
+            level += tl.sum(p * value[None, :], 1)
+        acc = tl.dot((d_scores * scale).to(keys.dtype), keys, acc, input_precision=PRECISION)
+    if HAS_GUIDE:
+        tl.store(d_guide_scale + item * heads * num_guided + place, steered - excess * level, mask=guided)
     tl.store(
         d_q + item * d_b + head * d_h + row[:, None] * d_s + col[None, :], acc.to(d_q.dtype.element_ty), mask=there
     )
@@ -239,11 +271,12 @@ def stream_backward_rows(
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def stream_backward_keys(
-    q, k, v, key_mask, d_out, lse, delta, d_k, d_v,
-    scale, heads, n_a, n_e, n_t, length, mask_first, head_width,
-    q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, mask_b, mask_l, g_b, g_s, g_h, dk_b, dk_s, dk_h, dv_b, dv_s, dv_h,
-    MODE: tl.constexpr, SEES_TEXT: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    q, k, v, key_mask, guide, guide_scale, d_out, lse, delta, d_k, d_v,
+    scale, heads, n_a, n_e, n_t, num_guided, length, mask_first, head_width,
+    q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, mask_b, mask_l, guide_b, guide_l,
+    g_b, g_s, g_h, dk_b, dk_s, dk_h, dv_b, dv_s, dv_h,
+    MODE: tl.constexpr, SEES_TEXT: tl.constexpr, HAS_MASK: tl.constexpr, HAS_GUIDE: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of one tile of keys of one segment, summed over the rows that see it in a fixed order."""
     rows = n_a
@@ -268,7 +301,10 @@ def stream_backward_keys(
     position = key.to(tl.int64)[:, None]
     keys = tl.load(k + item * k_b + head * k_h + position * k_s + col[None, :], mask=there, other=0.0)
     values = tl.load(v + item * v_b + head * v_h + position * v_s + col[None, :], mask=there, other=0.0)
-    visible = _key_visible(key, inside, key_mask, mask_first, mask_l, HAS_MASK)[:, None]
+    seen = _key_visible(key, inside, key_mask, mask_first, mask_l, HAS_MASK)
+    visible = seen[:, None]
+    if HAS_GUIDE:
+        value = guide_of_keys(guide + item * guide_b, key, seen, guide_l)
     q += item * q_b + head * q_h
     d_out += item * g_b + head * g_h
     base = (item * heads + head) * rows
@@ -285,6 +321,9 @@ def stream_backward_keys(
         some, log_sum = load_log_sum(lse + base + row, row_ok)
         dot_out = tl.load(delta + base + row, mask=row_ok, other=0.0)
         s = tl.dot(keys, tl.trans(queries), input_precision=PRECISION) * (scale * LOG2E)  # [keys, rows]
+        if HAS_GUIDE:
+            guided, _, strength = guide_of_rows(guide_scale, head, row, row_ok, num_guided)
+            s += guide_bias(guided[None, :], strength[None, :], value[:, None])
         p = tl.where(visible & some[None, :], tl.exp2(s - log_sum[None, :]), 0.0)
         acc_v = tl.dot(p.to(gradient.dtype), gradient, acc_v, input_precision=PRECISION)
         d_p = tl.dot(values, tl.trans(gradient), input_precision=PRECISION)
@@ -317,6 +356,8 @@ def forward(
     key_mask: Tensor | None,
     mask_first: int,
     key_group: Tensor | None,
+    guide: Tensor | None,
+    guide_scale: Tensor | None,
     scale: float,
     want_entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -327,6 +368,7 @@ def forward(
         lengths: the row segments; (S, 0, 0) for mode "full".
         key_mask: [B, L - mask_first] bool for the keys from `mask_first` on, or None.
         key_group: [B, L] bool or None.
+        guide, guide_scale: [B, L] and [Na, H] fp32 for the first Na rows, or both None.
     """
     q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
     batch, rows, heads, head = q.shape
@@ -334,17 +376,19 @@ def forward(
     lse, entropy, mass = new_statistics((batch, heads, rows), q.device, want_entropy, key_group is not None)
     none = placeholder(q.device)
     mask, group = (none if m is None else m for m in (key_mask, key_group))
+    value, strength, guided = guide_arguments(guide, guide_scale, q)
     options = _options("stream_forward", q, k, lengths)
     grid = (batch * heads * _tiles(lengths, options["BLOCK_S"]),)
     if grid[0]:
         with on_device(q):
             stream_forward[grid](
-                q, k, v, mask, group, out, lse, lse if entropy is None else entropy, lse if mass is None else mass,
-                scale, heads, *lengths, k.shape[1], mask_first, head,
+                q, k, v, mask, group, value, strength, out,
+                lse, lse if entropy is None else entropy, lse if mass is None else mass,
+                scale, heads, *lengths, guided, k.shape[1], mask_first, head,
                 *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *mask.stride()[:2], *group.stride()[:2],
-                *out.stride()[:3],
+                *value.stride()[:2], *out.stride()[:3],
                 MODE=MODES[mode], SEES_TEXT=sees_text, HAS_MASK=key_mask is not None, HAS_GROUP=key_group is not None,
-                WANT_ENTROPY=want_entropy, PRECISION=precision(q), **options,
+                HAS_GUIDE=guided > 0, WANT_ENTROPY=want_entropy, PRECISION=precision(q), **options,
             )  # fmt: skip
     return out, lse, entropy, mass
 
@@ -361,33 +405,38 @@ def backward(
     sees_text: bool,
     key_mask: Tensor | None,
     mask_first: int,
+    guide: Tensor | None,
+    guide_scale: Tensor | None,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, contiguous."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, contiguous, and of the guide's scale item by item, [B, H, Na] fp32."""
     q, k, v, out, d_out = (unit_stride(t) for t in (q, k, v, out, d_out))
     batch, rows, heads, head = q.shape
     d_q = torch.empty(batch, rows, heads, head, dtype=q.dtype, device=q.device)
     d_k = torch.empty(batch, k.shape[1], heads, head, dtype=k.dtype, device=k.device)
     d_v = torch.empty(batch, k.shape[1], heads, head, dtype=v.dtype, device=v.device)
     delta = torch.empty_like(lse)
+    value, strength, guided = guide_arguments(guide, guide_scale, q)
+    d_guide_scale = torch.empty(batch, heads, guided, dtype=torch.float32, device=q.device)
     mask = placeholder(q.device) if key_mask is None else key_mask
-    flags = {"MODE": MODES[mode], "SEES_TEXT": sees_text, "HAS_MASK": key_mask is not None, "PRECISION": precision(q)}
-    sizes = (scale, heads, *lengths, k.shape[1], mask_first, head)
-    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *mask.stride()[:2])
+    flags = {"MODE": MODES[mode], "SEES_TEXT": sees_text, "PRECISION": precision(q)}
+    flags |= {"HAS_MASK": key_mask is not None, "HAS_GUIDE": guided > 0}
+    sizes = (scale, heads, *lengths, guided, k.shape[1], mask_first, head)
+    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *mask.stride()[:2], *value.stride()[:2])
     key_lengths = (k.shape[1], 0, 0) if mode == "full" else lengths
     with on_device(q):
         options = _options("stream_backward_rows", q, k, lengths)
         grid = (batch * heads * _tiles(lengths, options["BLOCK_S"]),)
         if grid[0]:
             stream_backward_rows[grid](
-                q, k, v, mask, out, d_out, lse, delta, d_q, *sizes, *strides,
+                q, k, v, mask, value, strength, out, d_out, lse, delta, d_q, d_guide_scale, *sizes, *strides,
                 *out.stride()[:3], *d_out.stride()[:3], *d_q.stride()[:3], **flags, **options,
             )  # fmt: skip
         options = _options("stream_backward_keys", q, k, lengths)
         grid = (batch * heads * _tiles(key_lengths, options["BLOCK_K"]),)
         if grid[0]:
             stream_backward_keys[grid](
-                q, k, v, mask, d_out, lse, delta, d_k, d_v, *sizes, *strides,
+                q, k, v, mask, value, strength, d_out, lse, delta, d_k, d_v, *sizes, *strides,
                 *d_out.stride()[:3], *d_k.stride()[:3], *d_v.stride()[:3], **flags, **options,
             )  # fmt: skip
-    return d_q, d_k, d_v
+    return d_q, d_k, d_v, d_guide_scale

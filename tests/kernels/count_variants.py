@@ -48,20 +48,22 @@ def main() -> None:
         q, x = torch.empty(2, 2, 4, 32).half(), torch.empty(2, length, 32).half()
         # As of a later chunk of items: aligned for some lengths only.
         mask, stats = torch.ones(3, length, dtype=torch.bool)[1:], torch.zeros(3, 2, 4)[1:]
+        guide = torch.zeros(3, length)[1:], torch.zeros(3, 2)
         out = torch.empty_like(q)
-        absorbed.forward(q, x, mask, None, 1.0, out, stats)
-        absorbed.backward_rows(q, x, mask, q, stats, stats, 1.0, out)
-        absorbed.backward_tokens(q, x, mask, q, stats, stats, 1.0)
+        absorbed.forward(q, x, mask, None, *guide, 1.0, out, stats)
+        absorbed.backward_rows(q, x, mask, *guide, q, stats, stats, 1.0, out, torch.empty(3, 3, 2, 3)[1:])
+        absorbed.backward_tokens(q, x, mask, *guide, q, stats, stats, 1.0)
         queries, weight = torch.empty(2, 4, 2, 16).half(), torch.empty(32, 32).half()
-        fused.forward(queries, x, weight, weight, weight[0], mask, None, 1.0, False)
+        fused.forward(queries, x, weight, weight, weight[0], mask, None, *guide, 1.0, False)
         parts = torch.empty(length, *q.shape), torch.empty(length, *stats.shape), None, None
         softmax.merge(parts, out, stats, None, None)
         for lengths, mode in (((4, 4, length), "block"), ((length, 0, 0), "full")):
             heads = torch.empty(2, sum(lengths), 2, 16).half()
             text = torch.ones(3, length, dtype=torch.bool)[1:]
             first = sum(lengths) - length
-            out, lse, *_ = streams.forward(heads, heads, heads, lengths, mode, False, text, first, None, 1.0, False)
-            streams.backward(out, heads, heads, heads, out, lse, lengths, mode, False, text, first, 1.0)
+            given = (lengths, mode, False, text, first)
+            out, lse, *_ = streams.forward(heads, heads, heads, *given, None, None, None, 1.0, False)
+            streams.backward(out, heads, heads, heads, out, lse, *given, None, None, 1.0)
         tokens = torch.empty(length, 8, 32).half()
         gates = [
             modulation.Gate(*(torch.empty(*s).half() for s in ((16, n), (16,), (32, 16), (32,)))) for n in (82, 48)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tgq_fast import ops, reference
-from tgq_fast.ops import attention
+from tgq_fast.ops import cross_attention_torch
 
 
 def arguments(dtype: torch.dtype, sizes: tuple[int, ...], seed: int = 0) -> tuple[torch.Tensor, ...]:
@@ -24,12 +24,18 @@ def arguments(dtype: torch.dtype, sizes: tuple[int, ...], seed: int = 0) -> tupl
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("mask", [None, "some", "one item sees nothing"])
+@pytest.mark.parametrize("guided", [False, True])
 @pytest.mark.parametrize("chunk", [1, 1 << 24], ids=["one item at a time", "all items"])
 @pytest.mark.parametrize("sizes", [(3, 2, 3, 7, 20, 16), (2, 0, 1, 1, 8, 16), (1, 3, 0, 5, 16, 32)], ids=str)
 def test_parity(
-    dtype: torch.dtype, mask: str | None, chunk: int, sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype,
+    mask: str | None,
+    guided: bool,
+    chunk: int,
+    sizes: tuple[int, ...],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(attention, "_CPU_BYTES", chunk)
+    monkeypatch.setattr(cross_attention_torch, "_CPU_BYTES", chunk)
     inputs = arguments(dtype, sizes)
     key_mask = None
     if mask is not None:
@@ -37,9 +43,14 @@ def test_parity(
         if mask != "some":
             key_mask[-1] = False
     ran = []
-    original = attention._absorbed_on_cpu
-    monkeypatch.setattr(attention, "_absorbed_on_cpu", lambda *a: ran.append(1) or original(*a))
+    original = cross_attention_torch._absorbed_on_cpu
+    monkeypatch.setattr(cross_attention_torch, "_absorbed_on_cpu", lambda *a: ran.append(1) or original(*a))
     options = {"num_heads": 2, "key_mask": key_mask, "form": "absorbed"}
+    if guided:
+        generator = torch.Generator().manual_seed(1)
+        guide = torch.randn(sizes[0], sizes[3], generator=generator)
+        guide = guide if key_mask is None else guide.masked_fill(~key_mask, float("nan"))
+        options |= {"guide": guide, "guide_scale": torch.randn(sizes[1], 2, generator=generator)}
     with torch.no_grad():
         exact = reference.hybrid_cross_attention(*(t.double() for t in inputs), **options)
         plain = reference.hybrid_cross_attention(*inputs, **options)
@@ -63,7 +74,7 @@ def test_no_items_and_no_keys() -> None:
 
 
 def test_memory_is_bounded_by_the_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "_CPU_BYTES", 1)
+    monkeypatch.setattr(cross_attention_torch, "_CPU_BYTES", 1)
     largest = 0
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):

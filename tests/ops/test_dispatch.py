@@ -30,9 +30,10 @@ def test_forced_backend_lists_every_reason() -> None:
     assert "float64" in reasons and "300" in reasons
     options = {"num_heads": 2, "key_mask": torch.ones(2, 9, dtype=torch.bool), "form": "absorbed"}
     with pytest.raises(BackendError) as caught:
+        options |= {"guide": torch.zeros(2, 9), "guide_scale": torch.zeros(4, 2)}
         ops.hybrid_cross_attention(*cross_arguments(), **options, return_stats=True, backend="flash_attn")
     reasons = " ".join(caught.value.reasons["flash_attn"])
-    for word in ("CUDA", "absorbed", "mask", "statistics", "float32"):
+    for word in ("CUDA", "absorbed", "mask", "guide", "statistics", "float32"):
         assert word in reasons
     with pytest.raises(BackendError, match="no such backend"):
         ops.info_nce(torch.randn(3, 4), torch.tensor([1, 2, 0]), torch.tensor(1.0), backend="flash_attn")
@@ -155,6 +156,11 @@ def test_fused_form_needs_its_kernel() -> None:
         ({"form": "fast"}, "form"),
         ({"form": "absorbed", "keys_values": (torch.zeros(2, 9, 16),) * 2}, "form"),
         ({"form": "fused", "keys_values": (torch.zeros(2, 9, 16),) * 2}, "form"),
+        ({"guide": torch.zeros(2, 9)}, "guide_scale"),
+        ({"guide_scale": torch.zeros(4, 2)}, "guide"),
+        ({"guide": torch.zeros(2, 8), "guide_scale": torch.zeros(4, 2)}, "guide"),
+        ({"guide": torch.zeros(2, 9, dtype=torch.bool), "guide_scale": torch.zeros(4, 2)}, "guide"),
+        ({"guide": torch.zeros(2, 9), "guide_scale": torch.zeros(2, 4)}, "guide_scale"),
     ],
 )
 def test_bad_arguments(change: dict, message: str) -> None:

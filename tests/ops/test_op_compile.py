@@ -19,6 +19,10 @@ def gate_parameters(image: int, width: int) -> list[reference.GateParameters]:
     return [reference.GateParameters(leaf(4, n), leaf(4), leaf(width, 4), leaf(width)) for n in inputs]
 
 
+def guide(batch: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(batch, length, device=DEVICE), leaf(1, 2)
+
+
 def absorbed(fused: bool) -> tuple:
     mask = torch.tensor([[True] * 5, [True, False, True, False, True]], device=DEVICE)
     return (
@@ -30,6 +34,7 @@ def absorbed(fused: bool) -> tuple:
         leaf(16),
         mask,
         None,
+        *guide(2, 5),
         2,
         True,
         fused,
@@ -39,7 +44,8 @@ def absorbed(fused: bool) -> tuple:
 def stream() -> tuple:
     mask = torch.tensor([[True, True], [True, False]], device=DEVICE)
     heads = [leaf(2, 5, 2, 16) for _ in range(3)]
-    return triton_attention.stream_attention, *heads, mask, None, (1, 2, 2), "block", False, 3, False
+    structure = ((1, 2, 2), "block", False, 3, False)
+    return triton_attention.stream_attention, *heads, mask, None, *guide(2, 5), *structure
 
 
 def modulation() -> tuple:
@@ -76,10 +82,11 @@ def test_opcheck(name: str) -> None:
     torch.library.opcheck(operator, tuple(arguments))
 
 
-def model(a, e, x, weights, gates, form):  # type: ignore[no-untyped-def]
+def model(a, e, x, weights, gates, beta, form):  # type: ignore[no-untyped-def]
     """Every operator in one graph."""
     wq, wk, wv = weights
-    out = ops.hybrid_cross_attention(a, e, x, wq, None, wk, None, wv, None, num_heads=2, form=form)
+    options = {"num_heads": 2, "form": form, "guide": x[..., 0], "guide_scale": beta}
+    out = ops.hybrid_cross_attention(a, e, x, wq, None, wk, None, wv, None, **options)
     both = torch.cat((out.anchored, out.exploratory), dim=1).unflatten(-1, (2, 8))
     both = ops.stream_self_attention(both, both, both, (2, 3, 0)).flatten(2)
     has = torch.ones(x.shape[0], device=x.device)
@@ -92,8 +99,8 @@ def model(a, e, x, weights, gates, form):  # type: ignore[no-untyped-def]
 
 def inputs(length: int = 5) -> tuple[tuple, list[torch.Tensor]]:
     a, e, x = leaf(3, 2, 16), leaf(3, 3, 16), leaf(3, length, 12)
-    weights, gates = [leaf(16, n) for n in (16, 12, 12)], gate_parameters(12, 16)
-    return (a, e, x, weights, gates), [a, e, x, *weights, *gates[0], *gates[1]]
+    weights, gates, beta = [leaf(16, n) for n in (16, 12, 12)], gate_parameters(12, 16), leaf(2, 2)
+    return (a, e, x, weights, gates, beta), [a, e, x, *weights, *gates[0], *gates[1], beta]
 
 
 @pytest.mark.parametrize(
@@ -113,21 +120,24 @@ def test_fullgraph_compile(backend: str, form: str) -> None:
 
 def test_autocast_computes_in_the_lower_dtype() -> None:
     low = torch.bfloat16 if DEVICE == "cuda" else torch.float16
-    (a, e, x, weights, gates), _ = inputs()
+    (a, e, x, weights, gates, beta), _ = inputs()
     wq, wk, wv = weights
+    options = {"num_heads": 2, "guide": x[..., 0], "guide_scale": beta}
     with torch.autocast(DEVICE, low), ops.use_backend("triton"):
         for form in ("absorbed", "fused", "projected"):
-            out = ops.hybrid_cross_attention(a, e, x, wq, None, wk, None, wv, None, num_heads=2, form=form)
+            out = ops.hybrid_cross_attention(a, e, x, wq, None, wk, None, wv, None, form=form, **options)
             assert out.anchored.dtype == low
         mod = ops.dual_gated_modulation(out.anchored, out.exploratory, x[:, 0, 0], x[:, 0, 1], x[:, 0], *gates)
         assert mod.anchored.dtype == low
     mod.anchored.float().sum().backward()
-    assert wk.grad is not None and wk.grad.dtype == torch.float32
+    assert all(leaf.grad is not None and leaf.grad.dtype == torch.float32 for leaf in (wk, beta))
 
 
 CHECKS: dict[str, Callable[[], None]] = {
     "absorbed": lambda: check_cross("absorbed", torch.float32, sizes=(2, 2, 3, 9, 16, 16, 2), mask="some"),
     "absorbed groups": lambda: check_cross("absorbed", torch.float32, sizes=(2, 2, 3, 37, 16, 16, 2), mask="some"),
+    "absorbed guide": lambda: check_cross("absorbed", torch.float32, sizes=(2, 2, 3, 37, 16, 16, 2), guided=True),
+    "projected guide": lambda: check_cross("projected", torch.float32, sizes=(2, 2, 3, 9, 16, 16, 2), guided=True),
     "fused": lambda: check_cross("fused", torch.float32, sizes=(2, 2, 3, 9, 16, 16, 2), mask="some"),
     "fused parts": lambda: check_cross("fused", torch.float32, sizes=(2, 2, 3, 37, 16, 16, 2), mask="some"),
     "projected": lambda: check_cross("projected", torch.float32, sizes=(2, 2, 3, 9, 16, 16, 2), mask="some"),
@@ -182,7 +192,8 @@ def test_cuda_graph_replays_on_new_data(form: str) -> None:
     options = {"num_heads": 2, "form": form, "backend": "triton", "key_mask": mask, "return_stats": True}
 
     def call(q, x, wq, wk, wv):  # type: ignore[no-untyped-def]
-        out = ops.hybrid_cross_attention(q, q[:, :0], x, wq, None, wk, None, wv, wv[:, 0], **options)
+        steer = {"guide": x[..., 0], "guide_scale": wq[:6, :2]}
+        out = ops.hybrid_cross_attention(q, q[:, :0], x, wq, None, wk, None, wv, wv[:, 0], **options, **steer)
         return out.anchored, out.stats.entropy
 
     size = 2 * 2 * 6 * 16 * 4  # two items to a chunk

@@ -24,7 +24,7 @@ from tgq_fast.models.layers import (
     StreamSelfAttention,
     TextPacking,
 )
-from tgq_fast.ops.attention import absorbs, items_at_once
+from tgq_fast.ops.cross_attention_torch import absorbs, items_at_once
 from tgq_fast.ops.matrix_unit import PackedLinear, shared_attention, stream_attention, why_not
 
 __all__ = ["packed_weights"]

@@ -46,7 +46,8 @@ def stream_self_attention(
         first_text = lengths[0] + lengths[1]
         rows = (sum(lengths), 0, 0) if mixing == "full" else lengths
         k, v = k.to(q.dtype), v.to(q.dtype)
-        return stream_attention(q, k, v, text_mask, None, rows, mixing, explore_sees_text, first_text, False)[0]
+        given = (rows, mixing, explore_sees_text, first_text, False)
+        return stream_attention(q, k, v, text_mask, None, None, None, *given)[0]
     if q.device.type == "cpu" and q.numel() and q.shape[1] <= LONGEST:
         return streams_on_cpu(q, k, v, lengths, mixing, explore_sees_text, text_mask)
     return _torch(q, k, v, lengths, mixing, explore_sees_text, text_mask)

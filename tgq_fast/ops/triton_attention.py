@@ -66,6 +66,8 @@ def absorbed_attention(
     v_bias: Tensor | None,
     key_mask: Tensor | None,
     key_group: Tensor | None,
+    guide: Tensor | None,
+    guide_scale: Tensor | None,
     num_heads: int,
     want_stats: bool,
     fused: bool,
@@ -84,7 +86,7 @@ def absorbed_attention(
     if fused:
         heads = q.unflatten(-1, (num_heads, head))
         context, *stats = fused_kernel.forward(
-            heads, visual, k_weight, v_weight, v_bias, key_mask, key_group, scale, want_stats
+            heads, visual, k_weight, v_weight, v_bias, key_mask, key_group, guide, guide_scale, scale, want_stats
         )  # fmt: skip
         lse, entropy, mass = (stats[0].new_empty(0) if s is None else s for s in stats)
         return context.flatten(2), lse, entropy, mass
@@ -99,7 +101,8 @@ def absorbed_attention(
         chunk_q, chunk_pooled = (buffer[:, : rows.stop - rows.start] for buffer in (absorbed_q, pooled))
         torch.bmm(_per_head(q, num_heads)[:, rows], wk, out=chunk_q)
         absorbed.forward(
-            _per_item(chunk_q, queries), visual[items], _rows(key_mask, items), _rows(key_group, items), scale,
+            _per_item(chunk_q, queries), visual[items], _rows(key_mask, items), _rows(key_group, items),
+            _rows(guide, items), guide_scale, scale,
             _per_item(chunk_pooled, queries), *(_rows(s, items) for s in stats),
         )  # fmt: skip
         torch.bmm(chunk_pooled, wv.transpose(1, 2), out=_per_head(context, num_heads)[:, rows])
@@ -116,7 +119,7 @@ def _seen_bias(v_bias: Tensor, lse: Tensor) -> Tensor:
 
 
 @absorbed_attention.register_fake
-def _(q, visual, k_weight, v_weight, v_bias, key_mask, key_group, num_heads, want_stats, fused):  # type: ignore[no-untyped-def]
+def _(q, visual, k_weight, v_weight, v_bias, key_mask, key_group, guide, guide_scale, num_heads, want_stats, fused):  # type: ignore[no-untyped-def]
     lse = q.new_empty(q.shape[0], num_heads, q.shape[1], dtype=torch.float32)
     none = lse.new_empty(0)
     entropy = torch.empty_like(lse) if want_stats else none
@@ -132,14 +135,19 @@ def absorbed_attention_backward(
     k_weight: Tensor,
     v_weight: Tensor,
     key_mask: Tensor | None,
+    guide: Tensor | None,
+    guide_scale: Tensor | None,
     context: Tensor,
     lse: Tensor,
     num_heads: int,
     need_visual: bool,
     need_k_weight: bool,
     need_v_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, visual, k_weight and v_weight; empty where not needed. Sums over chunks run in order, in fp32."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, visual, k_weight, v_weight and guide_scale; empty where not needed.
+
+    Sums over chunks run in order, in fp32.
+    """
     from tgq_fast.kernels import absorbed
 
     batch, queries, width = q.shape
@@ -153,60 +161,64 @@ def absorbed_attention_backward(
         for weight, need in ((k_weight, need_k_weight), (v_weight, need_v_weight))
     )
     step, chunks = _chunks(batch, num_heads * queries * visual_width * q.element_size(), q.device)
+    guided = 0 if guide_scale is None else guide_scale.shape[0]
+    d_scale = lse.new_empty(batch, 3, num_heads, guided)
     buffers = [q.new_empty(num_heads, step * queries, visual_width) for _ in range(3)]
     for items in chunks:
         rows = slice(items.start * queries, items.stop * queries)
-        tokens, mask = visual[items], _rows(key_mask, items)
+        tokens, mask, steer = visual[items], _rows(key_mask, items), (_rows(guide, items), guide_scale)
         q_heads, g_heads = (_per_head(t, num_heads)[:, rows] for t in (q, d_context))
         absorbed_q, pooled, d_absorbed = (buffer[:, : rows.stop - rows.start] for buffer in buffers)
         item_q, item_pooled, item_d = (_per_item(t, queries) for t in (absorbed_q, pooled, d_absorbed))
         item_lse = lse[items]
         torch.bmm(q_heads, wk, out=absorbed_q)
         if need_v_weight:
-            absorbed.forward(item_q, tokens, mask, None, scale, item_pooled, torch.empty_like(item_lse))
+            absorbed.forward(item_q, tokens, mask, None, *steer, scale, item_pooled, torch.empty_like(item_lse))
             d_wv += torch.bmm(g_heads.transpose(1, 2), pooled)
         torch.bmm(g_heads, wv, out=pooled)  # from here on the gradient of the pooled tokens
         # dO' · O' of a row equals d_context · context of its head, which is dh wide instead of dv.
         product = d_context[items].float() * context[items].float()
         delta = product.unflatten(-1, (num_heads, head)).sum(-1).transpose(1, 2).contiguous()
-        absorbed.backward_rows(item_q, tokens, mask, item_pooled, item_lse, delta, scale, item_d)
+        given = (item_q, tokens, mask, *steer, item_pooled, item_lse, delta, scale)
+        absorbed.backward_rows(*given, item_d, d_scale[items])
         if need_visual:
-            d_visual[items] = absorbed.backward_tokens(item_q, tokens, mask, item_pooled, item_lse, delta, scale)
+            d_visual[items] = absorbed.backward_tokens(*given)
         torch.bmm(d_absorbed, wk.transpose(1, 2), out=_per_head(d_q, num_heads)[:, rows])
         if need_k_weight:
             d_wk += torch.bmm(q_heads.transpose(1, 2), d_absorbed)
     d_wk = d_wk.view(k_weight.shape).to(k_weight.dtype) if need_k_weight else d_wk
     d_wv = d_wv.view(v_weight.shape).to(v_weight.dtype) if need_v_weight else d_wv
-    return d_q, d_visual, d_wk, d_wv
+    steered, excess, level = d_scale.unbind(1)
+    return d_q, d_visual, d_wk, d_wv, (steered - excess * level).sum(0).t().contiguous()
 
 
 @absorbed_attention_backward.register_fake
-def _(d_context, q, visual, k_weight, v_weight, key_mask, context, lse, num_heads, *needs):  # type: ignore[no-untyped-def]
+def _(d_context, q, visual, k_weight, v_weight, key_mask, guide, guide_scale, context, lse, num_heads, *needs):  # type: ignore[no-untyped-def]
     grads = (t.new_empty(t.shape) if need else t.new_empty(0) for t, need in zip((visual, k_weight, v_weight), needs))
-    return (q.new_empty(q.shape), *grads)
+    return (q.new_empty(q.shape), *grads, lse.new_empty(0 if guide_scale is None else guide_scale.shape[0], num_heads))
 
 
 def _absorbed_setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    q, visual, k_weight, v_weight, v_bias, key_mask, _, num_heads, *_ = inputs
+    q, visual, k_weight, v_weight, v_bias, key_mask, _, guide, guide_scale, num_heads, *_ = inputs
     context, lse, entropy, mass = output
     ctx.mark_non_differentiable(lse, entropy, mass)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, visual, k_weight, v_weight, v_bias, key_mask, context, lse)
+    ctx.save_for_backward(q, visual, k_weight, v_weight, v_bias, key_mask, guide, guide_scale, context, lse)
     ctx.num_heads = num_heads
 
 
 def _absorbed_backward(ctx, d_context, *_):  # type: ignore[no-untyped-def]
     if d_context is None:
-        return (None,) * 10
-    q, visual, k_weight, v_weight, v_bias, key_mask, context, lse = ctx.saved_tensors
+        return (None,) * 12
+    q, visual, k_weight, v_weight, v_bias, key_mask, guide, guide_scale, context, lse = ctx.saved_tensors
     needs, d_bias = ctx.needs_input_grad, None
     if v_bias is not None:
         context = context - _seen_bias(v_bias, lse)
         d_bias = (d_context * _seen_bias(torch.ones_like(v_bias), lse)).sum((0, 1)) if needs[4] else None
-    grads = absorbed_attention_backward(
-        d_context, q, visual, k_weight, v_weight, key_mask, context, lse, ctx.num_heads, needs[1], needs[2], needs[3]
-    )
-    return (*(g if need else None for g, need in zip(grads, needs)), d_bias, *(None,) * 5)
+    saved = (q, visual, k_weight, v_weight, key_mask, guide, guide_scale, context, lse)
+    *grads, d_scale = absorbed_attention_backward(d_context, *saved, ctx.num_heads, needs[1], needs[2], needs[3])
+    grads = (g if need else None for g, need in zip(grads, needs))
+    return (*grads, d_bias, None, None, None, d_scale if needs[8] else None, None, None, None)
 
 
 absorbed_attention.register_autograd(_absorbed_backward, setup_context=_absorbed_setup)
@@ -219,6 +231,8 @@ def stream_attention(
     v: Tensor,
     key_mask: Tensor | None,
     key_group: Tensor | None,
+    guide: Tensor | None,
+    guide_scale: Tensor | None,
     lengths: Sequence[int],
     mode: str,
     sees_text: bool,
@@ -229,6 +243,7 @@ def stream_attention(
 
     Args:
         key_mask: [B, L - mask_first] bool for the keys from `mask_first` on.
+        guide, guide_scale: [B, L] and [Na, H] for the first Na rows, or None.
         lengths, mode, sees_text: block structure, see :mod:`tgq_fast.kernels.streams`.
     """
     from tgq_fast.kernels import streams
@@ -236,7 +251,7 @@ def stream_attention(
     a, e, t = lengths
     scale = q.shape[3] ** -0.5
     out, lse, entropy, mass = streams.forward(
-        q, k, v, (a, e, t), mode, sees_text, key_mask, mask_first, key_group, scale, want_stats
+        q, k, v, (a, e, t), mode, sees_text, key_mask, mask_first, key_group, guide, guide_scale, scale, want_stats
     )
     return (
         out,
@@ -247,7 +262,7 @@ def stream_attention(
 
 
 @stream_attention.register_fake
-def _(q, k, v, key_mask, key_group, lengths, mode, sees_text, mask_first, want_stats):  # type: ignore[no-untyped-def]
+def _(q, k, v, key_mask, key_group, guide, guide_scale, lengths, mode, sees_text, mask_first, want_stats):  # type: ignore[no-untyped-def]
     lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
     entropy = torch.empty_like(lse) if want_stats else lse.new_empty(0)
     mass = torch.empty_like(lse) if key_group is not None else lse.new_empty(0)
@@ -263,39 +278,44 @@ def stream_attention_backward(
     out: Tensor,
     lse: Tensor,
     key_mask: Tensor | None,
+    guide: Tensor | None,
+    guide_scale: Tensor | None,
     lengths: Sequence[int],
     mode: str,
     sees_text: bool,
     mask_first: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v and guide_scale."""
     from tgq_fast.kernels import streams
 
     a, e, t = lengths
-    return streams.backward(
-        d_out, q, k, v, out, lse, (a, e, t), mode, sees_text, key_mask, mask_first, q.shape[3] ** -0.5
+    scale = q.shape[3] ** -0.5
+    *grads, d_scale = streams.backward(
+        d_out, q, k, v, out, lse, (a, e, t), mode, sees_text, key_mask, mask_first, guide, guide_scale, scale
     )
+    return (*grads, d_scale.sum(0).t().contiguous())
 
 
 @stream_attention_backward.register_fake
-def _(d_out, q, k, v, out, lse, key_mask, lengths, mode, sees_text, mask_first):  # type: ignore[no-untyped-def]
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+def _(d_out, q, k, v, out, lse, key_mask, guide, guide_scale, lengths, mode, sees_text, mask_first):  # type: ignore[no-untyped-def]
+    d_scale = lse.new_empty(0 if guide_scale is None else guide_scale.shape[0], q.shape[2])
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), d_scale
 
 
 def _stream_setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    q, k, v, key_mask, _, lengths, mode, sees_text, mask_first, _ = inputs
+    q, k, v, key_mask, _, guide, guide_scale, lengths, mode, sees_text, mask_first, _ = inputs
     out, lse, entropy, mass = output
     ctx.mark_non_differentiable(lse, entropy, mass)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, out, lse, key_mask)
+    ctx.save_for_backward(q, k, v, out, lse, key_mask, guide, guide_scale)
     ctx.structure = (lengths, mode, sees_text, mask_first)
 
 
 def _stream_backward(ctx, d_out, *_):  # type: ignore[no-untyped-def]
     if d_out is None:
-        return (None,) * 10
-    grads = stream_attention_backward(d_out, *ctx.saved_tensors, *ctx.structure)
-    return (*grads, *(None,) * 7)
+        return (None,) * 12
+    *grads, d_scale = stream_attention_backward(d_out, *ctx.saved_tensors, *ctx.structure)
+    return (*grads, None, None, None, d_scale if ctx.needs_input_grad[6] else None, *(None,) * 5)
 
 
 stream_attention.register_autograd(_stream_backward, setup_context=_stream_setup)

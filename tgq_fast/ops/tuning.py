@@ -64,7 +64,7 @@ def _attend(tuning: Any, batch: int) -> Callable[[bool], Tensor]:
         return torch.randn(shape, device=tuning.device, dtype=tuning.dtype)
 
     q, x, weight = new(batch, _QUERIES, _WIDTH), new(batch, _LENGTH, _WIDTH), new(_WIDTH, _WIDTH)
-    return lambda fused: absorbed_attention(q, x, weight, weight, None, None, None, _HEADS, False, fused)[0]
+    return lambda fused: absorbed_attention(q, x, weight, weight, *(None,) * 5, _HEADS, False, fused)[0]
 
 
 def _limits(tuning: Any, batch: int = 1024) -> None:
