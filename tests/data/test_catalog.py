@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tgq_fast.data import Catalog, Item, RejectLog
-from tgq_fast.data.pairs import components, group_pairs, split_of_components
+from tgq_fast.data.pairs import SPLITS, components, group_pairs, split_of_components
 from tgq_fast.errors import ArgumentError, CatalogError
 
 ROWS: list[dict[str, Any]] = [
@@ -169,8 +169,14 @@ def test_huge_groups_stay_linear(tmp_path: Path) -> None:
     query, target = group_pairs(["g"] * 500 + [None])
     assert len(query) == 500 * 32 and np.bincount(query).max() == 32 and np.bincount(target).max() == 32
     assert (query != target).all()
+    query, target = group_pairs(["g"] * 80, every=True)  # a ranking needs every mate
+    assert len(set(zip(query.tolist(), target.tolist()))) == len(query) == 80 * 79
+    query, target = group_pairs(["g"] * 3000, every=True)
+    assert len(query) <= 1 << 20 and set(np.bincount(query)) == {0, 2999}
     jsonl(tmp_path / "metadata.jsonl", [{"id": i, "group_id": "g"} for i in range(40)])
-    assert any("40 items" in w for w in Catalog.load(tmp_path).report.warnings)
+    catalog = Catalog.load(tmp_path)
+    sizes = {every: sum(len(catalog.split_pairs(s, every=every)) for s in SPLITS) for every in (False, True)}
+    assert sizes == {False: 40 * 32, True: 40 * 39}
 
 
 @given(

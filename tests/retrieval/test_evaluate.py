@@ -174,3 +174,68 @@ def test_bad_arguments(tmp_path: Path) -> None:
         pool.append(["stranger"], torch.randn(1, 4))
     with pytest.raises(ArgumentError, match="catalogue"):
         evaluate(catalog, ItemPool.open(tmp_path / "pool"))
+
+
+def grouped(groups: int, size: int) -> Catalog:
+    return Catalog.from_items([Item(f"{g}-{i}", group_id=f"g{g}") for g in range(groups) for i in range(size)])
+
+
+def centres(groups: int, size: int, noise: float) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    centre = torch.nn.functional.normalize(torch.randn(groups, 32, generator=generator), dim=1)
+    rows = centre.repeat_interleave(size, 0)
+    return torch.nn.functional.normalize(rows + noise * torch.randn(rows.shape, generator=generator), dim=1)
+
+
+def test_every_mate_of_a_large_group_is_a_positive() -> None:
+    found = evaluate(grouped(30, 60), centres(30, 60, 0.01), ks=(1, 10, 100), samples=0)
+    assert found["HR@1"] == found["MRR"] == found["NDCG@10"] == found["1-NN"] == 1.0
+    assert found["Recall@100"] == found["H@100"] == 1.0
+    assert found["Recall@10"] == pytest.approx(10 / 59)
+
+
+def test_queries_may_ask_with_another_embedding() -> None:
+    """The pool keeps its own: each query asks with the vector of its next mate, and so finds that mate first."""
+    catalog, rows = grouped(30, 3), centres(30, 3, 0.5)
+    order = np.arange(90).reshape(30, 3)[:, [1, 2, 0]].reshape(-1)
+    pairs = catalog.split_pairs("test")
+    found = evaluate(catalog, rows, queries=rows[torch.from_numpy(order)], ks=(1,), samples=0)
+    nearest = {int(q): int(t) for q, t, r in zip(found.query, found.target, found.rank) if r == 1}
+    assert nearest == {int(q): int(order[q]) for q in np.unique(pairs.query)}
+    same = evaluate(catalog, rows, queries=rows.clone(), ks=(1, 3), samples=0)
+    assert np.array_equal(same.rank, evaluate(catalog, rows, ks=(1, 3), samples=0).rank)
+    with pytest.raises(ArgumentError, match="queries"):
+        evaluate(catalog, rows, queries=rows[:5])
+
+
+def test_items_without_an_embedding_are_no_candidates() -> None:
+    catalog, rows = grouped(40, 3), centres(40, 3, 0.2)
+    lost = int(catalog.split_pairs("test").target[0])
+    absent = rows.clone()
+    absent[lost] = float("nan")
+    found = evaluate(catalog, absent, ks=(1, 10), samples=0)
+    assert found.pool_size == len(catalog) - 1 and found.missing_pairs == 4  # its two pairs in each direction
+    queries = rows.clone()
+    queries[lost] = float("nan")
+    assert evaluate(catalog, rows, queries=queries, ks=(1,), samples=0).missing_pairs == 2
+    absent[0, 0] = float("inf")
+    with pytest.raises(NonFiniteError):
+        evaluate(catalog, absent)
+
+
+def test_intervals_draw_groups_not_queries() -> None:
+    """Queries of one group stand or fall together here: their interval is that of the groups, not of all queries."""
+    catalog = grouped(60, 12)
+    rows = centres(60, 12, 0.01)
+    codes = catalog.components()
+    for group in range(0, 60, 2):  # every second group is scattered
+        rows[codes == group] = torch.nn.functional.normalize(torch.randn(12, 32), dim=1)
+    found = evaluate(catalog, rows, ks=(1,), split="train", samples=400)
+    groups = len(np.unique(found.group))
+    share = found["HR@1"]
+    expected = 2 * 1.96 * np.sqrt(share * (1 - share) / groups)
+    width = found.metrics["HR@1"].high - found.metrics["HR@1"].low
+    assert 0.7 * expected < width < 1.4 * expected
+    better = evaluate(catalog, centres(60, 12, 0.01), ks=(1,), split="train", samples=400)
+    difference = compare(found, better, "HR@1").difference
+    assert difference.high < 0 and difference.high - difference.low > 0.7 * expected

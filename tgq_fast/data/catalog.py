@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from tgq_fast.data.items import COLUMNS, KNOWN_KEYS, Item, RowError, parse_item
 from tgq_fast.data.pairs import (
-    MAX_TARGETS,
     SPLITS,
     UNSPLIT,
     Pairs,
@@ -190,14 +189,18 @@ class Catalog:
             self._cache["components"] = components(len(self.items), [i.group_id for i in self.items], query, target)
         return self._cache["components"].astype(np.int64, copy=True)
 
-    def split_pairs(self, split: str) -> PairSet:
+    def split_pairs(self, split: str, *, every: bool = False) -> PairSet:
         """Positive pairs of "train", "validation" or "test".
 
-        Without a pairs file every ordered pair of a group counts (large groups: the next 32 members). Pairs that name
-        no split fall 80/10/10 by a hash of their component, so that no item is in two splits.
+        Without a pairs file the ordered pairs of a group count. Pairs that name no split fall 80/10/10 by a hash of
+        their component, so that no item is in two splits.
+
+        Args:
+            every: all mates of a query, as a ranking needs them: one that is left out would count as a wrong answer.
+                Without it, large groups give each query its next 32 mates, enough to train on.
         """
         code = split_code(split)
-        pairs = self._all_pairs()
+        pairs = self._all_pairs(every=every)
         return pairs.select(pairs.split == code)
 
     def digest(self) -> str:
@@ -211,11 +214,11 @@ class Catalog:
                 state.update(np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<")).tobytes())
         return state.hexdigest()
 
-    def _all_pairs(self) -> Pairs:
+    def _all_pairs(self, *, every: bool = False) -> Pairs:
         if self.pairs is not None:
             pairs = self.pairs
         else:
-            query, target = group_pairs([item.group_id for item in self.items])
+            query, target = group_pairs([item.group_id for item in self.items], every=every)
             pairs = Pairs(query, target, np.ones(len(query), np.float32), np.full(len(query), UNSPLIT, np.int8))
         if not (pairs.split == UNSPLIT).any():
             return pairs
@@ -251,11 +254,6 @@ class Catalog:
             report.warn(f"{items} item(s) occur in pairs of several splits: test figures will be too good")
         if groups:
             report.warn(f"{groups} group(s) have items in several splits: test products are seen in training")
-        if self.pairs is None:
-            sizes = Counter(item.group_id for item in self.items if item.group_id is not None)
-            for group, size in sizes.items():
-                if size > MAX_TARGETS + 1:
-                    report.warn(f"group {group!r} has {size} items: each query pairs with the next {MAX_TARGETS} only")
 
 
 def _load_pairs(path: Path, index: dict[str, int], rejected: frozenset[str], report: ValidationReport) -> Pairs:

@@ -23,7 +23,10 @@ SPLITS = ("train", "validation", "test")
 _ALIASES = {"val": "validation", "valid": "validation", "dev": "validation"}
 UNSPLIT = -1
 MAX_TARGETS = 32
-"""A group of more than this many items gives each query its next 32 members, so that one huge group stays linear."""
+"""For training, a group of more than this many items gives each query its next 32 members, so that one huge group stays
+linear."""
+MAX_GROUP_PAIRS = 1 << 20
+"""For evaluation every mate is a positive; a group with more pairs than this has only some of its items as queries."""
 
 
 @dataclass(frozen=True)
@@ -186,21 +189,33 @@ def components(
     return np.fromiter((labels.setdefault(root(i), len(labels)) for i in range(n)), np.int64, n)
 
 
-def group_pairs(groups: Sequence[str | None]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Ordered pairs of the items that share a group id: (query [P], target [P])."""
+def group_pairs(groups: Sequence[str | None], *, every: bool = False) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Ordered pairs of the items that share a group id: (query [P], target [P]).
+
+    Args:
+        groups: [n] group id of each item, None for none.
+        every: all mates of a query, which is what a ranking must know; a group of more than `MAX_GROUP_PAIRS` pairs
+            then has as many evenly chosen queries as stay below. Without it, each query's next `MAX_TARGETS` mates.
+    """
     members: dict[str, list[int]] = {}
     for i, group in enumerate(groups):
         if group is not None:
             members.setdefault(group, []).append(i)
-    query: list[int] = []
-    target: list[int] = []
+    empty = np.empty(0, np.int64)
+    query, target = [empty], [empty]
     for indices in members.values():
         size = len(indices)
-        for position, item in enumerate(indices):
-            others = [indices[(position + step) % size] for step in range(1, min(size - 1, MAX_TARGETS) + 1)]
-            query.extend([item] * len(others))
-            target.extend(others)
-    return np.asarray(query, np.int64), np.asarray(target, np.int64)
+        mates = size - 1 if every else min(size - 1, MAX_TARGETS)
+        if not mates:
+            continue
+        chosen = np.arange(size)
+        if every and size * mates > MAX_GROUP_PAIRS:
+            chosen = np.linspace(0, size - 1, max(1, MAX_GROUP_PAIRS // mates)).astype(np.int64)
+        places = (chosen[:, None] + np.arange(1, mates + 1)) % size  # [queries, mates]
+        rows = np.asarray(indices, np.int64)
+        query.append(np.repeat(rows[chosen], mates))
+        target.append(rows[places].reshape(-1))
+    return np.concatenate(query), np.concatenate(target)
 
 
 def split_of_components(labels: NDArray[np.int64], ids: Sequence[str]) -> NDArray[np.int8]:

@@ -18,7 +18,14 @@ from torch import Tensor
 
 from tgq_fast.data.files import write_atomic
 from tgq_fast.errors import ArgumentError, NonFiniteError
-from tgq_fast.retrieval.metrics import ABSENT, Interval, bootstrap_interval, query_table, ranking_metrics
+from tgq_fast.retrieval.metrics import (
+    ABSENT,
+    Interval,
+    bootstrap_interval,
+    group_sums,
+    query_table,
+    ranking_metrics,
+)
 from tgq_fast.retrieval.pool import ItemPool
 from tgq_fast.retrieval.topk import topk
 from tgq_fast.retrieval.topk_arguments import MAX_K
@@ -43,8 +50,9 @@ class Evaluation:
         ks: cut-offs.
         metrics: name → :class:`Interval`; names as in :mod:`tgq_fast.retrieval.metrics`, and "1-NN", the share of
             queries whose nearest neighbour has the same `group_id` (only when every query has one).
-        confidence, samples, seed: of the bootstrap.
+        confidence, samples, seed: of the bootstrap, which draws groups: connected components of the catalogue.
         query, target, rank, weight: [P] catalogue rows, exact rank (ABSENT when missing) and weight of every pair.
+        group: [U] component of each of `np.unique(query)`.
     """
 
     split: str
@@ -61,6 +69,7 @@ class Evaluation:
     target: np.ndarray = field(repr=False)
     rank: np.ndarray = field(repr=False)
     weight: np.ndarray = field(repr=False)
+    group: np.ndarray = field(repr=False)
 
     def __getitem__(self, name: str) -> float:
         """Value of a metric by name, such as "H@10"."""
@@ -136,6 +145,7 @@ def positive_ranks(
     target: np.ndarray,
     *,
     depth: int = 0,
+    asked: Tensor | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[np.ndarray, Tensor]:
     """Exact 1-based rank of each target among all rows but the query, and the top `depth` rows per distinct query.
@@ -147,12 +157,14 @@ def positive_ranks(
         embeddings: [N, D] fp32 rows; queries are rows too.
         query, target: [P] row numbers.
         depth: search depth k.
+        asked: [N, D] fp32 what the rows ask with when they are queries; None: with their own embedding.
         progress: called with (queries done, queries).
 
     Returns:
         ([P] int64 ranks; :data:`ABSENT` where target is the query itself, [U, depth] int64 hits of `np.unique(query)`).
     """
     size = embeddings.shape[0]
+    asking_rows = embeddings if asked is None else asked
     queries, label = np.unique(query, return_inverse=True)
     ranks = np.full(len(query), ABSENT, dtype=np.int64)
     pairs = np.flatnonzero(target != query)
@@ -160,9 +172,9 @@ def positive_ranks(
     if depth and len(queries):
         rows = torch.from_numpy(queries)
         # The very same tensor when every row is a query: the search then computes one triangle of the scores.
-        asked = embeddings if len(queries) == size else embeddings[rows]
+        wanted = embeddings if len(queries) == size and asked is None else asking_rows[rows]
         report = None if progress is None else lambda share: progress(int(share * len(queries)), len(queries))
-        hits = topk(asked, embeddings, depth, exclude=rows, progress=report).indices
+        hits = topk(wanted, embeddings, depth, exclude=rows, progress=report).indices
         deep = []
         for some in np.array_split(pairs, max(1, len(pairs) * depth * 8 // _SCORE_BYTES)):
             found = hits[label[some]] == torch.from_numpy(target[some])[:, None]  # [pairs, depth]
@@ -177,7 +189,7 @@ def positive_ranks(
     block = max(1, _SCORE_BYTES // max(1, 4 * size))
     for first in range(0, len(asking), block):
         part = torch.from_numpy(queries[asking[first : first + block]])
-        scores = embeddings[part] @ embeddings.T  # [block, N]
+        scores = asking_rows[part] @ embeddings.T  # [block, N]
         scores[torch.arange(len(part)), part] = float("-inf")
         stop = starts[first + block] if first + block < len(asking) else len(pairs)
         for pair in pairs[starts[first] : stop].tolist():
@@ -195,6 +207,7 @@ def evaluate(
     catalog: Catalog,
     embedded: ItemPool | Tensor | np.ndarray,
     *,
+    queries: Tensor | np.ndarray | None = None,
     ks: Sequence[int] = (1, 10, 100),
     split: str = "test",
     samples: int = 1000,
@@ -206,10 +219,13 @@ def evaluate(
 
     Args:
         catalog: the catalogue; its pairs name queries and targets.
-        embedded: an :class:`ItemPool` of the catalogue (items may be missing from it), or [n, D] in catalogue order.
+        embedded: an :class:`ItemPool` of the catalogue (items may be missing from it), or [n, D] in catalogue order; a
+            row of NaN is an item without a usable picture: it is no candidate, and pairs with it are missing.
+        queries: [n, D] in catalogue order, what items ask with as queries where that is not what stands in the pool
+            (a corrupted picture, say). None: their own embedding.
         ks: cut-offs.
         split: "train", "validation" or "test".
-        samples: bootstrap draws over queries; 0 for none.
+        samples: bootstrap draws over groups (connected components); 0 for none.
 
     Returns:
         :class:`Evaluation`.
@@ -221,27 +237,34 @@ def evaluate(
     cuts = tuple(sorted({int(k) for k in ks}))
     if not cuts or cuts[0] < 1:
         raise ArgumentError("ks", list(ks), "cut-offs of at least 1")
-    pairs = catalog.split_pairs(split)
+    pairs = catalog.split_pairs(split, every=True)
     if not len(pairs.query):
         raise ArgumentError("split", repr(split), "a split with at least one pair", "check the catalogue's pairs file")
     vectors, row_of = _vectors(catalog, embedded)
     query_row, target_row = row_of[pairs.query], row_of[pairs.target]  # pool rows, -1 when not embedded
     known = (query_row >= 0) & (target_row >= 0)
     rank = np.full(len(pairs.query), ABSENT, dtype=np.int64)
+    asked = None if queries is None else _asked(catalog, queries, vectors.shape[1], row_of)
+    if asked is not None:
+        known &= torch.isfinite(asked).all(dim=1).numpy()[query_row]
+    depth = min(cuts[-1], MAX_K)
     found, hits = positive_ranks(
-        vectors, query_row[known], target_row[known], depth=min(cuts[-1], MAX_K), progress=progress
+        vectors, query_row[known], target_row[known], depth=depth, asked=asked, progress=progress
     )
     rank[known] = found
     weight = np.asarray(pairs.weight, dtype=np.float64)
-    metrics = ranking_metrics(pairs.query, rank, cuts, weight=weight, samples=samples, confidence=confidence, seed=seed)
+    group = catalog.components()[np.unique(pairs.query)]
+    metrics = ranking_metrics(
+        pairs.query, rank, cuts, weight=weight, group=group, samples=samples, confidence=confidence, seed=seed
+    )
     nearest = _nearest_neighbour(catalog, np.unique(query_row[known]), hits[:, 0].numpy(), row_of)
     if nearest is not None:
         value = float(nearest.mean())
         low, high = value, value
         if samples:
-            low, high = bootstrap_interval(
-                nearest, np.ones(len(nearest)), samples=samples, confidence=confidence, seed=seed
-            )
+            mine = np.isin(np.unique(pairs.query), pairs.query[known])
+            sums = group_sums(nearest, group[mine]), group_sums(np.ones(len(nearest)), group[mine])
+            low, high = bootstrap_interval(*sums, samples=samples, confidence=confidence, seed=seed)
         metrics["1-NN"] = Interval(value, low, high)
     return Evaluation(
         split=split,
@@ -258,7 +281,21 @@ def evaluate(
         target=pairs.target,
         rank=rank,
         weight=weight,
+        group=group,
     )
+
+
+def _asked(catalog: Catalog, queries: Tensor | np.ndarray, width: int, row_of: np.ndarray) -> Tensor:
+    """fp32 [N, D] what the embedded rows ask with; NaN where a query has no embedding."""
+    given = torch.as_tensor(queries).detach().cpu()
+    if given.shape != (len(catalog.items), width) or not given.is_floating_point():
+        raise ArgumentError(
+            "queries", f"{tuple(given.shape)} {given.dtype}", f"floating [{len(catalog.items)}, {width}]"
+        )
+    items = np.flatnonzero(row_of >= 0)
+    asked = torch.full((len(items), width), float("nan"))
+    asked[torch.from_numpy(row_of[items])] = given.float()[torch.from_numpy(items)]
+    return asked
 
 
 def _vectors(catalog: Catalog, embedded: ItemPool | Tensor | np.ndarray) -> tuple[Tensor, np.ndarray]:
@@ -278,10 +315,12 @@ def _vectors(catalog: Catalog, embedded: ItemPool | Tensor | np.ndarray) -> tupl
         raise ArgumentError(
             "embeddings", f"{tuple(vectors.shape)} {vectors.dtype}", f"floating [{size}, D], one row per item"
         )
-    bad = (~torch.isfinite(vectors).all(dim=1)).nonzero()[:, 0].tolist()
+    absent = torch.isnan(vectors).all(dim=1)
+    bad = (~torch.isfinite(vectors).all(dim=1) & ~absent).nonzero()[:, 0].tolist()
     if bad:
         raise NonFiniteError("embeddings", [catalog.items[i].id for i in bad[:20]], len(bad))
-    return vectors.float(), np.arange(size, dtype=np.int64)
+    row_of = np.where(absent.numpy(), -1, np.cumsum(~absent.numpy()) - 1).astype(np.int64)
+    return (vectors[~absent] if bool(absent.any()) else vectors).float(), row_of
 
 
 def _nearest_neighbour(
@@ -302,14 +341,14 @@ def _nearest_neighbour(
 
 @dataclass(frozen=True)
 class Comparison:
-    """Difference `first − second` of one metric over the same queries, with its paired bootstrap interval."""
+    """Difference `first − second` of a metric over the same queries, and its paired bootstrap interval over groups."""
 
     metric: str
     difference: Interval
 
 
 def compare(first: Evaluation, second: Evaluation, metric: str) -> Comparison:
-    """Paired comparison: both models are scored on the same bootstrap draws of queries.
+    """Paired comparison: both models are scored on the same bootstrap draws of groups.
 
     Raises:
         ArgumentError: the evaluations are not over the same pairs, or an unknown metric.
@@ -319,8 +358,8 @@ def compare(first: Evaluation, second: Evaluation, metric: str) -> Comparison:
     tables = [query_table(e.query, e.rank, first.ks, weight=e.weight) for e in (first, second)]
     if metric not in tables[0].numerator:
         raise ArgumentError("metric", repr(metric), "one of " + ", ".join(tables[0].numerator))
-    numerator = tables[0].numerator[metric] - tables[1].numerator[metric]
-    denominator = tables[0].denominator[metric]
+    numerator = group_sums(tables[0].numerator[metric] - tables[1].numerator[metric], first.group)
+    denominator = group_sums(tables[0].denominator[metric], first.group)
     value = float(numerator.sum() / denominator.sum())
     low, high = bootstrap_interval(
         numerator, denominator, samples=first.samples or 1000, confidence=first.confidence, seed=first.seed

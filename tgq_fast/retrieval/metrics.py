@@ -1,4 +1,4 @@
-"""Ranking metrics from the ranks of the positives, and their bootstrap intervals over queries.
+"""Ranking metrics from the ranks of the positives, and their bootstrap intervals over groups of queries.
 
 Input is one row per test pair (query q, positive p): which query it belongs to and the exact 1-based rank of p among
 the candidates of q (the whole pool without q; ties: higher score first, then lower pool row). A positive that is not in
@@ -30,7 +30,7 @@ import numpy as np
 
 from tgq_fast.errors import ArgumentError
 
-__all__ = ["ABSENT", "Interval", "bootstrap_interval", "query_table", "ranking_metrics"]
+__all__ = ["ABSENT", "Interval", "bootstrap_interval", "group_sums", "query_table", "ranking_metrics"]
 
 ABSENT = np.iinfo(np.int64).max
 """Rank of a positive that cannot be found at any depth."""
@@ -127,12 +127,12 @@ def bootstrap_interval(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Percentile interval of Σ numerator / Σ denominator when queries are drawn with replacement.
+    """Percentile interval of Σ numerator / Σ denominator when units are drawn with replacement.
 
-    The draws depend on (seed, number of queries) only, so two models evaluated on the same queries see the same draws.
+    The draws depend on (seed, number of units) only, so two models evaluated on the same queries see the same draws.
 
     Args:
-        numerator, denominator: [U] per query sums.
+        numerator, denominator: [U] sums of each unit: a query, or better a group of them (see :func:`group_sums`).
         samples: bootstrap draws.
         confidence: mass inside the interval.
 
@@ -157,19 +157,35 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
+def group_sums(values: np.ndarray, group: np.ndarray | None) -> np.ndarray:
+    """[U] per query sums → [G] sums of their groups; queries of one group are no independent draws.
+
+    Args:
+        group: [U] integer label of each query; None: each query is its own.
+    """
+    if group is None:
+        return values
+    _, label = np.unique(group, return_inverse=True)
+    return np.bincount(label, weights=values)
+
+
 def ranking_metrics(
     query: np.ndarray,
     rank: np.ndarray,
     ks: Sequence[int],
     *,
     weight: np.ndarray | None = None,
+    group: np.ndarray | None = None,
     samples: int = 1000,
     confidence: float = 0.95,
     seed: int = 0,
 ) -> dict[str, Interval]:
     """All metrics of the module with intervals; arguments of :func:`query_table` and :func:`bootstrap_interval`.
 
-    `samples=0` skips the bootstrap.
+    Args:
+        group: [U] label of the group that each of `np.unique(query)` belongs to; the bootstrap draws groups. None: it
+            draws queries.
+        samples: 0 skips the bootstrap.
     """
     table = query_table(query, rank, ks, weight=weight)
     metrics: dict[str, Interval] = {}
@@ -177,8 +193,7 @@ def ranking_metrics(
         value = table.value(name)
         low, high = value, value
         if samples:
-            low, high = bootstrap_interval(
-                table.numerator[name], table.denominator[name], samples=samples, confidence=confidence, seed=seed
-            )
+            sums = group_sums(table.numerator[name], group), group_sums(table.denominator[name], group)
+            low, high = bootstrap_interval(*sums, samples=samples, confidence=confidence, seed=seed)
         metrics[name] = Interval(value, low, high)
     return metrics

@@ -8,6 +8,7 @@ Class Name (str),…`.
 from __future__ import annotations
 
 import csv
+from itertools import permutations
 from pathlib import Path, PurePosixPath
 
 from tgq_fast.data.importers.common import CatalogWriter
@@ -16,8 +17,6 @@ from tgq_fast.errors import CatalogError
 __all__ = ["import_grocery"]
 
 _LISTS = {"train": "train", "val": "validation", "test": "test"}
-MAX_TARGETS = 16
-"""A product has up to about 80 photos in a split; each query pairs with its next 16."""
 
 
 def import_grocery(path: Path, writer: CatalogWriter) -> None:
@@ -39,10 +38,8 @@ def import_grocery(path: Path, writer: CatalogWriter) -> None:
                         _import_line(root, stem, split, row, line, names, members, writer)
     finally:  # also when the limit ends the loop
         for (split, _), ids in members.items():
-            size = len(ids)
-            for i, query in enumerate(ids):
-                for step in range(1, min(size - 1, MAX_TARGETS) + 1):
-                    writer.add_pair(query, ids[(i + step) % size], split)
+            for query, target in permutations(ids, 2):  # every mate: one that is left out would count as a miss
+                writer.add_pair(query, target, split)
     writer.report.notes.append("metadata is per product: guide with category or department only, never with title")
 
 
