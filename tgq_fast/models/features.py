@@ -286,13 +286,18 @@ def _visual_features(
             notes = [(number * CHUNK + i, e.reason, e.detail) for i, e in enumerate(batch) if isinstance(e, ImageError)]
             if notes and on_error == "raise":
                 raise next(e for e in batch if isinstance(e, ImageError))
-            array.append(_encode_chunk(vision, batch, catalog.items[number * CHUNK : number * CHUNK + size]), notes)
+            array.append(encode_chunk(vision, batch, catalog.items[number * CHUNK : number * CHUNK + size]), notes)
             if progress is not None:
                 progress(number * CHUNK + size, len(catalog))
     return array
 
 
-def _encode_chunk(vision: VisionTower, batch: list[Any], items: Sequence[Item]) -> dict[str, NDArray[Any]]:
+def encode_chunk(vision: VisionTower, batch: list[Any], items: Sequence[Item]) -> dict[str, NDArray[Any]]:
+    """Features of one chunk of pictures as fp16; zeros where the batch holds no pixel values.
+
+    Raises:
+        NonFiniteError: the tower gave NaN or infinity.
+    """
     visual = np.zeros((len(batch), vision.num_tokens, vision.width), np.float16)
     pooled = np.zeros((len(batch), vision.global_width), np.float16)
     good = [i for i, pixels in enumerate(batch) if isinstance(pixels, Tensor)]

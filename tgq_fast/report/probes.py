@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
@@ -12,13 +11,14 @@ from PIL import Image, ImageOps
 
 from tgq_fast.data import Item
 from tgq_fast.data.corruption import AREAS, corrupt_image, item_seed
+from tgq_fast.models.views import token_grid
 from tgq_fast.report import figures
 from tgq_fast.report.content import AttentionMap, GateStudy
 
 if TYPE_CHECKING:
     from tgq_fast.models import ConnectorOutput, FeatureStore, FrozenFeatures, TGQFormerModel
 
-__all__ = ["attention_maps", "gate_study", "token_grid"]
+__all__ = ["attention_maps", "gate_study"]
 
 _CLEAN, _CORRUPTED = 600, 64  # sampled items: for the histograms, and under each overlay and metadata condition
 _BATCH = 64
@@ -28,15 +28,6 @@ class PictureSource(Protocol):
     """Where pictures come from; None when one cannot be read."""
 
     def load(self, item: Item) -> Image.Image | None: ...
-
-
-def token_grid(length: int) -> tuple[int, int] | None:
-    """(side of the square grid of visual tokens, how many leading tokens are no part of it); None if there is none."""
-    for leading in (0, 1, 5):  # none, a class token, a class token and four registers
-        side = math.isqrt(max(0, length - leading))
-        if side >= 2 and side * side + leading == length:
-            return side, leading
-    return None
 
 
 @torch.inference_mode()

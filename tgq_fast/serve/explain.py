@@ -8,8 +8,8 @@ import torch
 from PIL import ImageOps
 
 from tgq_fast.models.encoding import as_examples
+from tgq_fast.models.views import token_grid
 from tgq_fast.report import figures
-from tgq_fast.report.probes import token_grid
 
 if TYPE_CHECKING:
     from PIL import Image

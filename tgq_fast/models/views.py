@@ -1,0 +1,341 @@
+"""Frozen features of corrupted pictures: the views that training draws from, and the pictures of an evaluation.
+
+Computed once per tower, pictures and recipe, then memory-mapped; a killed build goes on where its journal ends. A view
+depends on its condition, the seed and the item alone, never on the order of work.
+
+Source: ours.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch.nn.functional import adaptive_avg_pool2d
+
+from tgq_fast.data.catalog import Catalog
+from tgq_fast.data.conditions import PICTURE_KINDS, Condition, Picturer
+from tgq_fast.data.corruption import item_seed
+from tgq_fast.data.images import load_image
+from tgq_fast.data.items import Item
+from tgq_fast.errors import ArgumentError, ImageError
+from tgq_fast.models import features
+from tgq_fast.models.backbones import cache_root
+from tgq_fast.models.feature_files import ChunkedArray
+from tgq_fast.models.features import Progress, image_digest, in_order
+from tgq_fast.models.towers import ImageProcessor, VisionTower
+
+__all__ = ["ViewRecipe", "ViewStore", "token_grid", "token_shares"]
+
+_SIDE = 512  # longest side of a picture before it is corrupted; towers read less
+_LEAST = 8  # shortest side
+_KEPT = 128  # decoded pictures kept in memory: scenes and collages of neighbouring items rarely share more
+_DRAW = 8  # tells this generator from the others of one seed
+
+
+@dataclass(frozen=True)
+class ViewRecipe:
+    """What training views are drawn from.
+
+    Attributes:
+        kinds: kind → weight of it among the views.
+        area: range of the covered share of overlays.
+        products: of a scene.
+        crop: range of the share of the picture that a crop keeps.
+        per_item: views of each item; training draws one of them afresh whenever it needs one.
+        seed: of all draws.
+    """
+
+    kinds: Mapping[str, float] = field(
+        default_factory=lambda: {
+            "badge": 0.15,
+            "text_strip": 0.15,
+            "border": 0.075,
+            "collage": 0.075,
+            "scene": 0.45,
+            "crop": 0.1,
+        }
+    )
+    area: tuple[float, float] = (0.05, 0.45)
+    products: int = 4
+    crop: tuple[float, float] = (0.45, 1.0)
+    per_item: int = 4
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the recipe.
+
+        Raises:
+            ArgumentError: an unknown kind, a negative weight or none above 0, an empty range, or no views.
+        """
+        strange = [kind for kind in self.kinds if kind not in PICTURE_KINDS]
+        if strange:
+            raise ArgumentError("kinds", ", ".join(strange), "kinds of pictures: " + ", ".join(PICTURE_KINDS))
+        if not self.kinds or min(self.kinds.values()) < 0 or not sum(self.kinds.values()) > 0:
+            raise ArgumentError("kinds", dict(self.kinds), "weights of at least 0, one of them above")
+        for name, (low, high) in (("area", self.area), ("crop", self.crop)):
+            if not 0 < low <= high <= (0.9 if name == "area" else 1.0):
+                raise ArgumentError(name, f"{low} to {high}", "a range of shares above 0, smaller first")
+        if self.per_item < 1:
+            raise ArgumentError("per_item", self.per_item, "at least 1 view")
+        Condition.parse(f"scene:{self.products}")
+
+    def conditions(self, item_id: str) -> list[Condition]:
+        """The views of one item."""
+        names = sorted(self.kinds)
+        weights = np.array([self.kinds[name] for name in names], dtype=np.float64)
+        rng = np.random.default_rng([item_seed(self.seed, item_id), _DRAW])
+        chosen = rng.choice(len(names), size=self.per_item, p=weights / weights.sum())
+        shares = rng.random(self.per_item)
+        return [self._condition(names[i], share) for i, share in zip(chosen.tolist(), shares.tolist(), strict=True)]
+
+    def _condition(self, kind: str, share: float) -> Condition:
+        if kind == "scene":
+            return Condition(kind, float(self.products))
+        if kind == "background":
+            return Condition(kind, 1.0)
+        low, high = self.crop if kind == "crop" else self.area
+        return Condition(kind, round(low + share * (high - low), 4))
+
+
+class ViewStore:
+    """Frozen features of V views of some items of a catalogue; build or open one with :meth:`open_or_build`.
+
+    View v of the m-th item is row m · V + v of the arrays.
+
+    Attributes:
+        key: digest of what the features are of.
+        whitening: "", the features are raw.
+        conditions: what was done to each picture.
+        valid: [m · V] bool: rows that may be used; the others belong to pictures that are missing or unusable.
+        first: [n] int64 first view of each item of the catalogue, or -1.
+        per_item: V.
+    """
+
+    whitening = ""
+
+    def __init__(
+        self, array: ChunkedArray, key: str, rows: NDArray[np.int64], size: int, conditions: list[Condition]
+    ) -> None:
+        self._array, self.key, self.conditions = array, key, conditions
+        self.per_item = len(conditions) // max(1, len(rows))
+        self.first = np.full(size, -1, dtype=np.int64)
+        self.first[rows] = np.arange(len(rows)) * self.per_item
+        self.valid = np.ones(len(conditions), dtype=bool)
+        self.valid[[int(row) for row in array.notes]] = False
+
+    def __len__(self) -> int:
+        return len(self.conditions)
+
+    @property
+    def visual(self) -> NDArray[np.float16]:
+        """[m · V, L, dv] visual tokens, memory-mapped."""
+        return self._array["visual"]
+
+    @property
+    def global_image(self) -> NDArray[np.float16]:
+        """[m · V, dg] pooled image features."""
+        return self._array["global"]
+
+    @property
+    def raw_image(self) -> NDArray[np.float16]:
+        """The same: views are raw features."""
+        return self.global_image
+
+    @property
+    def shares(self) -> NDArray[np.float16]:
+        """[m · V, 2, L] share of each token's cell that shows the item, and that shows anything foreign.
+
+        Both are 0 for tokens of no place; what is missing to 1 is the margin that preprocessing adds.
+        """
+        return self._array["shares"]
+
+    def draw(self, rows: NDArray[np.int64], share: float, rng: np.random.Generator) -> NDArray[np.int64]:
+        """[B] view of each row, or -1: its own picture; an item is replaced with probability `share`, evenly by one of
+        its usable views."""
+        asked = rng.random(len(rows)) < share
+        chosen = self.first[rows] + rng.integers(self.per_item, size=len(rows))
+        usable = asked & (self.first[rows] >= 0)
+        usable[usable] = self.valid[chosen[usable]]
+        return np.where(usable, chosen, -1)
+
+    @classmethod
+    def open_or_build(
+        cls,
+        catalog: Catalog,
+        vision: VisionTower,
+        rows: Sequence[int] | NDArray[np.integer[Any]],
+        recipe: ViewRecipe | Condition,
+        *,
+        groups: NDArray[np.integer[Any]] | None = None,
+        seed: int = 0,
+        cache_dir: str | Path | None = None,
+        progress: Progress | None = None,
+        workers: int = 2,
+        verify: bool = True,
+    ) -> ViewStore:
+        """Open the views, computing what is missing.
+
+        Args:
+            catalog: items and pictures.
+            vision: frozen tower; its key, the pictures and the recipe key the cache.
+            rows: items that get views.
+            recipe: of training views; or one condition, which gives every item one view (seeded by `seed`).
+            groups: [n] label of each item; the further products of a scene or collage have the same label as the item
+                itself, so that no fold sees another's pictures. None: any item.
+            cache_dir: where caches live; None: `$TGQ_CACHE` or ~/.cache/tgq_fast.
+            progress: called with (pictures done, pictures in all).
+            workers: threads that decode and corrupt pictures.
+            verify: check the sha256 of every chunk of a complete cache; damaged caches are made anew.
+
+        Raises:
+            ArgumentError: a row out of range, or labels of another number of items.
+            NonFiniteError: the tower gave NaN or infinity.
+        """
+        chosen = np.unique(np.asarray(rows, dtype=np.int64))
+        if chosen.size and (chosen[0] < 0 or chosen[-1] >= len(catalog)):
+            raise ArgumentError("rows", f"{chosen[0]} … {chosen[-1]}", f"rows in 0 … {len(catalog) - 1}")
+        labels = np.zeros(len(catalog), np.int64) if groups is None else np.asarray(groups, np.int64)
+        if labels.shape != (len(catalog),):
+            raise ArgumentError("groups", f"shape {labels.shape}", f"one label for each of {len(catalog)} items")
+        if isinstance(recipe, ViewRecipe):
+            seed = recipe.seed
+            views = [recipe.conditions(catalog.items[row].id) for row in chosen.tolist()]
+            described: Any = asdict(recipe)
+        else:
+            views, described = [[recipe] for _ in chosen], str(recipe)
+        pictures = image_digest(catalog, workers=workers)
+        donors = hashlib.sha256(json.dumps([(i.id, i.category) for i in catalog.items]).encode())
+        donors.update(labels.tobytes())
+        facts = {"tower": vision.key, "pictures": pictures, "donors": donors.hexdigest()}
+        facts |= {"items": hashlib.sha256(chosen.tobytes()).hexdigest()}
+        facts |= {"recipe": json.dumps(described, sort_keys=True), "seed": str(seed)}
+        key = hashlib.sha256(f"views-1|{json.dumps(facts, sort_keys=True)}|{features.CHUNK}".encode()).hexdigest()
+        layout: dict[str, tuple[str, Sequence[int]]] = {
+            "visual": ("<f2", [vision.num_tokens, vision.width]),
+            "global": ("<f2", [vision.global_width]),
+            "shares": ("<f2", [2, vision.num_tokens]),
+        }
+        flat = [condition for each in views for condition in each]
+        root = Path(cache_dir) if cache_dir is not None else cache_root()
+        array = ChunkedArray(root / "views" / key[:32], layout, rows=len(flat), chunk=features.CHUNK, facts=facts)
+        with array.building(verify=verify) as todo:
+            if len(todo):
+                maker = _Maker(catalog, vision, labels, seed)
+                _fill(array, list(todo), chosen, views, maker, progress, workers)
+        return cls(array, key, chosen, len(catalog), flat)
+
+
+class _Maker:
+    """Corrupted pictures of a catalogue, ready for the tower."""
+
+    def __init__(self, catalog: Catalog, vision: VisionTower, labels: NDArray[np.int64], seed: int) -> None:
+        self.catalog, self.vision, self.labels, self.seed = catalog, vision, labels, seed
+        self._load = functools.lru_cache(maxsize=_KEPT)(self._read)
+        self._makers: dict[tuple[int, int], Picturer] = {}
+
+    def _read(self, row: int) -> Image.Image | None:
+        item = self.catalog.items[row]
+        if item.file_name is None:
+            return None
+        try:
+            image = load_image(self.catalog.image_path(item), item.id)
+        except ImageError:
+            return None
+        if max(image.size) > _SIDE:
+            image.thumbnail((_SIDE, _SIDE), Image.Resampling.BICUBIC, reducing_gap=2.0)
+        if min(image.size) < _LEAST:  # a grid needs a pixel per cell
+            image = image.resize((max(_LEAST, image.width), max(_LEAST, image.height)), Image.Resampling.NEAREST)
+        return image
+
+    def __call__(self, task: tuple[int, int, Condition]) -> tuple[torch.Tensor, NDArray[np.float16]] | None:
+        """(row, number of the view, condition) → pixels [3, H, W] and shares [2, L]; None without a picture."""
+        row, number, condition = task
+        label = int(self.labels[row])
+        maker = self._makers.get((label, number))
+        if maker is None:
+            donors = np.flatnonzero(self.labels == label)
+            maker = Picturer(self.catalog.items, self._load, donors=donors, seed=self.seed * 1009 + number)
+            self._makers[label, number] = maker
+        made = maker(row, condition)
+        if made is None:
+            return None
+        image, mask = made
+        processor = self.vision.image_processor
+        return processor([image])[0], token_shares(mask, processor, self.vision.num_tokens)
+
+
+def _fill(
+    array: ChunkedArray,
+    todo: list[int],
+    rows: NDArray[np.int64],
+    views: list[list[Condition]],
+    maker: _Maker,
+    progress: Progress | None,
+    workers: int,
+) -> None:
+    tasks = [(int(row), number, c) for row, each in zip(rows, views, strict=True) for number, c in enumerate(each)]
+    chunk, vision = features.CHUNK, maker.vision
+    chunks = [range(number * chunk, min((number + 1) * chunk, len(tasks))) for number in todo]
+    with ThreadPoolExecutor(workers) as pool:
+        made = in_order(pool, maker, [tasks[at] for places in chunks for at in places], 2 * chunk)
+        for places in chunks:
+            batch = [next(made) for _ in places]
+            items: list[Item] = [maker.catalog.items[tasks[at][0]] for at in places]
+            values = features.encode_chunk(vision, [None if found is None else found[0] for found in batch], items)
+            shares = np.zeros((len(batch), 2, vision.num_tokens), np.float16)
+            for place, found in enumerate(batch):
+                if found is not None:
+                    shares[place] = found[1]
+            missing = [at for at, found in zip(places, batch, strict=True) if found is None]
+            array.append({**values, "shares": shares}, missing)
+            if progress is not None:
+                progress(places.stop, len(tasks))
+
+
+def token_grid(length: int) -> tuple[int, int] | None:
+    """(side of the square grid of visual tokens, how many leading tokens are no part of it); None if there is none."""
+    for leading in (0, 1, 5):  # none, a class token, a class token and four registers
+        side = int(np.sqrt(max(0, length - leading)))
+        if side >= 2 and side * side + leading == length:
+            return side, leading
+    return None
+
+
+def token_shares(mask: NDArray[np.bool_], processor: ImageProcessor, length: int) -> NDArray[np.float16]:
+    """What each visual token's cell shows.
+
+    The mask goes through the tower's own preprocessing as a picture and as its negative; what both show alike is
+    margin.
+
+    Args:
+        mask: [H, W] bool, True where the picture does not show the item.
+        processor: of the tower.
+        length: L visual tokens, in a square grid after any leading ones.
+
+    Returns:
+        [2, L] fp16 share of the cell that shows the item, and that shows something foreign; zeros without a grid.
+    """
+    shares = np.zeros((2, length), np.float16)
+    grid = token_grid(length)
+    if grid is None:
+        return shares
+    side, leading = grid
+    white = Image.fromarray((mask * 255).astype(np.uint8)).convert("RGB")
+    black = Image.fromarray((~mask * 255).astype(np.uint8)).convert("RGB")
+    foreign, own = (part[0].float() for part in processor([white, black]))
+    signed = foreign - own
+    signed = (signed / signed.abs().max().clamp_min(1e-6)).clamp(-1, 1)[None]
+    for number, part in enumerate((-signed, signed)):
+        shares[number, leading:] = adaptive_avg_pool2d(part.clamp_min(0), side).reshape(-1).half().numpy()
+    return shares
