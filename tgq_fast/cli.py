@@ -258,7 +258,7 @@ def evaluate(
     k: Annotated[str, typer.Option("--k", metavar="1,10,100", help="Cut-offs.")] = "1,10,100",
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
     floor: Annotated[bool, typer.Option("--floor/--no-floor", help="Also the zero-shot image-only floor.")] = True,
-    samples: Annotated[int, typer.Option(min=0, help="Bootstrap draws over queries.")] = 1000,
+    samples: Annotated[int, typer.Option(min=0, help="Bootstrap draws over groups.")] = 1000,
     cache: Cache = None,
     on_error: OnError = Policy.stop,
     as_json: Annotated[

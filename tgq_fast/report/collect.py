@@ -102,7 +102,7 @@ def write_report(
             "items in the pool": f"{main.evaluation.pool_size:,}",
             "queries": f"{main.evaluation.queries:,}",
             "pairs": f"{main.evaluation.pairs:,}",
-            "intervals": f"{main.evaluation.confidence:.0%} bootstrap over queries, {main.evaluation.samples} draws",
+            "intervals": f"{main.evaluation.confidence:.0%} bootstrap over groups, {main.evaluation.samples} draws",
         },
         runs=results,
         examples=shown,
