@@ -14,7 +14,7 @@ from tgq_fast import reference
 from tgq_fast.errors import ArgumentError
 from tgq_fast.models.configuration import CONNECTORS, TGQFormerConfig
 from tgq_fast.models.connector import TGQFormerConnector, build_connector
-from tgq_fast.models.outputs import FrozenFeatures
+from tgq_fast.models.outputs import DistinctTokens, FrozenFeatures
 
 NA = 3
 WITH_TOKENS = [name for name in CONNECTORS if name != "text-only"]
@@ -47,6 +47,8 @@ def metadata_variants(features: FrozenFeatures) -> list[FrozenFeatures]:
         ({"hidden_size": 192, "num_attention_heads": 12, "intermediate_size": 400, "num_exploratory_queries": 8}, 17),
         ({"per_stream_ffn": True}, 5),
         ({"num_anchored_queries": 0}, 4),
+        ({"norm": "pre"}, 5),
+        ({"norm": "pre", "text_in_layers": False, "num_hidden_layers": 1}, 6),
     ],
 )
 def test_block_mode_exploratory_stream_is_bit_identical_whatever_the_metadata(sizes: dict, batch: int) -> None:
@@ -210,7 +212,7 @@ def test_an_item_does_not_depend_on_its_batch_or_padding(name: str) -> None:
         for i in range(5):
             one = FrozenFeatures(
                 **{
-                    f.name: v if v is None else v[i : i + 1]
+                    f.name: v[i : i + 1] if isinstance(v, Tensor) else v
                     for f in dataclasses.fields(features)
                     for v in [getattr(features, f.name)]
                 }
@@ -245,10 +247,34 @@ def test_attention_map(name: str) -> None:
     assert not attention[~seen].any()
 
 
+@pytest.mark.parametrize("norm", ["post", "pre"])
+def test_distinct_tokens_give_what_all_tokens_give(norm: str) -> None:
+    for text_in_layers in (True, False):
+        config = small_config(norm=norm, text_in_layers=text_in_layers, agreement="alignment")
+        connector = randomise(TGQFormerConnector(config)).double().eval()
+        features = random_features().to("cpu", torch.float64)
+        features.metadata_tokens[3], features.metadata_mask[3] = features.metadata_tokens[1], features.metadata_mask[1]
+        features.field_ids[3] = features.field_ids[1]
+        rows = torch.cat((torch.zeros(1, DT).double(), features.metadata_tokens.flatten(0, 1)))
+        index = (torch.arange(30).view(5, 6) + 1) * features.metadata_mask
+        index[3] = index[1]
+        fields = torch.cat((torch.zeros(1).long(), features.field_ids.flatten()))
+        features.metadata_tokens = features.metadata_tokens * features.metadata_mask[..., None]
+        features.field_ids = features.field_ids * features.metadata_mask
+        with torch.no_grad():
+            expected = connector(features)
+            given = connector(dataclasses.replace(features, distinct=DistinctTokens(rows, fields, index)))
+        torch.testing.assert_close(given.tokens, expected.tokens, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(given.agreement, expected.agreement)
+
+
 @pytest.mark.parametrize("name", ["tgq", "qformer", "instructblip"])
 @pytest.mark.parametrize("mixing", ["block", "one_way", "full"])
-def test_operators_give_what_their_definitions_give(name: str, mixing: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    connector = randomise(build_connector(small_config(name, stream_mixing=mixing))).double().eval()
+@pytest.mark.parametrize("norm", ["post", "pre"])
+def test_operators_give_what_their_definitions_give(
+    name: str, mixing: str, norm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connector = randomise(build_connector(small_config(name, stream_mixing=mixing, norm=norm))).double().eval()
     features = random_features().to("cpu", torch.float64)
     features.visual_mask = torch.rand(5, 9) < 0.7
 
@@ -259,7 +285,7 @@ def test_operators_give_what_their_definitions_give(name: str, mixing: str, monk
         return [output.tokens.detach(), *(p.grad for p in connector.parameters() if p.grad is not None)]
 
     given = run()
-    for module in ("layers", "connector"):
+    for module in ("attention", "connector"):
         monkeypatch.setattr(f"tgq_fast.models.{module}.ops", reference)
     for mine, expected in zip(given, run(), strict=True):
         torch.testing.assert_close(mine, expected, rtol=1e-9, atol=1e-9)

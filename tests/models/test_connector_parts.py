@@ -16,7 +16,7 @@ from tgq_fast.models.configuration import CONNECTORS, TGQFormerConfig
 from tgq_fast.models.connector import TGQFormerConnector, build_connector, count_parameters, match_budget
 from tgq_fast.models.embeddings import AlignmentHead, RunningStandardiser
 from tgq_fast.models.flops import connector_cost
-from tgq_fast.models.layers import initialise_connector_module
+from tgq_fast.models.layers import initialise_connector
 
 
 class TestStandardiser:
@@ -63,13 +63,15 @@ class TestStandardiser:
 
 class TestAlignment:
     def head(self) -> AlignmentHead:
-        head = AlignmentHead(small_config())
-        return head.apply(lambda m: initialise_connector_module(m, 0.3))
+        config = small_config(initializer_range=0.3)
+        head = AlignmentHead(config)
+        initialise_connector(head, config)
+        return head
 
     def test_logits_are_scaled_cosines_with_negatives_only(self) -> None:
         head, features = self.head().train(), random_features()
         features.metadata_tokens[3], features.metadata_mask[3] = features.metadata_tokens[2], features.metadata_mask[2]
-        cosine, logits = head(features.global_image, features.metadata_tokens, features.metadata_mask)
+        cosine, logits = head(features)
         torch.testing.assert_close(logits.diagonal(), cosine / 0.07)
         hidden = torch.isinf(logits)
         expected = torch.zeros(5, 5, dtype=torch.bool)
@@ -81,18 +83,17 @@ class TestAlignment:
     def test_training_raises_the_agreement(self) -> None:
         head, features = self.head().train(), random_features(12)
         optimiser = torch.optim.Adam(head.parameters(), lr=0.02)
-        arguments = (features.global_image, features.metadata_tokens, features.metadata_mask)
         for _ in range(60):
-            logits = head(*arguments)[1]
+            logits = head(features)[1]
             loss = cross_entropy(logits, torch.arange(12)) + cross_entropy(logits.T, torch.arange(12))
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
         head.eval()
-        right = head(*arguments)[0][1:]
-        wrong = head(features.global_image.roll(1, 0), *arguments[1:])[0][1:]
+        right = head(features)[0][1:]
+        wrong = head(dataclasses.replace(features, global_image=features.global_image.roll(1, 0)))[0][1:]
         assert right.mean() > wrong.mean() + 0.5
-        assert head(*arguments)[1] is None
+        assert head(features)[1] is None
 
 
 class TestPooling:
@@ -182,7 +183,7 @@ class TestCost:
 
     def test_forms(self) -> None:
         config = TGQFormerConfig.preset(
-            "paper", visual_width=768, text_width=512, global_width=512, num_visual_tokens=197
+            "paper", visual_width=768, text_width=512, global_width=512, num_visual_tokens=197, whitening=0
         )
         projected, absorbed = (connector_cost(config, form=form).macs for form in ("projected", "absorbed"))
         # Three cross-attention layers over 197 tokens, each 232 M + 4.8 M against 58 M + 19 M, and the compression.

@@ -194,10 +194,24 @@ def test_field_tokens_do_not_depend_on_other_strings(llama: Path, kind: str) -> 
 
 def test_fields_are_packed_to_the_left_and_cut() -> None:
     one, two = torch.ones(2, 3), 2 * torch.ones(3, 3)
-    tokens, mask, field_ids = pack_fields([[one, two], [None, two], [None, None]], width=3, max_tokens=4)
+    packed = pack_fields([[one, two], [None, two], [None, None]], width=3, max_tokens=4)
+    tokens, mask, field_ids = packed.tokens, packed.mask, packed.field_ids
     assert field_ids.tolist() == [[1, 1, 2, 2], [2, 2, 2, 0], [0, 0, 0, 0]]
     assert torch.equal(mask, field_ids > 0)
     assert torch.equal(tokens[..., 0], field_ids.float())
+    distinct = packed.distinct
+    assert len(distinct.tokens) == 1 + 2 + 3  # padding, and every token of either value once
+    assert torch.equal(distinct.tokens[distinct.index], tokens)
+    assert torch.equal(distinct.field_ids[distinct.index], field_ids)
+
+
+def test_one_value_in_two_fields_is_told_apart() -> None:
+    value = torch.ones(2, 3)
+    packed = pack_fields([[value, value], [None, value]], width=3, max_tokens=9)
+    assert packed.field_ids.tolist() == [[1, 1, 2, 2], [2, 2, 0, 0]]
+    assert torch.equal(packed.distinct.field_ids[packed.distinct.index], packed.field_ids)
+    empty = pack_fields([[None], [None]], width=3, max_tokens=9)
+    assert empty.tokens.shape == (2, 1, 3) and not empty.mask.any()
 
 
 def test_field_encoder_forgets_no_string_of_the_call(llama: Path) -> None:

@@ -8,6 +8,7 @@ from tgq_fast.models.outputs import ConnectorOutput, FrozenFeatures, TGQFormerOu
 from tgq_fast.models.processing import ProcessedItems, PromptInputs, TGQFormerProcessor
 from tgq_fast.models.qformer_weights import load_qformer_weights
 from tgq_fast.models.towers import TextTower, VisionTower, load_text_tower, load_vision_tower
+from tgq_fast.models.whitening import Whitening, fit_whitening, whitening_rows
 
 __all__ = [
     "CONNECTORS",
@@ -24,9 +25,12 @@ __all__ = [
     "TGQFormerProcessor",
     "TextTower",
     "VisionTower",
+    "Whitening",
     "build_connector",
+    "fit_whitening",
     "load_qformer_weights",
     "load_text_tower",
     "load_vision_tower",
     "match_budget",
+    "whitening_rows",
 ]

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
+from tgq_fast.models.attention import exit_norm
 from tgq_fast.models.configuration import TGQFormerConfig
 from tgq_fast.models.embeddings import MetadataEmbeddings, prepare_features
-from tgq_fast.models.layers import QueryEncoder, initialise_connector_module, stream_layout
+from tgq_fast.models.layers import QueryEncoder, initialise_connector, stream_layout
 from tgq_fast.models.outputs import ConnectorOutput, FrozenFeatures
 
 __all__ = ["MLPProjector", "QFormerConnector", "TextOnlyConnector"]
@@ -27,12 +28,12 @@ class QFormerConnector(nn.Module):
         super().__init__()
         self.config = config
         self.query_tokens = nn.Parameter(torch.zeros(1, config.num_queries, config.hidden_size))
-        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layernorm = exit_norm(config)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         layout = stream_layout(config)
         self.metadata = MetadataEmbeddings(config) if layout.reads_text else None
         self.encoder = QueryEncoder(config, layout)
-        self.apply(lambda module: initialise_connector_module(module, config.initializer_range))
+        initialise_connector(self, config)
 
     def initialise(self, std: float) -> None:
         nn.init.normal_(self.query_tokens, std=std)
@@ -42,7 +43,7 @@ class QFormerConnector(nn.Module):
         features = prepare_features(features, self.config, self.query_tokens.dtype)
         text = None
         if self.metadata is not None:
-            text = self.metadata(features.metadata_tokens, features.field_ids)
+            text = self.metadata.dense(features)
         queries = self.layernorm(self.query_tokens).expand(features.visual_tokens.shape[0], -1, -1)
         tokens, attention = self.encoder(
             self.dropout(queries),
@@ -69,14 +70,14 @@ class MLPProjector(nn.Module):
         super().__init__()
         self.config = config
         self.num_cells = num_cells
-        self.layernorm = nn.LayerNorm(config.visual_width, eps=1e-5)
-        self.intermediate = nn.Linear(config.visual_width, config.intermediate_size)
+        self.layernorm = nn.LayerNorm(config.token_width, eps=1e-5)
+        self.intermediate = nn.Linear(config.token_width, config.intermediate_size)
         self.activation = ACT2FN[config.hidden_act]
         self.dense = nn.Linear(config.intermediate_size, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.query_tokens = nn.Parameter(torch.zeros(1, config.num_queries, config.hidden_size))
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        self.apply(lambda module: initialise_connector_module(module, config.initializer_range))
+        initialise_connector(self, config)
 
     def initialise(self, std: float) -> None:
         nn.init.normal_(self.query_tokens, std=std)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 
 from tgq_fast.errors import ArgumentError
 
 if TYPE_CHECKING:
     from tgq_fast.models.towers import TextTower, VisionTower
+
+logger = logging.getLogger(__name__)
 
 ConnectorName = Literal["tgq", "qformer", "instructblip", "mlp", "avgpool", "text-only", "image-only"]
 CONNECTORS: tuple[str, ...] = get_args(ConnectorName)
@@ -23,15 +27,29 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "agreement": ("dual_encoder", "alignment", "none"),
     "text_tower": ("dual_encoder", "llm"),  # or a name / path, see the class docstring
     "tower_attention": ("eager", "sdpa", "flash_attention_2"),  # or None
+    "norm": ("post", "pre"),
+}
+
+# The parts of the recipe that do not depend on the size of the model; docs/method.md, "The recipe".
+_RECIPE: dict[str, Any] = {
+    "whitening": 512,
+    "norm": "pre",
+    "layer_norm_eps": 1e-5,
+    "text_in_layers": False,
+    "guide": True,
+    "ema": 0.98,
+    "view_share": 0.5,
 }
 
 PRESETS: dict[str, dict[str, Any]] = {
     # CPU and tests.
     "tiny": {
+        **_RECIPE,
         "hidden_size": 256,
         "num_attention_heads": 4,
-        "num_hidden_layers": 2,
-        "intermediate_size": 512,
+        "num_hidden_layers": 1,
+        "intermediate_size": 1024,
+        "hidden_dropout_prob": 0.0,
         "num_anchored_queries": 4,
         "num_exploratory_queries": 4,
         "vision_tower": "efficientnet-lite0",
@@ -41,6 +59,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     # The sizes the paper's public digest gives.
     "paper": {
+        **_RECIPE,
         "hidden_size": 768,
         "num_attention_heads": 12,
         "num_hidden_layers": 6,
@@ -54,6 +73,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "agreement": "dual_encoder",
     },
     "large": {
+        **_RECIPE,
         "hidden_size": 768,
         "num_attention_heads": 12,
         "num_hidden_layers": 12,
@@ -77,6 +97,16 @@ class TGQFormerConfig(PreTrainedConfig):
         hidden_size, num_attention_heads, num_hidden_layers, intermediate_size: d, H, layers n and feed-forward width.
         num_anchored_queries, num_exploratory_queries: Na, Ne; other connectors emit N = Na + Ne tokens.
         cross_attention_frequency: every c-th layer, from the first, attends to the visual tokens.
+        whitening: number k of principal components of the training items' mean tokens in which visual tokens and the
+            global image are whitened; 0: raw features. Lowered to what the towers and the training items can give.
+        whitening_shrinkage: share of the mean eigenvalue that is added to each, so that weak directions are not blown
+            up.
+        norm: "post" (BERT's and the Q-Formers') or "pre": LayerNorm at the entrance of each part and at the end.
+        text_in_layers: whether metadata tokens take part in the layers; False: they enter tgq through the compression
+            to anchored queries alone.
+        guide: whether anchored queries attend with a bias towards the patches that agree with the metadata (tgq).
+        guide_init: value at which the learned weight β of that bias starts.
+        gate_sees_patches: whether the anchored gate also sees statistics of the patch agreement (needs `guide`).
         stream_mixing: "block" (streams never see each other), "one_way" (A sees E), "full".
         explore_sees_text: whether exploratory queries see metadata tokens.
         per_stream_ffn: separate query feed-forward weights for the two streams.
@@ -108,7 +138,11 @@ class TGQFormerConfig(PreTrainedConfig):
         logit_scale_init: t0 of the learnable InfoNCE scale exp(t).
         visual_loss_weight: weight of the InfoNCE on v_emb; mm_emb gets one minus it.
         redundancy_weight: λ of the redundancy loss (tgq only).
-        alignment_weight: weight of the alignment head's own contrastive loss (agreement="alignment").
+        alignment_weight: weight of the alignment head's own contrastive loss (where there is such a head).
+        ema: decay of the exponential average of the weights that is validated and saved; 0: the weights themselves.
+        view_share: probability with which training replaces a picture by a corrupted view, where there are views.
+        wrong_metadata, partial_metadata, missing_metadata: probabilities with which training gives an item another
+            item's metadata, leaves out a random part of its fields, or all of them.
 
     Raises:
         ArgumentError: a field has a value outside its choices or sizes do not fit together.
@@ -127,6 +161,14 @@ class TGQFormerConfig(PreTrainedConfig):
         num_anchored_queries: int = 8,
         num_exploratory_queries: int = 8,
         cross_attention_frequency: int = 2,
+        whitening: int = 0,
+        whitening_shrinkage: float = 0.1,
+        norm: str = "post",
+        text_in_layers: bool = True,
+        guide: bool = False,
+        guide_init: float = 1.0,
+        gate_sees_patches: bool = False,
+        direct_size: int = 0,
         stream_mixing: str = "block",
         explore_sees_text: bool = False,
         per_stream_ffn: bool = False,
@@ -164,6 +206,12 @@ class TGQFormerConfig(PreTrainedConfig):
         visual_loss_weight: float = 0.1,
         redundancy_weight: float = 0.1,
         alignment_weight: float = 0.1,
+        ema: float = 0.0,
+        view_share: float = 0.0,
+        wrong_metadata: float = 0.0,
+        partial_metadata: float = 0.0,
+        missing_metadata: float = 0.0,
+        tower_digests: dict[str, str] | None = None,
         **kwargs: Any,
     ) -> None:
         given = dict(locals())
@@ -181,6 +229,9 @@ class TGQFormerConfig(PreTrainedConfig):
             free = name == "text_tower" or (name == "tower_attention" and value is None)
             if not free and value not in choices:
                 raise ArgumentError(name, repr(value), "one of " + ", ".join(map(repr, choices)))
+        for name in ("hidden_size", "num_attention_heads", "embedding_size"):
+            if getattr(self, name) < 1:
+                raise ArgumentError(name, getattr(self, name), "at least 1")
         if self.hidden_size % self.num_attention_heads:
             raise ArgumentError(
                 "num_attention_heads", self.num_attention_heads, f"a divisor of hidden_size {self.hidden_size}"
@@ -190,6 +241,20 @@ class TGQFormerConfig(PreTrainedConfig):
                 raise ArgumentError(name, getattr(self, name), "a count of at least 0")
         if self.num_queries < 1:
             raise ArgumentError("num_anchored_queries + num_exploratory_queries", 0, "at least one query")
+        if self.hidden_act not in ACT2FN:
+            raise ArgumentError("hidden_act", repr(self.hidden_act), "one of " + ", ".join(sorted(ACT2FN)))
+        if self.whitening < 0:
+            raise ArgumentError("whitening", self.whitening, "a number of components, or 0 for raw features")
+        if self.gate_sees_patches and not self.guide:
+            raise ArgumentError("gate_sees_patches", True, "guide=True: the patch agreement is the guide's")
+        for name in ("ema", "view_share", "wrong_metadata", "partial_metadata", "missing_metadata"):
+            if not 0 <= getattr(self, name) <= 1 or (name == "ema" and self.ema == 1):
+                raise ArgumentError(
+                    name, getattr(self, name), "a number in [0, 1)" if name == "ema" else "a probability"
+                )
+        if self.wrong_metadata + self.partial_metadata + self.missing_metadata > 1:
+            given = self.wrong_metadata + self.partial_metadata + self.missing_metadata
+            raise ArgumentError("wrong_metadata + partial_metadata + missing_metadata", given, "at most 1")
         if self.cross_attention_frequency < 1:
             raise ArgumentError("cross_attention_frequency", self.cross_attention_frequency, "an integer of at least 1")
         if not 0 <= self.field_dropout < 1:
@@ -201,6 +266,28 @@ class TGQFormerConfig(PreTrainedConfig):
     def num_queries(self) -> int:
         """N = Na + Ne."""
         return int(self.num_anchored_queries + self.num_exploratory_queries)
+
+    @property
+    def token_width(self) -> int:
+        """Width of the visual tokens that the connector reads: k with whitening, else dv."""
+        return min(self.whitening, self.visual_width) if self.whitening else self.visual_width
+
+    @property
+    def image_width(self) -> int:
+        """Width of the global image that the connector reads: at most k with whitening, else dg."""
+        return min(self.whitening, self.global_width) if self.whitening else self.global_width
+
+    def with_whitening(self, components: int) -> TGQFormerConfig:
+        """A copy with another number of whitened components; says so if it is smaller than was asked for."""
+        config = copy.deepcopy(self)
+        if components < self.whitening:
+            logger.warning(
+                "whitening: %d components instead of %d; the towers and the training items give no more",
+                components,
+                self.whitening,
+            )
+        config.whitening = components
+        return config
 
     def with_towers(self, vision: VisionTower, text: TextTower) -> TGQFormerConfig:
         """A copy that carries the widths of these towers."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tgq_fast import ops, reference
 from tgq_fast.errors import ArgumentError
+from tgq_fast.models.attention import exit_norm
 from tgq_fast.models.baselines import MLPProjector, QFormerConnector, TextOnlyConnector
 from tgq_fast.models.configuration import TGQFormerConfig
 from tgq_fast.models.embeddings import (
@@ -19,7 +20,7 @@ from tgq_fast.models.embeddings import (
     RunningStandardiser,
     prepare_features,
 )
-from tgq_fast.models.layers import QueryEncoder, initialise_connector_module, stream_layout
+from tgq_fast.models.layers import QueryEncoder, initialise_connector, stream_layout
 from tgq_fast.models.outputs import ConnectorOutput, FrozenFeatures
 from tgq_fast.reference import GateParameters, ModulationOutput
 
@@ -59,10 +60,11 @@ class DualGatedModulation(nn.Module):
 
     def __init__(self, config: TGQFormerConfig) -> None:
         super().__init__()
-        d, dg = config.hidden_size, config.global_width
+        d, dg = config.hidden_size, config.image_width
         self.alpha = config.gate_alpha
         self.out_width = d if config.gate == "vector" else 1
-        self.in_widths = (2 + dg + 2 * d, dg + d)
+        self.num_statistics = 3 if config.gate_sees_patches else 0
+        self.in_widths = (2 + dg + 2 * d + self.num_statistics, dg + d)
         counts = (config.num_anchored_queries, config.num_exploratory_queries)
         self.anchored, self.exploratory = (
             GateMLP(width, config.gate_bottleneck, self.out_width) if count else None
@@ -70,9 +72,18 @@ class DualGatedModulation(nn.Module):
         )
 
     def forward(
-        self, anchored: Tensor, exploratory: Tensor, agreement: Tensor, has_metadata: Tensor, global_image: Tensor
+        self,
+        anchored: Tensor,
+        exploratory: Tensor,
+        agreement: Tensor,
+        has_metadata: Tensor,
+        global_image: Tensor,
+        statistics: Tensor | None = None,
     ) -> ModulationOutput:
-        """[B, Na, d], [B, Ne, d], [B], [B], [B, dg] → both streams and both gates [B, d] or [B, 1]."""
+        """[B, Na, d], [B, Ne, d], [B], [B], [B, dg] → both streams and both gates [B, d] or [B, 1].
+
+        `statistics` [B, 3] of the patch agreement, where the anchored gate sees them.
+        """
         gates = (self.anchored, self.exploratory)
         parameters = [
             gate.parameters_of_op() if gate is not None else self._no_gate(width, anchored)
@@ -80,8 +91,11 @@ class DualGatedModulation(nn.Module):
         ]
         # The fused operators want both streams; a single stream is an ablation and takes the definition.
         modulate = reference.dual_gated_modulation if None in gates else ops.dual_gated_modulation
-        return modulate(
-            anchored, exploratory, agreement, has_metadata, global_image, parameters[0], parameters[1], alpha=self.alpha
+        inputs = (anchored, exploratory, agreement, has_metadata, global_image)
+        if not self.num_statistics or statistics is None:
+            return modulate(*inputs, parameters[0], parameters[1], alpha=self.alpha)
+        return reference.dual_gated_modulation(
+            *inputs, parameters[0], parameters[1], alpha=self.alpha, statistics=statistics
         )
 
     def _no_gate(self, width: int, like: Tensor) -> GateParameters:
@@ -108,32 +122,42 @@ class TGQFormerConnector(nn.Module):
         self.config = config
         self.layout = stream_layout(config)
         num_anchored, num_exploratory = self.layout.num_anchored, self.layout.num_exploratory
-        self.metadata = MetadataEmbeddings(config) if self.layout.reads_text else None
+        self.metadata = MetadataEmbeddings(config) if self.layout.reads_text or num_anchored else None
         self.compression = MetadataCompression(config) if num_anchored else None
         if num_exploratory:
             self.query_tokens = nn.Parameter(torch.zeros(1, num_exploratory, config.hidden_size))
-            self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+            self.layernorm = exit_norm(config)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.encoder = QueryEncoder(config, self.layout)
         self.modulation = DualGatedModulation(config) if config.gate != "none" else None
         # Only the anchored gate reads the agreement; without it there is nothing to compute it for.
         scored = self.modulation is not None and num_anchored > 0 and config.agreement != "none"
         self.standardiser = RunningStandardiser() if scored else None
-        self.alignment = AlignmentHead(config) if scored and config.agreement == "alignment" else None
-        self.apply(lambda module: initialise_connector_module(module, config.initializer_range))
+        self.guides = config.guide and num_anchored > 0
+        aligned = (scored and config.agreement == "alignment") or self.guides
+        self.alignment = AlignmentHead(config) if aligned else None
+        initialise_connector(self, config)
 
     def initialise(self, std: float) -> None:
         if self.layout.num_exploratory:
             nn.init.normal_(self.query_tokens, std=std)
 
-    def queries(self, text: Tensor | None, text_mask: Tensor, batch: int) -> Tensor:
-        """[A0; E0]: [B, N, d] the queries that enter the first layer."""
-        parts = []
-        if self.compression is not None and text is not None:
-            parts.append(self.compression(text, text_mask))
+    def queries(self, features: FrozenFeatures) -> tuple[Tensor, Tensor | None]:
+        """[A0; E0]: [B, N, d] the queries that enter the first layer, and the text [B, M, d] where layers read it."""
+        parts, text = [], None
+        if self.metadata is not None:
+            distinct = features.distinct
+            if distinct is not None and not self.layout.reads_text:
+                rows, index = self.metadata(distinct.tokens, distinct.field_ids), distinct.index
+            else:
+                rows, index = self.metadata.dense(features), None
+                text = rows if self.layout.reads_text else None
+            if self.compression is not None:
+                parts.append(self.compression(rows, features.metadata_mask, index))
         if self.layout.num_exploratory:
+            batch = features.visual_tokens.shape[0]
             parts.append(self.layernorm(self.query_tokens).expand(batch, -1, -1))
-        return self.dropout(torch.cat(parts, dim=1))
+        return self.dropout(torch.cat(parts, dim=1)), text
 
     def agreement_score(self, features: FrozenFeatures) -> tuple[Tensor, Tensor | None]:
         """Standardised agreement s [B] fp32 and the alignment logits [B, B] of training.
@@ -142,13 +166,12 @@ class TGQFormerConnector(nn.Module):
             ArgumentError: agreement="dual_encoder" and the features carry none.
         """
         has_metadata = features.has_metadata
+        raw, logits = (None, None) if self.alignment is None else self.alignment(features)
         if self.standardiser is None:
-            return torch.zeros(has_metadata.shape, device=has_metadata.device), None
-        if self.alignment is not None:
-            raw, logits = self.alignment(features.global_image, features.metadata_tokens, features.metadata_mask)
-        elif features.agreement is not None:
-            raw, logits = features.agreement, None
-        else:
+            return torch.zeros(has_metadata.shape, device=has_metadata.device), logits
+        if self.config.agreement == "dual_encoder":
+            raw = features.agreement
+        if raw is None:
             raise ArgumentError(
                 "features.agreement",
                 None,
@@ -161,16 +184,17 @@ class TGQFormerConnector(nn.Module):
         """Features of B items → :class:`ConnectorOutput` with tokens [B, Na + Ne, d], anchored first."""
         features = prepare_features(features, self.config, next(self.parameters()).dtype)
         num_anchored = self.layout.num_anchored
-        text = None
-        if self.metadata is not None:
-            text = self.metadata(features.metadata_tokens, features.field_ids)
-        queries = self.queries(text, features.metadata_mask, features.visual_tokens.shape[0])
+        queries, text = self.queries(features)
+        guide = statistics = None
+        if self.guides and self.alignment is not None:
+            guide, statistics = self.alignment.patch_agreement(features)
         queries, attention = self.encoder(
             queries,
             text,
             features.visual_tokens,
-            text_mask=features.metadata_mask,
+            text_mask=None if text is None else features.metadata_mask,
             visual_mask=features.visual_mask,
+            patch_agreement=guide,
             return_attention=return_attention,
         )
         anchored, exploratory = queries[:, :num_anchored], queries[:, num_anchored:]
@@ -181,11 +205,14 @@ class TGQFormerConnector(nn.Module):
             anchored_mean=anchored.mean(dim=1) if both else None,
             exploratory_mean=exploratory.mean(dim=1) if both else None,
             agreement=agreement,
+            patch_agreement=guide,
             attention=attention,
             alignment_logits=alignment_logits,
         )
         if self.modulation is not None:
-            modulated = self.modulation(anchored, exploratory, agreement, features.has_metadata, features.global_image)
+            modulated = self.modulation(
+                anchored, exploratory, agreement, features.has_metadata, features.global_image, statistics
+            )
             output.tokens = torch.cat((modulated.anchored, modulated.exploratory), dim=1)
             output.anchored_gate = modulated.anchored_gate if self.modulation.anchored is not None else None
             output.exploratory_gate = modulated.exploratory_gate if self.modulation.exploratory is not None else None

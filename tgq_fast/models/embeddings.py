@@ -6,11 +6,11 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize
+from torch.nn.functional import embedding, normalize
 
 from tgq_fast.errors import ArgumentError
+from tgq_fast.models.attention import HybridCrossAttention
 from tgq_fast.models.configuration import TGQFormerConfig
-from tgq_fast.models.layers import HybridCrossAttention
 from tgq_fast.models.outputs import FrozenFeatures
 
 __all__ = ["AlignmentHead", "MetadataCompression", "MetadataEmbeddings", "RunningStandardiser", "prepare_features"]
@@ -24,8 +24,8 @@ def prepare_features(features: FrozenFeatures, config: TGQFormerConfig, dtype: t
     """
     batch = features.visual_tokens.shape[0]
     expected = {
-        "visual_tokens": (batch, features.visual_tokens.shape[1], config.visual_width),
-        "global_image": (batch, config.global_width),
+        "visual_tokens": (batch, features.visual_tokens.shape[1], config.token_width),
+        "global_image": (batch, config.image_width),
         "metadata_tokens": (*features.metadata_mask.shape, config.text_width),
         "metadata_mask": (batch, features.metadata_tokens.shape[1]),
         "field_ids": tuple(features.metadata_mask.shape),
@@ -35,18 +35,27 @@ def prepare_features(features: FrozenFeatures, config: TGQFormerConfig, dtype: t
         if given != shape:
             raise ArgumentError(name, f"shape {given}", f"shape {shape}", "Are these the towers of this configuration?")
     mask, tokens, fields = features.metadata_mask, features.metadata_tokens.to(dtype), features.field_ids
+    distinct = features.distinct
     if not mask.shape[1]:
         mask = mask.new_zeros(batch, 1)
         tokens = tokens.new_zeros(batch, 1, config.text_width)
         fields = fields.new_zeros(batch, 1)
+        distinct = None
+    visual = features.visual_tokens
+    device = visual.device.type
+    if not (torch.is_autocast_enabled(device) and visual.dtype == torch.get_autocast_dtype(device)):
+        visual = visual.to(dtype)
     return FrozenFeatures(
-        visual_tokens=features.visual_tokens.to(dtype),
+        visual_tokens=visual,
         global_image=features.global_image.to(dtype),
-        metadata_tokens=tokens.masked_fill(~mask[..., None], 0.0),
+        # Distinct tokens come from a store, which leaves zeros for padding.
+        metadata_tokens=tokens if distinct is not None else tokens.masked_fill(~mask[..., None], 0.0),
         metadata_mask=mask,
-        field_ids=fields.masked_fill(~mask, 0),
+        field_ids=fields if distinct is not None else fields.masked_fill(~mask, 0),
         agreement=features.agreement,
         visual_mask=features.visual_mask,
+        distinct=None if distinct is None else distinct.to(visual.device, dtype),
+        whitened=features.whitened,
     )
 
 
@@ -65,8 +74,15 @@ class MetadataEmbeddings(nn.Module):
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
+    def dense(self, features: FrozenFeatures) -> Tensor:
+        """[B, M, d] of a batch; the products run once per distinct token where the features tell them apart."""
+        if features.distinct is None:
+            return self(features.metadata_tokens, features.field_ids)
+        table = self(features.distinct.tokens, features.distinct.field_ids)
+        return embedding(features.distinct.index, table)
+
     def forward(self, tokens: Tensor, field_ids: Tensor) -> Tensor:
-        """[B, M, dt], [B, M] → [B, M, d]."""
+        """[..., dt], [...] → [..., d]."""
         return self.dropout(self.LayerNorm(self.projection(tokens) + self.field_embeddings(field_ids)))
 
 
@@ -84,18 +100,22 @@ class MetadataCompression(nn.Module):
         shape = (1, config.num_anchored_queries, config.hidden_size)
         self.anchor_tokens = nn.Parameter(torch.zeros(shape))
         self.null_tokens = nn.Parameter(torch.zeros(shape))
-        self.crossattention = HybridCrossAttention(config, config.hidden_size)
+        self.crossattention = HybridCrossAttention(config, config.hidden_size, normed_source=True)
 
     def initialise(self, std: float) -> None:
         nn.init.normal_(self.anchor_tokens, std=std)
         nn.init.normal_(self.null_tokens, std=std)
 
-    def forward(self, text: Tensor, text_mask: Tensor) -> Tensor:
-        """[B, M, d], [B, M] bool → [B, Na, d]."""
-        seeds = self.anchor_tokens.expand(text.shape[0], -1, -1)
-        anchored = self.crossattention(seeds, seeds.shape[1], text, text_mask)  # [B, Na, d]
-        null = self.crossattention.output.LayerNorm(self.null_tokens)
-        return torch.where(text_mask.any(dim=1)[:, None, None], anchored, null)
+    def forward(self, text: Tensor, text_mask: Tensor, index: Tensor | None = None) -> Tensor:
+        """[B, M, d], [B, M] bool → [B, Na, d]; with `index` [B, M], `text` is the [U, d] distinct tokens."""
+        attention = self.crossattention
+        seeds = self.anchor_tokens.expand(text_mask.shape[0], -1, -1)
+        if index is None:
+            anchored = attention(seeds, seeds.shape[1], text, text_mask)  # [B, Na, d]
+        else:
+            anchored = attention.over_rows(seeds, text, index, text_mask)
+        null = attention.output.LayerNorm(self.null_tokens)
+        return torch.where(text_mask.any(dim=1)[:, None, None], anchored, null.to(anchored.dtype))
 
 
 class RunningStandardiser(nn.Module):
@@ -146,42 +166,67 @@ class RunningStandardiser(nn.Module):
 
 
 class AlignmentHead(nn.Module):
-    """Cosine of the global image feature and the mean metadata token in a learned common space.
+    """Cosine of an image feature and the mean metadata token in a learned common space.
 
-    Stands in for the dual encoder's image–title cosine where the towers are no dual encoder. It is trained by its own
-    contrastive loss only; the gates see its score without gradient, so they cannot bend it.
+    Stands in for the dual encoder's image–title cosine where the towers are no dual encoder, and tells which visual
+    tokens agree with the metadata. It is trained by its own contrastive loss only; gates and guide see its scores
+    without gradient, so they cannot bend it.
 
     Source: ours.
     """
 
     def __init__(self, config: TGQFormerConfig) -> None:
         super().__init__()
-        self.image = nn.Linear(config.global_width, config.alignment_size)
+        # With a guide the image side reads tokens, one by one or their mean.
+        self.reads_tokens = config.guide
+        width = config.token_width if self.reads_tokens else config.image_width
+        self.image = nn.Linear(width, config.alignment_size)
         self.text = nn.Linear(config.text_width, config.alignment_size)
         self.logit_scale = nn.Parameter(torch.zeros(()))
 
     def initialise(self, std: float) -> None:
         nn.init.constant_(self.logit_scale, math.log(1 / 0.07))  # CLIP's start
 
-    def forward(self, image: Tensor, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Args:
-            image: [B, dg]; tokens: [B, M, dt]; mask: [B, M] bool.
-
-        Returns:
-            cosine [B] and, in training, logits [B, B] (image rows, text columns) for a symmetric cross-entropy with
-            targets arange(B). Off the diagonal, pairs that are no negatives are -inf: an item without metadata on
-            either side, or metadata equal to the row's own. An item without metadata thus adds zero to that loss.
+    def forward(self, features: FrozenFeatures) -> tuple[Tensor, Tensor | None]:
+        """Features of B items → cosine [B] and, in training, logits [B, B] (image rows, text columns) for a symmetric
+        cross-entropy with targets arange(B). Off the diagonal, pairs that are no negatives are -inf: an item without
+        metadata on either side, or metadata equal to the row's own. An item without metadata thus adds zero to that
+        loss.
         """
-        weight = mask.to(tokens.dtype)[..., None]
-        pooled = (tokens * weight).sum(dim=1) / weight.sum(dim=1).clamp_min(1)  # [B, dt]
-        v, t = normalize(self.image(image), dim=-1), normalize(self.text(pooled), dim=-1)  # [B, a]
+        pooled, some = features.mean_metadata(), features.has_metadata
+        image = features.mean_tokens() if self.reads_tokens else features.global_image
+        v, t = (normalize(x.float(), dim=-1) for x in (self.image(image), self.text(pooled)))  # [B, a]
         cosine = (v * t).sum(dim=-1)
         if not self.training:
             return cosine, None
         with torch.no_grad():
             unit = normalize(pooled.float(), dim=-1)
-            some = mask.any(dim=1)
             same = (unit @ unit.T > 1 - 1e-5) | ~some[:, None] | ~some[None, :]
             same.fill_diagonal_(False)
         logits = self.logit_scale.clamp(max=math.log(100.0)).exp() * (v @ t.T)
         return cosine, logits.float().masked_fill(same, float("-inf"))
+
+    @torch.no_grad()
+    def patch_agreement(self, features: FrozenFeatures) -> tuple[Tensor, Tensor]:
+        """How well each visual token agrees with the item's metadata, without gradient.
+
+        Returns:
+            the guide [B, L] fp32: 10 times the cosine, minus its mean over the real tokens; zero for an item without
+            metadata. And [B, 3] statistics of it for the gate: its largest value, its deviation, and the mean that was
+            subtracted.
+        """
+        v = normalize(self.image(features.visual_tokens).float(), dim=-1)  # [B, L, a]
+        t = normalize(self.text(features.mean_metadata()).float(), dim=-1)
+        score = 10.0 * torch.einsum("bla,ba->bl", v, t)
+        real = features.visual_mask
+        if real is None:
+            mean = score.mean(dim=1, keepdim=True)
+            guide = score - mean
+        else:
+            count = real.sum(dim=1, keepdim=True).clamp_min(1)
+            mean = (score * real).sum(dim=1, keepdim=True) / count
+            guide = (score - mean) * real
+        has = features.has_metadata[:, None]
+        guide = guide * has
+        deviation = guide.square().mean(dim=1, keepdim=True).sqrt()
+        return guide, torch.cat((guide.amax(dim=1, keepdim=True), deviation, mean * has), dim=1)

@@ -142,10 +142,19 @@ class FeatureExtractor:
             tokens, pooled = vision(processed.pixel_values)
             visual[has_image], global_image[has_image] = (t.float().cpu().half().float() for t in (tokens, pooled))
         encoded, pooled_text = self._fields(processed.fields)
-        metadata, mask, field_ids = pack_fields(encoded, text.width, self.config.max_metadata_tokens)
+        packed = pack_fields(encoded, text.width, self.config.max_metadata_tokens)
         agreement = text_agreement(global_image, pooled_text) if text.pooled_width else None
         visual_mask = None if bool(has_image.all()) else has_image[:, None].expand(-1, vision.num_tokens).contiguous()
-        return FrozenFeatures(visual, global_image, metadata, mask, field_ids, agreement, visual_mask)
+        return FrozenFeatures(
+            visual,
+            global_image,
+            packed.tokens,
+            packed.mask,
+            packed.field_ids,
+            agreement,
+            visual_mask,
+            packed.distinct,
+        )
 
     def batches(
         self,

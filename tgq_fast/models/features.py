@@ -7,6 +7,7 @@ by damage, which the checksums find.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -27,10 +28,12 @@ from tgq_fast.errors import ArgumentError, ImageError, NonFiniteError
 from tgq_fast.models.backbones import cache_root
 from tgq_fast.models.configuration import TGQFormerConfig
 from tgq_fast.models.feature_files import ChunkedArray
-from tgq_fast.models.field_tokens import field_strings, pack_fields, text_agreement
+from tgq_fast.models.field_tokens import field_strings, pack_rows, text_agreement
 from tgq_fast.models.outputs import FrozenFeatures
+from tgq_fast.models.pictures import ChosenViews, PictureArrays, PictureFeatures, read_pictures
 from tgq_fast.models.processing import TGQFormerProcessor
 from tgq_fast.models.towers import TextTower, VisionTower
+from tgq_fast.models.whitening import Whitening, whitened_pictures
 
 __all__ = ["FeatureStore", "image_digest", "in_order"]
 
@@ -79,7 +82,7 @@ class FeatureStore:
 
     Attributes:
         invalid: row index → (reason, detail) of items whose image could not be used (policy "skip").
-        visual: memory-mapped fp16 [n, L, dv]; global_image: [n, dg].
+        pictures: memory-mapped visual tokens fp16 [n, L, dv] and global images [n, dg].
         string_ids: [n, F] int32 index into `strings`, -1 where the item lacks the field.
     """
 
@@ -87,7 +90,8 @@ class FeatureStore:
         self, catalog: Catalog, config: TGQFormerConfig, visual: ChunkedArray, tokens: ChunkedArray, strings: list[str]
     ) -> None:
         self.catalog, self.config = catalog, config
-        self._visual, self._tokens = visual, tokens
+        self.pictures: PictureFeatures = PictureArrays(visual, key=_key(visual))
+        self._tokens = tokens
         self.strings = strings
         numbers = {s: i for i, s in enumerate(strings)}
         rows = [[-1 if s is None else numbers[s] for s in field_strings(i, config.fields)] for i in catalog.items]
@@ -100,12 +104,25 @@ class FeatureStore:
         return len(self.catalog)
 
     @property
-    def visual(self) -> NDArray[np.float16]:
-        return self._visual["visual"]
+    def visual(self) -> NDArray[Any]:
+        """[n, L, dv] visual tokens as they lie on disk."""
+        return self.pictures.visual
 
     @property
-    def global_image(self) -> NDArray[np.float16]:
-        return self._visual["global"]
+    def global_image(self) -> NDArray[Any]:
+        """[n, dg] pooled image features."""
+        return self.pictures.global_image
+
+    def whitened(self, whitening: Whitening, cache_dir: str | Path | None = None) -> FeatureStore:
+        """The same store with whitened pictures, which are computed once and kept beside the raw ones.
+
+        Args:
+            whitening: fitted to raw features of the same towers.
+            cache_dir: as in :meth:`open_or_build`.
+        """
+        store = copy.copy(self)
+        store.pictures = whitened_pictures(self.pictures, whitening, cache_dir)
+        return store
 
     @property
     def valid(self) -> NDArray[np.bool_]:
@@ -184,17 +201,19 @@ class FeatureStore:
         drop_fields: np.random.Generator | None = None,
         keep: NDArray[np.bool_] | None = None,
         metadata_from: Sequence[int] | NDArray[np.integer[Any]] | None = None,
+        views: ChosenViews | None = None,
     ) -> FrozenFeatures:
-        """Features of some rows, fp32 on the CPU.
+        """Features of some rows on the CPU: fp32, whitened visual tokens in bf16.
 
         Args:
             indices: [B] row numbers.
             drop_fields: generator for field dropout; None keeps all fields.
             keep: [B, F] bool fields to keep, instead of drawing them.
             metadata_from: [B] rows to take the metadata from, for the shuffled-metadata control.
+            views: corrupted pictures that stand in for some of the rows' own.
 
         Raises:
-            ArgumentError: a row is out of range.
+            ArgumentError: a row is out of range, or views that are whitened otherwise.
             ImageError: a row has no usable image (see `invalid`).
         """
         rows = np.asarray(indices, dtype=np.int64).reshape(-1)
@@ -206,21 +225,43 @@ class FeatureStore:
         ids = self.string_ids[rows if metadata_from is None else np.asarray(metadata_from)]
         ids = ids if keep is None else np.where(keep, ids, -1)
         flat, offsets = self._tokens["tokens"], self._tokens["offsets"]
-        unique = [int(i) for i in np.unique(ids) if i >= 0]
-        encoded = {i: torch.from_numpy(flat[offsets[i] : offsets[i + 1]].astype(np.float32)) for i in unique}
-        tokens, mask, field_ids = pack_fields(
-            [[encoded.get(int(i)) for i in row] for row in ids], flat.shape[1], self.config.max_metadata_tokens
+        packed = pack_rows(
+            ids, offsets, lambda at: torch.from_numpy(flat[at].astype(np.float32)), self.config.max_metadata_tokens
         )
-        global_image = torch.from_numpy(self.global_image[rows]).float()
+        visual, global_image = read_pictures(self.pictures, rows)
+        if views is not None:
+            if views.source.whitening != self.pictures.whitening:
+                raise ArgumentError("views", "views of another whitening", "whitened as the store is")
+            other = np.flatnonzero(views.rows >= 0)
+            visual[other], global_image[other] = read_pictures(views.source, views.rows[other])
         agreement = None
         if "pooled" in self._tokens:
+            unique = [int(i) for i in np.unique(ids) if i >= 0]
             pooled = {i: torch.from_numpy(self._tokens["pooled"][i].astype(np.float32)) for i in unique}
-            agreement = text_agreement(global_image, [[pooled.get(int(i)) for i in row] for row in ids])
-        visual = torch.from_numpy(self.visual[rows]).float()  # [B, L, dv]
+            raw = global_image if not self.pictures.whitening else self._raw_image(rows, views)
+            agreement = text_agreement(raw, [[pooled.get(int(i)) for i in row] for row in ids])
         visual_mask = None
         if not self._has_image_everywhere:
             visual_mask = torch.from_numpy(self.has_image[rows])[:, None].expand(-1, visual.shape[1]).contiguous()
-        return FrozenFeatures(visual, global_image, tokens, mask, field_ids, agreement, visual_mask)
+        return FrozenFeatures(
+            visual,
+            global_image,
+            packed.tokens,
+            packed.mask,
+            packed.field_ids,
+            agreement,
+            visual_mask,
+            packed.distinct,
+            whitened=bool(self.pictures.whitening),
+        )
+
+    def _raw_image(self, rows: NDArray[np.int64], views: ChosenViews | None) -> Tensor:
+        """[B, dg] fp32 global images before whitening: what a dual encoder's text is compared with."""
+        image = torch.from_numpy(self.pictures.raw_image[rows].astype(np.float32))
+        if views is not None:
+            other = np.flatnonzero(views.rows >= 0)
+            image[other] = torch.from_numpy(views.source.raw_image[views.rows[other]].astype(np.float32))
+        return image
 
     def inputs(
         self,
@@ -229,14 +270,17 @@ class FeatureStore:
         processor: TGQFormerProcessor | None = None,
         drop_fields: np.random.Generator | None = None,
         metadata_from: Sequence[int] | NDArray[np.integer[Any]] | None = None,
+        keep: NDArray[np.bool_] | None = None,
+        views: ChosenViews | None = None,
     ) -> dict[str, Any]:
         """Keyword arguments of the model's forward for some rows: `features`, and `prompt` where there is an LLM.
 
         The arguments are those of :meth:`batch`; the prompt (made by `processor`) tells the same fields.
         """
         rows = np.asarray(indices, dtype=np.int64).reshape(-1)
-        keep = None if drop_fields is None else self.draw_keep(len(rows), drop_fields)
-        inputs: dict[str, Any] = {"features": self.batch(rows, keep=keep, metadata_from=metadata_from)}
+        if keep is None and drop_fields is not None:
+            keep = self.draw_keep(len(rows), drop_fields)
+        inputs: dict[str, Any] = {"features": self.batch(rows, keep=keep, metadata_from=metadata_from, views=views)}
         if processor is not None and processor.uses_llm:
             text_rows = rows if metadata_from is None else np.asarray(metadata_from)
             inputs["prompt"] = processor.prompt(self.batch_strings(text_rows, keep))
@@ -249,6 +293,10 @@ class FeatureStore:
         ids = self.string_ids[np.asarray(indices, dtype=np.int64)]
         ids = ids if keep is None else np.where(keep, ids, -1)
         return [[self.strings[i] for i in row if i >= 0] for row in ids]
+
+
+def _key(array: ChunkedArray) -> str:
+    return hashlib.sha256(json.dumps(array.facts, sort_keys=True).encode()).hexdigest()
 
 
 def _visual_features(

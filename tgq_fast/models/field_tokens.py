@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from tgq_fast.models.outputs import DistinctTokens
 from tgq_fast.models.towers import TextTower
 
-__all__ = ["FieldEncoder", "field_strings", "pack_fields", "text_agreement"]
+__all__ = ["FieldEncoder", "PackedFields", "field_strings", "pack_fields", "pack_rows", "text_agreement"]
 
 
 class HasFields(Protocol):
@@ -26,32 +30,74 @@ def field_strings(item: HasFields, fields: Sequence[str]) -> list[str | None]:
     return [None if value is None else f"{name}: {value}" for name, value in zip(fields, values, strict=True)]
 
 
-def pack_fields(items: Sequence[Sequence[Tensor | None]], width: int, max_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Concatenate each item's field tokens, packed to the left.
+@dataclass(frozen=True)
+class PackedFields:
+    """Metadata tokens of B items, packed to the left.
+
+    Attributes:
+        tokens: [B, M', dt] fp32, mask [B, M'] bool and field_ids [B, M'] int64 (1 … F, 0 for padding), where M' ≥ 1 is
+            the longest item's length.
+        distinct: the same without repetition.
+    """
+
+    tokens: Tensor
+    mask: Tensor
+    field_ids: Tensor
+    distinct: DistinctTokens
+
+
+def pack_fields(items: Sequence[Sequence[Tensor | None]], width: int, max_tokens: int) -> PackedFields:
+    """Concatenate each item's field tokens; the same tensor for several items counts as the same value.
 
     Args:
         items: per item, one [m, dt] tensor or None per field, in the order of `config.fields`.
         width: dt.
         max_tokens: the cap M; later tokens are cut.
-
-    Returns:
-        tokens [B, M', dt] fp32, mask [B, M'] bool and field ids [B, M'] int64 (1 … F, 0 for padding), where M' ≥ 1 is
-        the longest item's length.
     """
-    lengths = [min(max_tokens, sum(len(t) for t in row if t is not None)) for row in items]
-    longest = max([1, *lengths])
-    tokens = torch.zeros(len(items), longest, width)
-    field_ids = torch.zeros(len(items), longest, dtype=torch.int64)
-    for i, row in enumerate(items):
-        at = 0
-        for number, encoded in enumerate(row, start=1):
-            if encoded is None or at >= lengths[i]:
-                continue
-            piece = encoded[: lengths[i] - at]
-            tokens[i, at : at + len(piece)] = piece
-            field_ids[i, at : at + len(piece)] = number
-            at += len(piece)
-    return tokens, field_ids > 0, field_ids
+    values = {id(value): value for row in items for value in row if value is not None}
+    numbers = {key: number for number, key in enumerate(values)}
+    ids = np.array([[-1 if v is None else numbers[id(v)] for v in row] for row in items], dtype=np.int64)
+    offsets = np.cumsum([0, *(len(value) for value in values.values())])
+    table = torch.cat([torch.zeros(0, width), *values.values()]).float()
+    return pack_rows(ids.reshape(len(items), -1), offsets, lambda rows: table[torch.from_numpy(rows)], max_tokens)
+
+
+def pack_rows(
+    ids: NDArray[np.integer[Any]],
+    offsets: NDArray[np.integer[Any]],
+    read: Callable[[NDArray[np.int64]], Tensor],
+    max_tokens: int,
+) -> PackedFields:
+    """:func:`pack_fields` for values that lie one after the other in a table.
+
+    Args:
+        ids: [B, F] which value each field has, -1 for none.
+        offsets: [V + 1] where the tokens of each value begin.
+        read: table rows [U] → their tokens [U, dt] fp32.
+        max_tokens: the cap M.
+    """
+    batch, num_fields = ids.shape
+    sizes = np.where(ids >= 0, offsets[ids + 1] - offsets[ids], 0) if len(offsets) > 1 else np.zeros_like(ids)
+    counts = sizes.reshape(-1)  # tokens per item and field, in the order in which they are packed
+    total = int(counts.sum())
+    starts = np.concatenate(([0], np.cumsum(counts)))[:-1]
+    entry = np.repeat(np.arange(counts.size), counts)  # which item and field a token belongs to
+    row = offsets[ids.reshape(-1)[entry]] + np.arange(total) - starts[entry] if total else np.zeros(0, np.int64)
+    item, field = entry // max(1, num_fields), entry % max(1, num_fields) + 1
+    place = np.arange(total) - np.concatenate(([0], np.cumsum(sizes.sum(axis=1))))[item]
+    kept = place < max_tokens
+    row, item, field, place = row[kept], item[kept], field[kept], place[kept]
+    # A token is told from another by its row and its field.
+    keys, index = np.unique(row * (num_fields + 1) + field, return_inverse=True)
+    length = max(1, int(place.max(initial=-1)) + 1)
+    indices = np.zeros((batch, length), dtype=np.int64)
+    indices[item, place] = index + 1
+    tokens = read(keys // (num_fields + 1))
+    tokens = torch.cat((tokens.new_zeros(1, tokens.shape[1]), tokens))
+    fields = np.concatenate(([0], keys % (num_fields + 1)))
+    distinct = DistinctTokens(tokens, torch.from_numpy(fields), torch.from_numpy(indices))
+    dense = nn.functional.embedding(distinct.index, tokens)
+    return PackedFields(dense, distinct.index > 0, distinct.field_ids[distinct.index], distinct)
 
 
 def text_agreement(global_image: Tensor, pooled: Sequence[Sequence[Tensor | None]]) -> Tensor:

@@ -1,7 +1,8 @@
 """Multiply-accumulates and trainable parameters of a connector, from its configuration alone.
 
 Only matrix products are counted (projections, attention, feed-forwards, gates, pooling), once per item and forward
-pass, at the full length M of the metadata; softmax, LayerNorm and activations are not. One MAC is two FLOPs.
+pass, at the full length M of the metadata; softmax, LayerNorm and activations are not, nor is whitening, which is
+the same for every connector. One MAC is two FLOPs.
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from tgq_fast.models.attention import StreamLayout
 from tgq_fast.models.configuration import TGQFormerConfig
 from tgq_fast.models.connector import count_parameters
-from tgq_fast.models.layers import StreamLayout, stream_layout
+from tgq_fast.models.layers import stream_layout
 from tgq_fast.ops.cost import form_cost
 
 __all__ = ["ConnectorCost", "connector_cost"]
@@ -65,7 +67,7 @@ def connector_cost(
     if name in ("mlp", "avgpool"):
         cells = n if name == "mlp" else 1
         hidden = config.intermediate_size
-        macs = cells * (length * config.visual_width + config.visual_width * hidden + hidden * d)
+        macs = cells * (length * config.token_width + config.token_width * hidden + hidden * d)
         return ConnectorCost(name, count_parameters(config), macs, n)
 
     def cross(queries: int, keys: int, width: int) -> int:
@@ -88,18 +90,20 @@ def connector_cost(
 
     layout = stream_layout(config)
     m = text if layout.reads_text else 0
-    macs = m * config.text_width * d
+    macs = text * config.text_width * d if m or layout.num_anchored else 0
     if layout.num_anchored:
-        macs += cross(layout.num_anchored, m, d)
+        macs += cross(layout.num_anchored, text, d)
     for index in range(config.num_hidden_layers):
         wanted = index < config.num_hidden_layers - 1  # the last layer's text rows are keys and values only
         macs += 4 * n * d * d + (4 if wanted else 2) * m * d * d
         macs += 2 * d * visible_pairs(layout, m)
         if index % config.cross_attention_frequency == 0:
-            macs += cross(n, length, config.visual_width)
+            macs += cross(n, length, config.token_width)
         macs += 2 * d * config.intermediate_size * (n + (m if wanted else 0))
     if name == "tgq":
         macs += _modulation_macs(config)
+        if config.guide and layout.num_anchored:
+            macs += config.alignment_size * (length * config.token_width + length + config.text_width)
     return ConnectorCost(name, count_parameters(config), macs, n)
 
 
@@ -115,11 +119,11 @@ def visible_pairs(layout: StreamLayout, num_text: int) -> int:
 def _modulation_macs(config: TGQFormerConfig) -> int:
     if config.gate == "none":
         return 0
-    d, dg, r = config.hidden_size, config.global_width, config.gate_bottleneck
+    d, dg, r = config.hidden_size, config.image_width, config.gate_bottleneck
     out = d if config.gate == "vector" else 1
     macs = r * (dg + d + out) if config.num_exploratory_queries else 0
     if config.num_anchored_queries:
-        macs += r * (2 + dg + 2 * d + out)
+        macs += r * (2 + dg + 2 * d + out + (3 if config.gate_sees_patches else 0))
         if config.agreement == "alignment":
             macs += config.alignment_size * (dg + config.text_width)
     return macs

@@ -10,20 +10,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from tgq_fast.models.layers import (
+from tgq_fast.models.attention import (
+    Guide,
     HybridCrossAttention,
-    Intermediate,
-    QueryLayer,
     ResidualOutput,
     StreamSelfAttention,
     TextPacking,
 )
+from tgq_fast.models.layers import Intermediate, QueryLayer
 from tgq_fast.ops.cross_attention_torch import absorbs, items_at_once
 from tgq_fast.ops.matrix_unit import PackedLinear, shared_attention, stream_attention, why_not
 
@@ -91,7 +91,7 @@ def _applies(weight: Tensor, *tensors: Tensor) -> bool:
 
 def _on_matrix_unit(owner: nn.Module) -> _Replacement | None:
     match owner:
-        case QueryLayer() if _exact_gelu(owner.intermediate_query):
+        case QueryLayer() if _exact_gelu(owner.intermediate_query) and _norms_after(owner.output_query):
             fused = _FeedForwards(owner)
             return "feed_forward", fused, fused.covered
         case StreamSelfAttention() if _SelfAttention.fits(owner):
@@ -100,12 +100,18 @@ def _on_matrix_unit(owner: nn.Module) -> _Replacement | None:
         case HybridCrossAttention() if _CrossAttention.fits(owner):
             p = owner.attention
             return "context", _CrossAttention(owner), [p.query, p.key, p.value]
-        case ResidualOutput():
-            packed = PackedLinear(owner.dense.weight, owner.dense.bias, owner.LayerNorm)
+        case ResidualOutput() if _norms_after(owner):
+            norm = cast(nn.LayerNorm, owner.LayerNorm)
+            packed = PackedLinear(owner.dense.weight, owner.dense.bias, norm)
             return "forward", partial(_residual_output, owner, packed), [owner.dense]
         case nn.Linear() if type(owner) is nn.Linear:
             return "forward", partial(_linear, owner, PackedLinear(owner.weight, owner.bias)), []
     return None
+
+
+def _norms_after(owner: ResidualOutput) -> bool:
+    """Whether a LayerNorm follows the residual sum, which the product then does on its way out."""
+    return isinstance(owner.LayerNorm, nn.LayerNorm)
 
 
 def _exact_gelu(owner: Intermediate) -> bool:
@@ -135,7 +141,7 @@ class _FeedForwards:
         self.packed = {
             first: (
                 PackedLinear(first.dense.weight, first.dense.bias),
-                PackedLinear(second.dense.weight, second.dense.bias, second.LayerNorm),
+                PackedLinear(second.dense.weight, second.dense.bias, cast(nn.LayerNorm, second.LayerNorm)),
             )
             for first, second in pairs
         }
@@ -182,10 +188,10 @@ class _SelfAttention:
             starts = packing.starts if packing is not None else torch.arange(text.shape[0] + 1) * text.shape[1]
             width = queries.shape[-1]
             columns = None if text_wanted else slice(width, 3 * width)
-            rows = self.projections(text.reshape(-1, width), columns=columns)
+            rows = self.projections(owner.norm(text).reshape(-1, width), columns=columns)
         layout = owner.layout
         context, text_context = stream_attention(
-            self.projections(queries),
+            self.projections(owner.norm(queries)),
             rows,
             starts,
             (layout.num_anchored, queries.shape[1] - layout.num_anchored),
@@ -216,11 +222,14 @@ class _CrossAttention:
         width, source_width = owner.attention.key.weight.shape
         return width // owner.attention.num_heads % 32 == 0 and source_width % 32 == 0
 
-    def __call__(self, anchored: Tensor, exploratory: Tensor, source: Tensor, key_mask: Tensor | None) -> Tensor:
+    def __call__(
+        self, anchored: Tensor, exploratory: Tensor, source: Tensor, key_mask: Tensor | None, guide: Guide | None = None
+    ) -> Tensor:
         owner, p = self.owner, self.owner.attention
         queries = torch.cat((anchored, exploratory), dim=1)
-        if not _applies(p.query.weight, queries, source) or not absorbs(queries, source, p.num_heads):
-            return type(owner).context(owner, anchored, exploratory, source, key_mask)
+        packed = guide is None and _applies(p.query.weight, queries, source)
+        if not packed or not absorbs(queries, source, p.num_heads):
+            return type(owner).context(owner, anchored, exploratory, source, key_mask, guide)
         source = source if source.stride(2) == 1 else source.contiguous()
         width, step = queries.shape[2], items_at_once(queries, source, p.num_heads)
         spans = [slice(i, i + step) for i in range(0, queries.shape[0], step)]

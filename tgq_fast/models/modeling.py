@@ -31,6 +31,7 @@ from tgq_fast.models.outputs import ConnectorOutput, FrozenFeatures, TGQFormerOu
 from tgq_fast.models.processing import PromptInputs, TGQFormerProcessor
 from tgq_fast.models.readers import LightReader, LLMReader, ReaderOutput, build_reader
 from tgq_fast.models.towers import TextTower, VisionTower, load_text_tower, load_vision_tower
+from tgq_fast.models.whitening import Whitening
 
 __all__ = ["TGQFormerModel"]
 
@@ -63,6 +64,7 @@ class TGQFormerModel(PreTrainedModel):
         super().__init__(config)
         # Before the parts exist: their initialisation is their own, and an LLM brings its weights.
         self.post_init()
+        self.whitening = Whitening(config) if config.whitening else None
         self.connector = build_connector(config)
         self.reader: LightReader | LLMReader = build_reader(config)
         self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init)))
@@ -196,6 +198,8 @@ class TGQFormerModel(PreTrainedModel):
             features = FrozenFeatures(**fields)  # type: ignore[arg-type]
         device = self.logit_scale.device
         features = self._control(features.to(device))
+        if self.whitening is not None:
+            features = self.whitening(features)
         connected: ConnectorOutput = self.connector(features, return_attention=return_attention)
         prompt = None if prompt is None else prompt.to(device)
         assert connected.tokens is not None  # every connector sets it
@@ -214,7 +218,7 @@ class TGQFormerModel(PreTrainedModel):
             features.metadata_tokens = features.metadata_tokens[:, :1] * 0
             features.metadata_mask = torch.zeros_like(features.metadata_mask[:, :1])
             features.field_ids = torch.zeros_like(features.field_ids[:, :1])
-            features.agreement = None
+            features.agreement, features.distinct = None, None
         return features
 
     def _losses(

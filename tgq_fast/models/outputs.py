@@ -12,6 +12,25 @@ from transformers.utils import ModelOutput
 
 
 @dataclass
+class DistinctTokens:
+    """The metadata tokens of a batch without repetition: items that share a field's value share its tokens.
+
+    Attributes:
+        tokens: [U, dt] distinct pairs of token and field; row 0 is zero and stands for padding.
+        field_ids: [U] int64.
+        index: [B, M] int64 row of each metadata token.
+    """
+
+    tokens: Tensor
+    field_ids: Tensor
+    index: Tensor
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> DistinctTokens:
+        """Move to a device; the tokens also to `dtype`."""
+        return DistinctTokens(self.tokens.to(device, dtype), self.field_ids.to(device), self.index.to(device))
+
+
+@dataclass
 class FrozenFeatures:
     """What the frozen towers say about B items; the input of the connector and the unit of the feature cache.
 
@@ -23,6 +42,8 @@ class FrozenFeatures:
         field_ids: [B, M] int64, 1 … F (index into `config.fields` plus one), 0 for padding.
         agreement: [B] raw image–metadata cosine of a dual encoder, or None.
         visual_mask: [B, L] bool, True where a visual token is real, or None for all.
+        distinct: the metadata tokens once more, without repetition, or None; what reads it must give the same result.
+        whitened: whether visual tokens and global image are whitened already (then [B, L, k] and [B, k]).
     """
 
     visual_tokens: Tensor
@@ -32,19 +53,45 @@ class FrozenFeatures:
     field_ids: Tensor
     agreement: Tensor | None = None
     visual_mask: Tensor | None = None
+    distinct: DistinctTokens | None = None
+    whitened: bool = False
 
     @property
     def has_metadata(self) -> Tensor:
         """[B] bool: whether an item has at least one metadata token."""
         return self.metadata_mask.any(dim=1)
 
+    def token_shares(self) -> Tensor:
+        """[B, U] share of each distinct token in an item's metadata; rows sum to one, or to zero without metadata.
+
+        Needs `distinct`.
+        """
+        assert self.distinct is not None
+        mask = self.metadata_mask.to(self.distinct.tokens.dtype)
+        shares = mask.new_zeros(mask.shape[0], self.distinct.tokens.shape[0])
+        return shares.scatter_add_(1, self.distinct.index, mask / mask.sum(dim=1, keepdim=True).clamp_min(1))
+
+    def mean_metadata(self) -> Tensor:
+        """[B, dt] mean metadata token; zero for an item without metadata."""
+        if self.distinct is not None:
+            return self.token_shares() @ self.distinct.tokens
+        weight = self.metadata_mask.to(self.metadata_tokens.dtype)[..., None]
+        return (self.metadata_tokens * weight).sum(dim=1) / weight.sum(dim=1).clamp_min(1)
+
+    def mean_tokens(self) -> Tensor:
+        """[B, dv] mean visual token over the real ones; zero for an item without any."""
+        if self.visual_mask is None:
+            return self.visual_tokens.mean(dim=1, dtype=self.global_image.dtype)
+        weight = self.visual_mask.to(self.visual_tokens.dtype)[..., None]
+        return ((self.visual_tokens * weight).sum(dim=1) / weight.sum(dim=1).clamp_min(1)).to(self.global_image.dtype)
+
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> FrozenFeatures:
         """Move to a device; floating tensors also to `dtype`."""
 
-        def move(value: Tensor | None) -> Tensor | None:
-            if value is None:
-                return None
-            return value.to(device, dtype if value.is_floating_point() else None)
+        def move(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return value.to(device, dtype if value.is_floating_point() else None)
+            return value.to(device, dtype) if isinstance(value, DistinctTokens) else value
 
         moved: dict[str, Any] = {f.name: move(getattr(self, f.name)) for f in dataclasses.fields(self)}
         return FrozenFeatures(**moved)
@@ -59,6 +106,7 @@ class ConnectorOutput(ModelOutput):
         anchored_mean, exploratory_mean: [B, d] ā and ē before the gates (tgq only), for the redundancy loss.
         anchored_gate, exploratory_gate: [B, d] or [B, 1] (tgq with gates only).
         agreement: [B] the standardised s the gates saw (tgq only).
+        patch_agreement: [B, L] fp32 what guided the anchored queries (tgq with `guide` only).
         attention: [B, N, L] cross-attention of the last cross layer averaged over heads, on request.
         alignment_logits: [B, B] of the learned alignment head in training, for its own loss.
     """
@@ -69,6 +117,7 @@ class ConnectorOutput(ModelOutput):
     anchored_gate: Tensor | None = None
     exploratory_gate: Tensor | None = None
     agreement: Tensor | None = None
+    patch_agreement: Tensor | None = None
     attention: Tensor | None = None
     alignment_logits: Tensor | None = None
 

@@ -115,14 +115,13 @@ class LightReader(nn.Module):
 
     def forward(self, tokens: Tensor, features: FrozenFeatures, prompt: PromptInputs | None = None) -> ReaderOutput:
         """Connector tokens [B, N, d] and the items' metadata tokens → embeddings. `prompt` is not used."""
+        image = tokens.sum(dim=1) / max(1, tokens.shape[1])  # [B, d]
+        starts = torch.stack((image, image + self.metadata_mean(self._mean_text(features))), dim=1) + self.readouts
+        if not len(self.layers):
+            return self.readout(starts[:, 1], starts[:, 0])
         mask = features.metadata_mask
         text = self.metadata(features.metadata_tokens.to(tokens.dtype)) + self.field_embeddings(features.field_ids)
         text = text * mask[..., None]
-        text_mean = text.sum(dim=1) / mask.sum(dim=1, keepdim=True).clamp_min(1)
-        image = tokens.sum(dim=1) / max(1, tokens.shape[1])  # [B, d]
-        starts = torch.stack((image, image + self.metadata_mean(text_mean)), dim=1) + self.readouts  # [B, 2, d]
-        if not len(self.layers):
-            return self.readout(starts[:, 1], starts[:, 0])
         x = torch.cat((starts[:, :1], tokens, text, starts[:, 1:]), dim=1)  # [B, 1 + N + M + 1, d]
         batch, num_visual, num_text = tokens.shape[0], tokens.shape[1], text.shape[1]
         # 0: visual side, 1: metadata, 2: item readout; a row sees columns of its own rank or lower.
@@ -133,6 +132,19 @@ class LightReader(nn.Module):
         for number, layer in enumerate(self.layers, start=1):
             x = layer(x, sees, ends if number == len(self.layers) else slice(None))
         return self.readout(x[:, 1], x[:, 0])
+
+    def _mean_text(self, features: FrozenFeatures) -> Tensor:
+        """[B, d] mean of W T + e_field over an item's tokens, zero without metadata: the map of the mean is the mean of
+        the maps, so each item costs one row and not M.
+        """
+        dtype = self.field_embeddings.weight.dtype
+        mask = features.metadata_mask.to(dtype)
+        share = mask / mask.sum(dim=1, keepdim=True).clamp_min(1)
+        fields = mask.new_zeros(mask.shape[0], self.field_embeddings.num_embeddings)
+        fields = fields.scatter_add_(1, features.field_ids, share)  # [B, F + 1] share of each field
+        has = features.has_metadata[:, None]
+        mapped = self.metadata(features.mean_metadata().to(dtype)) + fields @ self.field_embeddings.weight
+        return mapped * has
 
 
 class LLMReader(nn.Module):

@@ -56,6 +56,7 @@ def dual_gated_modulation(
     exploratory_parameters: GateParameters,
     *,
     alpha: float = 1.0,
+    statistics: Tensor | None = None,
 ) -> ModulationOutput:
     """Scale every channel of each stream by 1 + α·gate.
 
@@ -70,6 +71,7 @@ def dual_gated_modulation(
         anchored_parameters: gate MLP with input width 2 + dg + 2d.
         exploratory_parameters: gate MLP with input width dg + d.
         alpha: residual scale α.
+        statistics: [B, c] further inputs of the anchored gate, after ē; None: none. Only this definition takes them.
 
     Either stream may be empty; its mean then counts as zero.
 
@@ -80,7 +82,8 @@ def dual_gated_modulation(
     mean_a, mean_e = (x.sum(dim=1) / max(1, x.shape[1]) for x in (anchored, exploratory))  # [B, d]
     flags = torch.stack((agreement.to(dtype), has_metadata.to(dtype)), dim=-1)  # [B, 2]
     v_g = global_image.to(dtype)
-    gate_a = centred_sigmoid(anchored_parameters.logits(torch.cat((flags, v_g, mean_a, mean_e), dim=-1)))
+    more = () if statistics is None else (statistics.to(dtype),)
+    gate_a = centred_sigmoid(anchored_parameters.logits(torch.cat((flags, v_g, mean_a, mean_e, *more), dim=-1)))
     gate_e = centred_sigmoid(exploratory_parameters.logits(torch.cat((v_g, mean_e), dim=-1)))
     return ModulationOutput(
         anchored * (1 + alpha * gate_a)[:, None],

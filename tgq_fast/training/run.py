@@ -31,6 +31,7 @@ from tgq_fast.models.features import FeatureStore
 from tgq_fast.models.modeling import TGQFormerModel
 from tgq_fast.models.processing import TGQFormerProcessor
 from tgq_fast.models.towers import TextTower, VisionTower, load_text_tower, load_vision_tower
+from tgq_fast.models.whitening import Whitening, fit_whitening, whitening_rows
 from tgq_fast.retrieval._identity import package_identity, sha256_file
 from tgq_fast.training.pairs import DistinctBatchSampler, PairCollator, PairDataset
 from tgq_fast.training.trainer import BEST_METRIC, Event, TGQTrainer, last_complete_checkpoint
@@ -164,6 +165,11 @@ def train(
                 rejects=RejectLog(folder / _REJECTS),
                 progress=lambda done, total: send({"event": "features", "done": done, "total": total}),
             )
+        whitening = None
+        if config.whitening:
+            rows = whitening_rows(catalog, store.valid, config.whitening)
+            whitening, config = fit_whitening(store.pictures, rows, config)
+            store = store.whitened(whitening, cache_dir)
         # Only now: a run whose features cannot be made leaves the folder free.
         _write_manifest(folder, manifest)
         return _run(
@@ -174,6 +180,7 @@ def train(
             manifest,
             arguments,
             towers=towers,
+            whitening=whitening,
             checkpoint_steps=checkpoint_steps,
             send=send,
         )
@@ -232,6 +239,7 @@ def _run(
     arguments: dict[str, Any],
     *,
     towers: tuple[VisionTower, TextTower] | None,
+    whitening: Whitening | None,
     checkpoint_steps: int | None,
     send: Callable[[Event], None],
 ) -> TrainResult:
@@ -286,6 +294,8 @@ def _run(
         model = TGQFormerModel(config)
     else:
         model = TGQFormerModel.from_config_with_towers(config, vision=towers[0], text=towers[1])
+    if whitening is not None and model.whitening is not None:
+        model.whitening.load_state_dict(whitening.state_dict())
     trainer = TGQTrainer(
         model,
         args,
