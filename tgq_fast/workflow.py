@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from tgq_fast.models.features import FeatureStore
     from tgq_fast.models.towers import TextTower, VisionTower
     from tgq_fast.retrieval import EmbedReport, Evaluation
+    from tgq_fast.retrieval.embed_plan import Plan
 
 Policy = Literal["raise", "skip"]
 FLOOR = "zero-shot image"
@@ -124,13 +126,28 @@ def _towers(
     return tower, load_text_tower(text, vision=tower, llm=llm, max_field_tokens=max_field_tokens)
 
 
-def open_store(catalog: Catalog, config: TGQFormerConfig, *, cache: Path | None, on_error: Policy) -> FeatureStore:
-    """Frozen features of a catalogue: read from the cache, computed where they are missing."""
+def open_store(
+    catalog: Catalog,
+    config: TGQFormerConfig,
+    *,
+    cache: Path | None,
+    on_error: Policy,
+    advance: console.Advance | None = None,
+) -> FeatureStore:
+    """Frozen features of a catalogue: read from the cache, computed where they are missing.
+
+    Args:
+        advance: a progress bar to go on with; None draws one.
+    """
     from tgq_fast.models import FeatureStore
 
     vision, text = load_towers(config)
-    with console.progress("frozen features") as advance:
-        return FeatureStore.open_or_build(catalog, vision, text, config, cache, progress=advance, on_error=on_error)
+    with console.progress("frozen features") if advance is None else nullcontext(advance) as step:
+
+        def progress(done: int, total: int) -> None:
+            step(done, total, "frozen features")
+
+        return FeatureStore.open_or_build(catalog, vision, text, config, cache, progress=progress, on_error=on_error)
 
 
 def steps_per_epoch(catalog: Catalog, batch_size: int) -> int:
@@ -239,13 +256,19 @@ def embed_run(
     on_error: Policy = "raise",
     shadow: bool = True,
 ) -> EmbedReport:
-    """Embed a catalogue into a pool folder; goes on where an interrupted call ended."""
+    """Embed a catalogue into a pool folder, or bring the pool up to date; goes on where an interrupted call ended."""
     from tgq_fast.data.files import write_atomic
     from tgq_fast.retrieval import embed_catalog, model_digest
 
     model = open_run(run)
-    store = open_store(catalog, model.config, cache=cache, on_error=on_error)
     with console.progress("embedding") as advance:
+
+        def features(work: Plan) -> FeatureStore | None:
+            """A whole catalogue goes through the cache; the few items of an update do not."""
+            if len(work.todo) < len(catalog):
+                return None
+            return open_store(catalog, model.config, cache=cache, on_error=on_error, advance=advance)
+
         report = embed_catalog(
             catalog,
             model,
@@ -255,9 +278,9 @@ def embed_run(
             shard_size=shard_size,
             resume=resume,
             on_error=on_error,
-            features=store,
+            features=features,
             shadow=shadow,
-            progress=advance,
+            progress=lambda done, total: advance(done, total, "embedding"),
         )
     note = json.dumps({"catalog": str(Path(catalog.report.path).resolve()), "digest": catalog.digest()}, indent=1)
     write_atomic(out / _CATALOG_NOTE, note.encode())
@@ -348,19 +371,12 @@ def evaluate_run(
     on_error: Policy = "raise",
 ) -> dict[str, Evaluation]:
     """Evaluation of a run by name, and with `floor` of the zero-shot image feature beside it."""
-    from tgq_fast.errors import PoolError
-    from tgq_fast.retrieval import ItemPool, evaluate, model_digest, zero_shot_embeddings
+    from tgq_fast.retrieval import evaluate, model_digest, open_embedded, zero_shot_embeddings
 
     model = open_run(run)
-    embedded: Any
+    embedded: Any = None if pool is None else open_embedded(pool, catalog, model_digest(model))
     store = open_store(catalog, model.config, cache=cache, on_error=on_error) if floor or pool is None else None
-    if pool is not None:
-        embedded = ItemPool.open(pool)
-        if embedded.manifest.model != model_digest(model):
-            raise PoolError(f"{pool}: was made by another model than {run}; embed the catalogue with this one")
-        if len(embedded) + embedded.manifest.rejected < len(catalog):
-            raise PoolError(f"{pool}: holds {len(embedded)} of {len(catalog)} items; run tgq-fast embed again")
-    else:
+    if embedded is None:
         assert store is not None
         embedded = embed_in_memory(catalog, model, store)
     results = {run.name: evaluate(catalog, embedded, ks=ks, split=split, samples=samples)}

@@ -17,7 +17,7 @@ import torch
 
 from tgq_fast.data import Catalog, Item
 from tgq_fast.errors import ArgumentError, ImageError, NonFiniteError, PoolError
-from tgq_fast.retrieval import ItemPool, embed_catalog, model_digest, zero_shot_embeddings
+from tgq_fast.retrieval import ItemPool, embed_catalog, model_digest, open_embedded, zero_shot_embeddings
 
 
 def make_catalog(n: int = 23) -> Catalog:
@@ -53,7 +53,7 @@ def embed(catalog: Catalog, model: Encoder, out: Path, **options: object):  # ty
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.name != ".lock"}
+    return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.name not in (".lock", ".readers")}
 
 
 def test_pool_holds_the_catalogue_in_order(tmp_path: Path) -> None:
@@ -66,6 +66,9 @@ def test_pool_holds_the_catalogue_in_order(tmp_path: Path) -> None:
         "embedded": 23,
         "rejected": 0,
         "resumed": 0,
+        "added": 23,
+        "changed": 0,
+        "removed": 0,
         "shards": 3,
     }
     pool = ItemPool.open(tmp_path / "pool")
@@ -85,7 +88,7 @@ def test_rejects_are_listed_once_and_the_run_goes_on(tmp_path: Path) -> None:
         embed(catalog, Encoder(nan=("i6",)), tmp_path / "strict")
     everything = tuple(f"i{i}" for i in range(10, 20))
     report = embed(catalog, Encoder(bad=("i5", *everything), nan=("i6",)), tmp_path / "pool", on_error="skip")
-    assert (report.embedded, report.rejected, report.shards) == (11, 12, 3)
+    assert (report.embedded, report.rejected, report.shards) == (11, 12, 2)
     pool = ItemPool.open(tmp_path / "pool")
     pool.verify()
     assert pool.ids() == [f"i{i}" for i in range(23) if i not in (5, 6) and not 10 <= i < 20]
@@ -112,8 +115,6 @@ def test_refusals(tmp_path: Path) -> None:
     embed(catalog, Encoder(), tmp_path / "pool")
     with pytest.raises(PoolError, match="already holds"):
         embed(catalog, Encoder(), tmp_path / "pool", resume=False)
-    with pytest.raises(PoolError, match="source"):
-        embed(make_catalog(5), Encoder(), tmp_path / "pool")
     other = Encoder()
     other.weight.data += 1
     with pytest.raises(PoolError, match="model"):
@@ -126,6 +127,126 @@ def test_refusals(tmp_path: Path) -> None:
         embed(catalog, Encoder(), tmp_path / "new", on_error="ignore")
     with pytest.raises(ArgumentError, match="batch_size"):
         embed(catalog, Encoder(), tmp_path / "new", batch_size=0)
+
+
+def catalog_with_pictures(folder: Path, names: str, **titles: str) -> Catalog:
+    """Items a, b, c … whose pictures are files of a few bytes."""
+    folder.mkdir(exist_ok=True)
+    for name in names:
+        if not (folder / f"{name}.png").exists():
+            (folder / f"{name}.png").write_bytes(b"picture of " + name.encode())
+    return Catalog.from_items([Item(n, f"{n}.png", titles.get(n)) for n in names], root=folder)
+
+
+class Pictures(torch.nn.Module):
+    """Embeds the bytes of the pictures, and remembers which items it was asked for."""
+
+    def __init__(self, *, bad: str = "", fields: tuple[str, ...] = ("title",)) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(fields=fields, embedding_size=3, to_dict=lambda: {})
+        self.bad, self.asked = bad, list[str]()
+
+    def encode(self, items: Catalog, *, batch_size: int, on_error: str) -> torch.Tensor:
+        self.asked += items.ids
+        for item in items.items:
+            if item.id in self.bad:
+                raise ImageError(item.id, item.file_name or "", "truncated")
+        return torch.tensor([[float(sum(items.image_path(i).read_bytes())), 1.0, 2.0] for i in items.items])
+
+
+def update(catalog: Catalog, out: Path, **options: object) -> tuple[str, tuple[int, int, int], ItemPool]:
+    """What was embedded, (added, changed, removed), and the pool."""
+    model = Pictures(**options)  # type: ignore[arg-type]
+    report = embed_catalog(catalog, model, out, on_error="skip", shard_size=4, batch_size=2)
+    pool = ItemPool.open(out)
+    pool.verify()
+    assert pool.manifest.complete and pool.manifest.source == catalog.digest()
+    expected = Pictures().encode(catalog, batch_size=1, on_error="raise")
+    held = [row for row, name in enumerate(catalog.ids) if name not in str(options.get("bad", ""))]
+    assert torch.equal(pool.get([catalog.ids[row] for row in held]), expected[held])
+    assert len(pool) == len(held) == report.embedded
+    return "".join(dict.fromkeys(model.asked)), (report.added, report.changed, report.removed), pool
+
+
+def test_only_what_changed_is_embedded(tmp_path: Path) -> None:
+    shop, out = tmp_path / "shop", tmp_path / "pool"
+    catalog = catalog_with_pictures(shop, "abcdefg")
+    assert update(catalog, out)[:2] == ("abcdefg", (7, 0, 0))
+    before = contents(out)
+    assert update(catalog, out)[:2] == ("", (0, 0, 0)) and contents(out) == before
+    (shop / "c.png").write_bytes(b"another picture under the same name")
+    assert update(catalog, out)[:2] == ("c", (0, 1, 0))
+    status = os.stat(shop / "d.png")
+    (shop / "d.png").write_bytes(b"picture of D")  # same size, same time
+    os.utime(shop / "d.png", ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert update(catalog, out)[:2] == ("d", (0, 1, 0))
+    assert update(catalog_with_pictures(shop, "abcdefg", b="a title"), out)[:2] == ("b", (0, 1, 0))
+    asked, counts, pool = update(catalog_with_pictures(shop, "bcdfgxy", b="a title"), out)
+    assert (asked, counts) == ("xy", (2, 0, 2))
+    assert sorted(pool.ids()) == sorted("bcdfgxy")
+    with ItemPool.open(out, mode="a") as writer:  # compacting keeps the keys
+        writer.compact()
+    assert update(catalog_with_pictures(shop, "bcdfgxy", b="a title"), out)[:2] == ("", (0, 0, 0))
+
+
+def test_fields_that_do_not_guide_change_nothing(tmp_path: Path) -> None:
+    shop, out = tmp_path / "shop", tmp_path / "pool"
+    assert update(catalog_with_pictures(shop, "abc"), out, fields=())[0] == "abc"
+    asked, counts, pool = update(catalog_with_pictures(shop, "abc", b="a title"), out, fields=())
+    assert (asked, counts) == ("", (0, 0, 0))
+    assert pool.manifest.source == catalog_with_pictures(shop, "abc", b="a title").digest()
+
+
+def test_refused_items_are_tried_again_and_leave_the_log(tmp_path: Path) -> None:
+    shop, out = tmp_path / "shop", tmp_path / "pool"
+    catalog = catalog_with_pictures(shop, "abcdefg")
+
+    def refused() -> list[str]:
+        manifest = ItemPool.open(out).manifest
+        if manifest.rejects is None:
+            return []
+        lines = (out / "rejects.jsonl").read_bytes()[: manifest.rejects.bytes].splitlines()
+        assert len(lines) == manifest.rejected
+        return [json.loads(line)["item_id"] for line in lines]
+
+    update(catalog, out, bad="bf")
+    assert refused() == ["b", "f"]
+    assert update(catalog, out, bad="f")[:2] == ("bf", (1, 0, 0)) and refused() == ["f"]
+    (shop / "c.png").write_bytes(b"now unusable")
+    assert update(catalog, out, bad="cf")[:2] == ("cf", (0, 0, 0)) and refused() == ["c", "f"]  # its old row is gone
+    assert update(catalog, out)[1] == (2, 0, 0) and refused() == []
+
+
+def test_another_catalogue_or_model_is_refused_before_anything_is_embedded(tmp_path: Path) -> None:
+    shop, out = tmp_path / "shop", tmp_path / "pool"
+    update(catalog_with_pictures(shop, "abc"), out)
+    before = contents(out)
+    model, other = Pictures(), Pictures()
+    with pytest.raises(PoolError, match="none of them in this catalogue"):
+        embed_catalog(catalog_with_pictures(shop, "xyz"), model, out)
+    other.config.to_dict = lambda: {"layers": 2}
+    with pytest.raises(PoolError, match="model"):
+        embed_catalog(catalog_with_pictures(shop, "abc"), other, out)
+    with ItemPool.create(tmp_path / "by hand", dims=3, model=model_digest(model)) as pool:
+        pool.append(["a"], torch.ones(1, 3))
+    with pytest.raises(PoolError, match="by hand"):
+        embed_catalog(catalog_with_pictures(shop, "abc"), model, tmp_path / "by hand")
+    assert not model.asked and not other.asked and contents(out) == before
+
+
+def test_a_pool_of_this_state_or_none(tmp_path: Path) -> None:
+    shop, out, model = tmp_path / "shop", tmp_path / "pool", Pictures()
+    catalog = catalog_with_pictures(shop, "abc")
+    update(catalog, out)
+    assert len(open_embedded(out, catalog, model_digest(model))) == 3
+    with pytest.raises(PoolError, match="another model"):
+        open_embedded(out, catalog, "0")
+    with pytest.raises(PoolError, match=r"has changed.*tgq-fast embed"):
+        open_embedded(out, catalog_with_pictures(shop, "abcd"), model_digest(model))
+    with ItemPool.open(out, mode="a") as pool:
+        pool.delete(["b"])
+    with pytest.raises(PoolError, match="holds 2 of 3"):
+        open_embedded(out, catalog, model_digest(model))
 
 
 KILLED = """
@@ -153,7 +274,7 @@ def test_killed_run_resumes_to_the_same_bytes(tmp_path: Path, at: int, monkeypat
     assert ran.returncode == -signal.SIGKILL, ran.stderr.decode()
     # Who wrote is part of the manifest; a commit made between the two processes is not what is tested here.
     writer = ItemPool.open(tmp_path / "killed").manifest.writers[0]
-    monkeypatch.setattr("tgq_fast.retrieval.pool.package_identity", lambda: writer)
+    monkeypatch.setattr("tgq_fast.retrieval.pool_writer.package_identity", lambda: writer)
     bad = ("i1", "i12")
     report = embed(make_catalog(), Encoder(bad=bad), tmp_path / "killed", on_error="skip")
     assert report.resumed == 10 and report.rejected == 2

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from tgq_fast.errors import ArgumentError, NonFiniteError, PoolError
 from tgq_fast.reference import exact_topk
-from tgq_fast.retrieval import pool_reader
+from tgq_fast.retrieval import pool_files
 from tgq_fast.retrieval.pool import ItemPool
 
 
@@ -27,7 +27,7 @@ def names(n: int, start: int = 0) -> list[str]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.name != ".lock"}
+    return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.name not in (".lock", ".readers")}
 
 
 def make(folder: Path, n: int = 25, shard_size: int = 10, **options: object) -> Path:
@@ -46,9 +46,10 @@ def test_round_trip(tmp_path: Path) -> None:
     assert torch.equal(pool.get(["item-20", "item-3"]), vectors(25)[[20, 3]])
     assert pool.rows(["item-24", "nobody"], missing="mark").tolist() == [24, -1]
     pool.verify()
-    manifest = json.loads((tmp_path / "pool" / "manifest.json").read_text())
-    assert set(manifest["writers"][0]) == {"version", "commit"}
-    assert not any(key in json.dumps(manifest).lower() for key in ("time", "date"))
+    assert set(pool.manifest.writers[0]) == {"version", "commit"}
+    for name in ("manifest.json", "commit-00000001.json"):
+        text = (tmp_path / "pool" / name).read_text().lower()
+        assert not any(key in text for key in ("time", "date"))
 
 
 def test_append_starts_a_new_shard_and_leaves_old_bytes(tmp_path: Path) -> None:
@@ -57,7 +58,8 @@ def test_append_starts_a_new_shard_and_leaves_old_bytes(tmp_path: Path) -> None:
     with ItemPool.open(folder, mode="a") as pool:
         pool.append(names(4, 25), vectors(4, seed=1))
     after = contents(folder)
-    assert all(after[name] == data for name, data in before.items() if name != "manifest.json")
+    assert all(after[name] == data for name, data in before.items())
+    assert len(after) == len(before) + 4  # three files of the shard and the commit
     pool = ItemPool.open(folder)
     assert [t.shape[0] for _, t in pool.shards()] == [10, 10, 5, 4]
     assert torch.equal(pool.embeddings(), torch.cat((vectors(25), vectors(4, seed=1))))
@@ -74,33 +76,38 @@ def test_low_precision_storage(tmp_path: Path, dtype: str) -> None:
 
 
 # One process that forks a writer per line of standard input, "folder moment n". The writer kills itself with SIGKILL
-# right before or after its n-th rename, or with the n-th file half written. Prints how each writer ended.
+# right before or after the n-th time it makes something durable, or with that file half written. Prints how each writer
+# ended.
 KILLER = """
 import os, signal, sys
 import torch
-from tgq_fast.data import files
+from tgq_fast.retrieval import pool_log
 from tgq_fast.retrieval._identity import package_identity
-from tgq_fast.retrieval import pool_reader
 from tgq_fast.retrieval.pool import ItemPool
 
 package_identity()  # remembered, so that a commit made meanwhile does not change who writes
+pool_log.FOLD_COMMITS = 2
 
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
 def write(folder, moment, n):
-    calls, replace = [0], os.replace
-    def patched(source, target):
+    calls, fsync, replace = [0], os.fsync, os.replace
+    def count(work, tear):
         calls[0] += 1
         if calls[0] == n and moment == "before":
             die()
         if calls[0] == n and moment == "torn":
-            os.truncate(source, os.path.getsize(source) // 2)
+            tear()
             die()
-        replace(source, target)
+        work()
         if calls[0] == n and moment == "after":
             die()
-    files.os.replace = patched
+    def cut(handle):
+        if os.path.isfile(f"/proc/self/fd/{handle}"):
+            os.truncate(f"/proc/self/fd/{handle}", os.fstat(handle).st_size - 7)
+    os.fsync = lambda handle: count(lambda: None, lambda: cut(handle))  # nothing here tests the disk
+    os.replace = lambda source, target: count(lambda: replace(source, target), lambda: None)
     x = torch.randn(25, 8, generator=torch.Generator().manual_seed(0))
     with ItemPool.create(folder, dims=8, shard_size=10, resume=True) as pool:
         for start in range(len(pool), 25, 10):
@@ -121,13 +128,14 @@ for line in sys.stdin:
 """
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.skipif(sys.platform != "linux", reason="needs fork and /proc")
 def test_killed_at_any_point_resumes_to_the_same_bytes(tmp_path: Path) -> None:
-    # Renames: 1 is the first manifest; then embeddings, ids and manifest of each shard.
-    points = [(moment, n) for n in range(1, 11) for moment in ("before", "torn", "after")]
+    # The first manifest (3 points), three appends of 3 files, rejects, folder and commit (8), and a fold (3). Right
+    # before one is right after another.
+    points = [("after", n) for n in range(1, 31)] + [("torn", n) for n in (1, 4, 5, 6, 7, 9, 15, 23, 26)]
     once = [f"{tmp_path}/{moment}{n} {moment} {n}" for moment, n in points]
     finish = [f"{tmp_path}/{moment}{n} never 0" for moment, n in points]
-    again = [f"{tmp_path}/again {moment} {n}" for moment, n in [("torn", 1), ("after", 2), ("torn", 3), ("before", 3)]]
+    again = [f"{tmp_path}/again {moment} {n}" for moment, n in [("torn", 1), ("after", 5), ("torn", 7), ("before", 9)]]
     lines = [*once, *again, f"{tmp_path}/whole never 0", f"{tmp_path}/again never 0", *finish]
     ran = subprocess.run(
         [sys.executable, "-c", KILLER], input="\n".join(lines), text=True, capture_output=True, check=True
@@ -135,7 +143,8 @@ def test_killed_at_any_point_resumes_to_the_same_bytes(tmp_path: Path) -> None:
     killed = len(once) + len(again)
     assert [int(code) for code in ran.stdout.split()] == [-signal.SIGKILL] * killed + [0] * (len(lines) - killed)
     whole = contents(tmp_path / "whole")
-    assert len(whole) == 8 and "rejects.jsonl" in whole
+    # Three files for each of three shards, the manifest with two commits in it, the third commit, the rejects.
+    assert len(whole) == 12 and "rejects.jsonl" in whole and "commit-00000003.json" in whole
     for name in ["again", *(f"{moment}{n}" for moment, n in points)]:
         assert contents(tmp_path / name) == whole, name
 
@@ -143,11 +152,11 @@ def test_killed_at_any_point_resumes_to_the_same_bytes(tmp_path: Path) -> None:
 def test_one_append_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make(tmp_path / "pool")
 
-    def fail(self: object, folder: Path) -> None:
+    def fail(*_: object) -> None:
         raise OSError("disk full")
 
     with ItemPool.open(folder, mode="a") as pool, monkeypatch.context() as patch:
-        patch.setattr("tgq_fast.retrieval.manifest.Manifest.save", fail)
+        patch.setattr("tgq_fast.retrieval.pool_log.write_atomic", fail)
         with pytest.raises(OSError, match="disk full"):
             pool.append(names(25, 100), vectors(25))
     assert len(ItemPool.open(folder)) == 25
@@ -160,13 +169,13 @@ def test_one_append_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_failed_append_leaves_the_open_pool_usable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
-    def fail_once(self: object, folder: Path) -> None:
-        calls.append(folder)
+    def fail_once(path: Path, data: bytes) -> None:
+        calls.append(path)
         raise OSError("disk full")
 
     with ItemPool.open(make(tmp_path / "pool"), mode="a") as pool:
         with monkeypatch.context() as patch:
-            patch.setattr("tgq_fast.retrieval.manifest.Manifest.save", fail_once)
+            patch.setattr("tgq_fast.retrieval.pool_log.write_atomic", fail_once)
             with pytest.raises(OSError, match="disk full"):
                 pool.append(names(3, 100), vectors(3))
         assert len(pool) == 25 and calls
@@ -178,13 +187,13 @@ def test_failed_append_leaves_the_open_pool_usable(tmp_path: Path, monkeypatch: 
 def test_ids_are_kept_while_they_are_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make(tmp_path / "pool")
     for kept, count in ((1 << 20, 3), (0, 0)):
-        monkeypatch.setattr(pool_reader, "KEPT_ID_BYTES", kept)
+        monkeypatch.setattr(pool_files, "KEPT_ID_BYTES", kept)
         pool = ItemPool.open(folder)
         for _ in range(2):
             hits = pool.search(vectors(3), 25)
             assert hits.ids == [[f"item-{i}" for i in line] for line in hits.indices.tolist()]
             assert pool.ids() == names(25)
-        assert len(pool._ids) == count
+        assert sum(name.endswith(".ids.parquet") for name in pool._files._kept) == count
 
 
 def test_two_writers(tmp_path: Path) -> None:
@@ -264,7 +273,17 @@ def test_damage_is_refused_with_the_reason(tmp_path: Path) -> None:
     flip(folder / "shard-000000.ids.parquet", 10)
     with pytest.raises(PoolError, match="SHA-256"):
         ItemPool.open(folder).ids()
+    folder = damaged("index")
+    flip(folder / "shard-000002.index.safetensors")
+    with pytest.raises(PoolError, match="SHA-256"):
+        ItemPool.open(folder).rows(["item-3"])
+    folder = damaged("commit")
+    flip(folder / "commit-00000001.json", 300)
+    with pytest.raises(PoolError, match=r"commit-00000001.*checksum|JSON"):
+        ItemPool.open(folder)
     folder = damaged("manifest")
+    with ItemPool.open(folder, mode="a") as pool:
+        pool._log.start(pool.manifest)
     text = (folder / "manifest.json").read_text()
     (folder / "manifest.json").write_text(text.replace('"rows": 10', '"rows": 11', 1))
     with pytest.raises(PoolError, match="checksum"):
@@ -350,3 +369,29 @@ def test_faiss_round_trip(tmp_path: Path) -> None:
         ItemPool.from_faiss(index, ["one"], tmp_path / "third")
     with pytest.raises(ArgumentError, match="inner-product"):
         ItemPool.from_faiss(faiss.IndexFlatL2(8), [], tmp_path / "fourth")
+
+
+def test_faiss_indexes_that_give_rows_back_and_others(tmp_path: Path) -> None:
+    faiss = pytest.importorskip("faiss")
+    rows = vectors(40).numpy()
+    graph = faiss.IndexHNSWFlat(8, 4, faiss.METRIC_INNER_PRODUCT)
+    half = faiss.IndexScalarQuantizer(8, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
+    for number, index in enumerate((graph, half)):
+        index.train(rows)
+        index.add(rows)
+        pool = ItemPool.from_faiss(index, names(40), tmp_path / str(number))
+        assert torch.equal(
+            pool.embeddings(), torch.from_numpy(rows if index is graph else rows.astype("float16")).float()
+        )
+    labelled = faiss.IndexIDMap(faiss.IndexFlatIP(8))
+    labelled.add_with_ids(rows, np.arange(40)[::-1].copy())
+    both_ways = faiss.IndexIDMap2(faiss.IndexFlatIP(8))  # gives vectors back, by label
+    both_ways.add_with_ids(rows, np.arange(40)[::-1].copy())
+    lists = faiss.IndexIVFFlat(faiss.IndexFlatIP(8), 8, 2, faiss.METRIC_INNER_PRODUCT)
+    lists.train(rows)
+    lists.add_with_ids(rows, np.arange(40)[::-1].copy())
+    for other in (labelled, both_ways, lists, faiss.IndexReplicas(), object()):
+        with pytest.raises(ArgumentError, match="index"):
+            ItemPool.from_faiss(other, names(40), tmp_path / "refused")
+    again = ItemPool.from_faiss(labelled.index, names(40), tmp_path / "inner")  # what the hint says
+    assert torch.equal(again.embeddings(), torch.from_numpy(rows))

@@ -113,7 +113,7 @@ def test_any_blocks_give_the_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         for _ in range(2):
             hits = pool.search(queries, 12)
             assert torch.equal(hits.indices, expected.indices) and torch.equal(hits.scores, expected.scores)
-        assert kept or not pool._joined
+        assert kept or not pool._state[1]._joined
 
 
 def test_joined_shards_are_kept_and_appending_renews_them(tmp_path: Path) -> None:
@@ -121,9 +121,9 @@ def test_joined_shards_are_kept_and_appending_renews_them(tmp_path: Path) -> Non
     make(folder, (10,) * 5)
     with ItemPool.open(folder, mode="a") as pool:
         pool.search(queries, 3)
-        (kept,) = pool._joined.values()
+        (kept,) = pool._state[1]._joined.values()
         pool.search(queries, 3)
-        assert next(iter(pool._joined.values())) is kept and len(kept.tensor) == 50
+        assert next(iter(pool._state[1]._joined.values())) is kept and len(kept.tensor) == 50
         pool.append(["best"], 100 * queries[:1])
         assert pool.search(queries[:1], 1).ids == [["best"]]
 

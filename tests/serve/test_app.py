@@ -247,7 +247,7 @@ def test_shop_refuses_what_does_not_fit(shop: Shop, tmp_path: Path) -> None:
         Shop([])
     with pytest.raises(ArgumentError, match="different names"):
         Shop([ServedPool(tmp_path / "one"), ServedPool(tmp_path / "two", name="one")])
-    with pytest.raises(PoolError, match="manifest"):
+    with pytest.raises(PoolError, match="not an item pool"):
         ServedPool(tmp_path / "nothing")
 
 

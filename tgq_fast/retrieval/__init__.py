@@ -4,7 +4,7 @@
 """
 
 from tgq_fast.retrieval.distributed import group_topk
-from tgq_fast.retrieval.embed import EmbedReport, embed_catalog, model_digest, zero_shot_embeddings
+from tgq_fast.retrieval.embed import EmbedReport, embed_catalog, model_digest, open_embedded, zero_shot_embeddings
 from tgq_fast.retrieval.evaluate import Comparison, Evaluation, compare, evaluate, format_table
 from tgq_fast.retrieval.metrics import Interval
 from tgq_fast.retrieval.pool import ItemPool, PoolHits
@@ -28,6 +28,7 @@ __all__ = [
     "group_topk",
     "merge_topk",
     "model_digest",
+    "open_embedded",
     "topk",
     "zero_shot_embeddings",
 ]

@@ -1,4 +1,6 @@
-"""From a catalogue to an item pool, resumable, in memory that does not grow with the catalogue."""
+"""From a catalogue to an item pool: what is new or changed is embedded, what is gone is removed; resumable, in memory
+that does not grow with the catalogue.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +21,16 @@ from tgq_fast.data import Catalog, Item
 from tgq_fast.data.rejects import Reject
 from tgq_fast.errors import ArgumentError, ImageError, NonFiniteError, PoolError
 from tgq_fast.retrieval._identity import canonical_json
+from tgq_fast.retrieval.embed_plan import Plan, content_keys, plan
+from tgq_fast.retrieval.manifest import Manifest
 from tgq_fast.retrieval.pool import ItemPool
+from tgq_fast.retrieval.pool_log import MANIFEST_NAME
+from tgq_fast.retrieval.topk_arguments import as_tensor
 
 if TYPE_CHECKING:
     from tgq_fast.models.features import FeatureStore
 
-__all__ = ["EmbedReport", "Encoder", "embed_catalog", "model_digest", "zero_shot_embeddings"]
+__all__ = ["EmbedReport", "Encoder", "embed_catalog", "model_digest", "open_embedded", "zero_shot_embeddings"]
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +56,10 @@ class EmbedReport:
         items: items in the catalogue.
         embedded: items in the pool.
         rejected: items in the reject log.
-        resumed: catalogue rows that an earlier run had already done.
+        resumed: items that were done before this call and are not changed.
+        added: new items that this call embedded.
+        changed: items that this call embedded again, since their picture or a field is another one.
+        removed: items that this call took out of the pool, since the catalogue does not have them any more.
         shards: shards in the pool.
     """
 
@@ -59,6 +68,9 @@ class EmbedReport:
     embedded: int
     rejected: int
     resumed: int
+    added: int
+    changed: int
+    removed: int
     shards: int
 
     def to_dict(self) -> dict[str, Any]:
@@ -77,7 +89,7 @@ def model_digest(model: torch.nn.Module) -> str:
         values = {key: value for key, value in config.to_dict().items() if key not in _IGNORED_KEYS}
         state.update(canonical_json(json.loads(json.dumps(values, default=str))).encode("utf-8"))
     for name, tensor in sorted(model.state_dict().items()):
-        plain = tensor.detach().cpu().contiguous()
+        plain = as_tensor(name, tensor).cpu().contiguous()
         state.update(f"{name} {plain.dtype} {tuple(plain.shape)}".encode())
         state.update(plain.view(-1).view(torch.uint8).numpy().tobytes())
     return state.hexdigest()
@@ -95,36 +107,39 @@ def embed_catalog(
     dtype: str = "float32",
     resume: bool = True,
     on_error: Literal["raise", "skip"] = "raise",
-    features: FeatureStore | None = None,
+    features: FeatureStore | Callable[[Plan], FeatureStore | None] | None = None,
     shadow: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> EmbedReport:
-    """Embed every item of a catalogue into a pool on disk.
+    """Embed a catalogue into a pool on disk, or bring a pool up to date with it.
 
-    Each shard covers a fixed stretch of catalogue rows and batches never cross it, so a run that was killed and resumed
-    writes the same bytes as one that was not. At most one shard of embeddings is held in memory.
+    An item is embedded if the pool does not hold it, or holds it with other content: the bytes of its picture and its
+    guiding fields. Items that the catalogue does not have any more leave the pool; the others are not touched. New rows
+    follow in catalogue order, in stretches of `shard_size` items; batches never cross a stretch, so a run that was
+    killed and resumed writes the same bytes as one that was not. At most one stretch is held in memory.
 
     Args:
         catalog: the catalogue.
-        model: anything with `encode`.
+        model: anything with `encode`; `config.fields`, where it has them, name the fields that guide.
         out: folder of the pool.
         dims: D. None: `model.config.embedding_size`.
         digest: identifies the model in the manifest. None: :func:`model_digest`.
         batch_size: items per call of the model; halved (and said once) when the device runs out of memory.
-        shard_size: catalogue rows per shard: what a kill can cost.
+        shard_size: items per shard: what a kill can cost.
         dtype: storage type of the pool.
-        resume: go on with a pool of the same catalogue, model and sizes. False: refuse an existing one.
+        resume: go on with, or update, a pool that the same model made. False: refuse an existing one.
         on_error: "raise", or "skip" to leave items with unusable images or non-finite embeddings out and list them in
-            the pool's `rejects.jsonl`.
-        features: cached features of the catalogue, to read instead of the pictures.
+            the pool's `rejects.jsonl`. They are tried again by the next call.
+        features: cached features of the catalogue, to read instead of the pictures; or a function that opens them,
+            called with the :class:`~tgq_fast.retrieval.embed_plan.Plan` when there is something to embed.
         shadow: at the end write what makes searching faster (:meth:`ItemPool.build_shadow`, with the compiled core).
-        progress: called with (catalogue rows done, rows) after each batch.
+        progress: called with (items done, items to embed) after each batch.
 
     Raises:
         ArgumentError: a bad value.
         ImageError: an unusable image, policy "raise".
         NonFiniteError: NaN or infinity in an embedding, policy "raise".
-        PoolError: `out` holds something else; see :meth:`ItemPool.create`.
+        PoolError: `out` holds something else, or was made by another model; before anything is embedded.
     """
     if batch_size < 1:
         raise ArgumentError("batch_size", batch_size, "at least 1")
@@ -134,40 +149,116 @@ def embed_catalog(
     if digest is None:
         assert isinstance(model, torch.nn.Module)
         digest = model_digest(model)
-    pool = ItemPool.create(
-        out, dims=width, dtype=dtype, shard_size=shard_size, model=digest, source=catalog.digest(), resume=resume
-    )
+    fields = getattr(getattr(model, "config", None), "fields", None)
+    source = catalog.digest()
+    pool = _open(Path(out), Manifest(width, dtype, shard_size, digest, source), resume=resume)
     with pool:
-        shards = pool.manifest.shards
-        if any(shard.source_stop is None for shard in shards):
-            raise PoolError(f"{out}: holds shards that were appended by hand; embed into another folder")
-        done = shards[-1].source_stop or 0 if shards else 0
-        resumed, total = done, len(catalog.items)
-        worker = _Worker(catalog, model, batch_size, on_error, features)
-        while done < total:
-            stop = min(done + shard_size, total)
+        work = plan(catalog, pool, fields)
+        if not work.resumes and (work.todo or work.gone or pool.manifest.rejects or pool.manifest.source != source):
+            pool.upsert(
+                [],
+                torch.empty(0, width),
+                delete=work.gone,
+                source=source,
+                complete=not work.todo,
+                rejects=None,
+                rejected=0,
+            )
+        store = features(work) if callable(features) and work.todo else features
+        worker = _Worker(catalog, model, batch_size, on_error, None if callable(store) else store)
+        changed = {catalog.items[row].id for row in work.changed}
+        finished: list[str] = []
+        total = 0
+        for first in range(0, len(work.todo), shard_size):
+            stretch = [catalog.items[row] for row in work.todo[first : first + shard_size]]
+            keys = dict(zip((item.id for item in stretch), content_keys(catalog, stretch, fields), strict=True))
             kept: list[Item] = []
             parts: list[Tensor] = []
             rejects: list[Reject] = []
-            start = done
-            while start < stop:
-                items = catalog.items[start : min(start + worker.batch_size, stop)]
+            start = 0
+            while start < len(stretch):
+                items = stretch[start : start + worker.batch_size]
                 good, vectors = worker.encode(items, rejects)
                 kept += good
                 parts.append(vectors.reshape(-1, width))
                 start += len(items)
                 if progress is not None:
-                    progress(start, total)
-            pool.append(
+                    progress(first + start, len(work.todo))
+            total += len(stretch)
+            finished += [item.id for item in kept]
+            refused = [str(reject.item_id) for reject in rejects]
+            lines = [asdict(reject) | {"content": keys[name].hex()} for name, reject in zip(refused, rejects)]
+            pool.upsert(
                 [item.id for item in kept],
                 torch.cat(parts),
-                source_stop=stop,
-                reject_lines="".join(json.dumps(asdict(reject), ensure_ascii=True) + "\n" for reject in rejects),
+                content=[keys[item.id] for item in kept],
+                delete=refused,
+                reject_lines="".join(json.dumps(line, ensure_ascii=True) + "\n" for line in lines),
+                complete=total == len(work.todo),
             )
-            done = stop
+        if not work.todo and not pool.manifest.complete:
+            pool.upsert([], torch.empty(0, width), complete=True)
+        if pool.manifest.deleted > pool.manifest.rows:
+            pool.compact()
         if shadow and _native.available():
             pool.build_shadow()
-        return EmbedReport(str(out), total, len(pool), pool.manifest.rejected, resumed, len(pool.manifest.shards))
+        manifest = pool.manifest
+        return EmbedReport(
+            path=str(out),
+            items=len(catalog.items),
+            embedded=len(pool),
+            rejected=manifest.rejected,
+            resumed=len(catalog.items) - len(work.todo),
+            added=len(set(finished) - changed),
+            changed=len(changed.intersection(finished)),
+            removed=len(work.gone),
+            shards=len(manifest.shards),
+        )
+
+
+def open_embedded(path: str | Path, catalog: Catalog, digest: str) -> ItemPool:
+    """The pool at `path`, which must hold this state of the catalogue as the model of this digest embeds it.
+
+    Raises:
+        PoolError: of another model, another state of the catalogue, or not complete; says what to do.
+    """
+    pool = ItemPool.open(path)
+    manifest, again = pool.manifest, "run `tgq-fast embed` with this catalogue and pool, which embeds what is missing"
+    if manifest.model != digest:
+        raise PoolError(f"{path}: was made by another model; embed the catalogue with this one into another folder")
+    if manifest.source != catalog.digest():
+        raise PoolError(f"{path}: the catalogue has changed since it was embedded; {again}")
+    if not manifest.complete or len(pool) + manifest.rejected < len(catalog.items):
+        raise PoolError(f"{path}: holds {len(pool)} of {len(catalog.items)} items; {again}")
+    return pool
+
+
+def _open(out: Path, wanted: Manifest, *, resume: bool) -> ItemPool:
+    """The pool to write to, made when missing; PoolError if it cannot be this model's."""
+    if not (out / MANIFEST_NAME).exists():
+        return ItemPool.create(
+            out,
+            dims=wanted.dims,
+            dtype=wanted.dtype,
+            shard_size=wanted.shard_size,
+            model=wanted.model,
+            source=wanted.source,
+        )
+    pool = ItemPool.open(out, mode="a")
+    try:
+        if not resume:
+            raise PoolError(f"{out} already holds a pool of {len(pool)} items; resume, or choose another folder")
+        for name in ("model", "dims", "dtype"):
+            old, new = getattr(pool.manifest, name), getattr(wanted, name)
+            if old != new:
+                raise PoolError(
+                    f"{out}: holds another model's embeddings, or other ones of this: its {name} is {old!r} and this "
+                    f"run's is {new!r}; embed into another folder"
+                )
+    except BaseException:
+        pool.close()
+        raise
+    return pool
 
 
 class _Worker:

@@ -3,65 +3,97 @@
 A pool is a folder::
 
     manifest.json                 sizes, dtype, model digest, package version and commit, SHA-256 of every file
+    commit-00000001.json          what each later commit changed; folded into the manifest now and then
     shard-000000.safetensors      tensor "embeddings" [n, D]
-    shard-000000.ids.parquet      string column "id" [n]
-    shard-000000.shadow.safetensors   what makes searching faster; derived, so not in the manifest (see shadow_files)
+    shard-000000.ids.parquet      string column "id" [n], and "content": a key of what was embedded, where known
+    shard-000000.index.safetensors   finds ids without reading them all
+    shard-000000.shadow.safetensors  what makes searching faster; derived, so not in the manifest (see shadow_files)
     rejects.jsonl                 items that could not be embedded (only when there are any)
 
-A file is part of the pool once the manifest names it, and the manifest is replaced atomically after its files are
-safely on disk. A writer killed at any point therefore leaves the last committed state; what it left beyond that is
-written again. Every append starts a new shard, so the bytes of earlier shards never change.
+Every change is one commit: seen whole or not at all, by readers and after a crash. New rows go to new shards; replaced
+and deleted ones are marked and left out by everything that reads, until :meth:`ItemPool.compact` writes their shards
+anew. A pool object keeps the version it was opened with (a writer: its own latest) until :meth:`ItemPool.refresh`.
 
 Source: ours.
 """
 
 from __future__ import annotations
 
-import os
-import re
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
-from filelock import FileLock, Timeout
-from safetensors.torch import save
+import torch.distributed as dist
+from filelock import FileLock
 from torch import Tensor
 
-from tgq_fast.data.files import atomic_writer
-from tgq_fast.errors import ArgumentError, DependencyError, NonFiniteError, PoolError
-from tgq_fast.retrieval._identity import package_identity, sha256_file
-from tgq_fast.retrieval.manifest import DTYPES, MANIFEST_NAME, FileRecord, Manifest, ShardRecord
-from tgq_fast.retrieval.pool_reader import REJECTS_NAME
+from tgq_fast.errors import ArgumentError, PoolError
+from tgq_fast.retrieval import pool_faiss
+from tgq_fast.retrieval.manifest import Manifest
+from tgq_fast.retrieval.pool_files import PoolFiles
+from tgq_fast.retrieval.pool_log import PoolLog
+from tgq_fast.retrieval.pool_pins import Pin
+from tgq_fast.retrieval.pool_reader import PoolReader
 from tgq_fast.retrieval.pool_search import PoolHits, PoolSearch
-from tgq_fast.retrieval.shadow_files import shadow_source, write_shadow
-from tgq_fast.retrieval.topk_native import build_shadow, shadow_width
+from tgq_fast.retrieval.pool_writer import PoolWriter, acquire, start
 
 __all__ = ["DEFAULT_SHARD_SIZE", "ItemPool", "PoolHits"]
 
 DEFAULT_SHARD_SIZE = 65_536
-LOCK_NAME = ".lock"
-_FILE = r"(shard-\d{6,}\.(safetensors|ids\.parquet|shadow\.safetensors)|rejects\.jsonl|manifest\.json)"
-_LEFTOVER = re.compile(rf"{_FILE}|\.{_FILE}\.\d+\.tmp")  # a file of a pool, or one that a killed writer left half done
 
 
-class ItemPool(PoolSearch):
+class ItemPool:
     """Embeddings and ids of a catalogue on disk. Use :meth:`create` or :meth:`open`, best in a `with` block.
+
+    Any number of threads may read and search one object. One process at a time may write to a pool.
 
     Attributes:
         path: the folder.
-        manifest: :class:`~tgq_fast.retrieval.manifest.Manifest`.
     """
 
-    def __init__(self, path: Path, manifest: Manifest, *, lock: FileLock | None, verify: bool) -> None:
-        super().__init__(path, manifest, verify=verify)
-        self._lock = lock
-        self._known: np.ndarray | None = None  # sorted hashes of all ids, built by the first append
+    def __init__(self, path: Path, *, lock: FileLock | None, verify: bool) -> None:
+        self.path, self._lock = path, lock
+        self._log = PoolLog(path)
+        manifest = self._log.read()
+        self._files = PoolFiles(path, manifest.dims, getattr(torch, manifest.dtype), verify=verify)
+        self._writer: PoolWriter | None = None
+        if lock is None:
+            self._read(manifest)
+            return
+        if not manifest.version:
+            self._log.start(manifest)  # brings a pool of release 1 to this format
+        self._writer = PoolWriter(self._files, self._log, manifest)
+        self._show(manifest)
+
+    def _read(self, manifest: Manifest) -> None:
+        """Hold a version for reading; one whose files were replaced in this moment is read anew."""
+        while True:
+            self._show(manifest)
+            try:
+                self._reader.check_sizes()
+                return
+            except PoolError:
+                newer = self._log.read()
+                if newer.chain == manifest.chain:
+                    raise
+                manifest = newer
+
+    def _show(self, manifest: Manifest) -> None:
+        reader = PoolReader(self._files, manifest, Pin(self.path, manifest.version))
+        # One assignment: other threads see both or neither, and keep what they began with.
+        self._state = reader, PoolSearch(reader)
+
+    @property
+    def _reader(self) -> PoolReader:
+        return self._state[0]
+
+    @property
+    def manifest(self) -> Manifest:
+        """The version of the pool that this object shows."""
+        return self._reader.manifest
 
     # ------------------------------------------------------------------ life
 
@@ -93,48 +125,15 @@ class ItemPool(PoolSearch):
             PoolError: the folder holds something else, a different pool, or another process writes to it.
         """
         path = Path(path)
-        if dims < 1:
-            raise ArgumentError("dims", dims, "a width of at least 1")
-        if dtype not in DTYPES:
-            raise ArgumentError("dtype", repr(dtype), "one of " + ", ".join(map(repr, DTYPES)))
-        if shard_size < 1:
-            raise ArgumentError("shard_size", shard_size, "at least 1 row per shard")
-        wanted = Manifest(dims, dtype, shard_size, model, source)
-        path.mkdir(parents=True, exist_ok=True)
-        if not (path / MANIFEST_NAME).exists():
-            foreign = sorted(n for n in os.listdir(path) if n != LOCK_NAME and not _LEFTOVER.fullmatch(n))
-            if foreign:
-                listed = ", ".join(foreign[:3])
-                raise PoolError(f"{path}: holds files that are no pool's ({listed}); choose an empty folder")
-        lock = _acquire(path)
-        try:
-            if (path / MANIFEST_NAME).exists():
-                manifest = Manifest.load(path)
-                if not resume:
-                    raise PoolError(
-                        f"{path} already holds a pool of {manifest.rows} items; resume, append, or choose another"
-                    )
-                for name in ("dims", "dtype", "shard_size", "model", "source"):
-                    old, new = getattr(manifest, name), getattr(wanted, name)
-                    if old != new:
-                        raise PoolError(f"{path}: cannot resume, its {name} is {old!r} and this run's is {new!r}")
-            else:
-                manifest = wanted
-                manifest.save(path)
-            pool = cls(path, manifest, lock=lock, verify=True)
-            pool._check_files()
-            pool._sweep()
-        except BaseException:
-            lock.release()
-            raise
-        return pool
+        lock = start(path, Manifest(dims, dtype, shard_size, model, source), resume=resume)
+        return cls._locked(path, lock, verify=True)
 
     @classmethod
     def open(cls, path: str | Path, *, mode: Literal["r", "a"] = "r", verify: bool = True) -> ItemPool:
-        """Open a pool for reading ("r") or appending ("a").
+        """Open a pool for reading ("r") or changing ("a").
 
         Args:
-            verify: check the SHA-256 of each shard when it is first read. False checks names and sizes only.
+            verify: check the SHA-256 of each file when it is first read. False checks names and sizes only.
 
         Raises:
             PoolError: missing, foreign, corrupt, truncated, or locked by another writer ("a").
@@ -144,25 +143,43 @@ class ItemPool(PoolSearch):
             raise ArgumentError("mode", repr(mode), "'r' or 'a'")
         if not path.is_dir():
             raise PoolError(f"{path} is not an item pool: no such folder")
-        Manifest.load(path)  # say what is wrong before a lock file is made in a foreign folder
-        lock = _acquire(path) if mode == "a" else None
+        if mode == "r":
+            return cls(path, lock=None, verify=verify)
+        PoolLog(path).read()  # say what is wrong before a lock file is made in a foreign folder
+        return cls._locked(path, acquire(path), verify=verify)
+
+    @classmethod
+    def _locked(cls, path: Path, lock: FileLock, *, verify: bool) -> ItemPool:
         try:
-            pool = cls(path, Manifest.load(path), lock=lock, verify=verify)
-            pool._check_files()
-            if lock is not None:
-                pool._sweep()
+            return cls(path, lock=lock, verify=verify)
         except BaseException:
-            if lock is not None:
-                lock.release()
+            lock.release()
             raise
-        return pool
+
+    def moved(self) -> bool:
+        """Whether the pool on disk has changed since this object was opened or refreshed. Costs two looks at files."""
+        return self._writer is None and self._log.moved(self.manifest)
+
+    def refresh(self) -> bool:
+        """Show the newest version of a pool that others write to; returns whether there was a newer one.
+
+        What runs in other threads goes on with the version it began with.
+        """
+        if not self.moved():
+            return False
+        before = self.manifest.chain
+        manifest = self._log.read()
+        if manifest.dims != self.dims or manifest.dtype != self.manifest.dtype:
+            raise PoolError(f"{self.path}: holds another pool now; open it again")
+        self._read(manifest)
+        return self.manifest.chain != before
 
     def close(self) -> None:
         """Drop the memory maps and the writer's lock."""
-        self._tensors.clear()
-        self._joined.clear()
-        self._shadows.clear()
-        self._ids.clear()
+        self._files.clear()
+        self._writer = None
+        reader = PoolReader(self._files, self.manifest)  # without a pin
+        self._state = reader, PoolSearch(reader)
         if self._lock is not None:
             self._lock.release()
             self._lock = None
@@ -175,14 +192,120 @@ class ItemPool(PoolSearch):
     ) -> None:
         self.close()
 
+    # ------------------------------------------------------------------ read
+
+    def __len__(self) -> int:
+        return len(self._reader)
+
+    @property
+    def dims(self) -> int:
+        """D."""
+        return self._files.dims
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Storage type of the embeddings."""
+        return self._files.dtype
+
+    def verify(self) -> None:
+        """Check every byte: sizes, SHA-256 of all files, shapes, dtypes, finiteness, indexes and distinct ids.
+
+        Raises:
+            PoolError: with the file and the reason.
+        """
+        self._reader.verify()
+
+    def shards(self) -> Iterator[tuple[int, Tensor]]:
+        """(first row, [n, D] embeddings) of each shard, in order; memory-mapped where nothing is deleted. Do not write
+        to them.
+        """
+        return self._reader.shards()
+
+    def batches(self, rows: int = 4096) -> Iterator[tuple[int, Tensor]]:
+        """(first row, [at most `rows`, D] embeddings) over the whole pool in order, for pools larger than memory."""
+        return self._reader.batches(rows)
+
+    def ids(self) -> list[str]:
+        """All ids in pool order."""
+        return self._reader.ids()
+
+    def embeddings(self) -> Tensor:
+        """[len(pool), D]; memory-mapped for a single shard, copied into memory for several."""
+        parts = [tensor for _, tensor in self.shards()]
+        if len(parts) == 1:
+            return parts[0]
+        return torch.cat(parts) if parts else torch.empty(0, self.dims, dtype=self.dtype)
+
+    def rows(self, ids: Sequence[str], *, missing: Literal["raise", "mark"] = "raise") -> np.ndarray:
+        """[n] int64 pool rows of ids; unknown ids raise ArgumentError, or give -1 with missing="mark"."""
+        return self._reader.rows(ids, missing=missing)
+
+    def get(self, ids: Sequence[str]) -> Tensor:
+        """[n, D] embeddings of ids, copied."""
+        return self._reader.get(ids)
+
+    def take(self, rows: np.ndarray) -> Tensor:
+        """[n, D] embeddings of pool rows, copied."""
+        return self._reader.take(rows)
+
+    def names(self, rows: np.ndarray) -> list[str | None]:
+        """Ids of pool rows; None for negative rows."""
+        return self._reader.names(rows)
+
+    def ids_at(self, indices: Tensor) -> list[list[str | None]]:
+        """Ids of [Q, k] pool rows; None for negative rows. Reads the id files of the shards that are hit only."""
+        return self._reader.ids_at(indices)
+
+    def content(self, ids: Sequence[str]) -> list[bytes | None]:
+        """Keys of what was embedded, as given to :meth:`upsert`; None for ids without one or not in the pool."""
+        reader = self._reader
+        return reader.content(reader.rows(ids, missing="mark"))
+
+    def search(
+        self,
+        queries: Tensor | np.ndarray,
+        k: int,
+        *,
+        exclude_ids: Sequence[str | None] | Sequence[Sequence[str]] | None = None,
+        progress: Callable[[int, int], None] | None = None,
+        group: dist.ProcessGroup | None = None,
+    ) -> PoolHits:
+        """Exact maximum inner product search from the memory map, block by block; the next block is read and checked
+        meanwhile, so a pool may be larger than memory. One version of the pool is searched, whatever writers do.
+
+        Args:
+            queries: [Q, D] floating.
+            k: hits per query, 1 … 2048.
+            exclude_ids: per query one id (or None), or a list of ids, that it must not return. Ids that are not in the
+                pool exclude nothing.
+            progress: called now and then with (rows searched, rows in the pool); what it raises ends the search.
+            group: a `torch.distributed` group (`torch.distributed.group.WORLD` for all processes) whose ranks share
+                the work: each calls with the same arguments, reads its share of the shards and gets the whole answer.
+
+        Returns:
+            :class:`PoolHits`; ties go to the lower pool row, whatever the sharding.
+
+        Raises:
+            ArgumentError: wrong shape, k < 1 or a wrong number of exclusions.
+            NonFiniteError: a query holds NaN or infinity.
+            PoolError: a shard is damaged, or was changed or cut off since the pool was opened.
+            KeyboardInterrupt: Ctrl-C.
+        """
+        return self._state[1].search(queries, k, exclude_ids=exclude_ids, progress=progress, group=group)
+
     # ----------------------------------------------------------------- write
+
+    def _writing(self, what: str) -> PoolWriter:
+        if self._writer is None:
+            raise PoolError(f"{self.path}: opened for reading; open it with mode='a' to {what}")
+        return self._writer
 
     def append(
         self,
         ids: Sequence[str],
         embeddings: Tensor | np.ndarray,
         *,
-        source_stop: int | None = None,
+        content: Sequence[bytes | None] | None = None,
         reject_lines: str = "",
     ) -> None:
         """Add items as new shards; all of them become visible at once, or none.
@@ -190,7 +313,7 @@ class ItemPool(PoolSearch):
         Args:
             ids: n distinct non-empty strings, none of them in the pool.
             embeddings: [n, D] floating; stored in the pool's dtype.
-            source_stop: catalogue rows done after this call, for resumable embedding.
+            content: n keys of 16 bytes that say what was embedded, or None.
             reject_lines: JSON lines of items left out since the last call, committed together with the shards.
 
         Raises:
@@ -198,100 +321,79 @@ class ItemPool(PoolSearch):
             ArgumentError: wrong shape, or a duplicate, empty or unencodable id.
             NonFiniteError: NaN or infinity, also after the cast to the pool's dtype; names the ids.
         """
-        self._check_writable("append")
-        rows = torch.as_tensor(embeddings).detach().cpu()
-        if rows.ndim != 2 or rows.shape[1] != self.dims or not rows.is_floating_point():
-            raise ArgumentError("embeddings", f"{tuple(rows.shape)} {rows.dtype}", f"floating [n, {self.dims}]")
-        if len(ids) != rows.shape[0]:
-            raise ArgumentError("ids", f"{len(ids)} ids", f"{rows.shape[0]}, one per row of embeddings")
-        rows = rows.to(self.dtype)
-        bad = (~torch.isfinite(rows).all(dim=1)).nonzero()[:, 0].tolist()
-        if bad:
-            raise NonFiniteError("embeddings", [ids[i] for i in bad[:20]], len(bad))
-        hashes = self._check_ids(ids)
+        writer = self._writing("append")
+        writer.put(ids, embeddings, update=False, content=content, reject_lines=reject_lines)
+        self._show(writer.manifest)
 
-        shards: list[ShardRecord] = []
-        size = self.manifest.shard_size
-        for start in range(0, len(ids), size):
-            part = slice(start, start + size)
-            last = start + size >= len(ids)
-            number = len(self.manifest.shards) + len(shards)
-            shards.append(self._write_shard(number, ids[part], rows[part], source_stop if last else None))
-        if not shards and source_stop is not None:  # every item of this stretch was rejected
-            shards.append(self._write_shard(len(self.manifest.shards), [], rows, source_stop))
-        manifest = replace(self.manifest, shards=[*self.manifest.shards, *shards], writers=[*self.manifest.writers])
-        if reject_lines:
-            manifest.rejects = self._append_rejects(reject_lines)
-            manifest.rejected += reject_lines.count("\n")
-        if shards and package_identity() not in manifest.writers:
-            manifest.writers.append(package_identity())
-        manifest.save(self.path)
-        self.manifest = manifest  # only now: a failed append leaves this object as it was
-        assert self._known is not None
-        self._known = np.sort(np.concatenate((self._known, hashes)), kind="stable")
+    def upsert(
+        self,
+        ids: Sequence[str],
+        embeddings: Tensor | np.ndarray,
+        *,
+        content: Sequence[bytes | None] | None = None,
+        delete: Sequence[str] = (),
+        reject_lines: str = "",
+        **facts: Any,
+    ) -> None:
+        """Add items, in place of those of the same ids; all of it becomes visible at once, or nothing.
 
-    def _check_ids(self, ids: Sequence[str]) -> np.ndarray:
-        """Refuse bad and duplicate ids; the hashes of `ids` otherwise. Eight bytes of memory per item in the pool."""
-        for item_id in ids:
-            if not isinstance(item_id, str) or not item_id:
-                raise ArgumentError("ids", repr(item_id), "non-empty strings")
-            try:
-                item_id.encode("utf-8")
-            except UnicodeEncodeError:
-                raise ArgumentError("ids", ascii(item_id), "valid Unicode (no lone surrogates)") from None
-        if len(set(ids)) != len(ids):
-            seen: set[str] = set()
-            twice = next(i for i in ids if i in seen or seen.add(i))  # type: ignore[func-returns-value]
-            raise ArgumentError("ids", f"{twice!r} twice", "distinct ids")
-        hashes = np.fromiter(map(hash, ids), dtype=np.int64, count=len(ids))
-        if self._known is None:
-            stored = [np.fromiter(map(hash, part.to_pylist()), dtype=np.int64) for _, part in self._id_shards()]
-            self._known = np.sort(np.concatenate([np.empty(0, np.int64), *stored]))
-        suspects = [ids[i] for i in np.flatnonzero(_contains(self._known, hashes)).tolist()]
-        if suspects:  # a hash in common is not yet an id in common
-            present = self.rows(suspects, missing="mark") >= 0
-            if present.any():
-                raise ArgumentError("ids", repr(suspects[int(present.argmax())]), "ids that are not yet in the pool")
-        return hashes
+        New rows go to the end of the pool, also those that replace others.
 
-    def _write_shard(self, number: int, ids: Sequence[str], rows: Tensor, source_stop: int | None) -> ShardRecord:
-        stem = f"shard-{number:06d}"
-        tensor_path, ids_path = self.path / f"{stem}.safetensors", self.path / f"{stem}.ids.parquet"
-        with atomic_writer(tensor_path) as file:
-            file.write(save({"embeddings": rows.contiguous()}))
-        with atomic_writer(ids_path) as file:
-            pq.write_table(pa.table({"id": pa.array(ids, type=pa.string())}), file, compression="zstd")
-        return ShardRecord(len(ids), _record(tensor_path), _record(ids_path), source_stop)
+        Args:
+            ids, embeddings, content, reject_lines: as in :meth:`append`; ids may be in the pool.
+            delete: ids that leave the pool in the same moment, where they are in it.
+            facts: new values of `source`, `complete`, `rejects` and `rejected` of the manifest.
 
-    def _append_rejects(self, lines: str) -> FileRecord:
-        path = self.path / REJECTS_NAME
-        committed = 0 if self.manifest.rejects is None else self.manifest.rejects.bytes
-        with open(path, "ab") as handle:
-            handle.truncate(committed)  # an append that failed may have left lines behind
-            handle.write(lines.encode("utf-8"))
-            handle.flush()
-            os.fsync(handle.fileno())
-        return _record(path)
+        Raises:
+            PoolError, ArgumentError, NonFiniteError: as :meth:`append`.
+        """
+        writer = self._writing("upsert")
+        writer.put(ids, embeddings, update=True, content=content, delete=delete, reject_lines=reject_lines, facts=facts)
+        self._show(writer.manifest)
 
-    def _sweep(self) -> None:
-        """Remove what a killed writer left beyond the last commit, and shadows of what is not there."""
-        named = {record.name for record in self._file_records()} | {MANIFEST_NAME}
-        named |= {self._shadow_path(n).name for n in range(len(self.manifest.shards)) if self._has_shadow(n)}
-        for name in os.listdir(self.path):
-            if _LEFTOVER.fullmatch(name) and name not in named:
-                (self.path / name).unlink()
-        rejects = self.manifest.rejects
-        if rejects is not None and (self.path / rejects.name).stat().st_size > rejects.bytes:
-            os.truncate(self.path / rejects.name, rejects.bytes)
+    def delete(self, ids: Sequence[str], *, missing: Literal["raise", "ignore"] = "raise") -> int:
+        """Delete items, all at once; returns how many. They never come back; their bytes go with :meth:`compact`.
 
-    # ---------------------------------------------------------------- shadow
+        Args:
+            ids: distinct ids.
+            missing: what to do about ids that are not in the pool.
+
+        Raises:
+            PoolError: opened for reading.
+            ArgumentError: an id is not in the pool.
+        """
+        writer = self._writing("delete")
+        if missing not in ("raise", "ignore"):
+            raise ArgumentError("missing", repr(missing), "'raise' or 'ignore'")
+        count = writer.delete(ids, missing=missing)
+        self._show(writer.manifest)
+        return count
+
+    def compact(self, progress: Callable[[int, int], None] | None = None) -> int:
+        """Write shards with deleted rows, and stretches of small ones, anew; returns how many shards were replaced.
+
+        Nothing that reads sees a difference: ids, rows and their order stay. Files that a reader of an older version
+        holds stay until a later call, or until the pool is opened for writing again.
+
+        Args:
+            progress: called with (shards done, shards to do).
+
+        Raises:
+            PoolError: opened for reading, or a shard is damaged.
+        """
+        writer = self._writing("compact")
+        try:
+            return writer.compact(progress)
+        finally:
+            self._show(writer.manifest)
+            writer.sweep(at_open=False)
 
     def build_shadow(self, progress: Callable[[int, int], None] | None = None) -> int:
         """Write the shadow of every shard that has none, or a stale or damaged one; returns how many were written.
 
-        Searches on the CPU use it without being asked: they then read a quarter of an fp32 pool, and the rows
-        themselves only where they may be an answer. Answers are the same bit for bit. Shards of very narrow rows, whose
-        shadow would be no smaller, get none. A killed call leaves whole files only; call it again.
+        Searches on the CPU use it without being asked and read a quarter of an fp32 pool; answers are the same bit for
+        bit. Rows so narrow that it would be no smaller get none. A killed call leaves whole files only; call it again.
+        Shards that are written later get theirs at once.
 
         Args:
             progress: called with (shards done, shards).
@@ -300,86 +402,12 @@ class ItemPool(PoolSearch):
             PoolError: opened for reading, or a shard is damaged.
             BackendError: the compiled core is missing.
         """
-        self._check_writable("build its shadow")
-        written, count = 0, len(self.manifest.shards)
-        for number, record in enumerate(self.manifest.shards):
-            self._refused.discard(number)
-            small = shadow_width(self.dims) < self.dims * self.dtype.itemsize
-            if record.rows and small and (not self._has_shadow(number) or self._shadow(number) is None):
-                self._refused.discard(number)
-                shadow = build_shadow(self._shard(number))
-                write_shadow(self._shadow_path(number), shadow, record.embeddings.sha256)
-                written += 1
-            self._tensors.pop(number, None)  # one shard in memory at a time
-            self._shadows.pop(number, None)
-            if progress is not None:
-                progress(number + 1, count)
-        self._joined.clear()  # joined without a shadow
+        writer = self._writing("build its shadow")
+        written = writer.build_shadow(progress)
+        self._show(writer.manifest)  # what was joined without a shadow is forgotten
         return written
 
-    def _has_shadow(self, number: int) -> bool:
-        """Whether there is a file that claims to be this shard's shadow."""
-        path = self._shadow_path(number)
-        return path.is_file() and shadow_source(path) == self.manifest.shards[number].embeddings.sha256
+    # ---------------------------------------------------------------- export
 
-    def _check_writable(self, what: str) -> None:
-        if self._lock is None:
-            raise PoolError(f"{self.path}: opened for reading; open it with mode='a' to {what}")
-
-    # ----------------------------------------------------------------- faiss
-
-    def to_faiss(self) -> Any:
-        """A `faiss.IndexFlatIP` with the pool's rows in order (its labels are pool rows, see :meth:`ids_at`)."""
-        index = _faiss().IndexFlatIP(self.dims)
-        for _, tensor in self.shards():
-            index.add(tensor.float().numpy())
-        return index
-
-    @classmethod
-    def from_faiss(cls, index: Any, ids: Sequence[str], path: str | Path, **options: Any) -> ItemPool:
-        """Write a pool from a faiss index that can reconstruct its vectors; returns it opened for reading.
-
-        Args:
-            index: inner-product index; row i belongs to ids[i].
-            options: passed to :meth:`create`.
-        """
-        faiss = _faiss()
-        if index.metric_type != faiss.METRIC_INNER_PRODUCT:
-            raise ArgumentError("index", f"metric {index.metric_type}", "an inner-product index (METRIC_INNER_PRODUCT)")
-        if len(ids) != index.ntotal:
-            raise ArgumentError("ids", f"{len(ids)} ids", f"{index.ntotal}, one per vector of the index")
-        with cls.create(path, dims=index.d, **options) as pool:
-            step = pool.manifest.shard_size
-            for start in range(0, index.ntotal, step):
-                count = min(step, index.ntotal - start)
-                pool.append(ids[start : start + count], index.reconstruct_n(start, count))
-        return cls.open(path)
-
-
-def _acquire(path: Path) -> FileLock:
-    lock = FileLock(str(path / LOCK_NAME), timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise PoolError(f"{path}: another process is writing to this pool; wait for it to end") from None
-    return lock
-
-
-def _faiss() -> Any:
-    try:
-        import faiss
-    except ImportError:
-        raise DependencyError("faiss is not installed; pip install 'tgq-fast[faiss]'") from None
-    return faiss
-
-
-def _record(path: Path) -> FileRecord:
-    return FileRecord(path.name, path.stat().st_size, sha256_file(path))
-
-
-def _contains(ordered: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """[n] bool: which values occur in a sorted array."""
-    if not ordered.size:
-        return np.zeros(values.shape, dtype=bool)
-    at = np.minimum(np.searchsorted(ordered, values), ordered.size - 1)
-    return ordered[at] == values
+    to_faiss = pool_faiss.to_faiss
+    from_faiss = classmethod(pool_faiss.from_faiss)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import reprlib
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,11 +18,10 @@ from tgq_fast.errors import ArgumentError, NonFiniteError
 from tgq_fast.reference import TopK
 from tgq_fast.retrieval.blocks import Block, Part, cut_blocks, one_ahead, read_ahead
 from tgq_fast.retrieval.distributed import Ranks, agree
-from tgq_fast.retrieval.manifest import Manifest
 from tgq_fast.retrieval.pool_reader import PoolReader
 from tgq_fast.retrieval.shadow_files import join_shadows, rows_of
 from tgq_fast.retrieval.topk import merge_topk, topk
-from tgq_fast.retrieval.topk_arguments import check_k
+from tgq_fast.retrieval.topk_arguments import check_k, floating_rows
 from tgq_fast.retrieval.topk_native import Shadow
 
 KEPT_BYTES = 512 << 20  # of joined small shards, kept for the next search
@@ -47,12 +46,17 @@ class _Loaded(NamedTuple):
     shadow: Shadow | None
 
 
-class PoolSearch(PoolReader):
-    """The searching half; use it through :class:`tgq_fast.retrieval.pool.ItemPool`."""
+class PoolSearch:
+    """Searches one state of a pool; use it through :class:`tgq_fast.retrieval.pool.ItemPool`.
 
-    def __init__(self, path: Path, manifest: Manifest, *, verify: bool) -> None:
-        super().__init__(path, manifest, verify=verify)
-        self._joined: dict[Block, _Loaded] = {}  # blocks of small shards
+    Args:
+        reader: the state.
+    """
+
+    def __init__(self, reader: PoolReader) -> None:
+        self._reader = reader
+        self._joined: dict[Block, _Loaded] = {}  # blocks that are not in one piece on disk
+        self._lock = threading.Lock()
 
     def search(
         self,
@@ -91,12 +95,12 @@ class PoolSearch(PoolReader):
 
             def search() -> tuple[TopK, list[int]]:
                 found = self._search_share(queries, k, exclude_ids, progress, ranks.rank, ranks.size)
-                return found, [len(found.scores), k, len(self)]
+                return found, [len(found.scores), k, len(self._reader)]
 
             found, facts = ranks.settle(search, facts=3)
             agree("search", facts, {"number of queries": int, "k": int, "items in the pool": int})
             best = ranks.merge(found, k)
-        return PoolHits(best.scores, best.indices, self.ids_at(best.indices))
+        return PoolHits(best.scores, best.indices, self._reader.ids_at(best.indices))
 
     def _search_share(
         self,
@@ -108,17 +112,14 @@ class PoolSearch(PoolReader):
         ranks: int,
     ) -> TopK:
         """Best rows [Q, k] of one rank's stretch of shards, as rows of the whole pool."""
-        wanted = torch.as_tensor(queries)
-        if wanted.ndim != 2 or wanted.shape[1] != self.dims or not wanted.is_floating_point():
-            raise ArgumentError("queries", f"{tuple(wanted.shape)} {wanted.dtype}", f"floating [Q, {self.dims}]")
-        wanted = wanted.detach().cpu()
+        wanted = floating_rows("queries", queries, self._reader.files.dims)
         if wanted.dtype == torch.float64:
             wanted = wanted.float()
         bad = (~torch.isfinite(wanted).all(dim=1)).nonzero()[:, 0].tolist()
         if bad:
             raise NonFiniteError("queries", bad[:20], len(bad))
         excluded = self._excluded_rows(exclude_ids, wanted.shape[0])
-        count = len(self.manifest.shards)
+        count = len(self._reader.manifest.shards)
         shards = range(count * rank // ranks, count * (rank + 1) // ranks)
         return self._search_blocks(wanted, check_k(k), excluded, shards, progress)
 
@@ -131,8 +132,8 @@ class PoolSearch(PoolReader):
         progress: Callable[[int, int], None] | None,
     ) -> TopK:
         """Best rows [Q, k] of a stretch of shards, as rows of the whole pool."""
-        sizes = [record.rows for record in self.manifest.shards]
-        blocks = cut_blocks(sizes, self.dims * self.dtype.itemsize, shards)
+        sizes = np.diff(self._reader.starts).tolist()
+        blocks = cut_blocks(sizes, self._row_bytes, shards)
         total = sum(sizes[shard] for shard in shards)
         best = TopK(torch.empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.int64))
         done = 0
@@ -152,41 +153,64 @@ class PoolSearch(PoolReader):
                 del loaded  # before the next but one is read
         return merge_topk([best], k)  # pads an empty pool's answer
 
+    @property
+    def _row_bytes(self) -> int:
+        return self._reader.files.dims * self._reader.files.dtype.itemsize
+
     def _load(self, block: Block, stop: threading.Event) -> _Loaded:
-        """[n, D] of a block and its shadow: views of a shard's maps, or small shards joined in memory."""
-        if block in self._joined:
-            return self._joined[block]
-        views, shadows = [], []
+        """[n, D] of a block and its shadow: views of a shard's maps; or joined in memory, without deleted rows."""
+        reader = self._reader
+        kept = self._joined.get(block)
+        views, shadows, copied = [], [], len(block.parts) > 1
         for part in block.parts:
-            views.append(self._shard(part.shard, stop)[part.first : part.stop])
-            shadow = self._shadow(part.shard, stop)
+            shard = reader.manifest.shards[part.shard]
+            tensor = reader.files.tensor(shard, stop)  # also says if what was joined before has changed since
+            alive = reader.alive(shard)
+            rows: slice | Tensor = slice(part.first, part.stop)
+            if alive is not None:
+                rows, copied = torch.from_numpy(alive[rows]), True
+            if kept is not None:
+                continue
+            views.append(tensor[rows])
+            shadow = reader.files.shadow(shard, stop)
             if shadow is not None:
-                shadows.append(rows_of(shadow, part.first, part.stop))
-            else:  # with a shadow few rows are read
+                shadows.append(rows_of(shadow, rows))
+            elif alive is None:  # with a shadow few rows are read
                 self._read_ahead(part)
+        if kept is not None:
+            return kept
         joined = join_shadows(shadows) if len(shadows) == len(views) else None
-        if len(views) == 1:
-            return _Loaded(views[0], joined)
-        loaded = _Loaded(torch.cat(views), joined)
-        if sum(kept.tensor.nbytes for kept in self._joined.values()) + loaded.tensor.nbytes <= KEPT_BYTES:
-            self._joined[block] = loaded
+        loaded = _Loaded(views[0] if len(views) == 1 else torch.cat(views), joined)
+        with self._lock:
+            held = sum(one.tensor.nbytes for one in self._joined.values())
+            if copied and held + loaded.tensor.nbytes <= KEPT_BYTES:
+                self._joined[block] = loaded
         return loaded
 
     def _read_ahead(self, part: Part) -> None:
-        record, row = self.manifest.shards[part.shard], self.dims * self.dtype.itemsize
+        record, row = self._reader.manifest.shards[part.shard], self._row_bytes
         header = record.embeddings.bytes - record.rows * row
-        read_ahead(self.path / record.embeddings.name, header + part.first * row, (part.stop - part.first) * row)
+        path = self._reader.path / record.embeddings.name
+        read_ahead(path, header + part.first * row, (part.stop - part.first) * row)
 
     def _excluded_rows(self, exclude_ids: Sequence[Any] | None, queries: int) -> Tensor | None:
         if exclude_ids is None:
             return None
-        if isinstance(exclude_ids, str) or len(exclude_ids) != queries:
-            raise ArgumentError("exclude_ids", f"{len(exclude_ids)} entries", f"{queries}, one per query")
-        lists = [[] if e is None else [e] if isinstance(e, str) else list(e) for e in exclude_ids]
+        if isinstance(exclude_ids, str) or not hasattr(exclude_ids, "__len__") or len(exclude_ids) != queries:
+            given = f"{len(exclude_ids)} entries" if hasattr(exclude_ids, "__len__") else type(exclude_ids).__name__
+            raise ArgumentError("exclude_ids", given, f"{queries} entries, one per query")
+        try:
+            lists = [[] if e is None else [e] if isinstance(e, str) else list(e) for e in exclude_ids]
+            names = [item_id for entry in lists for item_id in entry]
+            if not all(isinstance(name, str) for name in names):
+                raise TypeError
+        except TypeError:
+            expected = "an id, a list of ids or None per query"
+            raise ArgumentError("exclude_ids", reprlib.repr(exclude_ids), expected) from None
         width = max((len(entry) for entry in lists), default=0)
         if not width:
             return None
-        rows = iter(self.rows([item_id for entry in lists for item_id in entry], missing="mark").tolist())
+        rows = iter(self._reader.rows(names, missing="mark").tolist())
         table = [[next(rows) for _ in entry] + [-1] * (width - len(entry)) for entry in lists]
         return torch.tensor(table, dtype=torch.int64)
 

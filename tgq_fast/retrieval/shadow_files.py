@@ -99,9 +99,9 @@ def read_shadow(path: Path, pool: Tensor, source: str, *, verify: bool, stop: th
     return shadow
 
 
-def rows_of(shadow: Shadow, first: int, stop: int) -> Shadow:
-    """The shadow of rows `first` … `stop`."""
-    return Shadow(*(getattr(shadow, name)[first:stop] for name in TENSORS))
+def rows_of(shadow: Shadow, rows: slice | Tensor) -> Shadow:
+    """The shadow of some rows: a slice of it, or a copy of the rows that a tensor names."""
+    return Shadow(*(getattr(shadow, name)[rows] for name in TENSORS))
 
 
 def join_shadows(parts: list[Shadow]) -> Shadow:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -58,23 +57,14 @@ class ServedPool:
     def __init__(self, path: str | Path, *, name: str | None = None) -> None:
         self.path = Path(path)
         self.name = name or self.path.resolve().name
-        self._stamp = self._manifest_stamp()
         self.pool = ItemPool.open(self.path)
         self.reloads = 0
         self.trouble: str | None = None
 
-    def _manifest_stamp(self) -> tuple[int, int, int]:
-        try:
-            status = os.stat(self.path / "manifest.json")
-        except OSError as error:
-            raise PoolError(f"{self.path}: no readable manifest.json ({error.strerror})") from None
-        return status.st_mtime_ns, status.st_size, status.st_ino
-
     def refresh(self) -> bool:
-        """Open the pool again if its manifest has changed; what cannot be opened leaves the old version in place."""
+        """Open the pool again if there is a newer version; what cannot be opened leaves the old version in place."""
         try:
-            stamp = self._manifest_stamp()
-            if stamp == self._stamp:
+            if not self.pool.moved():
                 return False
             pool = ItemPool.open(self.path)
         except (TGQError, OSError) as error:
@@ -82,7 +72,7 @@ class ServedPool:
                 logger.warning("pool %s: not reloaded, the version in memory stays: %s", self.name, error)
             self.trouble = str(error)
             return False
-        self._stamp, self.pool, self.trouble = stamp, pool, None
+        self.pool, self.trouble = pool, None
         self.reloads += 1
         logger.info("pool %s: reloaded, %d items", self.name, len(pool))
         return True

@@ -1,0 +1,502 @@
+"""Pools that change: every reader sees one version, whole; what is deleted never comes back; kills lose nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tgq_fast.data.files import write_atomic
+from tgq_fast.errors import ArgumentError, PoolError
+from tgq_fast.reference import exact_topk
+from tgq_fast.retrieval import pool_ids, pool_log, pool_reader, pool_writer
+from tgq_fast.retrieval._identity import canonical_json
+from tgq_fast.retrieval.pool import ItemPool
+from tgq_fast.retrieval.pool_ids import HashLevels, hash_ids, match
+
+WIDTH = 6
+
+
+@pytest.fixture(autouse=True)
+def _fast_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsync", lambda handle: None)  # nothing here tests the disk
+
+
+def vectors(n: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(-2, 3, (n, WIDTH), generator=torch.Generator().manual_seed(seed)).float()  # many ties
+
+
+class Model:
+    """A pool as a plain list: what the real one must equal."""
+
+    def __init__(self) -> None:
+        self.items: list[tuple[str, torch.Tensor]] = []
+
+    def upsert(self, ids: list[str], rows: torch.Tensor) -> None:
+        self.delete(ids)
+        self.items += list(zip(ids, rows))
+
+    def delete(self, ids: list[str]) -> None:
+        self.items = [item for item in self.items if item[0] not in set(ids)]
+
+    def check(self, pool: ItemPool) -> None:
+        ids = [name for name, _ in self.items]
+        rows = torch.stack([row for _, row in self.items]) if ids else torch.empty(0, WIDTH)
+        assert pool.ids() == ids and len(pool) == len(ids)
+        assert torch.equal(pool.embeddings(), rows)
+        assert [start for start, _ in pool.shards()] == sorted(start for start, _ in pool.shards())
+        assert torch.equal(torch.cat([part for _, part in pool.batches(4)] or [rows]), rows)
+        queries = vectors(5, seed=99)
+        excluded = [ids[:2], [], ["nobody"], ids[-1:], ids[3:5]]
+        table = torch.tensor([[ids.index(x) if x in ids else -1 for x in (*e, "", "")[:2]] for e in excluded])
+        for k in (1, 4, 30):
+            found, expected = pool.search(queries, k, exclude_ids=excluded), exact_topk(queries, rows, k, exclude=table)
+            assert torch.equal(found.indices, expected.indices) and torch.equal(found.scores, expected.scores)
+            assert found.ids == [[None if i < 0 else ids[i] for i in line] for line in expected.indices.tolist()]
+        order = random.Random(0).sample(range(len(ids)), len(ids))
+        assert pool.rows([*(ids[i] for i in order), "nobody"], missing="mark").tolist() == [*order, -1]
+        assert torch.equal(pool.get([ids[i] for i in order]), rows[order])
+
+
+@pytest.mark.parametrize("bits", [64, 3])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_any_changes_equal_a_plain_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int, bits: int) -> None:
+    if bits < 64:  # ids collide all the time
+        few = np.uint64(2**bits - 1)
+        for module in (pool_ids, pool_reader, pool_writer):
+            monkeypatch.setattr(module, "hash_ids", lambda ids: hash_ids(ids) & few)
+    monkeypatch.setattr(pool_log, "FOLD_COMMITS", 3)
+    draw, model = random.Random(seed), Model()
+    ItemPool.create(tmp_path / "pool", dims=WIDTH, shard_size=7).close()
+    reader = ItemPool.open(tmp_path / "pool")
+    for _ in range(12):
+        with ItemPool.open(tmp_path / "pool", mode="a") as pool:
+            for _ in range(draw.randrange(3)):
+                chosen = [f"i{i}" for i in draw.sample(range(40), draw.randrange(12))]
+                rows = vectors(len(chosen), seed=draw.randrange(10**6))
+                if draw.random() < 0.6:
+                    pool.upsert(chosen, rows)
+                    model.upsert(chosen, rows)
+                else:
+                    present = sum(name in chosen for name, _ in model.items)
+                    assert pool.delete(chosen, missing="ignore") == present
+                    model.delete(chosen)
+                    assert [key for key in pool.content(chosen)] == [None] * len(chosen)
+            model.check(pool)
+            if draw.random() < 0.3:
+                pool.compact()
+                assert not pool.manifest.dead
+                model.check(pool)
+        reader.refresh()
+        model.check(reader)
+        model.check(ItemPool.open(tmp_path / "pool"))
+    ItemPool.open(tmp_path / "pool").verify()
+
+
+def test_compacting_leaves_what_is_whole_and_removes_the_rest(tmp_path: Path) -> None:
+    folder = tmp_path / "pool"
+    with ItemPool.create(folder, dims=WIDTH, shard_size=10) as pool:
+        pool.append([f"a{i}" for i in range(20)], vectors(20), content=[bytes([i]) * 16 for i in range(20)])
+        for i in range(6):
+            pool.append([f"b{i}"], vectors(1, seed=i))
+        pool.delete(["a3", "b2"])
+        before, whole = pool.embeddings(), (folder / "shard-000001.safetensors").stat().st_ino
+        assert pool.compact() == 7  # the first, and six of one row; not the second
+        assert [shard.rows for shard in pool.manifest.shards] == [9, 10, 5]
+        assert torch.equal(pool.embeddings(), before)
+        assert pool.content(["a2", "a4", "a19", "b0", "nobody"]) == [b"\2" * 16, b"\4" * 16, b"\23" * 16, None, None]
+        assert pool.compact() == 0
+        pool.delete([name for name in pool.ids() if name.startswith("a")])
+        assert pool.compact() == 2 and pool.ids() == ["b0", "b1", "b3", "b4", "b5"]
+        pool.delete(pool.ids())
+        pool.compact()
+        assert len(pool) == 0 and not pool.manifest.shards
+    assert whole and not list(folder.glob("shard-*"))
+
+
+def test_a_reader_keeps_its_version_until_it_lets_go(tmp_path: Path) -> None:
+    folder = tmp_path / "pool"
+    with ItemPool.create(folder, dims=WIDTH, shard_size=5) as pool:
+        pool.append([f"a{i}" for i in range(10)], vectors(10))
+    reader = ItemPool.open(folder)
+    with ItemPool.open(folder, mode="a") as pool:
+        pool.delete(["a0", "a1", "a2"])
+        pool.upsert(["a5"], 100 * torch.ones(1, WIDTH))
+        pool.compact()
+        assert reader.ids() == [f"a{i}" for i in range(10)] and torch.equal(reader.embeddings(), vectors(10))
+        assert reader.manifest.version == 1
+    with ItemPool.open(folder, mode="a"):
+        assert (folder / "shard-000000.safetensors").exists()  # the reader may still map it
+    assert reader.refresh() and not reader.refresh()
+    assert reader.ids() == [*(f"a{i}" for i in (3, 4, 6, 7, 8, 9)), "a5"]
+    assert reader.search(torch.ones(1, WIDTH), 1).ids == [["a5"]]
+    with ItemPool.open(folder, mode="a"):
+        assert not (folder / "shard-000000.safetensors").exists()
+    assert reader.ids()[0] == "a3"
+
+
+def test_an_iterator_keeps_the_version_it_began_with(tmp_path: Path) -> None:
+    with ItemPool.create(tmp_path / "pool", dims=WIDTH, shard_size=2) as pool:
+        pool.append(list("abcdef"), vectors(6))
+        parts = pool.batches(2)
+        seen = [next(parts)[1]]
+        pool.delete(["a", "c", "e"])
+        pool.compact()
+        assert pool.ids() == list("bdf")
+        assert torch.equal(torch.cat(seen + [part for _, part in parts]), vectors(6))
+
+
+WRITER = """
+import os, sys, torch
+from tgq_fast.retrieval import pool_log
+from tgq_fast.retrieval.pool import ItemPool
+os.fsync = lambda handle: None
+pool_log.FOLD_COMMITS = 5
+ids = [f"i{i}" for i in range(12)]
+with ItemPool.open(sys.argv[1], mode="a") as pool:
+    for number in range(1, int(sys.argv[2]) + 1):
+        pool.upsert(ids, torch.full((12, 6), float(number)))
+        if number % 20 == 0:
+            pool.compact()
+"""
+
+
+def test_a_reader_never_sees_a_mixture(tmp_path: Path) -> None:
+    commits = int(os.environ.get("TGQ_POOL_COMMITS", "100"))
+    folder = tmp_path / "pool"
+    with ItemPool.create(folder, dims=WIDTH, shard_size=4) as pool:
+        pool.append([f"i{i}" for i in range(12)], torch.zeros(12, WIDTH))
+    reader = ItemPool.open(folder)
+    writer = subprocess.Popen([sys.executable, "-c", WRITER, str(folder), str(commits)])
+    seen = set()
+    while (ended := writer.poll()) is None or reader.refresh():
+        pool = ItemPool.open(folder)
+        for one in (reader, pool):
+            found = one.search(torch.ones(1, WIDTH), 20)
+            values = set(found.scores[0, :12].tolist())
+            assert len(values) == 1 and found.indices[0, 12:].tolist() == [-1] * 8
+            assert sorted(found.ids[0][:12]) == sorted(f"i{i}" for i in range(12))
+            seen |= values
+        pool.close()
+        reader.refresh()
+    assert ended == 0 and reader.get(["i3"])[0, 0] == commits and len(seen) > 2
+
+
+KILLED = """
+import os, random, signal, sys, torch
+from tgq_fast.retrieval import pool_log
+from tgq_fast.retrieval.pool import ItemPool
+
+pool_log.FOLD_COMMITS = 4
+
+def work(folder, first, kill):
+    events, draw = [0], random.Random(first)
+    def count(name, real):
+        def call(*arguments, **options):
+            events[0] += 1
+            if events[0] == kill:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*arguments, **options)
+        return call
+    os.fsync = count("fsync", lambda handle: None)
+    os.replace, os.unlink = count("replace", os.replace), count("unlink", os.unlink)
+    with ItemPool.open(folder, mode="a") as pool:
+        for step in range(first, first + 1000):
+            draw = random.Random(step)
+            ids = [f"i{i}" for i in draw.sample(range(30), draw.randrange(1, 9))]
+            if draw.random() < 0.6:
+                pool.upsert(ids, torch.full((len(ids), 6), float(step)))
+            else:
+                pool.delete(ids, missing="ignore")
+            print(step, flush=True)
+            if draw.random() < 0.3:
+                pool.compact()
+
+for line in sys.stdin:
+    folder, first, kill = line.split()
+    child = os.fork()
+    if not child:
+        work(folder, int(first), int(kill))
+        os._exit(1)
+    print("ended", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+def replay(steps: int) -> list[tuple[str, float]]:
+    items: list[tuple[str, float]] = []
+    for step in range(steps):
+        draw = random.Random(step)
+        ids = [f"i{i}" for i in draw.sample(range(30), draw.randrange(1, 9))]
+        items = [item for item in items if item[0] not in ids]
+        if draw.random() < 0.6:
+            items += [(name, float(step)) for name in ids]
+    return items
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs fork")
+def test_kills_lose_nothing_and_duplicate_nothing(tmp_path: Path) -> None:
+    folder, kills = tmp_path / "pool", int(os.environ.get("TGQ_POOL_KILLS", "25"))
+    ItemPool.create(folder, dims=WIDTH, shard_size=5).close()
+    killer = subprocess.Popen(
+        [sys.executable, "-c", KILLED], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+    )
+    assert killer.stdin is not None and killer.stdout is not None
+    done, draw = 0, random.Random(5)
+    for _ in range(kills):
+        killer.stdin.write(f"{folder} {done} {draw.randrange(1, 40)}\n")
+        for line in killer.stdout:
+            if line.startswith("ended"):
+                assert int(line.split()[1]) == -signal.SIGKILL
+                break
+            done = int(line) + 1
+        pool = ItemPool.open(folder)
+        pool.verify()
+        found = list(zip(pool.ids(), pool.embeddings()[:, 0].tolist()))
+        if found != replay(done):  # killed after the commit and before its line
+            done += 1
+            assert found == replay(done)
+    killer.stdin.close()
+    assert killer.wait() == 0 and done > kills
+
+
+def test_writing_stays_in_proportion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = [0]
+
+    def count(path: Path, data: bytes) -> None:
+        written[0] += len(data)
+        write_atomic(path, data)
+
+    monkeypatch.setattr(pool_log, "write_atomic", count)
+    with ItemPool.create(tmp_path / "pool", dims=WIDTH, shard_size=4) as pool:
+        for number in range(300):
+            pool.append([f"i{number}"], vectors(1))
+        final = len((tmp_path / "pool" / "manifest.json").read_bytes())
+        assert len(list((tmp_path / "pool").glob("commit-*"))) < 250
+    assert written[0] < 6 * final  # each append writing the whole manifest would be 150 times
+    assert ItemPool.open(tmp_path / "pool").ids() == [f"i{n}" for n in range(300)]
+
+
+def as_release_1(folder: Path) -> None:
+    """A pool as the first release wrote it."""
+    folder.mkdir()
+    shards = []
+    for number in range(2):
+        stem = f"shard-{number:06d}"
+        save_file({"embeddings": vectors(5, seed=number)}, folder / f"{stem}.safetensors")
+        ids = [f"i{i}" for i in range(number * 5, number * 5 + 5)]
+        pq.write_table(pa.table({"id": pa.array(ids)}), folder / f"{stem}.ids.parquet")
+        record = {"rows": 5, "source_stop": number * 5 + 5}
+        for name, suffix in (("embeddings", ".safetensors"), ("ids", ".ids.parquet")):
+            data = (folder / f"{stem}{suffix}").read_bytes()
+            sha = hashlib.sha256(data).hexdigest()
+            record[name] = {"name": f"{stem}{suffix}", "bytes": len(data), "sha256": sha}  # type: ignore[assignment]
+        shards.append(record)
+    body = {"format": "tgq-fast item pool", "format_version": 1, "items": 10, "dims": WIDTH, "dtype": "float32"}
+    body |= {"shard_size": 5, "model": "m", "source": "s", "writers": [{"version": "0", "commit": "c"}]}
+    body |= {"shards": shards, "rejects": None, "rejected": 0}
+    body["checksum"] = hashlib.sha256(canonical_json(body).encode()).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(body))
+
+
+def test_pools_of_the_first_release(tmp_path: Path) -> None:
+    folder, model = tmp_path / "pool", Model()
+    as_release_1(folder)
+    model.upsert([f"i{i}" for i in range(10)], torch.cat((vectors(5), vectors(5, seed=1))))
+    pool = ItemPool.open(folder)
+    pool.verify()
+    model.check(pool)
+    assert json.loads((folder / "manifest.json").read_text())["format_version"] == 1  # readers change nothing
+    with ItemPool.open(folder, mode="a") as pool:
+        with pytest.raises(ArgumentError, match="i3"):
+            pool.append(["i3"], vectors(1))
+        pool.upsert(["i3", "new"], vectors(2, seed=7))
+        model.upsert(["i3", "new"], vectors(2, seed=7))
+        model.check(pool)
+        pool.compact()
+    model.check(ItemPool.open(folder))
+    assert json.loads((folder / "manifest.json").read_text())["format_version"] == 2
+
+
+def test_refusals(tmp_path: Path) -> None:
+    with ItemPool.create(tmp_path / "pool", dims=WIDTH) as pool:
+        pool.append(["a", "b"], vectors(2))
+        for wrong in (["c"], ["a", "c"]):
+            with pytest.raises(ArgumentError, match="'c'"):
+                pool.delete(wrong)
+        for call in (pool.delete, lambda ids: pool.upsert(ids, vectors(len(ids)))):
+            with pytest.raises(ArgumentError, match="ids"):
+                call("ab")
+            with pytest.raises(ArgumentError, match="twice"):
+                call(["a", "a"])
+        with pytest.raises(ArgumentError, match="content"):
+            pool.upsert(["c"], vectors(1), content=[b"short"])
+        assert pool.ids() == ["a", "b"] and pool.manifest.version == 1
+    reader = ItemPool.open(tmp_path / "pool")
+    for what in (lambda: reader.upsert(["c"], vectors(1)), lambda: reader.delete(["a"]), reader.compact):
+        with pytest.raises(PoolError, match="mode='a'"):
+            what()
+
+
+def test_commits_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "pool"
+    with ItemPool.create(folder, dims=WIDTH) as pool:
+        pool.append(["a", "b"], vectors(2))
+        pool.delete(["a"])
+    second = folder / "commit-00000002.json"
+    whole = second.read_bytes()
+    for damage in (whole[:-9], whole[: len(whole) // 2], b"", b"{}", b"[" * 200_000, b'"x"', whole.replace(b"2", b"3")):
+        second.write_bytes(damage)
+        with pytest.raises(PoolError, match="commit-00000002"):
+            ItemPool.open(folder)
+    second.write_bytes((folder / "commit-00000001.json").read_bytes())
+    with pytest.raises(PoolError, match="commit-00000002"):
+        ItemPool.open(folder)
+    with ItemPool.create(tmp_path / "other", dims=WIDTH) as pool:
+        pool.append(["x", "y"], vectors(2))
+        pool.delete(["y"])
+    second.write_bytes((tmp_path / "other" / second.name).read_bytes())
+    with pytest.raises(PoolError, match="mixed"):
+        ItemPool.open(folder)
+    second.write_bytes(whole)
+    assert ItemPool.open(folder).ids() == ["b"]
+    for deep in ('{"a":' * 100_000, "[" * 100_000, '{"format": NaN'):
+        (folder / "manifest.json").write_text(deep)
+        with pytest.raises(PoolError, match="JSON"):
+            ItemPool.open(folder)
+
+
+def test_a_commit_that_fails_has_not_happened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with ItemPool.create(tmp_path / "pool", dims=WIDTH) as pool:
+        pool.append(["a", "b"], vectors(2))
+
+        def written_and_failed(path: Path, data: bytes) -> None:
+            write_atomic(path, data)
+            raise OSError("the folder cannot be synced")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(pool_log, "write_atomic", written_and_failed)
+            with pytest.raises(OSError, match="synced"):
+                pool.upsert(["a"], vectors(1, seed=1))
+        assert ItemPool.open(tmp_path / "pool").ids() == ["a", "b"]
+        pool.upsert(["c"], vectors(1, seed=2))
+    assert ItemPool.open(tmp_path / "pool").ids() == ["a", "b", "c"]
+    ItemPool.open(tmp_path / "pool").verify()
+
+
+def test_threads_share_one_pool(tmp_path: Path) -> None:
+    rows = vectors(400, seed=3) + torch.arange(400)[:, None] / 1000
+    with ItemPool.create(tmp_path / "pool", dims=WIDTH, shard_size=3) as pool:
+        pool.append([f"i{i}" for i in range(400)], rows)
+    want = ItemPool.open(tmp_path / "pool").search(rows[:40], 5).ids
+    faults: list[str] = []
+
+    def work(pool: ItemPool, start: int) -> None:
+        try:
+            if pool.search(rows[start : start + 10], 5, exclude_ids=[[]] * 10).ids != want[start : start + 10]:
+                faults.append("wrong answer")
+            if not torch.equal(pool.get([f"i{start}", "i399"]), rows[[start, 399]]):
+                faults.append("wrong row")
+        except Exception as error:
+            faults.append(f"{type(error).__name__}: {error}")
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for _ in range(4):
+            pool = ItemPool.open(tmp_path / "pool")
+            threads = [threading.Thread(target=work, args=(pool, start)) for start in (0, 10, 20, 30)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert not faults
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".ids.parquet", ".index.safetensors"])
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_file_changed_since_it_was_read(tmp_path: Path, suffix: str, verify: bool) -> None:
+    with ItemPool.create(tmp_path / "pool", dims=WIDTH) as pool:
+        pool.append(list("abcdefgh"), vectors(8))
+    pool = ItemPool.open(tmp_path / "pool", verify=verify)
+
+    def use() -> list[list[str | None]]:
+        return pool.search(vectors(2), 3, exclude_ids=["a", "b"]).ids
+
+    before, path = use(), tmp_path / "pool" / f"shard-000000{suffix}"
+    data = path.read_bytes()
+    path.write_bytes(data[:-20] + bytes([data[-20] ^ 64]) + data[-19:])
+    os.utime(path, ns=(1, 1))
+    with pytest.raises(PoolError, match=r"SHA-256|changed since"):
+        use()
+    path.write_bytes(data)
+    os.utime(path, ns=(2, 2))  # only its time is another one
+    if verify:
+        assert use() == before
+
+
+def test_lazily_negated_rows_and_queries(tmp_path: Path) -> None:
+    def negated(x: torch.Tensor) -> torch.Tensor:
+        return torch.complex(torch.zeros_like(x), -x).conj().imag
+
+    with ItemPool.create(tmp_path / "pool", dims=WIDTH) as pool:
+        pool.append(list("abcdefgh"), negated(vectors(8)))
+        assert torch.equal(pool.embeddings(), vectors(8))
+        assert pool.search(negated(vectors(3)), 4).ids == pool.search(vectors(3), 4).ids
+
+
+@pytest.mark.parametrize("given", [[5], [None, "a"], ["a", 7], [[b"a"]], 5, "a", [object()]])
+def test_odd_exclusions(tmp_path: Path, given: object) -> None:
+    with ItemPool.create(tmp_path / "pool", dims=WIDTH) as pool:
+        pool.append(["a"], vectors(1))
+        with pytest.raises(ArgumentError, match="exclude_ids"):
+            pool.search(vectors(1), 1, exclude_ids=given)  # type: ignore[arg-type]
+        for rows in (torch.zeros(1, WIDTH).to(torch.float8_e4m3fn), np.zeros((1, WIDTH), np.longdouble), [[0.0] * 6]):
+            with pytest.raises(ArgumentError, match="queries"):
+                pool.search(rows, 1)  # type: ignore[arg-type]
+            with pytest.raises(ArgumentError, match="embeddings"):
+                pool.append(["b"], rows)  # type: ignore[arg-type]
+
+
+def test_hashes_of_ids() -> None:
+    odd = ["a", "b", "ab", "ba", *("a" * n for n in (7, 8, 9, 16, 255, 256, 5000)), "x\0", "x", "ä", "a" * 255 + "ä"]
+    ids = pa.array(odd, type=pa.string())
+    hashes = hash_ids(ids)
+    assert len(set(hashes.tolist())) == len(odd) and (hash_ids(ids[3:9]) == hashes[3:9]).all()
+    assert hash_ids(pa.array(["item-7"])).tolist() == [17372802353566938374]  # the same for ever: it is on disk
+    assert len(hash_ids(pa.array([], type=pa.string()))) == 0
+
+
+@pytest.mark.parametrize(("many", "few"), [(1000, 20), (20, 1000)])
+def test_match_finds_every_pair(many: int, few: int) -> None:
+    draw = np.random.default_rng(0)
+    stored, wanted = (draw.integers(0, 300, n).astype(np.uint64) for n in (many, few))
+    order = np.argsort(stored, kind="stable").astype(np.uint32)
+    wanted.sort()
+    found = match(pool_ids.IdIndex(stored[order], order), wanted)
+    expected = {(i, j) for i, w in enumerate(wanted) for j, s in enumerate(stored) if w == s}
+    assert set(zip(*(part.tolist() for part in found))) == expected and len(found[0]) == len(expected)
+
+
+def test_levels_hold_what_was_added() -> None:
+    levels, draw = HashLevels(), np.random.default_rng(0)
+    assert not levels.contains(np.array([1], np.uint64)).any()
+    added = [draw.integers(0, 2**63, draw.integers(0, 50)).astype(np.uint64) for _ in range(60)]
+    for part in added:
+        levels.add(part)
+    assert levels.contains(np.concatenate(added)).all() and len(levels._levels) <= 12
+    assert not levels.contains(draw.integers(2**63, 2**64, 50, dtype=np.uint64)).any()

@@ -1,0 +1,153 @@
+"""Finds ids in a pool without reading them all: each shard keeps the sorted 64-bit hashes of its ids beside them.
+
+`shard-000000.index.safetensors` holds "hash" [n] uint64, ascending, and "row" [n] uint32, the row of the shard with
+that hash. Looking ids up is a search in sorted arrays that are memory-mapped; what it finds is compared with the id
+itself, so hashes that collide cost time and never an answer.
+
+Source: ours (the mixing steps of the hash are those of MurmurHash3's finaliser).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import torch
+from safetensors.torch import save
+
+from tgq_fast.errors import ArgumentError
+
+__all__ = ["HashLevels", "IdIndex", "build_index", "check_ids", "hash_ids", "index_bytes", "match"]
+
+_LONG = 256  # bytes from which an id is hashed by itself, not with the others word by word
+_FIRST, _SECOND = np.uint64(0xFF51AFD7ED558CCD), np.uint64(0xC4CEB9FE1A85EC53)
+_SHIFT = np.uint64(33)
+
+
+class IdIndex(NamedTuple):
+    """Where the ids of a shard are.
+
+    Attributes:
+        hash: [n] uint64, ascending.
+        row: [n] uint32, the row with that hash.
+    """
+
+    hash: np.ndarray
+    row: np.ndarray
+
+
+def check_ids(ids: Sequence[str], name: str = "ids") -> pa.StringArray:
+    """Distinct non-empty strings as an Arrow array; ArgumentError for anything else."""
+    if isinstance(ids, str | bytes) or not isinstance(ids, Sequence):
+        raise ArgumentError(name, type(ids).__name__, "a list of strings")
+    for item_id in ids:
+        if not isinstance(item_id, str) or not item_id:
+            raise ArgumentError(name, repr(item_id), "non-empty strings")
+        if not item_id.isascii():
+            try:
+                item_id.encode("utf-8")
+            except UnicodeEncodeError:
+                raise ArgumentError(name, ascii(item_id), "valid Unicode (no lone surrogates)") from None
+    if len(set(ids)) != len(ids):
+        seen: set[str] = set()
+        twice = next(i for i in ids if i in seen or seen.add(i))  # type: ignore[func-returns-value]
+        raise ArgumentError(name, f"{twice!r} twice", "distinct ids")
+    return pa.array(ids, type=pa.string())
+
+
+def hash_ids(ids: pa.StringArray) -> np.ndarray:
+    """[n] uint64 hash of each id's UTF-8 bytes; the same in every process and on every machine."""
+    count = len(ids)
+    if not count:
+        return np.empty(0, np.uint64)
+    _, offsets, data = ids.buffers()
+    stops = np.frombuffer(offsets, dtype="<i4")[ids.offset : ids.offset + count + 1].astype(np.int64)
+    starts, lengths = stops[:-1], np.diff(stops)
+    padded = np.frombuffer((b"" if data is None else data.to_pybytes()) + bytes(8), dtype=np.uint8)
+    words = np.ndarray((len(padded) - 7,), dtype="<u8", buffer=padded, strides=(1,))  # at every byte, not aligned
+    state = _mix(lengths.astype(np.uint64))
+    active = np.flatnonzero((lengths > 0) & (lengths < _LONG))
+    done = 0
+    while active.size:
+        left = lengths[active] - done
+        word = words[starts[active] + done].astype(np.uint64)
+        unused = np.maximum(8 - left, 0).astype(np.uint64) * np.uint64(8)
+        state[active] = _mix(state[active] ^ ((word << unused) >> unused)) + np.uint64(done + 1)
+        done += 8
+        active = active[left > 8]
+    for row in np.flatnonzero(lengths >= _LONG).tolist():
+        digest = hashlib.blake2b(ids[row].as_py().encode("utf-8"), digest_size=8).digest()
+        state[row] = int.from_bytes(digest, "little")
+    return state
+
+
+def _mix(value: np.ndarray) -> np.ndarray:
+    value = (value ^ (value >> _SHIFT)) * _FIRST
+    value = (value ^ (value >> _SHIFT)) * _SECOND
+    mixed: np.ndarray = value ^ (value >> _SHIFT)
+    return mixed
+
+
+def build_index(ids: pa.StringArray) -> IdIndex:
+    """The index of a shard's ids."""
+    hashes = hash_ids(ids)
+    order = np.argsort(hashes, kind="stable").astype(np.uint32)
+    return IdIndex(hashes[order], order)
+
+
+def index_bytes(index: IdIndex) -> bytes:
+    """The index as the content of a safetensors file."""
+    return save({"hash": torch.from_numpy(index.hash), "row": torch.from_numpy(index.row)})
+
+
+def match(index: IdIndex, hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Positions in `hashes` [w] (ascending) and rows of the shard that share a hash: all such pairs, [m] each.
+
+    The shorter side is looked up in the longer one, so a few ids cost little in a large shard, and many ids cost one
+    pass over it.
+    """
+    if not len(hashes) or not len(index.hash):
+        return np.empty(0, np.int64), np.empty(0, np.int64)
+    if len(hashes) < len(index.hash):
+        first = np.searchsorted(index.hash, hashes, side="left")
+        count = np.searchsorted(index.hash, hashes, side="right") - first
+        wanted, entry = _spread(first, count)
+    else:
+        first = np.searchsorted(hashes, index.hash, side="left")
+        count = np.searchsorted(hashes, index.hash, side="right") - first
+        entry, wanted = _spread(first, count)
+    return wanted, index.row[entry].astype(np.int64)
+
+
+def _spread(first: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Every i, count[i] times, and beside it first[i], first[i] + 1, …"""
+    some = np.flatnonzero(count)
+    number = np.repeat(some, count[some])
+    steps = np.arange(len(number)) - np.repeat(np.cumsum(count[some]) - count[some], count[some])
+    return number, first[number] + steps
+
+
+class HashLevels:
+    """A growing set of hashes: sorted arrays, each more than twice as long as the next. For writers that append."""
+
+    def __init__(self) -> None:
+        self._levels: list[np.ndarray] = []
+
+    def add(self, hashes: np.ndarray) -> None:
+        """Add hashes, in any order."""
+        new = np.sort(hashes)
+        while self._levels and len(self._levels[-1]) <= 2 * len(new):
+            new = np.sort(np.concatenate((self._levels.pop(), new)), kind="stable")  # merges the two runs
+        if len(new):
+            self._levels.append(new)
+
+    def contains(self, hashes: np.ndarray) -> np.ndarray:
+        """[n] bool: which hashes were added."""
+        found = np.zeros(len(hashes), dtype=bool)
+        for level in self._levels:
+            at = np.minimum(np.searchsorted(level, hashes), len(level) - 1)
+            found |= level[at] == hashes
+        return found
