@@ -26,6 +26,28 @@ def call(*arguments: object, code: int = 0) -> Any:
     return result
 
 
+def test_control_characters_of_a_catalogue_do_not_reach_the_terminal(tmp_path: Path) -> None:
+    evil = "\x1b]0;owned\x07\x9b31mcolor\u202e"
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({"id": "a", "title": "t", evil: "x"}) + "\n")
+    for options in ((), ("--json",)):
+        result = call("validate", tmp_path, "--no-images", *options)
+        shown = result.stdout + result.stderr
+        assert not set(shown) & set("\x1b\x07\x9b\u202e") and "color" in shown
+    assert evil in json.loads(result.stdout)["warnings"][0]  # JSON says it exactly
+
+
+def test_what_the_disk_says_is_a_typed_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import errno
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "x"))
+
+    monkeypatch.setattr(workflow, "validate_catalog", full)
+    result = call("validate", tmp_path, "--json", code=2)
+    assert "No space left" in result.stderr and "free some space" in result.stderr
+    assert json.loads(result.stdout)["error"]["type"] == "StorageError"
+
+
 @dataclass
 class World:
     """Folders of one run through the verbs."""

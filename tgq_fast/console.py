@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import math
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,9 +20,13 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from tgq_fast.errors import CatalogError, ImageError, NonFiniteError, TGQError
+from tgq_fast.errors import CatalogError, ImageError, NonFiniteError, StorageError, TGQError
 
 EXIT_OK, EXIT_INTERNAL, EXIT_USAGE, EXIT_DATA, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
+
+_STORAGE = frozenset(
+    (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EFBIG)
+)
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -35,6 +41,14 @@ class Advance(Protocol):
     """Progress callback: how much is done, of how much where that is known, and of what where that changes."""
 
     def __call__(self, done: int, total: int | None = None, description: str | None = None, /) -> None: ...
+
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def printable(text: str) -> str:
+    """Text for a terminal: control characters, which could move its cursor or colour it, as escapes."""
+    return _CONTROL.sub(lambda m: f"\\x{ord(m[0]):02x}" if ord(m[0]) < 256 else f"\\u{ord(m[0]):04x}", text)
 
 
 def stderr() -> Console:
@@ -66,21 +80,23 @@ def plain(value: Any) -> Any:
 
 def print_json(document: Any) -> None:
     """One JSON document on stdout and nothing else there."""
-    sys.stdout.write(json.dumps(plain(document), indent=2, ensure_ascii=False) + "\n")
+    text = json.dumps(plain(document), indent=2, ensure_ascii=False)
+    # JSON escapes the ASCII control characters; those above it (C1, bidirectional marks) act on terminals too.
+    sys.stdout.write(re.sub("[\x7f-\x9f\u202a-\u202e\u2066-\u2069]", lambda m: f"\\u{ord(m[0]):04x}", text) + "\n")
 
 
 def note(message: str) -> None:
     """One line for the person watching, on stderr."""
-    stderr().print(escape(message))
+    stderr().print(escape(printable(message)))
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], *, left: int = 1) -> None:
     """Print a table on stdout; the first `left` columns are text, the others numbers."""
-    grid = Table(title=escape(title) if title else None, title_justify="left", header_style="bold")
+    grid = Table(title=escape(printable(title)) if title else None, title_justify="left", header_style="bold")
     for number, name in enumerate(columns):
-        grid.add_column(escape(name), justify="left" if number < left else "right", overflow="fold")
+        grid.add_column(escape(printable(name)), justify="left" if number < left else "right", overflow="fold")
     for row in rows:
-        grid.add_row(*(escape("" if cell is None else str(cell)) for cell in row))
+        grid.add_row(*(escape("" if cell is None else printable(str(cell))) for cell in row))
     stdout().print(grid)
 
 
@@ -112,6 +128,13 @@ def exit_code(error: BaseException) -> int:
     return EXIT_USAGE if isinstance(error, TGQError) else EXIT_INTERNAL
 
 
+def typed(error: BaseException) -> BaseException:
+    """What the operating system says about a file (disk full, read-only, no permission) as a :class:`StorageError`."""
+    if isinstance(error, OSError) and not isinstance(error, TGQError) and error.errno in _STORAGE:
+        return StorageError(error.filename or "a file", error).with_traceback(error.__traceback__)
+    return error
+
+
 def guarded(command: F) -> F:
     """Turn errors of a verb into one message on stderr (and an error document under --json) plus an exit code."""
 
@@ -124,7 +147,7 @@ def guarded(command: F) -> F:
         except BrokenPipeError:
             raise typer.Exit(EXIT_OK) from None
         except (KeyboardInterrupt, Exception) as error:
-            raise typer.Exit(_tell(error, as_json=bool(kwargs.get("as_json")))) from None
+            raise typer.Exit(_tell(typed(error), as_json=bool(kwargs.get("as_json")))) from None
 
     return run  # type: ignore[return-value]
 
@@ -141,7 +164,7 @@ def _tell(error: BaseException, *, as_json: bool) -> int:
         message += "" if State.debug else "\nThis was not expected; tgq-fast --debug VERB … shows where it happened."
     else:
         message = str(error)
-    console.print("[bold red]error:[/] " + escape(message), soft_wrap=True)
+    console.print("[bold red]error:[/] " + escape(printable(message)), soft_wrap=True)
     if as_json:
         print_json({"error": {"type": type(error).__name__, "message": message, "exit_code": code}})
     return code

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,6 +15,7 @@ __all__ = [
     "ImageError",
     "NonFiniteError",
     "PoolError",
+    "StorageError",
     "TGQError",
 ]
 
@@ -50,10 +52,15 @@ class CatalogError(TGQError, ValueError):
 
 
 class ImageError(TGQError):
-    """One product picture cannot be used; carries the item id, the path and a reason code."""
+    """One product picture cannot be used; carries the item id, the path and a reason code.
 
-    def __init__(self, item_id: str, path: str | Path, reason: str, detail: str = "") -> None:
+    `lasting` is False where the moment or the machine decided it (no memory, no permission, a Pillow without the codec)
+    and not the bytes of the picture: such a verdict is never kept.
+    """
+
+    def __init__(self, item_id: str, path: str | Path, reason: str, detail: str = "", *, lasting: bool = True) -> None:
         self.item_id, self.path, self.reason, self.detail = item_id, str(path), reason, detail
+        self.lasting = lasting
         super().__init__(f"item {item_id}: image {path}: {reason}" + (f" ({detail})" if detail else ""))
 
 
@@ -63,6 +70,37 @@ class CheckpointError(TGQError):
 
 class PoolError(TGQError):
     """An item pool is missing, corrupt, foreign, truncated or incompatible."""
+
+
+class StorageError(TGQError, OSError):
+    """A file or folder cannot be written: disk full or read-only, no permission, a folder where a file should be.
+
+    Args:
+        path: what was to be written.
+        cause: what the operating system said; its errno is kept.
+    """
+
+    def __init__(self, path: str | Path, cause: OSError) -> None:
+        self.path, self.cause = str(path), cause
+        hints = {
+            errno.ENOSPC: "free some space and run the same command again",
+            errno.EDQUOT: "free some of your quota and run the same command again",
+            errno.EROFS: "choose a folder that can be written to",
+            errno.EACCES: "choose a folder that you may write to",
+            errno.EPERM: "choose a folder that you may write to",
+            errno.EISDIR: "name a file, not a folder",
+            errno.ENOTDIR: "a part of the path is a file; choose another path",
+            errno.EEXIST: "a file is in the way; choose another path",
+            errno.ELOOP: "a link is in the way; choose another path",
+        }
+        hint = hints.get(cause.errno or 0, "choose another place or mend this one")
+        super().__init__(cause.errno, f"{path}: cannot be written: {cause.strerror or cause}; {hint}")
+
+    def __str__(self) -> str:
+        return str(self.strerror)
+
+    def __reduce__(self) -> tuple[type, tuple[str, OSError]]:
+        return type(self), (self.path, self.cause)
 
 
 class NonFiniteError(TGQError, ValueError):

@@ -28,6 +28,7 @@ Policy = Literal["raise", "skip"]
 FLOOR = "zero-shot image"
 """Name of the floor without training: the frozen image feature alone."""
 _CATALOG_NOTE = "catalog.json"  # beside a pool: where its catalogue lay, for titles in search results
+_REFUSED_ROWS = "refused_rows.jsonl"  # beside a pool or in a run: rows of the catalogue that were left out
 _SHOWN = ("HR@", "H@", "Recall@", "MRR", "NDCG@", "1-NN")
 
 
@@ -178,6 +179,7 @@ def train_run(
     on_error: Policy = "raise",
 ) -> dict[str, Any]:
     """Train a run folder; returns its summary. Without `epochs`, see :func:`default_epochs`."""
+    from tgq_fast.data import RejectLog
     from tgq_fast.training import train
 
     epochs = epochs or default_epochs(catalog, batch_size)
@@ -214,6 +216,8 @@ def train_run(
             towers=load_towers(config),
             on_event=on_event,
         )
+    if catalog.report.rejected:
+        RejectLog(out / _REFUSED_ROWS).add_report(catalog.report)
     summary = {
         "run": str(result.path),
         "connector": config.connector,
@@ -257,6 +261,7 @@ def embed_run(
     shadow: bool = True,
 ) -> EmbedReport:
     """Embed a catalogue into a pool folder, or bring the pool up to date; goes on where an interrupted call ended."""
+    from tgq_fast.data import RejectLog
     from tgq_fast.data.files import write_atomic
     from tgq_fast.retrieval import embed_catalog, model_digest
 
@@ -282,6 +287,8 @@ def embed_run(
             shadow=shadow,
             progress=lambda done, total: advance(done, total, "embedding"),
         )
+    if catalog.report.rejected:
+        RejectLog(out / _REFUSED_ROWS).add_report(catalog.report)
     note = json.dumps({"catalog": str(Path(catalog.report.path).resolve()), "digest": catalog.digest()}, indent=1)
     write_atomic(out / _CATALOG_NOTE, note.encode())
     return report

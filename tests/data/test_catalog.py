@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
+import pickle
 import time
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,9 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
-from tgq_fast.data import Catalog, Item, RejectLog
+from tgq_fast.data import Catalog, Item, RejectLog, load_image, validate_images
 from tgq_fast.data.pairs import SPLITS, components, group_pairs, split_of_components
 from tgq_fast.errors import ArgumentError, CatalogError
 
@@ -68,7 +71,7 @@ def test_the_three_formats_give_the_same_catalogue(tmp_path: Path) -> None:
 
 
 def test_problems_carry_row_numbers_and_follow_the_policy(tmp_path: Path) -> None:
-    rows = [ROWS[0], "{broken", {"id": "b", "title": 3}, ROWS[2], {"id": "c"}, {"id": "c\u0301"}, {"id": "\u0107"}, 5]
+    rows = [ROWS[0], "{broken", {"id": "b", "title": [3]}, ROWS[2], {"id": "c"}, {"id": "c\u0301"}, {"id": "\u0107"}, 5]
     jsonl(tmp_path / "metadata.jsonl", rows)
     jsonl(
         tmp_path / "pairs.jsonl",
@@ -98,6 +101,119 @@ def test_cut_titles_and_unknown_columns_are_warnings_not_problems(tmp_path: Path
     assert report.warnings[0].startswith("row 1: title has 1000000") and "colour" in report.warnings[1]
 
 
+def picture(colour: str = "red") -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (16, 12), colour).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_pictures_in_columns_of_other_names_are_used(tmp_path: Path) -> None:
+    for number, (column, value) in enumerate(
+        [
+            ("image", "a.png"),
+            ("Image", "a.png"),
+            ("file_names", ["a.png", "b.png"]),
+            ("images", [{"path": "a.png", "bytes": None}]),
+            ("image", {"path": "a.png"}),
+            ("FileName", "a.png"),
+            ("File Name", "a.png"),
+        ]
+    ):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        jsonl(folder / "metadata.jsonl", [{"ID": "x", "Title": "T", "Group ID": 7, column: value}])
+        catalog = Catalog.load(folder)
+        assert catalog.items[0].to_dict() == {"id": "x", "file_name": "a.png", "title": "T", "group_id": "7"}, column
+        assert bool(catalog.report.warnings) == (column == "file_names")  # the second picture is not used
+
+
+def test_picture_columns_that_nobody_reads_are_an_error(tmp_path: Path) -> None:
+    rows = [{"id": str(n), "main_pic": f"https://shop/{n}.jpg?w=9"} for n in range(3)]
+    jsonl(tmp_path / "metadata.jsonl", rows)
+    for policy in ("raise", "skip"):
+        with pytest.raises(CatalogError, match="main_pic hold pictures, but no item has a file_name"):
+            Catalog.load(tmp_path, policy=policy)  # type: ignore[arg-type]
+    jsonl(tmp_path / "metadata.jsonl", [{**row, "file_name": "x.png"} for row in rows])
+    assert any("main_pic hold pictures that are not used" in w for w in Catalog.load(tmp_path).report.warnings)
+    jsonl(tmp_path / "metadata.jsonl", [{"id": "a", "image": "https://shop/a.jpg"}])
+    with pytest.raises(CatalogError, match="web address"):
+        Catalog.load(tmp_path)
+
+
+def write_embedded(folder: Path, rows: int = 7, **columns: Any) -> list[bytes]:
+    """A catalogue of Parquet with pictures in row groups of 3; the bytes."""
+    data = [picture(colour) for colour in ("red", "green", "blue", "white", "black", "cyan", "pink")[:rows]]
+    table = {
+        "id": [f"i{n}" for n in range(rows)],
+        "label": ["x"] * rows,
+        "image": [{"bytes": d, "path": f"{n}.png"} for n, d in enumerate(data)],
+        **columns,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(table), folder / "metadata.parquet", row_group_size=3)
+    return data
+
+
+def test_pictures_in_parquet_are_read_where_they_lie(tmp_path: Path) -> None:
+    data = write_embedded(tmp_path / "c")
+    catalog = Catalog.load(tmp_path / "c")
+    assert [catalog.picture(item).open().read() for item in catalog.items] == data
+    assert [catalog.picture(item).open().read() for item in reversed(catalog.items)] == data[::-1]
+    assert not list(validate_images(catalog, workers=3))
+    assert str(catalog.image_path(catalog.items[4])).endswith("metadata.parquet#5")
+    part = pickle.loads(pickle.dumps(catalog.part(catalog.items[5:])))
+    assert np.asarray(load_image(part.picture(part.items[0]), "x")).reshape(-1, 3)[0].tolist() == [0, 255, 255]
+    # files beside the table, gaps, and rows that are refused keep their places
+    images = [{"bytes": data[0], "path": None}, {"bytes": None, "path": "b.png"}, None]
+    images.append({"bytes": data[3], "path": None})
+    write_embedded(tmp_path / "d", 4, id=["a", "b", "c", "a"], image=images)
+    mixed = Catalog.load(tmp_path / "d", policy="skip")
+    assert [item.file_name for item in mixed.items] == ["metadata.parquet#1", "b.png", None]
+    # a folder of parts, as the hub has them
+    for number in range(2):
+        write_embedded(tmp_path / "hub" / "x", 3, id=[f"{number}-{n}" for n in range(3)])
+        (tmp_path / "hub" / "data").mkdir(exist_ok=True)
+        (tmp_path / "hub" / "x" / "metadata.parquet").rename(tmp_path / "hub" / "data" / f"train-{number:05d}.parquet")
+    parts = Catalog.load(tmp_path / "hub")
+    assert parts.ids == ["0-0", "0-1", "0-2", "1-0", "1-1", "1-2"] and parts.root == tmp_path / "hub"
+    assert [parts.picture(item).open().read() for item in parts.items] == data[:3] * 2
+    assert parts.items[-1].file_name == "data/train-00001.parquet#3"
+
+
+def test_damaged_pictures_in_parquet_are_image_errors(tmp_path: Path) -> None:
+    data = [picture(), b"\x89PNG nonsense", picture()[:40]]
+    write_embedded(tmp_path, 3, image=[{"bytes": d, "path": None} for d in data])
+    catalog = Catalog.load(tmp_path)
+    assert [p.item_id for p in validate_images(catalog)] == ["i1", "i2"]
+    file = tmp_path / "metadata.parquet"
+    for harm in (lambda: file.write_bytes(file.read_bytes()[:100]), file.unlink):
+        harm()
+        fresh = pickle.loads(pickle.dumps(catalog.part(catalog.items)))
+        assert all(p.reason in ("unreadable", "missing") and not p.lasting for p in validate_images(fresh))
+        assert len(list(validate_images(fresh))) == 3
+
+
+def test_several_tables_of_one_name_are_refused(tmp_path: Path) -> None:
+    write_embedded(tmp_path)
+    (tmp_path / "metadata").mkdir()
+    (tmp_path / "metadata" / "a.parquet").write_bytes((tmp_path / "metadata.parquet").read_bytes())
+    with pytest.raises(CatalogError, match="several metadata"):
+        Catalog.load(tmp_path)
+
+
+def test_every_refused_row_is_listed_and_pairs_go_with_their_items(tmp_path: Path) -> None:
+    bad = [{"id": f"bad{n}", "price": -1} for n in range(1500)]
+    jsonl(tmp_path / "metadata.jsonl", [{"id": f"ok{n}"} for n in range(3)] + bad)
+    jsonl(tmp_path / "pairs.jsonl", [{"query": "ok0", "target": f"bad{n}"} for n in range(1500)])
+    report = Catalog.load(tmp_path, policy="skip").report
+    assert report.problem_count == 1500 and len(report.problems) == 1000 == len(report.to_dict()["rejected"])
+    log = RejectLog(tmp_path / "rejects.jsonl")
+    log.add_report(report)
+    log.add_report(report)  # a run that is started again lists nothing twice
+    assert [entry.item_id for entry in log] == [f"bad{n}" for n in range(1500)]
+    assert len((tmp_path / "rejects.jsonl").read_text().splitlines()) == 1500
+
+
 @pytest.mark.parametrize(
     ("pair", "word"),
     [
@@ -108,7 +224,7 @@ def test_cut_titles_and_unknown_columns_are_warnings_not_problems(tmp_path: Path
         ({"query": "a", "target": "b", "weight": 0}, "weight"),
         ({"query": "a", "target": "b", "weight": "nan"}, "weight"),
         ({"query": "a", "target": "b", "weight": True}, "weight"),
-        ({"query": 1.0, "target": "b"}, "query"),
+        ({"query": 1.5, "target": "b"}, "query"),
         ({"query": ["a"], "target": "b"}, "query"),
     ],
 )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import struct
 import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -94,6 +96,125 @@ def test_exif_orientation_is_applied_and_broken_exif_ignored(tmp_path: Path) -> 
         assert load_image(tmp_path / "y.jpg", "a").size == (40, 30)
 
 
+def test_a_picture_has_the_same_pixels_whichever_way_it_comes(tmp_path: Path) -> None:
+    rgb = gradient()
+    clear = rgb.convert("RGBA")
+    clear.putalpha(Image.linear_gradient("L").resize(rgb.size))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    wide = np.asarray(rgb.convert("L")).astype(np.uint16) * 257
+    forms: dict[str, tuple[Image.Image, dict[str, object]]] = {
+        "plain.png": (rgb, {}),
+        "turned.jpg": (rgb, {"exif": exif}),
+        "clear.png": (clear, {}),
+        "cmyk.jpg": (rgb.convert("CMYK"), {}),
+        "grey16.png": (Image.fromarray(wide), {}),
+        "grey32.tiff": (Image.fromarray(wide.astype(np.int32)), {}),
+        "float.tiff": (Image.fromarray((wide / 65535).astype(np.float32)), {}),
+        "palette.png": (rgb.quantize(16), {"transparency": 0}),
+    }
+    for name, (picture, options) in forms.items():
+        picture.save(tmp_path / name, **options)
+        data = (tmp_path / name).read_bytes()
+        want = np.asarray(load_image(tmp_path / name, "a"))
+        opened = Image.open(tmp_path / name)
+        for source in (str(tmp_path / name), data, opened, opened, Image.open(io.BytesIO(data)), opened.copy()):
+            assert np.array_equal(np.asarray(load_image(source, "a")), want), (name, type(source))
+    for source in (np.asarray(rgb), np.asarray(rgb.convert("L")), rgb):
+        want = np.asarray(Image.fromarray(np.asarray(source)).convert("RGB"))
+        assert np.array_equal(np.asarray(load_image(source, "a")), want)
+    frames = Image.open(io.BytesIO(encoded(rgb, "GIF", save_all=True, append_images=[rgb.rotate(90)])))
+    tiny = Image.new("RGB", (3, 3))
+    for bad, reason in ((b"", "truncated"), (b"none", "unsupported"), (tiny, "too_small"), (frames, "animated")):
+        with pytest.raises(ImageError) as error:
+            load_image(bad, "a")
+        assert error.value.reason == reason and error.value.path == "in memory"
+
+
+def test_one_lazily_opened_picture_in_many_threads(tmp_path: Path) -> None:
+    gradient(400, 300).save(tmp_path / "x.jpg", quality=90)
+    want = np.asarray(load_image(tmp_path / "x.jpg", "a"))
+    for _ in range(5):
+        shared = Image.open(tmp_path / "x.jpg")
+        with ThreadPoolExecutor(8) as pool:
+            for image in pool.map(lambda _, shared=shared: load_image(shared, "a"), range(16)):
+                assert np.array_equal(np.asarray(image), want)
+
+
+@pytest.mark.parametrize(
+    ("fault", "lasting"),
+    [
+        (MemoryError(), False),
+        (OSError(errno.EMFILE, "Too many open files"), False),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), False),
+        (OSError(errno.EIO, "Input/output error"), False),
+        (OSError("out of memory error when reading image file"), False),
+        (OSError("decoder libtiff not available"), False),
+        (RuntimeError("can't start new thread"), False),
+        (ImportError("DLL load failed"), False),
+        (OSError("image file is truncated (3 bytes not processed)"), True),
+        (OSError("broken data stream when reading image file"), True),
+        (SyntaxError("not a PNG file"), True),
+        (EOFError(), True),
+        (struct.error("unpack requires 4 bytes"), True),
+    ],
+    ids=repr,
+)
+def test_only_what_the_bytes_decide_lasts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Exception, lasting: bool
+) -> None:
+    gradient().save(tmp_path / "x.png")
+
+    def fails(*_: object, **__: object) -> None:
+        raise fault
+
+    monkeypatch.setattr(Image, "open", fails)
+    with pytest.raises(ImageError) as error:
+        load_image(tmp_path / "x.png", "a")
+    assert error.value.lasting is lasting and error.value.reason in REASONS
+
+
+@pytest.mark.parametrize(("kind", "codec"), [("AVIF", "avif"), ("WEBP", "webp"), ("JPEG", "jpg")])
+def test_a_pillow_without_a_codec_is_no_fault_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, codec: str
+) -> None:
+    head = {"AVIF": b"\0\0\0\x1cftypavif", "WEBP": b"RIFF\0\0\0\0WEBPVP8 ", "JPEG": b"\xff\xd8\xff\xe0"}[kind]
+    (tmp_path / "x").write_bytes(head + b"\0" * 200)
+    monkeypatch.setattr("tgq_fast.data.images._formats", lambda: ("PNG",))
+    with pytest.raises(ImageError) as error:
+        load_image(tmp_path / "x", "a")
+    assert error.value.lasting and error.value.reason == "unsupported"  # Pillow can read the kind: the file is bad
+    monkeypatch.setattr("tgq_fast.data.images.features.check", lambda name: name != codec)
+    with pytest.raises(ImageError, match=f"cannot read {kind}") as error:
+        load_image(tmp_path / "x", "a")
+    assert not error.value.lasting
+
+
+def test_links_that_lead_out_of_the_catalogue_are_not_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "shop" / "images").mkdir(parents=True)
+    gradient().save(tmp_path / "secret.png")
+    gradient().save(tmp_path / "shop" / "images" / "real.png")
+    (tmp_path / "shop" / "out.png").symlink_to("../secret.png")
+    (tmp_path / "shop" / "away").symlink_to(tmp_path)
+    (tmp_path / "shop" / "inside.png").symlink_to("images/real.png")
+    (tmp_path / "other").symlink_to("shop")  # the catalogue itself may be reached by a link
+    items = [Item("a", "out.png"), Item("b", "away/secret.png"), Item("c", "inside.png"), Item("d", "images/real.png")]
+    for root in ("shop", "other"):
+        catalog = Catalog.from_items(items, root=tmp_path / root)
+        problems = list(validate_images(catalog))
+        assert [(p.item_id, p.reason) for p in problems] == [("a", "outside"), ("b", "outside")]
+        assert not any(p.lasting for p in problems) and "TGQ_FOLLOW_LINKS" in str(problems[0])
+    monkeypatch.setenv("TGQ_FOLLOW_LINKS", "1")
+    assert not list(validate_images(catalog))
+
+
+def test_advice_about_animations_can_be_followed_everywhere(tmp_path: Path) -> None:
+    gradient().save(tmp_path / "a.webp", save_all=True, append_images=[gradient().rotate(5)])
+    with pytest.raises(ImageError) as error:
+        load_image(tmp_path / "a.webp", "a")
+    assert "save the one to show as a still picture" in str(error.value) and "ImageLimits" not in str(error.value)
+
+
 def test_missing_empty_text_and_not_a_file(tmp_path: Path) -> None:
     assert reason_of(tmp_path / "absent.jpg") == "missing"
     (tmp_path / "empty.jpg").touch()
@@ -169,7 +290,7 @@ def test_a_wrong_name_is_decoded_by_content_or_refused(tmp_path: Path) -> None:
 SAMPLES = [encoded(gradient(), kind) for kind in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")]
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.sampled_from(SAMPLES),
     st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=6),

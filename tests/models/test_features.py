@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import builtins
+import errno
+import io
+import json
 import os
 import pickle
 import signal
@@ -9,6 +13,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +23,7 @@ from PIL import Image
 
 from tgq_fast.data.catalog import Catalog
 from tgq_fast.data.rejects import RejectLog
-from tgq_fast.errors import ArgumentError, ImageError, NonFiniteError
+from tgq_fast.errors import ArgumentError, ImageError, NonFiniteError, StorageError
 from tgq_fast.models import features as features_module
 from tgq_fast.models.configuration import TGQFormerConfig
 from tgq_fast.models.encoding import FeatureExtractor, as_examples
@@ -47,6 +52,11 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 def content(folder: Path) -> dict[str, bytes]:
     """Every file of a cache by relative path; the location-free name of the cache is its key."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def arrays(folder: Path) -> dict[str, bytes]:
+    """The arrays of a complete cache by name, whatever build wrote them."""
+    return {p.name.split(".")[0]: p.read_bytes() for p in sorted(folder.glob("*.bin"))}
 
 
 # ---------------------------------------------------------------- chunked files
@@ -80,7 +90,7 @@ def test_chunked_array_resumes_with_the_same_bytes(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         fill(new_array(tmp_path / "broken"), stop=2)
     # What a kill can leave: data beyond the journal and a torn journal line.
-    with (tmp_path / "broken" / "x.bin").open("ab") as handle:
+    with (tmp_path / "broken" / "x.0.bin").open("ab") as handle:
         handle.write(b"torn")
     with (tmp_path / "broken" / "journal.jsonl").open("ab") as handle:
         handle.write(b'{"bytes": {"x"')
@@ -92,11 +102,11 @@ def test_chunked_array_resumes_with_the_same_bytes(tmp_path: Path) -> None:
     assert array.notes == [[i, "note"] for i in range(4)]
 
 
-@pytest.mark.parametrize("file", ["x.bin", "manifest.json"])
+@pytest.mark.parametrize("file", ["x.0.bin", "manifest.json"])
 @pytest.mark.parametrize("harm", ["flip", "cut", "delete"])
 def test_damaged_chunks_are_made_again(tmp_path: Path, file: str, harm: str) -> None:
     fill(new_array(tmp_path))
-    good = content(tmp_path)
+    good = arrays(tmp_path)
     path = tmp_path / file
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 0xFF
@@ -104,9 +114,82 @@ def test_damaged_chunks_are_made_again(tmp_path: Path, file: str, harm: str) -> 
         path.unlink()
     else:
         path.write_bytes(data if harm == "flip" else data[: len(data) // 2])
-    assert fill(new_array(tmp_path))  # something had to be computed again
-    assert content(tmp_path) == good
+    again = fill(new_array(tmp_path))
+    assert again == ([1] if (file, harm) == ("x.0.bin", "flip") else again) and again  # no more than what is damaged
+    assert arrays(tmp_path) == good
     assert fill(new_array(tmp_path)) == []
+    assert sorted(p.name.split(".")[0] for p in tmp_path.glob("*.bin")) == ["n", "r", "x"]  # nothing old is left
+
+
+def test_a_cache_of_the_first_version_is_read(tmp_path: Path) -> None:
+    array = new_array(tmp_path)
+    fill(array)
+    body = json.loads((tmp_path / "manifest.json").read_text())
+    chunks = [{name: chunk[name] for name in ("bytes", "sha256", "notes")} for chunk in body["chunks"]]
+    chunks[0]["notes"] = chunks[1]["notes"] = chunks[3]["notes"] = []
+    (tmp_path / "manifest.json").write_text(json.dumps({"facts": body["facts"], "chunks": chunks}))
+    for name in ("x", "n", "r"):
+        (tmp_path / f"{name}.0.bin").rename(tmp_path / f"{name}.bin")
+    again = new_array(tmp_path)
+    assert fill(again) == [2]  # that version kept a moment's verdict too: what has notes is made again
+    assert np.array_equal(again["x"], array["x"])
+
+
+def test_a_repair_leaves_the_files_that_others_have_mapped(tmp_path: Path) -> None:
+    """In a process of its own: a mapped file that is cut ends the reader with SIGBUS."""
+    script = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from pathlib import Path
+import numpy as np
+from tgq_fast.models.feature_files import ChunkedArray
+def array():
+    return ChunkedArray(Path({str(tmp_path / "a")!r}), {{"x": ("<f4", [1024])}}, rows=8, chunk=2, facts={{}})
+def fill(made):
+    with made.building() as todo:
+        for number in todo:
+            yield number
+            made.append({{"x": np.full((2, 1024), number)}}, [])
+list(fill(array()))
+reader = array()
+list(fill(reader))
+file = next(Path({str(tmp_path / "a")!r}).glob("x*.bin"))
+with file.open("r+b") as handle:
+    handle.write(b"damaged")
+for number in fill(array()):
+    assert reader["x"][-1, -1] == 3, "cut while it is mapped"
+assert reader["x"][-1, -1] == 3
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_complete_cache_on_a_read_only_disk_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(new_array(tmp_path / "whole"))
+    real = os.open
+
+    def refuse(path: Any, flags: int, *rest: Any, **named: Any) -> int:
+        if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            raise OSError(errno.EROFS, "Read-only file system", str(path))
+        return real(path, flags, *rest, **named)
+
+    def no_folder(path: Any, *rest: Any) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr(os, "open", refuse)
+    monkeypatch.setattr(os, "mkdir", no_folder)
+    monkeypatch.setattr(io, "open", lambda path, mode="r", *a, **k: _open_read_only(path, mode, *a, **k))
+    array = new_array(tmp_path / "whole")
+    assert fill(array) == [] and len(array["x"]) == ROWS
+    with pytest.raises(StorageError, match="Read-only"):
+        fill(new_array(tmp_path / "absent"))
+
+
+def _open_read_only(path: Any, mode: str, *rest: Any, **named: Any) -> Any:
+    if set(mode) & set("wax+"):
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+    return builtins.open(path, mode, *rest, **named)
 
 
 def test_other_facts_do_not_reuse_a_folder(tmp_path: Path) -> None:
@@ -193,7 +276,7 @@ features.FeatureStore.open_or_build(
     result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     assert result.returncode == -signal.SIGKILL, result.stderr
     (folder,) = (tmp_path / "killed" / "features").iterdir()
-    assert len((folder / "journal.jsonl").read_text().splitlines()) == 2 and not (folder / "manifest.json").exists()
+    assert len((folder / "journal.jsonl").read_text().splitlines()) == 1 + 2 and not (folder / "manifest.json").exists()
 
     steps: list[int] = []
     with pytest.MonkeyPatch.context() as patch:
@@ -229,6 +312,48 @@ def test_image_policies(
         Image.new("RGB", (40, 40), (200, 0, 0)).save(folder / "images" / f"{number}.png")
     assert image_digest(catalog) != before
     assert FeatureStore.open_or_build(catalog, *towers, config, tmp_path / "cache").valid.all()
+
+
+def test_a_moments_failure_is_not_kept(
+    towers: tuple[VisionTower, TextTower],
+    config: TGQFormerConfig,
+    tmp_path: Path,
+    small_chunks: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = tiny.write_catalog(tmp_path / "c")
+    (folder / "images" / "2.png").write_bytes(b"no picture")
+    catalog = Catalog.load(folder)
+    opened = features_module.load_image
+
+    def fails(source: Any, item_id: str) -> Image.Image:
+        with monkeypatch.context() as patch:
+            if item_id in ("i4", "i5"):
+                fault = MemoryError() if item_id == "i4" else OSError(errno.EMFILE, "Too many open files")
+                patch.setattr(Image, "open", lambda *_, **__: (_ for _ in ()).throw(fault))
+            return opened(source, item_id)
+
+    monkeypatch.setattr(features_module, "load_image", fails)
+    store = FeatureStore.open_or_build(catalog, *towers, config, tmp_path / "cache", on_error="skip", workers=1)
+    assert set(store.invalid) == {2, 4}  # i5 is an item without a picture
+    monkeypatch.setattr(features_module, "load_image", opened)
+    steps: list[int] = []
+    again = FeatureStore.open_or_build(
+        catalog, *towers, config, tmp_path / "cache", on_error="skip", progress=lambda n, _: steps.append(n)
+    )
+    assert set(again.invalid) == {2} and steps == [6]  # the chunk of i4 alone was made again
+    assert np.array_equal(again.visual[:3], store.visual[:3]) and again.visual[4].any()
+    assert not store.visual[4].any()  # what the first store has mapped stays as it was
+
+
+def test_a_pipe_for_a_picture_does_not_hang(
+    towers: tuple[VisionTower, TextTower], config: TGQFormerConfig, tmp_path: Path
+) -> None:
+    folder = tiny.write_catalog(tmp_path / "c")
+    (folder / "images" / "2.png").unlink()
+    os.mkfifo(folder / "images" / "2.png")
+    store = FeatureStore.open_or_build(Catalog.load(folder), *towers, config, tmp_path / "cache", on_error="skip")
+    assert store.invalid[2] == ("unreadable", "not a regular file")
 
 
 def test_field_dropout_removes_whole_fields(

@@ -5,15 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tgq_fast.data.items import COLUMNS, KNOWN_KEYS, Item, RowError, parse_item
+from tgq_fast.data.columns import PICTURE_COLUMNS, Columns
+from tgq_fast.data.items import COLUMNS, Item, RowError, parse_item, read_identifier
 from tgq_fast.data.pairs import (
     SPLITS,
     UNSPLIT,
@@ -26,7 +27,9 @@ from tgq_fast.data.pairs import (
     split_code,
     split_of_components,
 )
-from tgq_fast.data.rows import SUFFIXES, read_rows
+from tgq_fast.data.parquet_rows import ParquetPictures
+from tgq_fast.data.pictures import Picture, PictureSource, picture_of
+from tgq_fast.data.rows import SUFFIXES, read_rows, table_parts
 from tgq_fast.data.validation import ValidationReport
 from tgq_fast.errors import ArgumentError, CatalogError
 
@@ -36,43 +39,74 @@ Policy = Literal["raise", "skip"]
 
 
 def find_table(folder: Path, stem: str) -> Path | None:
-    """`<folder>/<stem>.jsonl|csv|parquet`; None if there is none, CatalogError if there are several."""
-    found = [path for suffix in SUFFIXES if (path := folder / f"{stem}{suffix}").is_file()]
+    """`<folder>/<stem>.jsonl|csv|parquet` (or .gz), or a folder `<stem>` of parts; None if there is none.
+
+    Raises:
+        CatalogError: there are several.
+    """
+    found = [path for suffix in SUFFIXES if (path := folder / f"{stem}{suffix}").exists()]
+    if (parts := folder / stem).is_dir() and table_parts(parts):
+        found.append(parts)
     if len(found) > 1:
         raise CatalogError(folder, [f"several {stem} files: {', '.join(p.name for p in found)}"], "Keep one of them.")
     return found[0] if found else None
 
 
 def metadata_file(path: str | Path) -> Path:
-    """The metadata file that `path` (a catalogue folder or the file itself) means; CatalogError if there is none."""
+    """The metadata that `path` means: a catalogue folder, its metadata file, or a folder of Parquet parts.
+
+    Raises:
+        CatalogError: there is none.
+    """
     path = Path(path)
     if path.is_dir():
         found = find_table(path, "metadata")
+        for folder in (path, path / "data"):  # parts as `datasets` and the hub write them
+            if found is None and folder.is_dir() and any(part.suffix == ".parquet" for part in table_parts(folder)):
+                found = folder
         if found is None:
             names = ", ".join(f"metadata{suffix}" for suffix in SUFFIXES)
-            raise CatalogError(path, [f"no {names} in the folder"], "`tgq-fast import` converts public data sets.")
+            hint = "`tgq-fast import` converts a shop's export, a table, a folder of pictures or a public data set."
+            raise CatalogError(path, [f"no {names} in the folder"], hint)
         return found
-    if not path.is_file():
+    if not path.exists():
         raise CatalogError(path, ["no such file or folder"])
     return path
 
 
+def catalog_root(metadata: Path, given: Path) -> Path:
+    """The folder that file names are relative to."""
+    if metadata.is_dir() and metadata == given:
+        return metadata
+    return metadata.parent
+
+
 def stream_items(path: str | Path, report: ValidationReport) -> Iterator[Item]:
-    """Read a metadata file row by row; refused rows and warnings go to `report`. Memory holds the ids, not the rows."""
+    """Read a metadata file row by row; refused rows and warnings go to `report`. Memory holds the ids, not the rows.
+
+    Raises:
+        CatalogError: the file is unreadable, or holds pictures in a column of which no item's picture is read.
+    """
+    yield from items_of_rows(read_rows(Path(path), required=("id", *PICTURE_COLUMNS)), path, report)
+
+
+def items_of_rows(
+    rows: Iterable[tuple[int, Mapping[Any, Any] | RowError]], path: str | Path, report: ValidationReport
+) -> Iterator[Item]:
+    """:func:`stream_items` of rows from anywhere."""
     first_row: dict[str, int] = {}
-    unknown: Counter[str] = Counter()
-    for number, raw in read_rows(Path(path), required=("id", "file_name")):
+    columns = Columns()
+    pictures = False
+    for number, raw in rows:
         report.rows += 1
         if isinstance(raw, RowError):
             report.reject("metadata", number, None, raw.messages)
             continue
+        row = columns.read(raw)
         try:
-            item, notes = parse_item(raw, number)
+            item, notes = parse_item(row, number)
         except RowError as error:
-            given = raw.get("id")
-            report.reject(
-                "metadata", number, str(given)[:80] if isinstance(given, (str, float)) else None, error.messages
-            )
+            report.reject("metadata", number, read_identifier("id", row.get("id"), []), error.messages)
             continue
         seen = first_row.setdefault(item.id, number)
         if seen != number:
@@ -80,12 +114,25 @@ def stream_items(path: str | Path, report: ValidationReport) -> Iterator[Item]:
             continue
         for note in notes:
             report.warn(f"row {number}: {note}")
-        unknown.update(raw.keys() - KNOWN_KEYS)
         report.items += 1
+        pictures |= item.file_name is not None
         yield item
-    extra = sorted(str(name) for name in unknown if not str(name).startswith("attributes."))
+    _report_columns(columns, pictures, path, report)
+
+
+def _report_columns(columns: Columns, pictures: bool, path: str | Path, report: ValidationReport) -> None:
+    held = ", ".join(sorted(columns.pictures)[:20])
+    if held and not pictures and report.items:
+        hint = "Call the column file_name, or `tgq-fast import table --map file_name=<column>`."
+        raise CatalogError(path, [f"column(s) {held} hold pictures, but no item has a file_name"], hint)
+    extra = sorted(columns.unknown)
     if extra:
-        report.warn(f"column(s) {', '.join(extra[:20])} are not part of the schema and are ignored")
+        names = ", ".join(extra[:20]) + (f" and {len(extra) - 20} more" if len(extra) > 20 else "")
+        report.warn(f"column(s) {names} are not part of the schema and are ignored; name one attributes.… to keep it")
+    if held and pictures:
+        report.warn(f"column(s) {held} hold pictures that are not used: an item has one picture, its file_name")
+    if columns.more:
+        report.warn(f"{columns.more} row(s) name several pictures: the first is used")
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,6 +142,7 @@ class Catalog:
     Attributes:
         root: folder that `file_name` is relative to.
         items: every usable row, in file order; an item's position is its index everywhere else.
+        source: where pictures lie that are no files of their own, or None.
         pairs: the pairs file, or None when there is none.
         report: what was refused, altered or is missing.
     """
@@ -103,6 +151,7 @@ class Catalog:
     items: tuple[Item, ...]
     pairs: Pairs | None
     report: ValidationReport
+    source: PictureSource | None = field(repr=False, default=None)
     _index: dict[str, int] = field(repr=False, default_factory=dict)
     _cache: dict[str, NDArray[np.int64] | NDArray[np.int8]] = field(repr=False, default_factory=dict)
 
@@ -111,7 +160,9 @@ class Catalog:
         """Read and check a catalogue.
 
         Args:
-            path: folder with metadata.jsonl|csv|parquet and optional pairs.jsonl|csv|parquet, or the metadata file.
+            path: folder with metadata.jsonl|csv|parquet and optional pairs.jsonl|csv|parquet (.jsonl and .csv also as
+                .gz, and each also as a folder of parts), or the metadata file. A Parquet column with the bytes of
+                pictures (`image` struct{bytes, path}) is read from the file when a picture is asked for.
             policy: "raise" refuses a catalogue with any problem row; "skip" leaves those rows out and reports them.
 
         Raises:
@@ -120,10 +171,11 @@ class Catalog:
         if policy not in ("raise", "skip"):
             raise ArgumentError("policy", repr(policy), "'raise' or 'skip'")
         metadata = metadata_file(path)
+        root = catalog_root(metadata, Path(path))
         report = ValidationReport(str(metadata))
         items = list(stream_items(metadata, report))
         index = {item.id: i for i, item in enumerate(items)}
-        pairs_file = find_table(metadata.parent, "pairs")
+        pairs_file = find_table(root, "pairs")
         pairs = None
         if pairs_file is not None:
             rejected = frozenset(r.id for r in report.rejected if r.id is not None and r.id not in index)
@@ -133,21 +185,27 @@ class Catalog:
             raise CatalogError(metadata, report.problems, hint)
         if not items:
             raise CatalogError(metadata, report.problems or ["no rows"])
-        catalog = cls(metadata.parent, tuple(items), pairs, report, index)
+        catalog = cls(root, tuple(items), pairs, report, _tables_of(metadata), index)
         catalog._count()
         return catalog
 
     @classmethod
-    def from_items(cls, items: Sequence[Item], *, root: str | Path = ".") -> Catalog:
+    def from_items(
+        cls, items: Sequence[Item], *, root: str | Path = ".", source: PictureSource | None = None
+    ) -> Catalog:
         """A catalogue of items in memory (no pairs file); CatalogError for duplicate ids."""
         report = ValidationReport("<memory>", rows=len(items), items=len(items))
         index = {item.id: i for i, item in enumerate(items)}
         if len(index) != len(items):
             twice = [item_id for item_id, count in Counter(item.id for item in items).items() if count > 1]
             raise CatalogError("<memory>", [f"id {item_id!r} appears more than once" for item_id in twice])
-        catalog = cls(Path(root), tuple(items), None, report, index)
+        catalog = cls(Path(root), tuple(items), None, report, source, index)
         catalog._count()
         return catalog
+
+    def part(self, items: Sequence[Item]) -> Catalog:
+        """A catalogue of some of the items, with the same folder and pictures and without pairs."""
+        return Catalog.from_items(items, root=self.root, source=self.source)
 
     def __len__(self) -> int:
         return len(self.items)
@@ -170,10 +228,14 @@ class Catalog:
             ) from None
 
     def image_path(self, item: Item) -> Path:
-        """Where the item's picture lies; ArgumentError for an item without one."""
+        """Where the item's picture lies, for messages ("<table>#<row>" in a table); ArgumentError without one."""
+        return self.picture(item).path
+
+    def picture(self, item: Item) -> Picture:
+        """The item's picture, for :func:`load_image`; ArgumentError for an item without one."""
         if item.file_name is None:
             raise ArgumentError("item", repr(item.id), "an item with a file_name")
-        return self.root / item.file_name
+        return picture_of(self.root, item.file_name, self.source)
 
     def field_names(self) -> list[str]:
         """Metadata fields that at least one item has: columns first, then attributes by name."""
@@ -254,6 +316,14 @@ class Catalog:
             report.warn(f"{items} item(s) occur in pairs of several splits: test figures will be too good")
         if groups:
             report.warn(f"{groups} group(s) have items in several splits: test products are seen in training")
+
+
+def _tables_of(metadata: Path) -> PictureSource | None:
+    """Pictures that lie in the metadata's own Parquet files."""
+    parts = table_parts(metadata) if metadata.is_dir() else [metadata]
+    if not parts or parts[0].suffix.lower() != ".parquet":
+        return None
+    return ParquetPictures({f"{metadata.name}/{p.name}" if metadata.is_dir() else p.name: p for p in parts})
 
 
 def _load_pairs(path: Path, index: dict[str, int], rejected: frozenset[str], report: ValidationReport) -> Pairs:

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import io
 import os
-import stat
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal, Union
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError, features
 
 from tgq_fast.data.catalog import Catalog
+from tgq_fast.data.files import open_regular
 from tgq_fast.data.items import Item
+from tgq_fast.data.pictures import OutsideError, Picture
 from tgq_fast.data.rejects import RejectLog
 from tgq_fast.errors import ImageError
 
-__all__ = ["REASONS", "ImageLimits", "load_image", "validate_images"]
+__all__ = ["REASONS", "ImageLimits", "PictureLike", "load_image", "validate_images"]
+
+PictureLike = Union[str, Path, Picture, bytes, Image.Image, np.ndarray]  # noqa: UP007
+"""What :func:`load_image` takes."""
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 """Formats that are decoded. Others (PSD, EPS, ICNS …) widen the attack surface and are no product pictures."""
@@ -27,6 +33,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 REASONS = (
     "no_file_name",
     "missing",
+    "outside",
     "unreadable",
     "too_large",
     "too_small",
@@ -70,14 +77,21 @@ class ImageLimits:
     wrong_name: Literal["accept", "error"] = "accept"
 
 
-def load_image(path: str | Path, item_id: str, *, limits: ImageLimits = ImageLimits()) -> Image.Image:
+_MOMENTARY = ("memory", "not available", "configuration", "thread")
+"""What errors say that tell about the machine, not about the file."""
+_loading = threading.Lock()  # decoding one lazily opened Pillow picture in two threads is not safe
+
+
+def load_image(source: PictureLike, item_id: str, *, limits: ImageLimits = ImageLimits()) -> Image.Image:
     """Decode one picture to RGB.
 
+    One function for files, bytes and pictures in memory: a picture gives the same pixels whichever way it comes.
     The format is told by content. EXIF orientation is applied; transparency is laid on white; CMYK, palette, greyscale,
     16-bit and float pictures are converted (16 bits by their high byte).
 
     Args:
-        path: the file.
+        source: a path, a picture of a catalogue, the bytes of a picture file, an opened Pillow picture (not
+            changed), or an array [H, W], [H, W, 3] or [H, W, 4].
         item_id: item to name in errors.
         limits: sizes and policies.
 
@@ -85,40 +99,85 @@ def load_image(path: str | Path, item_id: str, *, limits: ImageLimits = ImageLim
         an RGB picture that no longer needs the file.
 
     Raises:
-        ImageError: with a reason of `REASONS`.
+        ImageError: with a reason of `REASONS`; its `lasting` says whether the content alone decides it.
     """
+    name = source.path if isinstance(source, Picture) else source if isinstance(source, (str, Path)) else "in memory"
 
-    def refuse(reason: str, detail: str = "") -> ImageError:
-        return ImageError(item_id, path, reason, detail[:200])
+    def refuse(reason: str, detail: str = "", lasting: bool = True) -> ImageError:
+        return ImageError(item_id, name, reason, detail[:300], lasting=lasting)
 
+    head = b""
     try:
-        status = os.stat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        raise refuse("missing") from None
-    except (OSError, ValueError) as error:
-        raise refuse("unreadable", str(error)) from error
-    if not stat.S_ISREG(status.st_mode):  # opening a FIFO or a device would hang
-        raise refuse("unreadable", "not a regular file")
-    if status.st_size > limits.max_bytes:
-        raise refuse("too_large", f"{status.st_size} bytes, at most {limits.max_bytes}")
-    if status.st_size == 0:
-        raise refuse("truncated", "the file is empty")
-    try:
-        with Image.open(path, formats=_formats()) as image:
-            _check_header(image, path, limits, refuse)
-            return _to_rgb(image)
+        if isinstance(source, np.ndarray):
+            source = Image.fromarray(source)
+        if isinstance(source, Image.Image):
+            _check_header(source, name, limits, refuse)
+            with _loading:
+                return _to_rgb(source)
+        with _opened(source) as file:
+            size = file.seek(0, os.SEEK_END)
+            if size > limits.max_bytes:
+                raise refuse("too_large", f"{size} bytes, at most {limits.max_bytes}")
+            if size == 0:
+                raise refuse("truncated", "the file is empty")
+            file.seek(0)
+            head = file.read(32)
+            file.seek(0)
+            with Image.open(file, formats=_formats()) as image:
+                _check_header(image, name, limits, refuse)
+                return _to_rgb(image)
     except ImageError:
         raise
-    except UnidentifiedImageError as error:
-        raise refuse("unsupported", "the content is none of " + ", ".join(FORMATS)) from error
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning, MemoryError) as error:
-        raise refuse("too_large", str(error)) from error
-    except PermissionError as error:
-        raise refuse("unreadable", str(error)) from error
     except Exception as error:  # decoders raise nearly anything on hostile bytes
-        text = f"{type(error).__name__}: {error}"
-        short = isinstance(error, EOFError) or any(w in text.lower() for w in ("truncated", "unexpected end", "eof"))
-        raise refuse("truncated" if short else "corrupt", text) from error
+        raise refuse(*_judged(error, head)) from error
+
+
+def _opened(source: str | Path | Picture | bytes) -> BinaryIO:
+    if isinstance(source, Picture):
+        return source.open()
+    return io.BytesIO(source) if isinstance(source, bytes) else open_regular(source)
+
+
+def _judged(error: Exception, head: bytes) -> tuple[str, str, bool]:
+    """Reason, detail, and whether the file's bytes alone decide it, not a moment or a machine."""
+    text = f"{type(error).__name__}: {error}"
+    if isinstance(error, OutsideError):
+        return "outside", str(error.strerror), False
+    if isinstance(error, (FileNotFoundError, NotADirectoryError)):
+        return "missing", "", False
+    if isinstance(error, UnidentifiedImageError):
+        kind = _format_of(head)
+        if kind is not None and not _readable(kind):
+            return "unsupported", f"this build of Pillow cannot read {kind}", False
+        return "unsupported", "the content is none of " + ", ".join(FORMATS), True
+    if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
+        return "too_large", str(error), True
+    if isinstance(error, MemoryError):
+        return "too_large", f"out of memory while decoding it {error}".rstrip(), False
+    if isinstance(error, OSError) and error.errno is not None:
+        return "unreadable", error.strerror or str(error), False
+    if isinstance(error, ValueError) and not head:  # a path that no file system takes
+        return "unreadable", str(error), False
+    lasting = not isinstance(error, ImportError) and not any(word in text.lower() for word in _MOMENTARY)
+    short = isinstance(error, EOFError) or any(w in text.lower() for w in ("truncated", "unexpected end", "eof"))
+    return "truncated" if short else "corrupt", text, lasting
+
+
+def _format_of(head: bytes) -> str | None:
+    """A format that some builds of Pillow lack, told by the first bytes."""
+    if head[4:8] == b"ftyp" and head[8:12] in (b"avif", b"avis"):
+        return "AVIF"
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return "WEBP"
+    return "JPEG" if head[:3] == b"\xff\xd8\xff" else "PNG" if head[:4] == b"\x89PNG" else None
+
+
+def _readable(kind: str) -> bool:
+    codec = {"AVIF": "avif", "WEBP": "webp", "JPEG": "jpg", "PNG": "zlib"}[kind]
+    try:
+        return kind in Image.OPEN and bool(features.check(codec))
+    except ValueError:  # a Pillow that does not know the codec's name
+        return False
 
 
 @cache
@@ -136,9 +195,7 @@ def _check_header(image: Image.Image, path: str | Path, limits: ImageLimits, ref
         raise refuse("too_small", f"{width}x{height} pixels, at least {limits.min_side} on each side")
     # MPO is a still photograph with a preview or a second eye behind it.
     if limits.animated == "error" and image.format != "MPO" and getattr(image, "is_animated", False):
-        raise refuse(
-            "animated", f"{getattr(image, 'n_frames', 0)} frames; ImageLimits(animated='first_frame') takes one"
-        )
+        raise refuse("animated", f"{getattr(image, 'n_frames', 0)} frames; save the one to show as a still picture")
     suffix = Path(path).suffix.lower()
     if limits.wrong_name == "error" and suffix not in _SUFFIXES.get(image.format or "", (suffix,)):
         raise refuse("wrong_name", f"the content is {image.format}")
@@ -195,7 +252,7 @@ def validate_images(
         if item.file_name is None:
             return None
         try:
-            load_image(catalog.image_path(item), item.id, limits=limits)
+            load_image(catalog.picture(item), item.id, limits=limits)
         except ImageError as error:
             return error
         return None

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
-__all__ = ["COLUMNS", "MAX_ID", "MAX_TEXT", "MAX_TITLE", "Item", "RowError", "clean_text", "parse_item"]
+from tgq_fast.data.values import RowError, amount, kind_of, plain_value, price_text, scalar_text
+
+__all__ = ["COLUMNS", "MAX_ID", "MAX_TEXT", "MAX_TITLE", "Item", "RowError", "clean_text", "parse_fields", "parse_item"]
+__all__ += ["read_identifier"]
 
 COLUMNS = ("title", "brand", "category", "price")
 """Columns that may serve as metadata fields, beside the attributes."""
@@ -23,6 +26,7 @@ MAX_TITLE = 2_000
 MAX_TEXT = 500
 MAX_ID = 256
 MAX_ATTRIBUTES = 200
+_LARGE = 2**53  # integers below it are floats exactly
 
 # Bidirectional overrides, byte-order mark and zero-width characters that only hide or reorder text. The zero-width
 # joiner and non-joiner stay: scripts and emoji need them.
@@ -30,14 +34,6 @@ _INVISIBLE = re.compile("[\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _SPACE = re.compile(r"\s+")
-
-
-class RowError(ValueError):
-    """One row breaks the schema; `messages` says how. Collected into the validation report with the row number."""
-
-    def __init__(self, messages: Iterable[str]) -> None:
-        self.messages = tuple(messages)
-        super().__init__("; ".join(self.messages))
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +63,7 @@ class Item:
     def field(self, name: str) -> str | None:
         """Text of a metadata field: a column of `COLUMNS` or an attribute; None when missing."""
         if name == "price":
-            return None if self.price is None else f"{self.price:g}" if self.price >= 1e6 else f"{self.price:.2f}"
+            return None if self.price is None else price_text(self.price)
         if name in COLUMNS:
             value: str | None = getattr(self, name)
             return value
@@ -116,7 +112,7 @@ def parse_item(raw: Mapping[str, Any], row: int = 0) -> tuple[Item, list[str]]:
     notes: list[str] = []
     file_name = _file_name(raw.get("file_name"), problems)
     # The imagefolder convention knows only file_name: it then names the item.
-    identifier = _identifier("id", raw.get("id"), problems)
+    identifier = read_identifier("id", raw.get("id"), problems)
     if identifier is None and not problems:
         identifier = file_name
     if identifier is None and not problems:
@@ -124,7 +120,7 @@ def parse_item(raw: Mapping[str, Any], row: int = 0) -> tuple[Item, list[str]]:
     texts = {name: _text(name, raw.get(name), problems, notes) for name in ("title", "brand", "category")}
     attributes = _attributes(raw, problems, notes)
     price = _price(raw.get("price"), problems)
-    group_id = _identifier("group_id", raw.get("group_id"), problems)
+    group_id = read_identifier("group_id", raw.get("group_id"), problems)
     if problems or identifier is None:
         raise RowError(problems)
     item = Item(
@@ -133,13 +129,56 @@ def parse_item(raw: Mapping[str, Any], row: int = 0) -> tuple[Item, list[str]]:
     return item, notes
 
 
-def _kind(value: object) -> str:
-    return f"{type(value).__name__} {str(value)[:40]!r}"
+def parse_fields(raw: Mapping[str, Any], names: Sequence[str]) -> dict[str, str]:
+    """Texts of some metadata fields of a mapping (a query's metadata, or a row), as a catalogue row would have them.
+
+    Args:
+        raw: field name → value; attributes may also stand under "attributes" or as "attributes.<name>".
+        names: the fields to read; others are ignored.
+
+    Raises:
+        RowError: with every reason why a value cannot be used.
+    """
+    problems: list[str] = []
+    notes: list[str] = []
+    found: dict[str, str] = {}
+    attributes = {k: v for k, v in raw.items() if k == "attributes" or str(k).startswith("attributes.")}
+    nested = _attributes(attributes, problems, notes) if attributes else {}
+    keys = {str(key): value for key, value in raw.items()}
+    for name in names:
+        value = keys.get(name)
+        if name == "price":
+            price = _price(value, problems)
+            text = None if price is None else price_text(price)
+        elif name in COLUMNS:
+            text = _text(name, value, problems, notes)
+        else:
+            text = _attribute(name, value, problems, notes) or nested.get(name)
+        if text is not None:
+            found[name] = text
+    if problems:
+        raise RowError(problems)
+    return found
 
 
-def _identifier(name: str, value: object, problems: list[str]) -> str | None:
+def _plain(name: str, value: object, problems: list[str]) -> Any:
+    """`plain_value` whose error is listed with the name of the column."""
+    if value is None or type(value) is str:
+        return value
+    try:
+        return plain_value(value)
+    except RowError as error:
+        problems.append(f"{name} is {error}")
+        return None
+
+
+def read_identifier(name: str, value: object, problems: list[str]) -> str | None:
+    """An id as text: a string or an integer (also as an integral float); None for a gap. Problems are appended."""
+    value = _plain(name, value, problems)
     if value is None:
         return None
+    if isinstance(value, (float, Decimal)) and -_LARGE < value < _LARGE and value == int(value):
+        value = int(value)  # a column of integers with gaps
     if isinstance(value, int) and not isinstance(value, bool):
         try:
             value = str(value)
@@ -147,7 +186,7 @@ def _identifier(name: str, value: object, problems: list[str]) -> str | None:
             problems.append(f"{name} is an integer of more than {MAX_ID} digits")
             return None
     if not isinstance(value, str):
-        problems.append(f"{name} is {_kind(value)}, expected a string or an integer")
+        problems.append(f"{name} is {kind_of(value)}, expected a string or an integer")
         return None
     if not value.strip():
         return None
@@ -162,15 +201,19 @@ def _identifier(name: str, value: object, problems: list[str]) -> str | None:
 
 
 def _file_name(value: object, problems: list[str]) -> str | None:
+    value = _plain("file_name", value, problems)
     if value is None:
         return None
     if not isinstance(value, str):
-        problems.append(f"file_name is {_kind(value)}, expected a string")
+        problems.append(f"file_name is {kind_of(value)}, expected a string")
         return None
     if not value.strip():
         return None
     if _CONTROL.search(value) or _SURROGATE.search(value) or len(value) > 1024:
         problems.append(f"file_name {value[:40]!r} holds control characters or broken Unicode, or is longer than 1024")
+        return None
+    if "://" in value:
+        problems.append(f"file_name {value[:80]!r} is a web address; `tgq-fast import table` fetches pictures")
         return None
     posix, windows = PurePosixPath(value), PureWindowsPath(value)
     if posix.is_absolute() or windows.drive or windows.root or ".." in windows.parts:
@@ -187,50 +230,42 @@ def _cut(name: str, text: str, limit: int, notes: list[str]) -> str:
 
 
 def _text(name: str, value: object, problems: list[str], notes: list[str]) -> str | None:
-    if value is None:
+    try:
+        text = scalar_text(_plain(name, value, problems))
+    except RowError as error:
+        problems.append(f"{name} is {error}")
         return None
-    if not isinstance(value, str):
-        problems.append(f"{name} is {_kind(value)}, expected a string")
+    if text is None:
         return None
-    return _cut(name, clean_text(value), MAX_TITLE if name == "title" else MAX_TEXT, notes) or None
+    return _cut(name, clean_text(text), MAX_TITLE if name == "title" else MAX_TEXT, notes) or None
 
 
 def _price(value: object, problems: list[str]) -> float | None:
-    if value is None or (isinstance(value, str) and not value.strip()):
-        return None
     try:
-        if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-            raise TypeError
-        price = float(value)
-    except (TypeError, ValueError, OverflowError):
-        problems.append(f"price is {_kind(value)}, expected a number")
+        return amount(value)
+    except RowError as error:
+        problems.append(f"price is {error}")
         return None
-    if not math.isfinite(price) or price < 0:
-        problems.append(f"price is {price}, expected a finite number of at least 0")
-        return None
-    return price
 
 
-def _scalar(name: str, value: object, problems: list[str]) -> str | None:
-    if value is None or isinstance(value, str):
-        return value
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float) and not math.isfinite(value):
-        problems.append(f"attribute {name!r} is {value}, expected finite numbers or text")
-        return None
-    if isinstance(value, (int, float)):
+def _attribute(name: str, value: object, problems: list[str], notes: list[str]) -> str | None:
+    """Text of one attribute; the entries of a list are joined by commas."""
+    value = _plain(f"attribute {name!r}", value, problems)
+    texts = []
+    for part in value if isinstance(value, list) else [value]:
         try:
-            return f"{value:g}" if isinstance(value, float) else str(value)
-        except ValueError:
-            problems.append(f"attribute {name!r} is an integer of thousands of digits")
-            return None
-    problems.append(f"attribute {name!r} is {_kind(value)}, expected text, a number or a list of them")
-    return None
+            text = scalar_text(part)
+        except RowError as error:
+            problems.append(f"attribute {name!r} is {error}, or a list of them")
+        else:
+            texts.append("" if text is None else clean_text(text))
+    return _cut(f"attribute {name!r}", ", ".join(filter(None, texts)), MAX_TEXT, notes) or None
 
 
 def _attributes(raw: Mapping[str, Any], problems: list[str], notes: list[str]) -> dict[str, str]:
     given = raw.get("attributes")
+    if not isinstance(given, (str, list, Mapping)):
+        given = _plain("attributes", given, problems)
     if isinstance(given, str):  # CSV carries them as a JSON object
         if not given.strip():
             given = None
@@ -243,10 +278,10 @@ def _attributes(raw: Mapping[str, Any], problems: list[str], notes: list[str]) -
     if isinstance(given, list) and all(isinstance(pair, tuple) and len(pair) == 2 for pair in given):
         given = dict(given)  # a Parquet map column
     if given is not None and not isinstance(given, Mapping):
-        problems.append(f"attributes is {_kind(given)}, expected an object")
+        problems.append(f"attributes is {kind_of(given)}, expected an object")
         return {}
     named = {str(key): value for key, value in (given or {}).items()}
-    named.update({key[11:]: value for key, value in raw.items() if key.startswith("attributes.")})
+    named.update({str(key)[11:]: value for key, value in raw.items() if str(key).startswith("attributes.")})
     if len(named) > MAX_ATTRIBUTES:
         problems.append(f"{len(named)} attributes, at most {MAX_ATTRIBUTES} are allowed")
         return {}
@@ -256,10 +291,8 @@ def _attributes(raw: Mapping[str, Any], problems: list[str], notes: list[str]) -
         if not name:
             problems.append("an attribute has a blank name")
             continue
-        parts = value if isinstance(value, (list, tuple)) else [value]
-        texts = [clean_text(text) for part in parts if (text := _scalar(name, part, problems)) is not None]
-        text = _cut(f"attribute {name!r}", ", ".join(filter(None, texts)), MAX_TEXT, notes)
-        if not text:
+        text = _attribute(name, value, problems, notes)
+        if text is None:
             continue
         if name in COLUMNS:
             notes.append(f"attribute {name!r} has the name of a column and is ignored as a field")

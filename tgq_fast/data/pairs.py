@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
-import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tgq_fast.data.items import RowError
+from tgq_fast.data.items import RowError, read_identifier
 from tgq_fast.data.rows import read_rows
+from tgq_fast.data.values import amount, kind_of, plain_value
 from tgq_fast.errors import ArgumentError
 
 __all__ = ["SPLITS", "PairSet", "Pairs", "components", "group_pairs", "read_pairs", "split_of_components"]
@@ -104,23 +103,21 @@ def _parse_pair(
     ends: list[int] = []
     dropped = False
     for name in ("query", "target"):
-        value = raw.get(name)
-        if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 10**18:
-            value = str(value)
-        if not isinstance(value, str) or not value.strip():
-            problems.append(f"{name} is {str(value)[:40]!r}, expected an item id")
+        known = len(problems)
+        value = read_identifier(name, raw.get(name), problems)
+        if value is None:
+            if len(problems) == known:
+                problems.append(f"{name} is missing, expected an item id")
             continue
         found = index.get(value)
-        if found is None:
-            found = index.get(_normal(value))
         if found is not None:
             ends.append(found)
-        elif _normal(value) in rejected:
+        elif value in rejected:
             dropped = True
         else:
             problems.append(f"{name} {value[:80]!r} is not an item of the catalogue")
     if len(ends) == 2 and ends[0] == ends[1]:
-        problems.append(f"query and target are the same item {raw['query']!r}")
+        problems.append(f"query and target are the same item {str(raw['query'])[:80]!r}")
     split = _parse_split(raw.get("split"), problems)
     weight = _parse_weight(raw.get("weight"), problems)
     if problems:
@@ -128,33 +125,27 @@ def _parse_pair(
     return None if dropped else (ends[0], ends[1], weight, split)
 
 
-def _normal(identifier: str) -> str:
-    return unicodedata.normalize("NFC", identifier.strip())
-
-
 def _parse_split(value: object, problems: list[str]) -> int:
-    if value is None or value == "":
+    given = plain_value(value)
+    name = given.strip().lower() if isinstance(given, str) else given
+    if name is None or name == "":
         return UNSPLIT
-    name = value.strip().lower() if isinstance(value, str) else value
     name = _ALIASES.get(name, name) if isinstance(name, str) else name
     if name not in SPLITS:
-        problems.append(f"split is {str(value)[:40]!r}, expected one of {', '.join(SPLITS)}")
+        problems.append(f"split is {kind_of(value)}, expected one of {', '.join(SPLITS)}")
         return UNSPLIT
     return SPLITS.index(str(name))
 
 
 def _parse_weight(value: object, problems: list[str]) -> float:
-    if value is None or value == "":
-        return 1.0
     try:
-        if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-            raise TypeError
-        weight = float(value)
-        if not (math.isfinite(weight) and 0 < weight <= 1e30):
-            raise ValueError
-    except (TypeError, ValueError, OverflowError):
-        problems.append(f"weight is {str(value)[:40]!r}, expected a finite number above 0")
+        weight = amount(value)
+    except RowError:
+        weight = 0.0
+    if weight is None:
         return 1.0
+    if not 0 < weight <= 1e30:
+        problems.append(f"weight is {kind_of(value)}, expected a finite number above 0")
     return weight
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from tgq_fast.data.files import append_line, open_regular
 from tgq_fast.data.validation import ValidationReport
 from tgq_fast.errors import ImageError
 
@@ -43,34 +43,32 @@ class RejectLog:
         """Append one entry."""
         entry = Reject(item_id, row, str(path), reason, detail)
         line = json.dumps(asdict(entry), ensure_ascii=True).encode() + b"\n"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
-            if not self._closed_off:
-                size = os.fstat(handle).st_size
-                if size and os.pread(handle, 1, size - 1) != b"\n":
-                    line = b"\n" + line
-                self._closed_off = True
-            os.write(handle, line)
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        append_line(self.path, line, close_off=not self._closed_off)
+        self._closed_off = True
 
     def add_error(self, error: ImageError, row: int | None = None) -> None:
         """Append an `ImageError`."""
         self.add(error.item_id, row, error.path, error.reason, str(error))
 
     def add_report(self, report: ValidationReport) -> None:
-        """Append every row that loading a catalogue refused."""
+        """Append every row that loading a catalogue refused, unless an earlier run has listed it."""
+        known = {(r.row, r.path, r.reason) for r in self}
+        lines = []
         for rejected in report.rejected:
-            self.add(rejected.id, rejected.row, report.path, f"{rejected.file}_row", rejected.reason)
+            reason = f"{rejected.file}_row"
+            if (rejected.row, report.path, reason) not in known:
+                entry = Reject(rejected.id, rejected.row, report.path, reason, rejected.reason)
+                lines.append(json.dumps(asdict(entry), ensure_ascii=True).encode() + b"\n")
+        for start in range(0, len(lines), 1000):  # one sync per thousand
+            append_line(self.path, b"".join(lines[start : start + 1000]), close_off=not self._closed_off)
+            self._closed_off = True
 
     def __iter__(self) -> Iterator[Reject]:
         """Distinct entries in order; a resumed run may have written one twice. Torn or foreign lines are skipped."""
-        if not self.path.exists():
+        if not self.path.is_file():
             return
         seen: set[tuple[str | None, int | None, str, str]] = set()
-        with open(self.path, "rb") as file:
+        with open_regular(self.path) as file:
             for line in file:
                 try:
                     entry = Reject(**json.loads(line))

@@ -1,28 +1,53 @@
-"""Streaming readers of .jsonl, .csv and .parquet: (row number, columns or the reason why the row is unreadable)."""
+"""Streaming readers of .jsonl, .csv (both also .gz) and .parquet, or folders of such parts.
+
+Each yields (row number, columns or the reason why the row is unreadable).
+"""
 
 from __future__ import annotations
 
-import csv
+import gzip
+import io
 import json
-import math
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
-from tgq_fast.data.items import RowError
+from tgq_fast.data.csv_rows import MAX_ROW_BYTES, csv_header, csv_rows
+from tgq_fast.data.files import open_regular
+from tgq_fast.data.parquet_rows import parquet_rows
+from tgq_fast.data.values import RowError
 from tgq_fast.errors import CatalogError
 
-__all__ = ["MAX_ROW_BYTES", "SUFFIXES", "read_rows"]
+__all__ = ["MAX_ROW_BYTES", "SUFFIXES", "check_header", "read_json_lines", "read_rows", "suffix_of", "table_parts"]
 
-SUFFIXES = (".jsonl", ".csv", ".parquet")
-MAX_ROW_BYTES = 32 << 20
+SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".csv.gz", ".parquet")
+
+Row = tuple[int, "dict[str, Any] | RowError"]
+_DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile)
 
 
-def read_rows(path: Path, *, required: tuple[str, ...] = ()) -> Iterator[tuple[int, dict[str, Any] | RowError]]:
+def suffix_of(path: Path) -> str:
+    """The suffix in lower case, with .gz kept together with what it packs."""
+    suffix = path.suffix.lower()
+    return Path(path.stem).suffix.lower() + suffix if suffix == ".gz" else suffix
+
+
+def table_parts(folder: Path) -> list[Path]:
+    """Files of a table that lies in parts: every .parquet of a folder, else every .jsonl, else every .csv, by name."""
+    names = sorted(path for path in folder.iterdir() if not path.name.startswith((".", "_")) and path.is_file())
+    for kind in (".parquet", ".jsonl", ".csv"):
+        if parts := [path for path in names if suffix_of(path).removesuffix(".gz") == kind]:
+            return parts
+    return []
+
+
+def read_rows(path: Path, *, required: tuple[str, ...] = ()) -> Iterator[Row]:
     """Stream a table.
 
     Args:
-        path: file whose suffix is one of `SUFFIXES`.
+        path: file whose suffix is one of `SUFFIXES`, or a folder of such files, which are read in the order of their
+            names with rows numbered through.
         required: columns of which at least one must exist (checked where the format has a header).
 
     Yields:
@@ -32,26 +57,53 @@ def read_rows(path: Path, *, required: tuple[str, ...] = ()) -> Iterator[tuple[i
     Raises:
         CatalogError: the file as a whole is unreadable or lacks the required columns.
     """
-    reader = {".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}.get(path.suffix.lower())
-    if reader is None:
-        raise CatalogError(path, [f"suffix {path.suffix!r} is not one of {', '.join(SUFFIXES)}"])
     try:
-        yield from reader(path, required)
+        if path.is_dir():
+            parts = table_parts(path)
+            if not parts:
+                raise CatalogError(path, [f"no {', '.join(SUFFIXES)} in the folder"])
+            before = last = 0
+            for part in parts:
+                for number, row in _read_file(part, required, f"{path.name}/{part.name}"):
+                    last = before + number
+                    yield last, row
+                before = last
+        else:
+            yield from _read_file(path, required, path.name)
     except OSError as error:
         raise CatalogError(path, [f"cannot be read: {error}"]) from error
 
 
-def _check_header(path: Path, columns: list[str], required: tuple[str, ...]) -> None:
-    if len(set(columns)) != len(columns):
-        twice = sorted({name for name in columns if columns.count(name) > 1})
+def _read_file(path: Path, required: tuple[str, ...], name: str) -> Iterator[Row]:
+    suffix = suffix_of(path)
+    if suffix not in SUFFIXES:
+        raise CatalogError(path, [f"suffix {path.suffix!r} is not one of {', '.join(SUFFIXES)}"])
+    if suffix == ".parquet":
+        yield from parquet_rows(path, name, lambda columns: check_header(path, columns, required))
+        return
+    with open_regular(path) as raw:
+        file = cast("BinaryIO", gzip.GzipFile(fileobj=raw)) if suffix.endswith(".gz") else raw
+        if suffix.startswith(".jsonl"):
+            yield from read_json_lines(file)
+        else:
+            yield from _read_csv(path, file, required)
+
+
+def check_header(path: Path, columns: list[str], required: tuple[str, ...]) -> None:
+    """CatalogError for columns that appear twice, or when none of the required ones is there (whatever its case)."""
+    named = [name for name in columns if name]
+    if len(set(named)) != len(named):
+        twice = sorted({name for name in named if named.count(name) > 1})
         raise CatalogError(path, [f"column(s) {', '.join(twice)} appear twice in the header"])
-    if required and not set(required) & set(columns):
-        raise CatalogError(path, [f"header {columns[:20]} has none of the columns {', '.join(required)}"])
+    if required and not set(required) & {name.casefold() for name in named}:
+        hint = "`tgq-fast import table` reads tables with other column names (--map id=sku)."
+        raise CatalogError(path, [f"header {columns[:20]} has none of the columns {', '.join(required)}"], hint)
 
 
-def _read_jsonl(path: Path, required: tuple[str, ...]) -> Iterator[tuple[int, dict[str, Any] | RowError]]:
-    with open(path, "rb") as file:
-        number = 0
+def read_json_lines(file: BinaryIO) -> Iterator[Row]:
+    """Stream the objects of JSON lines; a damaged gzip stream ends with a last RowError."""
+    number = 0
+    try:
         while line := file.readline(MAX_ROW_BYTES):
             number += 1
             if len(line) == MAX_ROW_BYTES and not line.endswith(b"\n"):
@@ -73,53 +125,19 @@ def _read_jsonl(path: Path, required: tuple[str, ...]) -> Iterator[tuple[int, di
                 if not isinstance(value, dict):
                     value = RowError([f"a JSON {type(value).__name__}, expected an object"])
                 yield number, value
+    except _DAMAGED as error:
+        yield number + 1, RowError([f"the gzip stream is damaged from here on: {error}"])
 
 
-def _read_csv(path: Path, required: tuple[str, ...]) -> Iterator[tuple[int, dict[str, Any] | RowError]]:
-    # The limit is global to the process; it is only ever raised, so that a 1 MB title is cut by us, not refused by csv.
-    csv.field_size_limit(max(csv.field_size_limit(), MAX_ROW_BYTES))
-    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        reader = csv.reader(file)
-        header = next(reader, None)
-        if header is None:
-            return
-        columns = [name.strip() for name in header]
-        _check_header(path, columns, required)
-        number = 0
-        while True:
-            number += 1
-            try:
-                fields = next(reader)
-            except StopIteration:
+def _read_csv(path: Path, file: BinaryIO, required: tuple[str, ...]) -> Iterator[Row]:
+    number = 0
+    with io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
+        try:
+            columns = csv_header(text)
+            if columns is None:
                 return
-            except csv.Error as error:
-                yield number, RowError([f"not valid CSV: {error}"])
-                continue
-            if not fields:
-                continue
-            if len(fields) != len(columns):
-                yield (
-                    number,
-                    RowError([f"{len(fields)} fields, the header has {len(columns)}; quote commas and quotes"]),
-                )
-            elif any(not text.isascii() and any("\udc80" <= c <= "\udcff" for c in text) for text in fields):
-                yield number, RowError(["not valid UTF-8"])
-            else:
-                yield number, {name: text if text else None for name, text in zip(columns, fields, strict=True)}
-
-
-def _read_parquet(path: Path, required: tuple[str, ...]) -> Iterator[tuple[int, dict[str, Any] | RowError]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(path) as file:
-            _check_header(path, list(file.schema_arrow.names), required)
-            number = 0
-            for batch in file.iter_batches(batch_size=1024, use_threads=False):
-                for row in batch.to_pylist():
-                    number += 1
-                    # pandas writes missing values of float columns as NaN
-                    yield number, {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()}
-    except (pa.ArrowException, UnicodeDecodeError) as error:
-        raise CatalogError(path, [f"not a readable Parquet file: {str(error)[:200]}"]) from error
+            check_header(path, columns, required)
+            for number, row in csv_rows(text, columns, identifying=required):
+                yield number, row
+        except _DAMAGED as error:
+            yield number + 1, RowError([f"the gzip stream is damaged from here on: {error}"])

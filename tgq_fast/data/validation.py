@@ -33,7 +33,7 @@ class ValidationReport:
         rows, items: rows read and items kept.
         pairs: pairs kept (of the pairs file, or implied by group ids).
         problems: "row N: …" / "pairs row N: …", one per row that was refused; at most 1,000 are kept, `problem_count`
-            counts all.
+            counts all and `rejected` holds all.
         warnings: rows that were kept but altered, or facts that deserve a look (cut text, groups in several splits).
         image_problems: one line per picture that cannot be used; filled by `with_images`.
         missing: field name → items that lack it, for id-bearing columns and every attribute that occurs.
@@ -68,7 +68,7 @@ class ValidationReport:
         self.problem_count += 1
         if len(self.problems) < KEPT_MESSAGES:
             self.problems.append(f"{prefix}: {reason}")
-            self.rejected.append(RejectedRow(file, row, item_id, reason))
+        self.rejected.append(RejectedRow(file, row, item_id, reason))
 
     def warn(self, message: str) -> None:
         """Record a warning."""
@@ -81,5 +81,6 @@ class ValidationReport:
         return dataclasses.replace(self, image_problems=[*self.image_problems, *map(str, problems)])
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready form."""
-        return {"ok": self.ok, **dataclasses.asdict(self)}
+        """JSON-ready form, with the first 1,000 refused rows; a reject file lists them all."""
+        shown = dataclasses.replace(self, rejected=self.rejected[:KEPT_MESSAGES])
+        return {"ok": self.ok, **dataclasses.asdict(shown)}

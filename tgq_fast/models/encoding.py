@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from tgq_fast.data.catalog import Catalog
-from tgq_fast.data.images import load_image
-from tgq_fast.data.items import Item, RowError, parse_item
+from tgq_fast.data.columns import Columns
+from tgq_fast.data.images import PictureLike, load_image
+from tgq_fast.data.items import Item, RowError, parse_fields, parse_item
+from tgq_fast.data.pictures import PictureSource, picture_of
 from tgq_fast.data.rejects import RejectLog
 from tgq_fast.errors import ArgumentError, ImageError
 from tgq_fast.models.configuration import TGQFormerConfig
 from tgq_fast.models.features import in_order
 from tgq_fast.models.field_tokens import FieldEncoder, pack_fields, text_agreement
 from tgq_fast.models.outputs import FrozenFeatures
-from tgq_fast.models.processing import ProcessedItems, TGQFormerProcessor
+from tgq_fast.models.processing import ProcessedItems, TGQFormerProcessor, stack_pixels
 from tgq_fast.models.towers import TextTower, VisionTower
 
 __all__ = ["Example", "FeatureExtractor", "as_examples"]
@@ -32,13 +35,13 @@ class Example:
     """One item to encode: an id for messages, a picture (in memory, a path, or none) and its metadata."""
 
     id: str
-    image: Image.Image | Path | None
+    image: PictureLike | None
     metadata: Item | Mapping[str, object]
     row: int = 0
 
 
 def as_examples(
-    items: Catalog | Sequence[Any],
+    items: Catalog | Iterable[Any],
     *,
     fields: Sequence[Mapping[str, object] | None] | Mapping[str, object] | None = None,
     root: str | Path | None = None,
@@ -55,7 +58,10 @@ def as_examples(
     """
     if isinstance(items, Catalog):
         base = items.root if root is None else Path(root)
-        return [_from_item(item, base) for item in items.items]
+        return [_from_item(item, base, items.source) for item in items.items]
+    if not isinstance(items, Iterable):
+        raise ArgumentError("items", f"a {type(items).__name__}", "a catalogue, an item, or a sequence of them")
+    items = list(items)
     base = Path("." if root is None else root)
     each = [fields] * len(items) if fields is None or isinstance(fields, Mapping) else list(fields)
     if len(each) != len(items):
@@ -63,12 +69,10 @@ def as_examples(
     out = []
     for number, (given, extra) in enumerate(zip(items, each, strict=True)):
         name = f"#{number}"
-        if known is not None and (strange := sorted(set(extra or ()) - set(known))):
-            raise ArgumentError("fields", strange, "names of the guiding fields: " + ", ".join(known))
-        if isinstance(given, Image.Image):
-            out.append(Example(name, given, extra or {}, number))
+        if isinstance(given, (Image.Image, bytes, np.ndarray)):
+            out.append(Example(name, given, _query_fields(extra, known, number), number))
         elif isinstance(given, (str, Path)):
-            out.append(Example(str(given), base / given, extra or {}, number))
+            out.append(Example(str(given), base / given, _query_fields(extra, known, number), number))
         elif extra:
             raise ArgumentError("fields", f"values for item {number}, which has its own", "None for items and rows")
         elif isinstance(given, Item):
@@ -80,37 +84,47 @@ def as_examples(
     return out
 
 
-def _from_item(item: Item, root: Path) -> Example:
-    return Example(item.id, None if item.file_name is None else root / item.file_name, item, item.row)
+def _query_fields(given: object, known: Sequence[str] | None, number: int) -> dict[str, str]:
+    """Metadata of one picture, each value read as a catalogue row's would be."""
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping):
+        raise ArgumentError("fields", f"a {type(given).__name__} for item {number}", "a mapping of name to value")
+    if known is not None and (strange := sorted({str(name) for name in given} - set(known))):
+        raise ArgumentError("fields", strange, "names of the guiding fields: " + ", ".join(known))
+    try:
+        return parse_fields(given, [str(name) for name in given])
+    except RowError as error:
+        expected = "text, numbers, dates, or lists of them"
+        raise ArgumentError("fields", f"for item {number}: {error}", expected) from error
+
+
+def _from_item(item: Item, root: Path, source: PictureSource | None = None) -> Example:
+    image = None if item.file_name is None else picture_of(root, item.file_name, source)
+    return Example(item.id, image, item, item.row)
 
 
 def _from_row(row: Mapping[str, Any], name: str, number: int, root: Path) -> Example:
-    values = {key: value for key, value in row.items() if key != "image"}
-    if values.get("id") is None and values.get("file_name") is None:
-        values["id"] = name
+    image = row.get("image")
+    if isinstance(image, Mapping):  # as `datasets` writes pictures that are not decoded
+        image = image.get("bytes") or image.get("path")
+    if isinstance(image, float) and image != image:
+        image = None
+    values = dict(row) if image is None else {key: value for key, value in row.items() if key != "image"}
     try:
+        values = Columns().read(values)
+        if values.get("id") is None and values.get("file_name") is None:
+            values["id"] = name
         item, _ = parse_item(values, number)
     except RowError as error:
         raise ArgumentError("items", f"row {number}: {error}", "a row of a catalogue's metadata file") from error
-    image = row.get("image")
     if image is None:
         return _from_item(item, root)
     if isinstance(image, (str, Path)):
-        image = root / image
-    elif not isinstance(image, Image.Image):
-        raise ArgumentError("items", f"row {number}: image is a {type(image).__name__}", "a picture or a path")
+        return Example(item.id, root / image, item, number)
+    if not isinstance(image, (Image.Image, bytes, np.ndarray)):
+        raise ArgumentError("items", f"row {number}: image is a {type(image).__name__}", "a picture, bytes or a path")
     return Example(item.id, image, item, number)
-
-
-def on_white(image: Image.Image) -> Image.Image:
-    """A picture in memory as RGB, transparency laid on white as :func:`tgq_fast.data.load_image` does."""
-    if image.mode == "RGB":
-        return image
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        canvas = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(canvas, image)
-    return image.convert("RGB")
 
 
 class FeatureExtractor:
@@ -175,12 +189,7 @@ class FeatureExtractor:
             try:
                 if example.image is None:
                     return None
-                image = example.image
-                if isinstance(image, Path):
-                    image = load_image(image, example.id)
-                else:
-                    image = on_white(image)
-                return self.processor.image_processor([image])[0]
+                return self.processor.image_processor([load_image(example.image, example.id)])[0]
             except ImageError as error:
                 return error
 
@@ -205,7 +214,7 @@ class FeatureExtractor:
     def _inputs(self, examples: Sequence[Example], pixels: Sequence[Tensor | None]) -> dict[str, Any]:
         processed = self.processor.metadata([example.metadata for example in examples])
         present = [p for p in pixels if p is not None]
-        processed.pixel_values = torch.stack(present) if present else None
+        processed.pixel_values = stack_pixels(present)
         processed.has_image = torch.tensor([p is not None for p in pixels], dtype=torch.bool)
         inputs: dict[str, Any] = {"features": self.features(processed)}
         if processed.prompt is not None:

@@ -35,7 +35,7 @@ from tgq_fast.models.processing import TGQFormerProcessor
 from tgq_fast.models.towers import TextTower, VisionTower
 from tgq_fast.models.whitening import Whitening, whitened_pictures
 
-__all__ = ["FeatureStore", "image_digest", "in_order"]
+__all__ = ["FeatureStore", "digest_pictures", "image_digest", "in_order"]
 
 OnError = Literal["raise", "skip"]
 Progress = Callable[[int, int], None]
@@ -56,25 +56,32 @@ def in_order(pool: ThreadPoolExecutor, work: Callable[[Any], Any], inputs: Seque
 
 
 def image_digest(catalog: Catalog, *, workers: int = 2) -> str:
-    """sha256 over the contents of the catalogue's image files in row order; a missing file counts as missing."""
+    """sha256 over the contents of the catalogue's pictures in row order; one that cannot be read counts as missing."""
+    return digest_pictures(catalog, workers)[0]
+
+
+def digest_pictures(catalog: Catalog, workers: int) -> tuple[str, frozenset[int]]:
+    """:func:`image_digest`, and the rows whose picture could not be read."""
 
     def one(item: Item) -> bytes:
         if item.file_name is None:
             return b"none"
         try:
-            with catalog.image_path(item).open("rb") as handle:
+            with catalog.picture(item).open() as handle:
                 digest = hashlib.sha256()
                 while block := handle.read(1 << 20):
                     digest.update(block)
                 return digest.digest()
-        except OSError:
+        except (OSError, ValueError):
             return b"missing"
 
-    total = hashlib.sha256()
+    total, unread = hashlib.sha256(), []
     with ThreadPoolExecutor(workers) as pool:
-        for digest in in_order(pool, one, catalog.items, 64):
+        for row, digest in enumerate(in_order(pool, one, catalog.items, 64)):
             total.update(digest + b"|")
-    return total.hexdigest()
+            if digest == b"missing":
+                unread.append(row)
+    return total.hexdigest(), frozenset(unread)
 
 
 class FeatureStore:
@@ -308,7 +315,7 @@ def _visual_features(
     workers: int,
     verify: bool,
 ) -> ChunkedArray:
-    images = image_digest(catalog, workers=workers)
+    images, unread = digest_pictures(catalog, workers)
     key = hashlib.sha256(f"visual-1|{vision.key}|{images}|{CHUNK}".encode()).hexdigest()
     layout = {
         "visual": ("<f2", [vision.num_tokens, vision.width]),
@@ -322,21 +329,23 @@ def _visual_features(
             if item.file_name is None:
                 return None
             try:
-                return vision.image_processor([load_image(catalog.image_path(item), item.id)])[0]
+                return vision.image_processor([load_image(catalog.picture(item), item.id)])[0]
             except ImageError as error:
                 return error
 
-        rows = range(todo.start * CHUNK, len(catalog))
-        decoded = in_order(pool, decode, catalog.items[rows.start :], 2 * CHUNK)
-        for number in todo:
-            size = min(CHUNK, len(catalog) - number * CHUNK)
-            batch = [next(decoded) for _ in range(size)]
-            notes = [(number * CHUNK + i, e.reason, e.detail) for i, e in enumerate(batch) if isinstance(e, ImageError)]
-            if notes and on_error == "raise":
-                raise next(e for e in batch if isinstance(e, ImageError))
-            array.append(encode_chunk(vision, batch, catalog.items[number * CHUNK : number * CHUNK + size]), notes)
+        chunks = [range(number * CHUNK, min((number + 1) * CHUNK, len(catalog))) for number in todo]
+        decoded = in_order(pool, decode, [catalog.items[row] for rows in chunks for row in rows], 2 * CHUNK)
+        for rows in chunks:
+            batch = [next(decoded) for _ in rows]
+            failed = [(row, error) for row, error in zip(rows, batch, strict=True) if isinstance(error, ImageError)]
+            if failed and on_error == "raise":
+                raise failed[0][1]
+            # The key tells which pictures could not be read; another failure is kept only if their bytes decide it.
+            lasting = all(error.lasting or row in unread for row, error in failed)
+            notes = [(row, error.reason, error.detail) for row, error in failed]
+            array.append(encode_chunk(vision, batch, catalog.items[rows.start : rows.stop]), notes, lasting=lasting)
             if progress is not None:
-                progress(number * CHUNK + size, len(catalog))
+                progress(rows.stop, len(catalog))
     return array
 
 

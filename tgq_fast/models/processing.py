@@ -11,18 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
-from tgq_fast.data.files import write_atomic
-from tgq_fast.data.items import Item
+from tgq_fast.data.files import make_folder, write_atomic
+from tgq_fast.data.images import PictureLike, load_image
+from tgq_fast.data.items import Item, RowError, parse_fields
 from tgq_fast.errors import ArgumentError, CheckpointError
 from tgq_fast.models import backbones
 from tgq_fast.models.configuration import TGQFormerConfig
 from tgq_fast.models.field_tokens import field_strings
 from tgq_fast.models.towers import ImageProcessor, hub_load, load_image_processor
 
-__all__ = ["DEFAULT_PROMPT", "ProcessedItems", "PromptInputs", "TGQFormerProcessor"]
+__all__ = ["DEFAULT_PROMPT", "ProcessedItems", "PromptInputs", "TGQFormerProcessor", "stack_pixels"]
 
 # NoteLLM-2's in-context compression: the visual embedding is read where the first word would be written, after the
 # image only; the item embedding where the last would be, after image and metadata. The wording is ours.
@@ -75,15 +75,33 @@ class ProcessedItems:
 
 
 class _Fields:
-    """A plain mapping of field values with the interface of an item."""
+    """A mapping of field values with the interface of an item, its values read as a catalogue row's."""
 
-    def __init__(self, values: Mapping[str, object]) -> None:
-        self.values = values
+    def __init__(self, values: Mapping[str, object], names: Sequence[str]) -> None:
+        if not isinstance(values, Mapping):
+            raise ArgumentError("metadata", f"a {type(values).__name__}", "items, or mappings of field name to value")
+        try:
+            self.values = parse_fields(values, names)
+        except RowError as error:
+            raise ArgumentError("metadata", str(error), "text, numbers, dates, or lists of them") from error
 
     def field(self, name: str) -> str | None:
-        value = self.values.get(name)
-        text = "" if value is None else " ".join(str(value).split())
-        return text or None
+        return self.values.get(name)
+
+
+def stack_pixels(pixels: Sequence[Tensor]) -> Tensor | None:
+    """[B, 3, H, W] of B pictures, None of none.
+
+    Raises:
+        ArgumentError: the image processor left them different sizes.
+    """
+    shapes = sorted({tuple(p.shape) for p in pixels})
+    if len(shapes) > 1:
+        raise ArgumentError(
+            "images", f"pictures of shapes {shapes[:3]} after processing", "one size for all",
+            "The vision tower's image processor must resize (do_resize and size in its preprocessor_config.json).",
+        )  # fmt: skip
+    return torch.stack(list(pixels)) if pixels else None
 
 
 class TGQFormerProcessor:
@@ -142,27 +160,33 @@ class TGQFormerProcessor:
 
     def __call__(
         self,
-        images: Sequence[Image.Image | None],
+        images: Sequence[PictureLike | None],
         metadata: Sequence[Item | Mapping[str, object]],
     ) -> ProcessedItems:
         """Process B items.
 
         Args:
-            images: RGB pictures; None for an item without one.
+            images: pictures in any form that :func:`tgq_fast.data.load_image` takes, decoded as it does (orientation,
+                transparency on white, 16 bits); None for an item without one.
             metadata: items, or mappings of field name to value; unknown names are ignored.
+
+        Raises:
+            ImageError: a picture cannot be used; it is named by its place, "#0".
+            ArgumentError: numbers of pictures and items differ, or a value is no metadata.
         """
         if len(images) != len(metadata):
             raise ArgumentError("metadata", f"{len(metadata)} items", f"as many as images, {len(images)}")
         processed = self.metadata(metadata)
-        present = [image for image in images if image is not None]
-        processed.pixel_values = self.image_processor(present) if present else None
+        present = [load_image(image, f"#{i}") for i, image in enumerate(images) if image is not None]
+        processed.pixel_values = stack_pixels([self.image_processor([image])[0] for image in present])
         processed.has_image = torch.tensor([image is not None for image in images], dtype=torch.bool)
         return processed
 
     def metadata(self, metadata: Sequence[Item | Mapping[str, object]]) -> ProcessedItems:
         """Field strings and prompt of B items, without pictures."""
         fields = [
-            field_strings(item if isinstance(item, Item) else _Fields(item), self.config.fields) for item in metadata
+            field_strings(item if isinstance(item, Item) else _Fields(item, self.config.fields), self.config.fields)
+            for item in metadata
         ]
         prompt = self.prompt([[s for s in row if s is not None] for row in fields]) if self.uses_llm else None
         return ProcessedItems(None, torch.zeros(len(fields), dtype=torch.bool), fields, prompt)
@@ -209,8 +233,7 @@ class TGQFormerProcessor:
 
     def save_pretrained(self, save_directory: str | Path, **_: Any) -> None:
         """Write `processor_config.json` beside the model's own configuration."""
-        folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = make_folder(save_directory)
         values = {
             "processor_class": type(self).__name__,
             "padding_side": self.padding_side,

@@ -32,7 +32,7 @@ from tgq_fast.errors import ArgumentError, ImageError
 from tgq_fast.models import features
 from tgq_fast.models.backbones import cache_root
 from tgq_fast.models.feature_files import ChunkedArray
-from tgq_fast.models.features import Progress, image_digest, in_order
+from tgq_fast.models.features import Progress, digest_pictures, in_order
 from tgq_fast.models.towers import ImageProcessor, VisionTower
 
 __all__ = ["ViewRecipe", "ViewStore", "token_grid", "token_shares"]
@@ -214,7 +214,7 @@ class ViewStore:
             described: Any = asdict(recipe)
         else:
             views, described = [[recipe] for _ in chosen], str(recipe)
-        pictures = image_digest(catalog, workers=workers)
+        pictures, unread = digest_pictures(catalog, workers)
         donors = hashlib.sha256(json.dumps([(i.id, i.category) for i in catalog.items]).encode())
         donors.update(labels.tobytes())
         facts = {"tower": vision.key, "pictures": pictures, "donors": donors.hexdigest()}
@@ -231,7 +231,7 @@ class ViewStore:
         array = ChunkedArray(root / "views" / key[:32], layout, rows=len(flat), chunk=features.CHUNK, facts=facts)
         with array.building(verify=verify) as todo:
             if len(todo):
-                maker = _Maker(catalog, vision, labels, seed)
+                maker = _Maker(catalog, vision, labels, seed, unread)
                 _fill(array, list(todo), chosen, views, maker, progress, workers)
         return cls(array, key, chosen, len(catalog), flat)
 
@@ -239,8 +239,11 @@ class ViewStore:
 class _Maker:
     """Corrupted pictures of a catalogue, ready for the tower."""
 
-    def __init__(self, catalog: Catalog, vision: VisionTower, labels: NDArray[np.int64], seed: int) -> None:
-        self.catalog, self.vision, self.labels, self.seed = catalog, vision, labels, seed
+    def __init__(
+        self, catalog: Catalog, vision: VisionTower, labels: NDArray[np.int64], seed: int, unread: frozenset[int]
+    ) -> None:
+        self.catalog, self.vision, self.labels, self.seed, self.unread = catalog, vision, labels, seed, unread
+        self.lasting = True  # until a picture cannot be used for a reason that its bytes do not decide
         self._load = functools.lru_cache(maxsize=_KEPT)(self._read)
         self._makers: dict[tuple[int, int], Picturer] = {}
 
@@ -249,8 +252,9 @@ class _Maker:
         if item.file_name is None:
             return None
         try:
-            image = load_image(self.catalog.image_path(item), item.id)
-        except ImageError:
+            image = load_image(self.catalog.picture(item), item.id)
+        except ImageError as error:
+            self.lasting &= error.lasting or row in self.unread
             return None
         if max(image.size) > _SIDE:
             image.thumbnail((_SIDE, _SIDE), Image.Resampling.BICUBIC, reducing_gap=2.0)
@@ -298,7 +302,7 @@ def _fill(
                 if found is not None:
                     shares[place] = found[1]
             missing = [at for at, found in zip(places, batch, strict=True) if found is None]
-            array.append({**values, "shares": shares}, missing)
+            array.append({**values, "shares": shares}, missing, lasting=maker.lasting)
             if progress is not None:
                 progress(places.stop, len(tasks))
 

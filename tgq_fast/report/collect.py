@@ -139,7 +139,7 @@ class Pictures:
         if item.file_name is None:
             return None
         try:
-            return load_image(self.catalog.image_path(item), item.id)
+            return load_image(self.catalog.picture(item), item.id)
         except ImageError as error:
             self.failed[item.id] = error.reason
             return None

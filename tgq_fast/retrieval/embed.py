@@ -303,7 +303,7 @@ class _Worker:
         parts: list[Tensor] = []
         start = 0
         while start < len(items):
-            part = Catalog.from_items(items[start : start + self.batch_size], root=self.catalog.root)
+            part = self.catalog.part(items[start : start + self.batch_size])
             try:
                 vectors = self.model.encode(part, batch_size=self.batch_size, on_error="raise", **self._options)
             except torch.OutOfMemoryError:

@@ -36,7 +36,7 @@ def content_key(catalog: Catalog, item: Item, fields: Sequence[str] | None) -> b
     state.update(json.dumps([[name, item.field(name)] for name in names]).encode())
     if item.file_name is not None:
         try:
-            with catalog.image_path(item).open("rb") as file:
+            with catalog.picture(item).open() as file:
                 state.update(b"picture")
                 while piece := file.read(_PIECE):
                     state.update(piece)

@@ -295,8 +295,8 @@ def create_app(shop: Shop, limits: Limits = DEFAULT, *, hosts: tuple[str, ...] =
         model = shop.models.get(target.name)
         if model is None or known.file_name is None or shop.catalog is None:
             return JSONResponse({"reason": "needs the run of this pool (--model) and an item with a picture"})
-        path = shop.catalog.image_path(known)
-        return JSONResponse(await in_thread(network, lambda: explain(model, known, load_image(path, known.id))))
+        picture = shop.catalog.picture(known)
+        return JSONResponse(await in_thread(network, lambda: explain(model, known, load_image(picture, known.id))))
 
     @app.get("/api/picture", response_class=Response)
     async def picture(id: ItemId, side: Annotated[int, Query(description="160, 320 or 640.")] = 320) -> Response:

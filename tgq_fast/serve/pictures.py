@@ -41,7 +41,7 @@ class Thumbnails:
             if key in self._kept:
                 self._kept.move_to_end(key)
                 return self._kept[key]
-        image = load_image(self.catalog.image_path(item), item.id)
+        image = load_image(self.catalog.picture(item), item.id)
         image.thumbnail((side, side), Image.Resampling.LANCZOS)
         buffer = io.BytesIO()
         image.save(buffer, "JPEG", quality=85)

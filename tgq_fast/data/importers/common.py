@@ -13,15 +13,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Literal, TextIO, cast
 
+from tgq_fast.data.columns import PICTURE_SUFFIXES
 from tgq_fast.data.files import fsync_folder
 from tgq_fast.data.items import Item, RowError, parse_item
 from tgq_fast.data.rows import SUFFIXES
 from tgq_fast.errors import ArgumentError
 
-__all__ = ["IMAGE_SUFFIXES", "CatalogWriter", "Full", "ImagePlacement", "ImportReport", "image_index", "open_text"]
+__all__ = ["CatalogWriter", "Full", "ImagePlacement", "ImportReport", "image_index", "open_text"]
 
 ImagePlacement = Literal["link", "copy"]
-IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"))
 KEPT_EXAMPLES = 200
 
 
@@ -194,7 +194,7 @@ def open_text(path: Path) -> TextIO:
 
 def image_index(folder: Path) -> dict[str, Path]:
     """Stem → picture of a folder and its subfolders."""
-    return {path.stem: path for path in _walk(folder) if path.suffix.lower() in IMAGE_SUFFIXES}
+    return {path.stem: path for path in _walk(folder) if path.suffix.lower() in PICTURE_SUFFIXES}
 
 
 def _walk(folder: Path) -> Iterator[Path]:

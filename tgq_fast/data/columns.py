@@ -1,0 +1,116 @@
+"""Which column is what: names whatever their case, the column that holds the pictures, columns that are not used."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from tgq_fast.data.items import KNOWN_KEYS
+from tgq_fast.data.parquet_rows import EmbeddedPicture, looks_like_picture
+from tgq_fast.data.values import RowError, plain_value
+
+__all__ = ["PICTURE_COLUMNS", "PICTURE_SUFFIXES", "Columns", "canonical_name", "first_picture", "listed_pictures"]
+
+PICTURE_COLUMNS = ("file_name", "file_names", "image", "images", "image_path", "picture", "photo", "filename")
+"""Columns that are read as an item's picture, the first that has one."""
+
+PICTURE_SUFFIXES = frozenset(
+    (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".ppm", ".pgm")
+)
+_ENDS = re.compile(r"\.(?:jpe?g|jfif|png|webp|gif|bmp|tiff?|avif)(?:[?#].*)?$", re.IGNORECASE)
+
+
+def canonical_name(name: object) -> str:
+    """A column's name in one spelling: lower case, words joined by underscores."""
+    return re.sub(r"[\s\-]+", "_", str(name).strip().casefold())
+
+
+def listed_pictures(value: object) -> list[object]:
+    """The pictures that one cell names: a path, bytes, a struct {bytes, path}, or a list of them."""
+    if isinstance(value, (list, tuple)):
+        return [picture for entry in value for picture in listed_pictures(entry)]
+    if isinstance(value, Mapping):
+        value = value.get("bytes") or value.get("path")
+    return [] if value is None or value == "" or (isinstance(value, float) and value != value) else [value]
+
+
+def first_picture(value: object) -> tuple[object, int]:
+    """The first picture of a cell (None when it is empty) and how many more it names."""
+    found = listed_pictures(value)
+    return (found[0], len(found) - 1) if found else (None, 0)
+
+
+class Columns:
+    """Brings the rows of one table to the schema's names and remembers what is left over.
+
+    Attributes:
+        unknown: column → rows in which it stands unused.
+        pictures: unused column → rows in which it looks like a picture.
+        more: rows that name further pictures, of which none is used.
+    """
+
+    def __init__(self) -> None:
+        self.unknown: Counter[str] = Counter()
+        self.pictures: Counter[str] = Counter()
+        self.more = 0
+        self._plans: dict[tuple[Any, ...], dict[Any, str]] = {}
+
+    def read(self, raw: Mapping[Any, Any]) -> dict[str, Any]:
+        """A row with canonical names, whose `file_name` is its first picture."""
+        names = tuple(raw)
+        plan = self._plans.get(names)
+        if plan is None:
+            plan = self._plans[names] = _plan(names)
+            if len(self._plans) > 1000:  # JSON lines may have as many shapes as rows
+                self._plans.clear()
+        row = {plan[name]: value for name, value in raw.items() if name in plan}
+        used = None
+        for column in PICTURE_COLUMNS:
+            if column not in row:
+                continue
+            picture, more = first_picture(row[column])
+            if picture is not None:
+                used = column
+                row["file_name"] = picture.address if isinstance(picture, EmbeddedPicture) else picture
+                self.more += more > 0
+                break
+        if used is None and "file_name" in row:
+            row["file_name"] = None
+        for name in raw:
+            column = plan.get(name, str(name))
+            if (column in KNOWN_KEYS and name in plan) or column == used or column.startswith("attributes."):
+                continue
+            self.unknown[str(name)] += 1
+            if self.unknown[str(name)] <= 100 and _is_picture(raw[name]):
+                self.pictures[str(name)] += 1
+        return row
+
+
+def _plan(names: tuple[Any, ...]) -> dict[Any, str]:
+    """Raw name → name in the schema; a spelling that is exact goes before one that differs in case."""
+    plan: dict[Any, str] = {name: name for name in names if isinstance(name, str) and name in KNOWN_KEYS}
+    for name in names:
+        if name in plan:
+            continue
+        canonical = canonical_name(name)
+        if canonical.startswith("attributes."):
+            plan[name] = "attributes." + str(name).strip()[len("attributes.") :]
+        elif canonical in KNOWN_KEYS or canonical in PICTURE_COLUMNS:
+            if canonical not in plan.values():
+                plan[name] = canonical
+        else:
+            plan[name] = str(name)
+    return plan
+
+
+def _is_picture(value: object) -> bool:
+    found, _ = first_picture(value)
+    if isinstance(found, (EmbeddedPicture, bytes)):
+        return isinstance(found, EmbeddedPicture) or looks_like_picture(found)
+    try:
+        text = plain_value(found)
+    except RowError:
+        return False
+    return isinstance(text, str) and len(text) < 2048 and _ENDS.search(text) is not None
