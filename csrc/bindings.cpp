@@ -130,7 +130,7 @@ int pack_weights(const py::tuple& shape, std::uintptr_t weights, std::int64_t gr
                                             address<std::uint8_t>(packed), threads));
 }
 
-// layer: (shape, packed, bias); norm: None, or (residual, weight, shift, eps).
+// layer: (shape, packed, bias); norm: None, or (residual, weight, shift, eps), weight and shift 0 without a LayerNorm.
 tgq::LinearCall linear_call(const py::tuple& layer, const tgq::Matrix& x, const tgq::Matrix& out, bool gelu, const py::object& norm,
                             int threads) {
   tgq::LinearCall call{};
@@ -170,9 +170,11 @@ int feed_forward(const py::tuple& up, const py::tuple& down, const py::tuple& x,
   return static_cast<int>(tgq::feed_forward(first, second));
 }
 
-// sizes: (B, rows, length, width); strides: of q's items, of x' items and tokens.
+// sizes: (B, rows, length, width); strides: of q's items, of x' items and tokens; guide: addresses of the guide and of its
+// strengths, and how many there are.
 int shared_attention(std::uintptr_t q, std::uintptr_t x, std::uintptr_t out, const std::array<std::int64_t, 4>& sizes,
-                     const std::array<std::int64_t, 3>& strides, int dtype, std::uintptr_t visible, float scale, int threads) {
+                     const std::array<std::int64_t, 3>& strides, int dtype, std::uintptr_t visible,
+                     const std::tuple<std::uintptr_t, std::uintptr_t, std::int64_t>& guide, float scale, int threads) {
   const tgq::SharedAttentionCall call{address<const void>(q),
                                       address<const void>(x),
                                       address<void>(out),
@@ -185,6 +187,9 @@ int shared_attention(std::uintptr_t q, std::uintptr_t x, std::uintptr_t out, con
                                       strides[2],
                                       static_cast<tgq::DType>(dtype),
                                       address<const std::uint8_t>(visible),
+                                      address<const float>(std::get<0>(guide)),
+                                      address<const float>(std::get<1>(guide)),
+                                      std::get<2>(guide),
                                       scale,
                                       threads};
   const py::gil_scoped_release unlocked;

@@ -117,13 +117,13 @@ Status pack_weights(const PackedShape& shape, const void* weights, std::int64_t 
 
 namespace {
 
-// One layer over up to kRowBlocks blocks of rows at a time: rows are packed, panels multiplied and, for a LayerNorm, whole
-// rows finished. Where another layer follows at once, its rows are left packed in `next`.
+// One layer over up to kRowBlocks blocks of rows at a time: rows are packed, panels multiplied and, with a residual, whole rows
+// finished. Where another layer follows at once, its rows are left packed in `next`.
 class Linear {
  public:
   Linear(const LinearCall& call, const MatrixUnit& unit)
       : call_(call), unit_(unit), worker_{unit.begin, unit.end}, layout_(call.shape), panels_(ceil_div(call.out.cols, kBlock)),
-        norm_(call.norm_weight != nullptr) {}
+        whole_rows_(call.residual.data != nullptr) {}
 
   std::int64_t packed_bytes(std::int64_t blocks) const { return blocks * block_bytes(); }
 
@@ -170,11 +170,11 @@ class Linear {
     blocks_ = ceil_div(count, kBlock);
     rows_ = rows;
     next_ = next;
-    if (norm_) sums_ = sums.take<float>(blocks_ * kBlock * panels_ * kBlock);
+    if (whole_rows_) sums_ = sums.take<float>(blocks_ * kBlock * panels_ * kBlock);
     const std::int64_t grain = std::min(kPanelsAtOnce, ceil_div(panels_, call_.threads));
     const Status status = parallel_for(panels_, grain, call_.threads, worker_,
                                        [&](std::int64_t begin, std::int64_t end) { multiply_panels(begin, end); });
-    if (status != Status::ok || !norm_) return status;
+    if (status != Status::ok || !whole_rows_) return status;
     return parallel_for(blocks_, 1, call_.threads, worker_, [&](std::int64_t block, std::int64_t) { normalise(block); });
   }
 
@@ -189,8 +189,8 @@ class Linear {
   // The sums of all panels [begin, end) over one part of the inner dimension, then over the next.
   void multiply_panels(std::int64_t begin, std::int64_t end) const {
     static thread_local Scratch scratch;
-    const std::int64_t stride = norm_ ? sums_width() : kBlock, panel_sums = norm_ ? kBlock : blocks_ * kBlock * kBlock;
-    float* sums = norm_ ? sums_ + begin * kBlock : scratch.take<float>((end - begin) * panel_sums);
+    const std::int64_t stride = whole_rows_ ? sums_width() : kBlock, panel_sums = whole_rows_ ? kBlock : blocks_ * kBlock * kBlock;
+    float* sums = whole_rows_ ? sums_ + begin * kBlock : scratch.take<float>((end - begin) * panel_sums);
     for (std::int64_t step = 0; step < layout_.steps; step += kStepsAtOnce) {
       const std::int64_t steps = std::min(kStepsAtOnce, layout_.steps - step);
       for (std::int64_t panel = begin; panel < end; ++panel) {
@@ -200,7 +200,7 @@ class Linear {
         const Finish finish = finish_of(panel);
         const bool last = step + steps == layout_.steps;
         unit_.multiply(rows, row_tile_bytes(layout_.steps, layout_.parts), blocks_, columns, steps, layout_.parts, step > 0,
-                       sums + (panel - begin) * panel_sums, stride, last && !norm_ ? &finish : nullptr,
+                       sums + (panel - begin) * panel_sums, stride, last && !whole_rows_ ? &finish : nullptr,
                        panel + 1 < end ? columns + layout_.panel() : nullptr);
       }
     }
@@ -231,7 +231,7 @@ class Linear {
   const Worker worker_;
   const Layout layout_;
   const std::int64_t panels_;
-  const bool norm_;
+  const bool whole_rows_;
   std::int64_t first_ = 0, count_ = 0, blocks_ = 0;  // the rows at hand
   const std::uint8_t* rows_ = nullptr;
   std::uint8_t* next_ = nullptr;
@@ -245,8 +245,8 @@ bool valid(const LinearCall& call) {
          call.x.cols == shape.groups * shape.in && call.first_column % kBlock == 0 && call.threads > 0 &&
          call.first_column + call.out.cols <= shape.groups * shape.out &&
          !(several && (call.first_column != 0 || shape.out % kBlock != 0)) &&
-         (call.norm_weight == nullptr ||
-          (!several && call.bias != nullptr && call.norm_shift != nullptr && call.residual.data != nullptr));
+         (call.residual.data == nullptr ? call.norm_weight == nullptr : !several && call.bias != nullptr) &&
+         (call.norm_weight == nullptr || call.norm_shift != nullptr);
 }
 
 }  // namespace
@@ -280,7 +280,7 @@ Status feed_forward(const LinearCall& up, const LinearCall& down) {
   const MatrixUnit* unit = unit_in_force();
   if (unit == nullptr) return Status::unsupported;
   if (!valid(up) || !valid(down) || up.shape.groups != 1 || down.shape.groups != 1 || up.first_column != 0 ||
-      up.norm_weight != nullptr || up.out.cols != down.x.cols || up.x.rows != down.x.rows || up.shape.dtype != down.shape.dtype)
+      up.residual.data != nullptr || up.out.cols != down.x.cols || up.x.rows != down.x.rows || up.shape.dtype != down.shape.dtype)
     return Status::bad_argument;
   static thread_local Scratch packed, packed_hidden;
   try {
@@ -345,6 +345,10 @@ class SharedAttention {
     for (std::int64_t panel = 0; panel < key_panels_; ++panel)
       multiply_all_steps(unit_, rows_, width_steps_, blocks, keys_ + panel * key_panel_, parts_, sums_ + panel * kBlock, stride,
                          nullptr);
+    const std::int64_t guided = std::clamp<std::int64_t>(call_.guided - row, 0, count);
+    if (guided > 0)  // the softmax multiplies by the scale
+      row_kernels().add_outer(sums_, stride, guided, call_.length, call_.strength + row, call_.guide + b * call_.length,
+                              1.0f / call_.scale);
     float inverse[kAttentionBlocks * kBlock];
     for (std::int64_t block = 0; block < blocks; ++block)
       row_kernels().softmax(sums_ + block * kBlock * stride, stride, call_.length, call_.scale,
@@ -370,7 +374,9 @@ class SharedAttention {
 Status shared_attention(const SharedAttentionCall& call) {
   const MatrixUnit* unit = unit_in_force();
   if (unit == nullptr) return Status::unsupported;
-  if (!supported(call.dtype) || call.threads < 1 || call.length < 1) return Status::bad_argument;
+  if (!supported(call.dtype) || call.threads < 1 || call.length < 1 || call.guided < 0 || call.guided > call.rows ||
+      (call.guided > 0 && (call.guide == nullptr || call.strength == nullptr)))
+    return Status::bad_argument;
   // An item is one task; of fewer items than threads each is split, and its tokens are packed by every part.
   const std::int64_t blocks = ceil_div(call.rows, kBlock);
   const std::int64_t splits = call.batch == 0 ? 1 : std::min(blocks, ceil_div(call.threads, call.batch));

@@ -80,9 +80,12 @@ static inline int64_t attend_scratch(const StreamHead& head) {
 
 // What happens to rows between products.
 struct RowKernels {
-  // out = LayerNorm(sums + bias + residual), row by row; residual and out are of one dtype.
+  // out = LayerNorm(sums + bias + residual), row by row, or the sum itself where `weight` is null; residual and out are of one
+  // dtype.
   void (*normalise)(const float* sums, int64_t stride, int64_t rows, int64_t width, const float* bias, const Rows& residual,
                     const float* weight, const float* shift, float eps, void* out, int64_t out_stride);
+  // sums[r, c] += factor * column[r] * row[c] for `rows` rows of `width` values.
+  void (*add_outer)(float* sums, int64_t stride, int64_t rows, int64_t width, const float* column, const float* row, float factor);
   // exp(scale * (scores - largest)) of one block of kBlock rows as row tiles [2][steps][parts], zero from `length` on and
   // where `visible` is 0; inverse[r] = 1 / its sum, or 0 where nothing is visible.
   void (*softmax)(const float* scores, int64_t stride, int64_t length, float scale, const uint8_t* visible, int64_t steps, int parts,

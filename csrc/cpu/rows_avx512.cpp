@@ -18,6 +18,13 @@ void normalise(const float* sums, int64_t stride, int64_t rows, int64_t width, c
       const __m512 sum = _mm512_add_ps(_mm512_maskz_loadu_ps(mask, sums + r * stride + c), _mm512_maskz_loadu_ps(mask, bias + c));
       return _mm512_add_ps(sum, load16(residual.data, r * residual.stride + c, residual.bfloat, mask));
     };
+    if (weight == nullptr) {
+      for (int64_t c = 0; c < width; c += 16) {
+        const __mmask16 mask = first_lanes(width - c);
+        store16(out, r * out_stride + c, residual.bfloat, value(c, mask), mask);
+      }
+      continue;
+    }
     __m512 total = _mm512_setzero_ps(), squares = _mm512_setzero_ps();
     for (int64_t c = 0; c < width; c += 16) total = _mm512_add_ps(total, value(c, first_lanes(width - c)));
     const __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(total) * share);
@@ -32,6 +39,17 @@ void normalise(const float* sums, int64_t stride, int64_t rows, int64_t width, c
       const __m512 unit = _mm512_mul_ps(_mm512_sub_ps(value(c, mask), mean), scale);
       const __m512 result = _mm512_fmadd_ps(unit, _mm512_maskz_loadu_ps(mask, weight + c), _mm512_maskz_loadu_ps(mask, shift + c));
       store16(out, r * out_stride + c, residual.bfloat, result, mask);
+    }
+  }
+}
+
+void add_outer(float* sums, int64_t stride, int64_t rows, int64_t width, const float* column, const float* row, float factor) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const __m512 times = _mm512_set1_ps(factor * column[r]);
+    for (int64_t c = 0; c < width; c += 16) {
+      const __mmask16 mask = first_lanes(width - c);
+      float* at = sums + r * stride + c;
+      _mm512_mask_storeu_ps(at, mask, _mm512_fmadd_ps(times, _mm512_maskz_loadu_ps(mask, row + c), _mm512_maskz_loadu_ps(mask, at)));
     }
   }
 }
@@ -202,7 +220,7 @@ void attend(const StreamHead& head, float* scratch) {
 }  // namespace
 
 const RowKernels& avx512_row_kernels() {
-  static const RowKernels kernels{normalise, softmax, attend};
+  static const RowKernels kernels{normalise, add_outer, softmax, attend};
   return kernels;
 }
 

@@ -149,8 +149,12 @@ void test_shared_attention(DType dtype, std::int64_t batch, std::int64_t rows, s
   Values q(batch * rows * width, dtype, 0.3f), x(batch * length * width, dtype), out(batch * rows * width, dtype);
   std::vector<std::uint8_t> visible(batch * length);
   for (auto& v : visible) v = generator() % 3 != 0;
+  const std::int64_t guided = rows / 2;
+  const Values guide(batch * length, DType::f32), strength(guided, DType::f32);
+  const auto* guide_at = reinterpret_cast<const float*>(guide.bytes.data());
+  const auto* strength_at = reinterpret_cast<const float*>(strength.bytes.data());
   const SharedAttentionCall call{q.bytes.data(), x.bytes.data(), out.bytes.data(), batch, rows, length, width, rows * width,
-                                 length * width, width, dtype, visible.data(), 0.2f, threads};
+                                 length * width, width, dtype, visible.data(), guide_at, strength_at, guided, 0.2f, threads};
   CHECK(shared_attention(call) == Status::ok);
   for (std::int64_t b = 0; b < batch; ++b)
     for (std::int64_t r = 0; r < rows; ++r) {
@@ -159,7 +163,8 @@ void test_shared_attention(DType dtype, std::int64_t batch, std::int64_t rows, s
       for (std::int64_t l = 0; l < length; ++l) {
         double score = 0.0;
         for (std::int64_t d = 0; d < width; ++d) score += q.exact[(b * rows + r) * width + d] * x.exact[(b * length + l) * width + d];
-        sum += weight[l] = visible[b * length + l] ? std::exp(0.2 * score) : 0.0;
+        const double bias = r < guided ? strength.exact[r] * guide.exact[b * length + l] : 0.0;
+        sum += weight[l] = visible[b * length + l] ? std::exp(0.2 * score + bias) : 0.0;
       }
       for (std::int64_t l = 0; l < length; ++l)
         for (std::int64_t d = 0; d < width; ++d)

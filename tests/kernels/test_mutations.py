@@ -38,11 +38,6 @@ def steered() -> None:
     absorbed(37, guided=True)
 
 
-def steered_alone(form: str) -> None:
-    """Anchored queries of one item over visible keys: nothing but the statistics tells where a guide is missing."""
-    check_cross(form, F32, sizes=CROSS, guided=True)
-
-
 def streams() -> None:
     check_streams(F32, lengths=(3, 4, 18), heads=1, head=16)
 
@@ -108,6 +103,70 @@ FAULTS: dict[str, tuple[str, str, str, Callable[[], None]]] = {
         lambda: absorbed(37),
     ),
     "entropy of parts added up": ("softmax", "(log_sum - own * LOG2E)", "log_sum", lambda: fused(37)),
+    "guide of the wrong sign": ("softmax", "tl.where(guided, strength *", "tl.where(guided, -strength *", steered),
+    "guide for exploratory rows": ("softmax", "guided = ok & (query < num_guided)", "guided = ok", steered),
+    "guide of another item": ("absorbed", "    guide += item * guide_b\n", "", steered),
+    "guide missing in the forward, and so in the lse": (
+        "absorbed",
+        "s += guide_bias(guided[:, None], strength[:, None], guide_of_keys(",
+        "s += 0.0 * guide_bias(guided[:, None], strength[:, None], guide_of_keys(",
+        lambda: check_cross("absorbed", F32, sizes=CROSS, guided=True),
+    ),
+    "guide missing in the backward of the rows": (
+        "absorbed",
+        "s += guide_bias(guided[:, None], strength[:, None], value[None, :])",
+        "s += 0.0 * guide_bias(guided[:, None], strength[:, None], value[None, :])",
+        steered,
+    ),
+    "guide missing in the backward of the tokens": (
+        "absorbed",
+        "s += guide_bias(guided[None, :]",
+        "s += 0.0 * guide_bias(guided[None, :]",
+        steered,
+    ),
+    "scale of the guide without the groups before": (
+        "absorbed",
+        "steered += tl.load(sums",
+        "steered += 0.0 * tl.load(sums",
+        steered,
+    ),
+    "guide missing, fused": (
+        "fused",
+        "    s += guide_bias(",
+        "    s += 0.0 * guide_bias(",
+        lambda: fused(37, guided=True),
+    ),
+    "guide of another item, fused": ("fused", "guide + item * guide_b", "guide", lambda: fused(guided=True)),
+    "guide missing, projected": (
+        "streams",
+        "key, seen, guide_l)\n            s += guide_bias(",
+        "key, seen, guide_l)\n            s += 0.0 * guide_bias(",
+        lambda: projected(guided=True),
+    ),
+    "guide missing in the backward of projected rows": (
+        "streams",
+        "visible, guide_l)\n            s += guide_bias(",
+        "visible, guide_l)\n            s += 0.0 * guide_bias(",
+        lambda: projected(guided=True),
+    ),
+    "guide missing in the backward of projected keys": (
+        "streams",
+        "s += guide_bias(guided[None, :]",
+        "s += 0.0 * guide_bias(guided[None, :]",
+        lambda: projected(guided=True),
+    ),
+    "another head's scale": (
+        "streams",
+        "guide_of_rows(guide_scale, head,",
+        "guide_of_rows(guide_scale, 0,",
+        lambda: projected(guided=True),
+    ),
+    "gradient of the scale unweighted": (
+        "streams",
+        "steered += tl.sum(d_scores * value[None, :], 1)",
+        "steered += tl.sum(d_scores, 1)",
+        lambda: projected(guided=True),
+    ),
     "key mask never read": ("softmax", "    if HAS_MASK:\n", "    if False:\n", absorbed),
     "log of the sum forgotten": ("softmax", "tl.log2(tl.where(some, total, 1.0))", "0.0", projected),
     "swapped streams": (

@@ -63,10 +63,29 @@ class TestLinear:
             torch.randn(rows, outputs).to(dtype),
             norm_layer(outputs, dtype),
         )
-        got = PackedLinear(w, b, norm).residual_norm(x, residual)
+        got = PackedLinear(w, b, norm).add_to(x, residual)
         exact = functional.linear(x.double(), w.double(), b.double()) + residual.double()
         exact = functional.layer_norm(exact, (outputs,), norm.weight.double(), norm.bias.double(), norm.eps)
         close(got, exact, norm(functional.linear(x, w, b) + residual))
+
+    def test_residual_alone(self, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+        """As before a LayerNorm that comes later; the feed-forward's residual is another than its input."""
+        rows, inputs, outputs = shape
+        (w, b), (back, back_bias) = layer(inputs, outputs, dtype), layer(outputs, inputs, dtype, 1)
+        x, residual, other = (torch.randn(rows, n).to(dtype) for n in (inputs, outputs, inputs))
+
+        def definition(*t: Tensor) -> tuple[Tensor, Tensor]:
+            x, residual, other, w, b, back, back_bias = t
+            hidden = functional.gelu(functional.linear(x, w, b))
+            return functional.linear(x, w, b) + residual, functional.linear(hidden, back, back_bias) + other
+
+        up, down = PackedLinear(w, b), PackedLinear(back, back_bias)
+        found = up.add_to(x, residual), up.feed_forward(down, x, other)
+        tensors = (x, residual, other, w, b, back, back_bias)
+        for got, exact, plain in zip(
+            found, definition(*(t.double() for t in tensors)), definition(*tensors), strict=True
+        ):
+            close(got, exact, plain)
 
     def test_feed_forward(self, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
         rows, hidden, width = shape
@@ -124,31 +143,31 @@ class TestLinearDetails:
             found = []
             for count in (1, 2, 3):
                 torch.set_num_threads(count)
-                found.append((packed(x, gelu=True), packed.residual_norm(x, residual)))
+                found.append((packed(x, gelu=True), packed.add_to(x, residual)))
         finally:
             torch.set_num_threads(threads)
         assert all(torch.equal(a, b) for pair in found[1:] for a, b in zip(pair, found[0], strict=True))
         part = slice(517, 530)
         assert torch.equal(packed(x[part], gelu=True), found[0][0][part])
-        assert torch.equal(packed.residual_norm(x[part], residual[part]), found[0][1][part])
+        assert torch.equal(packed.add_to(x[part], residual[part]), found[0][1][part])
 
     def test_later_changes_of_the_weights_are_not_seen(self, dtype: torch.dtype) -> None:
         w, b = layer(32, 32, dtype)
         x, norm = torch.randn(4, 32).to(dtype), norm_layer(32, dtype)
         packed = PackedLinear(w, b, norm)
-        before = packed.residual_norm(x, x)
+        before = packed.add_to(x, x)
         for changed in (w, b, norm.weight, norm.bias):
             changed.zero_()
-        assert torch.equal(packed.residual_norm(x, x), before)
+        assert torch.equal(packed.add_to(x, x), before)
 
     def test_nan_stays_in_its_row(self, dtype: torch.dtype) -> None:
         w, b = layer(64, 48, dtype)
         norm = norm_layer(48, dtype)
         x, residual = torch.randn(40, 64).to(dtype), torch.randn(40, 48).to(dtype)
         packed = PackedLinear(w, b, norm)
-        clean = packed(x, gelu=True), packed.residual_norm(x, residual)
+        clean = packed(x, gelu=True), packed.add_to(x, residual)
         x[7, 3] = float("nan")
-        for got, before in zip((packed(x, gelu=True), packed.residual_norm(x, residual)), clean, strict=True):
+        for got, before in zip((packed(x, gelu=True), packed.add_to(x, residual)), clean, strict=True):
             assert got[7].isnan().all()
             assert torch.equal(got[torch.arange(40) != 7], before[torch.arange(40) != 7])
 
@@ -229,6 +248,26 @@ class TestSharedAttention:
             close(got, definition(q.double(), x.double(), mask), definition(q, x, mask))
         assert not got[1].any(), "an item without a visible token"
 
+    def test_guide(self, rows: int, length: int, width: int, dtype: torch.dtype) -> None:
+        """For the first rows; hidden tokens' guide is not read, and other rows never see it."""
+        torch.manual_seed(0)
+        q, x = torch.randn(2, rows, width).to(dtype), torch.randn(2, length, width).to(dtype)
+        visible = torch.rand(2, length) > 0.3
+        visible[:, 0] = True
+        guide, strength = torch.randn(2, length).masked_fill(~visible, float("nan")), torch.randn(rows // 2)
+
+        def definition(q: Tensor, x: Tensor) -> Tensor:
+            bias = strength[:, None] * guide.masked_fill(~visible, 0.0)[:, None]
+            scores = q @ x.transpose(1, 2) * 0.2 + functional.pad(bias, (0, 0, 0, rows - len(strength))).to(q.dtype)
+            return scores.masked_fill(~visible[:, None], float("-inf")).softmax(dim=-1) @ x
+
+        got = shared_attention(q.clone(), x, visible, 0.2, guide, strength)
+        close(got, definition(q.double(), x.double()), definition(q, x))
+        wild = torch.full_like(guide, float("nan"))
+        other = shared_attention(q.clone(), x, visible, 0.2, wild, strength)
+        assert torch.equal(other[:, rows // 2 :], got[:, rows // 2 :])
+        assert other[:, : rows // 2].isnan().all()
+
     def test_bits_over_threads_and_strides(self, rows: int, length: int, width: int, dtype: torch.dtype) -> None:
         torch.manual_seed(0)
         q, wide = torch.randn(2, rows, width).to(dtype), torch.randn(4, length, width + 3).to(dtype)
@@ -242,6 +281,30 @@ class TestSharedAttention:
             torch.set_num_threads(threads)
         expected = shared_attention(q.clone(), wide[::2, :, 3:].contiguous(), None, 0.2)
         assert all(torch.equal(f, expected) for f in found)
+
+
+def test_lazily_negated_tensors_are_read_as_they_are() -> None:
+    """Torch keeps a negation as a mark beside the memory, which an address does not show."""
+    torch.manual_seed(0)
+
+    def lazy(x: Tensor) -> Tensor:
+        marked = torch._neg_view(x)
+        assert marked.is_neg()
+        return marked
+
+    w, b, x, residual = torch.randn(64, 32), torch.randn(64), torch.randn(20, 32), torch.randn(20, 64)
+    plain, packed = PackedLinear(-w, -b), PackedLinear(lazy(w), lazy(b))
+    assert torch.equal(packed(lazy(x)), plain(-x))
+    assert torch.equal(packed.add_to(lazy(x), lazy(residual)), plain.add_to(-x, -residual))
+    q, tokens, guide, strength = torch.randn(1, 8, 32), torch.randn(1, 9, 32), torch.randn(1, 9), torch.randn(8)
+    got = shared_attention(-q, lazy(tokens), None, 1.0, lazy(guide), lazy(strength))
+    assert torch.equal(got, shared_attention(-q, -tokens, None, 1.0, -guide, -strength))
+    with pytest.raises(ArgumentError, match="q, x"):
+        shared_attention(lazy(q), tokens, None, 1.0)
+    heads = torch.randn(2, 5, 3 * 32)
+    assert torch.equal(
+        stream_attention(lazy(heads), None, None, (2, 3), 2)[0], stream_attention(-heads, None, None, (2, 3), 2)[0]
+    )
 
 
 def test_a_hidden_token_may_hold_anything() -> None:
@@ -320,6 +383,12 @@ def test_bad_input_and_machines_without_the_unit(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(BackendError, match=r"does not compute in torch\.float16"):
         PackedLinear(torch.randn(32, 16).half())
     assert packed(torch.empty(0, 16)).shape == (0, 32)
+    with pytest.raises(ArgumentError, match="residual"):
+        packed.add_to(torch.randn(4, 16), torch.randn(3, 32))
+    q, x = torch.randn(2, 4, 32), torch.randn(2, 7, 32)
+    for guide, strength in ((torch.zeros(2, 6), torch.zeros(4)), (torch.zeros(2, 7), torch.zeros(5))):
+        with pytest.raises(ArgumentError, match="guide, strength"):
+            shared_attention(q, x, None, 1.0, guide, strength)
     monkeypatch.setenv("TGQ_ISA", "avx2")
     assert "no AMX" in matrix_unit.why_not(torch.float32)
     with pytest.raises(BackendError, match="TGQ_ISA"):

@@ -1,6 +1,7 @@
 """patch / unpatch of transformers' Q-Formers: the same numbers, the same state dict, a way back."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -104,6 +105,104 @@ def test_copies_stay_patched_and_repatching_changes_options() -> None:
         run(model, True)
     ops.unpatch(twin)
     assert type(next(ops.patch.__globals__["_attentions"](twin))).__module__.startswith("transformers")
+
+
+class Adapted(nn.Module):
+    """A low-rank adapter around a layer, as peft wraps it: with the attributes of the layer inside."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer = layer
+        self.a = nn.Parameter(torch.randn(3, layer.in_features, dtype=torch.float64))
+        self.b = nn.Parameter(torch.randn(layer.out_features, 3, dtype=torch.float64))
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> torch.Tensor:
+        return self.base_layer.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base_layer(x) + x @ self.a.T @ self.b.T
+
+
+def cross_attention(model: nn.Module) -> nn.Module:
+    return model.encoder.layer[0].crossattention.attention
+
+
+@pytest.mark.parametrize("name", ["query", "key", "value"])
+def test_adapters_on_projections_are_kept(name: str) -> None:
+    model = make("blip2").eval()
+    attention = cross_attention(model)
+    setattr(attention, name, Adapted(getattr(attention, name)))
+    expected = run(model, True)
+    patched = ops.patch(copy.deepcopy(model), backend="torch")
+    found = run(patched, True)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    expected.square().sum().backward()
+    found.square().sum().backward()
+    for one, two in zip(attention.parameters(), cross_attention(patched).parameters(), strict=True):
+        assert two.grad is not None
+        torch.testing.assert_close(two.grad, one.grad, rtol=1e-7, atol=1e-7 * float(one.grad.abs().max()) + 1e-9)
+    decision = ops.explain(cross_attention(patched), torch.randn(1, 5, 32).double(), torch.randn(1, 7, 24).double())
+    assert f"{name} is a Adapted" in str(decision) and decision.form == "projected"
+
+
+@pytest.mark.parametrize("kind", ["hook", "pre-hook", "global hook", "forward of its own", "tensor subclass"])
+def test_projections_with_more_to_them_run_as_they_are(kind: str) -> None:
+    model = ops.patch(make("blip2").eval(), backend="torch")
+    layer, handle, seen = cross_attention(model).key, None, []
+    plain = run(model, False)
+    if kind == "hook":
+        handle = layer.register_forward_hook(lambda m, x, y: seen.append(m) or 2 * y)
+    elif kind == "pre-hook":
+        handle = layer.register_forward_pre_hook(lambda m, x: seen.append(m) or (2 * x[0],))
+    elif kind == "global hook":
+        handle = nn.modules.module.register_module_forward_hook(
+            lambda m, x, y: (seen.append(m) or 2 * y) if m is layer else None
+        )
+    elif kind == "forward of its own":
+        layer.forward = lambda x: seen.append(layer) or 2 * nn.Linear.forward(layer, x)
+    else:
+
+        class Scaled(nn.Parameter):
+            """As a quantised tensor: what multiplies is another than what it holds."""
+
+            @classmethod
+            def __torch_function__(cls, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+                with torch._C.DisableTorchFunctionSubclass():
+                    out = function(*args, **(kwargs or {}))
+                    if function is nn.functional.linear:
+                        seen.append(cls)
+                        return 2 * out
+                    return out
+
+        layer.weight = Scaled(layer.weight.detach())
+    try:
+        changed = run(model, False)
+    finally:
+        if handle is not None:
+            handle.remove()
+    assert seen and not torch.allclose(changed, plain)
+
+
+def test_an_unused_key_bias_has_a_gradient() -> None:
+    """Of zero: DistributedDataParallel waits for the gradient of every parameter."""
+    model = ops.patch(make("blip2"), backend="torch")
+    run(model, False).square().sum().backward()
+    gradient = cross_attention(model).key.bias.grad
+    assert gradient is not None and not gradient.any()
+
+
+def test_patched_models_pickle() -> None:
+    model = ops.patch(make("blip2").eval(), form="absorbed", backend="torch")
+    expected = run(model, True)
+    twin = pickle.loads(pickle.dumps(model))
+    assert torch.equal(run(twin, True), expected)
+    assert cross_attention(twin)._tgq_fast_options == ("absorbed", "torch")
+    assert type(cross_attention(ops.unpatch(twin))).__module__.startswith("transformers")
 
 
 def test_unconditional_queries_are_broadcast() -> None:

@@ -129,6 +129,51 @@ def check_statistics(ref: ModuleType) -> None:
             close(stats.group_mass, mass, 1e-11)
 
 
+def check_guide(ref: ModuleType) -> None:
+    """Context, statistics and gradient of the scale, from a loop over the definition."""
+    inputs = attention_inputs()
+    batch, na, length, heads = 3, 2, 7, inputs["num_heads"]
+    head = inputs["q_weight"].shape[0] // heads
+    generator = torch.Generator().manual_seed(6)
+    guide = torch.randn(batch, length, generator=generator, dtype=F64)
+    beta = torch.randn(na, heads, generator=generator, dtype=F64)
+    group = torch.rand(batch, length, generator=generator) < 0.4
+    queries = torch.cat((inputs["anchored"], inputs["exploratory"]), dim=1)
+    q = (queries @ inputs["q_weight"].T + inputs["q_bias"]).unflatten(-1, (-1, head))
+    k, v = ((inputs["visual"] @ inputs[f"{x}_weight"].T).unflatten(-1, (-1, head)) for x in "kv")
+    for mask in key_masks(batch, length):
+        context = torch.zeros(batch, queries.shape[1], heads, head, dtype=F64)
+        lse = torch.full((batch, heads, queries.shape[1]), float("-inf"), dtype=F64)
+        entropy, mass, slope = torch.zeros_like(lse), torch.zeros_like(lse), torch.zeros_like(beta)
+        for b in range(batch):
+            seen = [i for i in range(length) if mask is None or mask[b, i]]
+            for h in range(heads):
+                for n in range(queries.shape[1] if seen else 0):
+                    scores = k[b, seen, h] @ q[b, n, h] / math.sqrt(head)
+                    if n < na:
+                        scores = scores + beta[n, h] * guide[b, seen]
+                    p = scores.softmax(dim=0)
+                    context[b, n, h] = p @ v[b, seen, h] + inputs["v_bias"].unflatten(0, (heads, head))[h]
+                    lse[b, h, n] = scores.exp().sum().log()
+                    entropy[b, h, n] = -torch.special.xlogy(p, p).sum()
+                    mass[b, h, n] = p[group[b, seen]].sum()
+                    if n < na:  # d of the sum of the context: ∂p/∂β = p (g - Σ p g)
+                        value = v[b, seen, h].sum(dim=1)
+                        slope[n, h] += (p * (guide[b, seen] - p @ guide[b, seen])) @ value
+        unread = guide if mask is None else guide.masked_fill(~mask, float("nan"))
+        for form in ("projected", "absorbed"):
+            scale = beta.clone().requires_grad_()
+            found = ref.hybrid_cross_attention(
+                **inputs, key_mask=mask, key_group=group, guide=unread, guide_scale=scale, return_stats=True, form=form
+            )
+            close(torch.cat((found.anchored, found.exploratory), dim=1), context.flatten(2), 1e-11)
+            for got, expected in zip(found.stats, (lse, entropy, mass), strict=True):
+                close(got, expected, 1e-11)
+            assert found.anchored.requires_grad
+            (found.anchored.sum() + found.exploratory.sum()).backward()
+            close(scale.grad, slope, 1e-11)
+
+
 def sees(row: str, column: str, mixing: str, explore_sees_text: bool) -> bool:
     """The table of docs/method.md, written out."""
     if mixing == "full":

@@ -31,6 +31,40 @@ class TestCrossAttention:
     def test_statistics(self) -> None:
         checks.check_statistics(reference)
 
+    def test_guide(self) -> None:
+        checks.check_guide(reference)
+
+    @pytest.mark.parametrize("form", FORMS)
+    @pytest.mark.parametrize("masked", [False, True])
+    def test_gradcheck_of_a_guided_call(self, form: str, masked: bool) -> None:
+        inputs = attention_inputs(batch=2, na=2, ne=1, length=3, dv=3, heads=2, head=2)
+        inputs["guide_scale"] = torch.randn(2, 2, dtype=F64)
+        leaves = differentiable(inputs)
+        guide, mask = torch.randn(2, 3, dtype=F64, requires_grad=True), key_masks(2, 3)[3] if masked else None
+
+        def run(*values: Tensor) -> tuple[Tensor, Tensor]:
+            given = {**inputs, **dict(zip(leaves, values))}
+            return reference.hybrid_cross_attention(**given, guide=guide, key_mask=mask, form=form)[:2]
+
+        assert gradcheck(run, tuple(leaves.values()))
+        sum(out.sum() for out in run(*leaves.values())).backward()
+        assert guide.grad is None
+
+    @pytest.mark.parametrize(
+        ("change", "name"),
+        [
+            ({"guide": None}, "guide"),
+            ({"guide_scale": None}, "guide_scale"),
+            ({"guide": torch.zeros(3, 6)}, "guide"),
+            ({"guide": torch.zeros(3, 7, dtype=torch.bool)}, "guide"),
+            ({"guide_scale": torch.zeros(2, 3)}, "guide_scale"),
+        ],
+    )
+    def test_bad_guides(self, change: dict, name: str) -> None:
+        given = {"guide": torch.zeros(3, 7), "guide_scale": torch.zeros(2, 2), **change}
+        with pytest.raises(ArgumentError, match=rf"^{name}\b"):
+            reference.hybrid_cross_attention(**attention_inputs(), **given)
+
     @settings(max_examples=40, deadline=None, derandomize=True)
     @given(
         batch=st.integers(0, 3),

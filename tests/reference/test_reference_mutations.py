@@ -89,6 +89,28 @@ MUTATIONS: list[tuple[str, ModuleType, str, str, Callable]] = [
         checks.check_statistics,
     ),
     ("entropy sign", attention, "lse - expected", "expected - lse", checks.check_statistics),
+    (
+        "guide of the wrong sign",
+        attention,
+        "bias = guide_scale.t()[None",
+        "bias = -guide_scale.t()[None",
+        checks.check_guide,
+    ),
+    (
+        "guide for exploratory queries",
+        attention,
+        "pad(bias, (0, 0, 0, num_queries - guide_scale.shape[0]))",
+        "bias[:, :, :1].expand(-1, -1, num_queries, -1)",
+        checks.check_guide,
+    ),
+    ("guide read at hidden keys", attention, "guide = guide.masked_fill(~key_mask, 0.0)", "pass", checks.check_guide),
+    (
+        "scale of the guide without gradient",
+        attention,
+        "guide_scale.t()[None",
+        "guide_scale.detach().t()[None",
+        checks.check_guide,
+    ),
     ("group ignored", attention, "key_group.to(p.dtype)", "key_group.to(p.dtype) * 0 + 1", checks.check_statistics),
     ("A does not see T", attention, "mask[a, a] = mask[a, t] =", "mask[a, a] =", checks.check_self_attention),
     (

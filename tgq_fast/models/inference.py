@@ -125,7 +125,7 @@ def _linear(owner: nn.Linear, packed: PackedLinear, x: Tensor) -> Tensor:
 def _residual_output(owner: ResidualOutput, packed: PackedLinear, x: Tensor, residual: Tensor) -> Tensor:
     if not _applies(owner.dense.weight, x, residual) or (owner.training and owner.dropout.p):
         return type(owner).forward(owner, x, residual)
-    return packed.residual_norm(x, residual)
+    return packed.add_to(x, residual)
 
 
 class _FeedForwards:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -44,11 +44,11 @@ def hybrid_cross_attention(
     anchored: Tensor,
     exploratory: Tensor,
     visual: Tensor,
-    q_weight: Tensor,
+    q_weight: Tensor | None,
     q_bias: Tensor | None,
-    k_weight: Tensor,
+    k_weight: Tensor | None,
     k_bias: Tensor | None,
-    v_weight: Tensor,
+    v_weight: Tensor | None,
     v_bias: Tensor | None,
     *,
     num_heads: int,
@@ -70,7 +70,8 @@ def hybrid_cross_attention(
             weights included (triton only); or "auto": the cost model of :mod:`tgq_fast.ops.cost` decides between the
             first two, and :mod:`tgq_fast.kernels.fusion` whether the second runs fused.
         keys_values: [B, L, d] keys and values that were projected already (:func:`shared_keys_values`); implies the
-            projected form. `k_weight` and `v_weight` are then not used; neither holds a bias.
+            projected form. `k_weight` and `v_weight` are then not used and may be None; `v_bias` is still added.
+        q_weight: None with `keys_values` means that the queries were projected, too.
         backend: "auto", "triton", "flash_attn" or "torch"; None: the one in force, see :mod:`tgq_fast.ops.dispatch`.
 
     Raises:
@@ -97,24 +98,28 @@ def hybrid_cross_attention(
         keys_values=keys_values,
         backend=backend,
     )
+    weights: Any = (k_weight, v_weight)  # both there where they are used: _decide has checked
     num_anchored, width = anchored.shape[1:]
     head = width // num_heads
     queries = torch.cat((anchored, exploratory), dim=1)  # [B, N, d]
-    q = linear(queries, q_weight, q_bias).unflatten(-1, (num_heads, head))  # [B, N, H, dh]
+    q = queries if q_weight is None else linear(queries, q_weight, q_bias)
+    if k_bias is not None and wants_grad(k_bias):
+        q = q + 0 * k_bias.sum()  # a gradient of zero instead of none, for whoever waits for one
+    q = q.unflatten(-1, (num_heads, head))  # [B, N, H, dh]
     keys = Keys(key_mask, key_group, None, None)
     if guide is not None and num_anchored:
         keys = Keys(key_mask, key_group, guide.detach(), guide_scale)
     if decision.form != "projected":
-        run = absorbed
+        run: Callable[..., Context] = absorbed
         if decision.backend == "triton":
             fused, inside = decision.form == "fused", None
             # With gradients the bias stays outside: see absorbed_attention.
             if fused and not wants_grad(q, visual, k_weight, v_weight, v_bias, guide_scale):
                 inside, v_bias = v_bias, None
             run = partial(_absorbed_triton, fused=fused, v_bias=inside)
-        context, stats = run(q, visual, k_weight, v_weight, keys, return_stats)
+        context, stats = run(q, visual, *weights, keys, return_stats)
     else:
-        k, v = keys_values or (linear(visual, k_weight), linear(visual, v_weight))
+        k, v = keys_values or (linear(visual, weight) for weight in weights)
         k, v = (x.unflatten(-1, (num_heads, head)) for x in (k, v))  # [B, L, H, dh]
         context, stats = _PROJECTED[decision.backend](q, k, v, keys, return_stats)
     if v_bias is not None:  # the weights of a row sum to one, or to zero when no key is visible
@@ -145,11 +150,11 @@ def _decide(
     anchored: Tensor,
     exploratory: Tensor,
     visual: Tensor,
-    q_weight: Tensor,
+    q_weight: Tensor | None,
     q_bias: Tensor | None,
-    k_weight: Tensor,
+    k_weight: Tensor | None,
     k_bias: Tensor | None,
-    v_weight: Tensor,
+    v_weight: Tensor | None,
     v_bias: Tensor | None,
     *,
     num_heads: int,
@@ -163,6 +168,10 @@ def _decide(
     backend: str | None = None,
 ) -> Decision:
     _check(anchored, exploratory, visual, num_heads, form)
+    if keys_values is None:
+        for name, weight in (("q_weight", q_weight), ("k_weight", k_weight), ("v_weight", v_weight)):
+            if weight is None:
+                raise ArgumentError(name, None, "a weight, unless keys and values are given")
     check_guide(guide, guide_scale, (visual.shape[0], visual.shape[1]), (anchored.shape[1], num_heads))
     notes: tuple[str, ...] = ("form asked for by the caller",)
     open_form = form == "auto"

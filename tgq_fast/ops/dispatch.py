@@ -223,12 +223,15 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Decision
     """Which backend and form a call would run, and why; nothing is computed.
 
     Args:
-        op: the operator or its name; `args` and `kwargs` are the operator's.
+        op: the operator or its name; `args` and `kwargs` are the operator's. Or a module that decides by itself, as
+            an attention that :func:`tgq_fast.patch` changed does; they are then its forward's.
 
     Raises:
         ArgumentError: not an operator of this package.
         BackendError: the requested backend cannot run this call.
     """
+    if callable(decide := getattr(op, "decide", None)):
+        return decide(*args, **kwargs)
     name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
     if name not in _explainers:
         raise ArgumentError("op", name, "one of " + ", ".join(sorted(_explainers)))

@@ -48,9 +48,19 @@ def _matrix(x: Tensor) -> tuple[int, int, int, int, int, int]:
     return (x.data_ptr(), x.shape[0], x.shape[1], x.stride(0), 1, _CODES[x.dtype])
 
 
+def _plain(x: Tensor) -> Tensor:
+    """`x` with its values in memory: what torch keeps as a mark beside it, a negation or zeros, is carried out."""
+    return (x.clone() if x._is_zerotensor() else x).resolve_neg()
+
+
+def _values(x: Tensor) -> Tensor:
+    """`x` as its address promises it: contiguous, nothing lazy."""
+    return _plain(x).contiguous()
+
+
 def _rows(x: Tensor) -> Tensor:
     """[..., n] → [M, n] whose rows are contiguous, copied only where strides forbid a view."""
-    x = x.reshape(-1, x.shape[-1])
+    x = _plain(x.reshape(-1, x.shape[-1]))
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
@@ -65,7 +75,7 @@ class PackedLinear:
         weight: [out, in], or [groups, out, in]: group g maps inputs g · in … (g + 1) · in to outputs g · out …; fp32 or
             bf16 on the CPU. Copied: later changes are not seen.
         bias: [groups · out] or None.
-        norm: the LayerNorm of :meth:`residual_norm`.
+        norm: the LayerNorm after the residual sum of :meth:`add_to` and :meth:`feed_forward`, or None.
 
     Raises:
         BackendError: see :func:`why_not`.
@@ -75,7 +85,7 @@ class PackedLinear:
     def __init__(self, weight: Tensor, bias: Tensor | None = None, norm: nn.LayerNorm | None = None) -> None:
         if reason := why_not(weight.dtype):
             raise BackendError("PackedLinear", "cpp", {"cpp": (reason,)})
-        weight = weight.detach()
+        weight = _plain(weight.detach())
         if weight.ndim == 2:
             weight = weight[None]
         if weight.shape[0] > 1 and weight.shape[1] % _PANEL:
@@ -97,8 +107,7 @@ class PackedLinear:
         features = self.groups * self.out_features
         self._bias = torch.zeros(features) if bias is None else _copy(bias)
         self._layer = (self._shape, self._packed.data_ptr(), self._bias.data_ptr())
-        if norm is not None:
-            self._norm = _copy(norm.weight), _copy(norm.bias), norm.eps
+        self._norm = None if norm is None else (_copy(norm.weight), _copy(norm.bias), norm.eps)
 
     def __call__(self, x: Tensor, *, gelu: bool = False, columns: slice | None = None) -> Tensor:
         """act(x Wᵀ + b).
@@ -114,25 +123,35 @@ class PackedLinear:
         self._run(rows, out, first, gelu, None)
         return out.view(*x.shape[:-1], last - first)
 
-    def residual_norm(self, x: Tensor, residual: Tensor) -> Tensor:
-        """LayerNorm(x Wᵀ + b + residual): [..., in] and [..., out] → [..., out]."""
-        rows, base = self._checked(x), _rows(residual)  # held here: the call gets addresses
+    def add_to(self, x: Tensor, residual: Tensor) -> Tensor:
+        """x Wᵀ + b + residual, and the LayerNorm of that if the layer has one: [..., in], [..., out] → [..., out]."""
+        rows, base = self._checked(x), self._residual(x, residual)  # held here: the call gets addresses
         out = torch.empty(rows.shape[0], self.out_features, dtype=self.dtype)
-        self._run(rows, out, 0, False, self._norm_over(base))
+        self._run(rows, out, 0, False, self._after(base))
         return out.view(*x.shape[:-1], self.out_features)
 
-    def feed_forward(self, down: PackedLinear, x: Tensor) -> Tensor:
-        """LayerNorm(down(gelu(self(x))) + x) with the LayerNorm of `down`: [..., in] → [..., in].
+    def feed_forward(self, down: PackedLinear, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """down(gelu(self(x))) + residual, with the LayerNorm of that if `down` has one: [..., in] → [..., in].
 
-        The hidden values, in groups of 512 rows, stay in the matrix unit's layout.
+        The residual is x itself where none is given. The hidden values, 512 rows at a time, stay in the unit's layout.
         """
         rows = self._checked(x)
         out = torch.empty(rows.shape[0], down.out_features, dtype=self.dtype)
-        norm, threads = down._norm_over(rows), torch.get_num_threads()
+        base = down._residual(x, x if residual is None else residual)
+        norm, threads = down._after(base), torch.get_num_threads()
         _call("feed_forward", self._layer, down._layer, _matrix(rows), _matrix(out), norm, threads)
         return out.view(*x.shape[:-1], down.out_features)
 
-    def _norm_over(self, residual: Tensor) -> tuple[object, ...]:
+    def _residual(self, x: Tensor, residual: Tensor) -> Tensor:
+        shape = (*x.shape[:-1], self.out_features)
+        if residual.dtype != self.dtype or residual.shape != shape or residual.device.type != "cpu":
+            given = f"{residual.dtype} {tuple(residual.shape)} on {residual.device.type}"
+            raise ArgumentError("residual", given, f"{self.dtype} {list(shape)} on the CPU")
+        return _rows(residual)
+
+    def _after(self, residual: Tensor) -> tuple[object, ...]:
+        if self._norm is None:
+            return _matrix(residual), 0, 0, 0.0
         weight, shift, eps = self._norm
         return _matrix(residual), weight.data_ptr(), shift.data_ptr(), eps
 
@@ -146,13 +165,21 @@ class PackedLinear:
         _call("linear", self._layer, _matrix(rows), _matrix(out), first, gelu, norm, torch.get_num_threads())
 
 
-def shared_attention(q: Tensor, x: Tensor, visible: Tensor | None, scale: float) -> Tensor:
-    """softmax(scale q xᵀ) x with the tokens as keys and values of all rows: the middle of the absorbed form.
+def shared_attention(
+    q: Tensor,
+    x: Tensor,
+    visible: Tensor | None,
+    scale: float,
+    guide: Tensor | None = None,
+    strength: Tensor | None = None,
+) -> Tensor:
+    """softmax(scale q xᵀ + strength guideᵀ) x, where all rows share keys and values: the middle of the absorbed form.
 
     Args:
         q: [B, R, dv] contiguous; overwritten with the result.
         x: [B, L, dv] of the same dtype, L ≥ 1, values of a token contiguous.
         visible: [B, L] bool or None; an item without any visible token gets zeros.
+        guide, strength: [B, L] and [G], for the first G rows; or both None.
 
     Returns:
         `q`, [B, R, dv].
@@ -160,15 +187,31 @@ def shared_attention(q: Tensor, x: Tensor, visible: Tensor | None, scale: float)
     Raises:
         ArgumentError: other shapes, dtypes or strides.
     """
-    if not q.is_contiguous() or x.dtype != q.dtype or x.ndim != 3 or x.shape[::2] != q.shape[::2] or x.stride(2) != 1:
+    if (
+        not q.is_contiguous()
+        or q.is_neg()
+        or x.dtype != q.dtype
+        or x.ndim != 3
+        or x.shape[::2] != q.shape[::2]
+        or x.stride(2) != 1
+    ):
         given = f"{q.dtype} {tuple(q.shape)} and {x.dtype} {tuple(x.shape)}, strides {x.stride()}"
         raise ArgumentError("q, x", given, "contiguous [B, R, dv] and [B, L, dv] with values of a token side by side")
     batch, rows, width = q.shape
     sizes, strides = (batch, rows, x.shape[1], width), (q.stride(0), x.stride(0), x.stride(1))
     mask = None if visible is None else visible.contiguous()
+    x = _plain(x)
     address = 0 if mask is None else mask.data_ptr()
+    steer: tuple[int, int, int] = (0, 0, 0)
+    if guide is not None and strength is not None:
+        if guide.shape != x.shape[:2] or strength.ndim != 1 or strength.shape[0] > rows:
+            shapes = f"{tuple(guide.shape)} and {tuple(strength.shape)}"
+            raise ArgumentError("guide, strength", shapes, f"[{batch}, {x.shape[1]}] and at most [{rows}]")
+        guide, strength = (_values(t.detach().to(torch.float32)) for t in (guide, strength))
+        steer = (guide.data_ptr(), strength.data_ptr(), strength.shape[0])
     threads, code = torch.get_num_threads(), _CODES[q.dtype]
-    _call("shared_attention", q.data_ptr(), x.data_ptr(), q.data_ptr(), sizes, strides, code, address, scale, threads)
+    addresses = (q.data_ptr(), x.data_ptr(), q.data_ptr())
+    _call("shared_attention", *addresses, sizes, strides, code, address, steer, scale, threads)
     return q
 
 
@@ -196,7 +239,8 @@ def stream_attention(
     Returns:
         [B, Na + Ne, d] and [T, d] (None without text or when not wanted).
     """
-    queries, text = queries.contiguous(), None if text is None else text.contiguous()
+    queries, text = _values(queries), None if text is None else _values(text)
+    text_starts = None if text_starts is None else _values(text_starts.to(torch.int64))
     batch, rows, width = queries.shape[0], queries.shape[1], queries.shape[2] // 3
     out = torch.empty(batch, rows, width, dtype=queries.dtype)
     text_out = None

@@ -4,12 +4,17 @@
 weights, state dict and checkpoints are untouched; :func:`unpatch` swaps it back. Calls that ask for what the operators
 do not offer (attention dropout in training, attention weights, masks that differ between queries) run the original
 code. `transformers` itself is not imported.
+
+The operators read the weights of a cross-attention themselves only where its projections are plain: `nn.Linear` as
+PyTorch made it, without hooks. Anything else, such as LoRA adapters, quantised or offloaded layers and observers, runs
+as it is, and the operators attend over what it returns; :func:`tgq_fast.explain` says so.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -17,6 +22,7 @@ from torch import Tensor, nn
 
 from tgq_fast.errors import ArgumentError
 from tgq_fast.ops.attention import Form, hybrid_cross_attention
+from tgq_fast.ops.dispatch import Decision, explain
 from tgq_fast.ops.self_attention import stream_self_attention
 
 __all__ = ["patch", "unpatch"]
@@ -32,7 +38,8 @@ def patch(model: Model, *, form: Form = "auto", backend: str | None = None) -> M
 
     Args:
         model: any module that holds a BLIP-2 or InstructBLIP Q-Former of `transformers`.
-        form: algebraic form of its cross-attention, see :func:`tgq_fast.ops.hybrid_cross_attention`.
+        form: algebraic form of its cross-attention, see :func:`tgq_fast.ops.hybrid_cross_attention`; without effect
+            where projections are not plain (see above), which leaves the projected form.
         backend: backend of its attention; None: whichever is in force at each call.
 
     Returns:
@@ -87,7 +94,52 @@ def _patched(base: type[nn.Module]) -> type[nn.Module]:
             )
         return _attend(self, hidden_states, encoder_hidden_states, _key_mask(mask)), None
 
-    return type(base.__name__, (base,), {"forward": forward, "__module__": base.__module__, "__doc__": base.__doc__})
+    def decide(self: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None) -> Decision:
+        """What :func:`tgq_fast.explain` says about a call without masks."""
+        operator, arguments, options = _call(self, hidden_states, encoder_hidden_states, None)
+        decision = explain(operator, *arguments, **options)
+        why = () if encoder_hidden_states is None else _why_not_plain(self)
+        return dataclasses.replace(decision, notes=(*decision.notes, *why))
+
+    def reduce(self: Any, protocol: Any) -> Any:
+        """Pickles and copies as its original class, patched again on the way back."""
+        reduced: Any = base.__reduce_ex__(self, protocol)
+        _, made_by, *rest = reduced
+        return (_new_patched, (base, *made_by[1:]), *rest)
+
+    methods = {"forward": forward, "decide": decide, "__reduce_ex__": reduce}
+    return type(base.__name__, (base,), {**methods, "__module__": base.__module__, "__doc__": base.__doc__})
+
+
+def _new_patched(base: type[nn.Module], *arguments: Any) -> nn.Module:
+    patched = _patched(base)  # type: ignore[arg-type]
+    return patched.__new__(patched, *arguments)
+
+
+def _why_not_plain(module: Any) -> tuple[str, ...]:
+    """Why the operator may not read the weights of the projections itself; empty when it may."""
+    if torch.nn.modules.module._has_any_global_hook():
+        return ("the projections run as they are: hooks on all modules",)
+    for name in ("query", "key", "value"):
+        layer = getattr(module, name)
+        if reason := _oddity(layer):
+            return (f"the projections run as they are: {name} {reason}",)
+    return ()
+
+
+def _oddity(layer: nn.Module) -> str:
+    """What makes a layer more than x Wᵀ + b; empty when it is that."""
+    if type(layer) is not nn.Linear:
+        return f"is a {type(layer).__name__}"
+    if "forward" in vars(layer):  # how accelerate offloads
+        return "has a forward of its own"
+    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    if any(hooks):
+        return "has hooks"
+    for name, value in (("weight", layer.weight), ("bias", layer.bias)):
+        if value is not None and type(value) not in (nn.Parameter, Tensor):  # a quantised or sharded tensor
+            return f"has a {type(value).__name__} as {name}"
+    return ""
 
 
 def _is_key_mask(mask: Tensor | None) -> bool:
@@ -119,6 +171,15 @@ def _key_mask(mask: Tensor | None) -> Tensor | None:
 
 def _attend(module: Any, hidden: Tensor, visual: Tensor | None, key_mask: Tensor | None) -> Tensor:
     """Attention output [B, S, d] of one module, self-attention where there are no visual tokens."""
+    operator, arguments, options = _call(module, hidden, visual, key_mask)
+    out = operator(*arguments, **options)
+    return out.flatten(2) if visual is None else out.anchored
+
+
+def _call(
+    module: Any, hidden: Tensor, visual: Tensor | None, key_mask: Tensor | None
+) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
+    """The operator of one module's call, and its arguments."""
     form, backend = getattr(module, _OPTIONS)
     heads = module.num_attention_heads
     if visual is None:
@@ -128,23 +189,17 @@ def _attend(module: Any, hidden: Tensor, visual: Tensor | None, key_mask: Tensor
         )
         if key_mask is not None and key_mask.shape[0] != hidden.shape[0]:
             key_mask = key_mask.expand(hidden.shape[0], -1)
-        return stream_self_attention(q, k, v, (0, 0, hidden.shape[1]), text_mask=key_mask, backend=backend).flatten(2)
+        lengths = (0, 0, hidden.shape[1])
+        return stream_self_attention, (q, k, v, lengths), {"text_mask": key_mask, "backend": backend}
     if hidden.shape[0] != visual.shape[0]:  # the queries of an unconditional Q-Former have batch size 1
         hidden = hidden.expand(visual.shape[0], -1, -1)
     if key_mask is not None and key_mask.shape[0] != visual.shape[0]:
         key_mask = key_mask.expand(visual.shape[0], -1)
-    return hybrid_cross_attention(
-        hidden,
-        hidden[:, :0],
-        visual,
-        module.query.weight,
-        module.query.bias,
-        module.key.weight,
-        module.key.bias,
-        module.value.weight,
-        module.value.bias,
-        num_heads=heads,
-        key_mask=key_mask,
-        form=form,
-        backend=backend,
-    ).anchored
+    options = {"num_heads": heads, "key_mask": key_mask, "backend": backend}
+    if _why_not_plain(module):
+        q, k, v = module.query(hidden), module.key(visual), module.value(visual)
+        options |= {"keys_values": (k, v)}
+        return hybrid_cross_attention, (q, q[:, :0], visual, *(None,) * 6), options
+    weights = ((layer.weight, layer.bias) for layer in (module.query, module.key, module.value))
+    options |= {"form": form}
+    return hybrid_cross_attention, (hidden, hidden[:, :0], visual, *(w for pair in weights for w in pair)), options

@@ -24,7 +24,7 @@ std::int64_t packed_bytes(const PackedShape& shape);
 Status pack_weights(const PackedShape& shape, const void* weights, std::int64_t group_stride, std::int64_t out_stride,
                     std::int64_t in_stride, std::uint8_t* packed, int threads);
 
-// out = activation(x Wᵀ + bias) or, with `norm_weight`, out = LayerNorm(x Wᵀ + bias + residual).
+// out = activation(x Wᵀ + bias) or, with a residual, out = x Wᵀ + bias + residual, with `norm_weight` the LayerNorm of that.
 struct LinearCall {
   PackedShape shape;
   const std::uint8_t* packed;
@@ -32,7 +32,7 @@ struct LinearCall {
   Matrix x, out;                // [M, groups * in], [M, columns]; rows contiguous
   std::int64_t first_column;    // outputs first_column … first_column + out.cols, a multiple of 32; whole groups if several
   bool gelu;                    // the activation
-  Matrix residual;              // [M, out], with norm_weight
+  Matrix residual;              // [M, out]; its data null: none
   const float *norm_weight, *norm_shift;  // [out]; null: no LayerNorm
   float norm_eps;
   int threads;
@@ -42,7 +42,8 @@ Status linear(const LinearCall& call);
 // down(up(x)) without the values in between in memory: up.out and down.x only name their shape. One group each.
 Status feed_forward(const LinearCall& up, const LinearCall& down);
 
-// out[b, r] = softmax(scale q[b, r] x[b]ᵀ) x[b]: the tokens x are keys and values of every row. out may be q.
+// out[b, r] = softmax(scale q[b, r] x[b]ᵀ + strength[r] guide[b]) x[b]: the tokens x are keys and values of every row; the
+// guide is for rows r < guided. out may be q.
 struct SharedAttentionCall {
   const void *q, *x;  // [B, rows, width], [B, length, width]; the last two dimensions of q and the last of x contiguous
   void* out;          // [B, rows, width], as q
@@ -50,6 +51,8 @@ struct SharedAttentionCall {
   std::int64_t q_stride, x_stride, x_row_stride;  // of an item; of an item and of a token
   DType dtype;                                    // f32 or bf16
   const std::uint8_t* visible;                    // [B, length], 0 hides a token; null: all visible
+  const float *guide, *strength;                  // [B, length], [guided]; null with guided = 0
+  std::int64_t guided;
   float scale;
   int threads;
 };
