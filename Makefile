@@ -69,7 +69,7 @@ $(VENV)/.tgq-built: $(VENV)/.tgq-packages $(NATIVE)
 
 $(VENV)/.tgq-dev: $(VENV)/.tgq-built
 	$(PY) -m pip install -q --no-deps -c constraints.txt nvidia-cutlass
-	$(PY) -m pip install -q -c $(VENV)/.tgq-constraints --no-build-isolation -e '.[backbones,dev,docs,faiss,serve,train,triton]'
+	$(PY) -m pip install -q -c $(VENV)/.tgq-constraints --no-build-isolation -e '.[all,dev,docs,triton]'
 	touch $@
 
 demo: setup

@@ -31,7 +31,7 @@ from filelock import FileLock
 from torch import Tensor
 
 from tgq_fast.errors import ArgumentError, PoolError
-from tgq_fast.retrieval import pool_faiss
+from tgq_fast.retrieval import exports, pool_faiss
 from tgq_fast.retrieval.manifest import Manifest
 from tgq_fast.retrieval.pool_files import PoolFiles
 from tgq_fast.retrieval.pool_log import PoolLog
@@ -410,4 +410,9 @@ class ItemPool:
     # ---------------------------------------------------------------- export
 
     to_faiss = pool_faiss.to_faiss
+    to_numpy = exports.to_numpy
+    to_parquet = exports.to_parquet
+    to_lance = exports.to_lance
+    to_qdrant = exports.to_qdrant
+    to_pgvector = exports.to_pgvector
     from_faiss = classmethod(pool_faiss.from_faiss)
