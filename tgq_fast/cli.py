@@ -120,7 +120,9 @@ def train(
     seed: Annotated[int, typer.Option()] = 0,
     batch_size: Annotated[int, typer.Option(min=2, help="Pairs per step.")] = 128,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
-    bf16: Annotated[bool, typer.Option("--bf16", help="Mixed precision.")] = False,
+    bf16: Annotated[
+        bool | None, typer.Option("--bf16/--fp32", help="Mixed precision. Default: where it saves time.")
+    ] = None,
     vision: Annotated[str | None, typer.Option(help="Vision tower: name, hub name or local path.")] = None,
     text: Annotated[str | None, typer.Option(help="Text tower: name, hub name or local path.")] = None,
     llm: Annotated[str | None, typer.Option(help="LLM by name or path; 'none' for the light reader.")] = None,

@@ -36,7 +36,9 @@ def demo(
     seed: Annotated[int, typer.Option()] = 0,
     batch_size: Annotated[int, typer.Option(min=2, help="Pairs per step.")] = 128,
     lr: Annotated[float, typer.Option()] = 1e-3,
-    bf16: Annotated[bool, typer.Option("--bf16", help="Train in mixed precision.")] = False,
+    bf16: Annotated[
+        bool | None, typer.Option("--bf16/--fp32", help="Mixed precision. Default: where it saves time.")
+    ] = None,
     vision: Annotated[str | None, typer.Option(help="Vision tower; default: the preset's.")] = None,
     connectors: Annotated[
         str, typer.Option(metavar="a,b", help="Connectors to compare, main one first.")

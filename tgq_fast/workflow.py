@@ -160,8 +160,8 @@ def steps_per_epoch(catalog: Catalog, batch_size: int) -> int:
 
 
 def default_epochs(catalog: Catalog, batch_size: int) -> int:
-    """As many epochs as make about 120 steps, but at least 4 and at most 20."""
-    return min(20, max(4, round(120 / steps_per_epoch(catalog, batch_size))))
+    """As many epochs as make about 300 steps, but at least 4 and at most 40."""
+    return min(40, max(4, round(300 / steps_per_epoch(catalog, batch_size))))
 
 
 def train_run(
@@ -173,7 +173,7 @@ def train_run(
     seed: int,
     batch_size: int,
     lr: float,
-    bf16: bool = False,
+    bf16: bool | None = None,
     resume: bool = False,
     cache: Path | None = None,
     on_error: Policy = "raise",
@@ -195,6 +195,8 @@ def train_run(
                 advance(event["done"], event["total"], "frozen features")
             if kind in ("start", "step", "checkpoint"):
                 advance(event["step"], steps, "training")
+            if kind == "floor":
+                console.note(f"{event['name']} (no training): validation HR@10 {event['HR@10']:.3f}")
             if kind == "evaluation":
                 found = {n: v for n, v in event.items() if isinstance(v, float) and n.endswith("/HR@10")}
                 for name, value in found.items():
@@ -226,6 +228,7 @@ def train_run(
         "steps": result.steps,
         "best_step": result.best_step,
         "validation_HR@10": result.best_metric,
+        "verdict": (result.manifest["result"].get("verdict") or {}).get("words"),
         "resumed_from": result.resumed_from,
         "trainable_parameters": result.manifest["result"]["trainable_parameters"],
         "seed": seed,

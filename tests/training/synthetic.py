@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -9,7 +10,9 @@ import numpy as np
 import torch
 
 from tgq_fast.data import Catalog, Item
-from tgq_fast.models import FrozenFeatures, TGQFormerConfig
+from tgq_fast.models import FrozenFeatures, TGQFormerConfig, Whitening
+from tgq_fast.models.pictures import ChosenViews, PictureArrays, read_pictures
+from tgq_fast.models.whitening import whitened_pictures
 
 LENGTH, WIDTH, TEXT = 5, 16, 12
 
@@ -65,6 +68,19 @@ class SyntheticStore:
             dtype=torch.float32,
         )
         self.dropped: list[float] = []
+        self.global_image = self.visual.mean(dim=1).numpy()
+        self.has_image = np.ones(len(catalog), dtype=bool)
+        self.pictures = PictureArrays({"visual": self.visual.numpy(), "global": self.global_image}, key="synthetic")
+
+    def whitened(self, whitening: Whitening, cache_dir: Any = None) -> SyntheticStore:
+        store = copy.copy(self)
+        store.pictures = whitened_pictures(self.pictures, whitening, cache_dir)
+        store.visual = torch.from_numpy(np.array(store.pictures.visual)).view(torch.bfloat16)
+        store.global_image = np.array(store.pictures.global_image, dtype=np.float32)
+        return store
+
+    def draw_keep(self, count: int, rng: np.random.Generator) -> np.ndarray:
+        return rng.random((count, 2)) >= self.config.field_dropout
 
     def __len__(self) -> int:
         return len(self.catalog)
@@ -73,20 +89,32 @@ class SyntheticStore:
         assert not set(rows) & set(self.invalid)
 
     def inputs(
-        self, indices: Sequence[int], *, processor: Any = None, drop_fields: np.random.Generator | None = None
+        self,
+        indices: Sequence[int],
+        *,
+        processor: Any = None,
+        drop_fields: np.random.Generator | None = None,
+        keep: np.ndarray | None = None,
+        metadata_from: np.ndarray | None = None,
+        views: ChosenViews | None = None,
     ) -> dict[str, Any]:
         rows = np.asarray(indices)
-        keep = np.ones((len(rows), 2), dtype=bool)
-        if drop_fields is not None:
-            keep = drop_fields.random((len(rows), 2)) >= self.config.field_dropout
-            self.dropped.append(1.0 - keep.mean())
-        visual = self.visual[rows]
+        if keep is None:
+            keep = np.ones((len(rows), 2), dtype=bool)
+            if drop_fields is not None:
+                keep = self.draw_keep(len(rows), drop_fields)
+                self.dropped.append(1.0 - keep.mean())
+        visual, image = self.visual[rows].clone(), torch.from_numpy(self.global_image[rows])
+        if views is not None:
+            seen = np.flatnonzero(views.rows >= 0)
+            visual[seen], image[seen] = read_pictures(views.source, views.rows[seen])
         return {
             "features": FrozenFeatures(
                 visual,
-                visual.mean(dim=1),
-                self.text[rows],
+                image,
+                self.text[rows if metadata_from is None else metadata_from],
                 torch.from_numpy(keep),
                 torch.tensor([[1, 2]]).expand(len(rows), 2) * torch.from_numpy(keep),
+                whitened=bool(self.pictures.whitening),
             )
         }

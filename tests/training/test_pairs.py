@@ -56,10 +56,18 @@ def test_a_large_group_does_not_outweigh_the_others() -> None:
     pairs = [(b, a) for a in range(20) for b in range(a)]  # 190 of 250 pairs, 20 of 140 items
     pairs += [(a, a + 1) for a in range(20, 140, 2)]
     components = np.array([0] * 20 + [a // 2 for a in range(20, 140)])
-    dataset = SimpleNamespace(pairs=np.array(pairs), components=components)
+    dataset = SimpleNamespace(pairs=np.array(pairs), components=components, weights=np.ones(len(pairs)))
     sampler = DistinctBatchSampler(dataset, 4, seed=0)  # type: ignore[arg-type]
     drawn = np.concatenate([sampler.pairs[batch] for batch in sampler])
     assert np.mean(drawn < 20) == pytest.approx(20 / 140, abs=0.05)
+
+
+def test_pairs_are_drawn_by_their_weight() -> None:
+    pairs = np.array([(0, 1), (0, 2), (0, 3)])
+    dataset = SimpleNamespace(pairs=pairs, components=np.zeros(4), weights=np.array([3.0, 1.0, 1e-9]))
+    sampler = DistinctBatchSampler(dataset, 1, seed=0)  # type: ignore[arg-type]
+    drawn = sampler._by_item[[sampler._draw(np.random.default_rng(n))[0] for n in range(4000)]] // 2
+    assert (drawn == 0).mean() == pytest.approx(0.75, abs=0.03) and not (drawn == 2).any()
 
 
 @settings(max_examples=40, deadline=None)

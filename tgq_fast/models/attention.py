@@ -202,7 +202,8 @@ class StreamSelfAttention(nn.Module):
 @dataclass(frozen=True)
 class Guide:
     """Where the anchored queries look: agreement [B, L] fp32 of each visual token with the item's metadata, centred
-    over the visible tokens and without gradient, and its learned weight β [Na, H] in the scores.
+    over the visible tokens and without gradient, and its learned weight β in the scores, [Na, H], or [N, H] where
+    exploratory queries are guided too.
     """
 
     agreement: Tensor
@@ -255,6 +256,8 @@ class HybridCrossAttention(nn.Module):
     ) -> Tensor:
         """[B, N, d] → [B, N, d]."""
         normed = self.norm(queries)
+        if guide is not None:
+            num_anchored = guide.scale.shape[0]  # to the operator, anchored queries are those that are guided
         anchored, exploratory = normed[:, :num_anchored], normed[:, num_anchored:]
         return self.output(self.context(anchored, exploratory, self.norm_source(source), key_mask, guide), queries)
 
@@ -291,8 +294,8 @@ class HybridCrossAttention(nn.Module):
         q, k = p.heads(p.query(self.norm(queries))), p.heads(p.key(self.norm_source(source)))
         scores = torch.einsum("bnhc,blhc->bhnl", q, k) * q.shape[-1] ** -0.5
         if guide is not None:
-            num_anchored = guide.scale.shape[0]
-            scores[:, :, :num_anchored] += torch.einsum("nh,bl->bhnl", guide.scale, guide.agreement).to(scores.dtype)
+            guided = guide.scale.shape[0]
+            scores[:, :, :guided] += torch.einsum("nh,bl->bhnl", guide.scale, guide.agreement).to(scores.dtype)
         if key_mask is not None:
             hidden = ~key_mask[:, None, None, :]
             scores = scores.masked_fill(hidden, torch.finfo(scores.dtype).min)

@@ -20,8 +20,11 @@ logger = logging.getLogger(__name__)
 ConnectorName = Literal["tgq", "qformer", "instructblip", "mlp", "avgpool", "text-only", "image-only"]
 CONNECTORS: tuple[str, ...] = get_args(ConnectorName)
 
+ZERO_SHOT = "zero-shot"
+"""Connector of a model without training: its embedding is the (whitened) global image."""
+
 _CHOICES: dict[str, tuple[str, ...]] = {
-    "connector": CONNECTORS,
+    "connector": (*CONNECTORS, ZERO_SHOT),
     "stream_mixing": ("block", "one_way", "full"),
     "gate": ("vector", "scalar", "none"),
     "agreement": ("dual_encoder", "alignment", "none"),
@@ -37,6 +40,7 @@ _RECIPE: dict[str, Any] = {
     "layer_norm_eps": 1e-5,
     "text_in_layers": False,
     "guide": True,
+    "mask_weight": 0.1,
     "ema": 0.98,
     "view_share": 0.5,
 }
@@ -50,6 +54,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 1,
         "intermediate_size": 1024,
         "hidden_dropout_prob": 0.0,
+        "direct_size": 128,
         "num_anchored_queries": 4,
         "num_exploratory_queries": 4,
         "vision_tower": "efficientnet-lite0",
@@ -106,6 +111,11 @@ class TGQFormerConfig(PreTrainedConfig):
             to anchored queries alone.
         guide: whether anchored queries attend with a bias towards the patches that agree with the metadata (tgq).
         guide_init: value at which the learned weight β of that bias starts.
+        guide_explore: whether exploratory queries are guided too; they are then no longer free of metadata.
+        mask_weight: weight of the loss that teaches the patch agreement where the product is, on training views that
+            know it.
+        direct_size: of the D dimensions of the embedding, how many are a linear map of the pooled visual tokens
+            themselves, past connector and reader; 0: none.
         gate_sees_patches: whether the anchored gate also sees statistics of the patch agreement (needs `guide`).
         stream_mixing: "block" (streams never see each other), "one_way" (A sees E), "full".
         explore_sees_text: whether exploratory queries see metadata tokens.
@@ -168,6 +178,8 @@ class TGQFormerConfig(PreTrainedConfig):
         guide: bool = False,
         guide_init: float = 1.0,
         gate_sees_patches: bool = False,
+        guide_explore: bool = False,
+        mask_weight: float = 0.0,
         direct_size: int = 0,
         stream_mixing: str = "block",
         explore_sees_text: bool = False,
@@ -245,6 +257,8 @@ class TGQFormerConfig(PreTrainedConfig):
             raise ArgumentError("hidden_act", repr(self.hidden_act), "one of " + ", ".join(sorted(ACT2FN)))
         if self.whitening < 0:
             raise ArgumentError("whitening", self.whitening, "a number of components, or 0 for raw features")
+        if not 0 <= self.direct_size < self.embedding_size:
+            raise ArgumentError("direct_size", self.direct_size, f"a part of the {self.embedding_size} dimensions")
         if self.gate_sees_patches and not self.guide:
             raise ArgumentError("gate_sees_patches", True, "guide=True: the patch agreement is the guide's")
         for name in ("ema", "view_share", "wrong_metadata", "partial_metadata", "missing_metadata"):
@@ -276,6 +290,19 @@ class TGQFormerConfig(PreTrainedConfig):
     def image_width(self) -> int:
         """Width of the global image that the connector reads: at most k with whitening, else dg."""
         return min(self.whitening, self.global_width) if self.whitening else self.global_width
+
+    @property
+    def direct_width(self) -> int:
+        """Dimensions of the embedding that the direct readout gives; none where no picture may be seen."""
+        return 0 if self.connector == "text-only" else int(self.direct_size)
+
+    def zero_shot(self, *, whitened: bool) -> TGQFormerConfig:
+        """The configuration of the floor: the same towers, no training."""
+        config = copy.deepcopy(self)
+        config.connector, config.llm, config.direct_size = ZERO_SHOT, None, 0
+        config.whitening = self.whitening if whitened else 0
+        config.embedding_size = config.image_width
+        return config
 
     def with_whitening(self, components: int) -> TGQFormerConfig:
         """A copy with another number of whitened components; says so if it is smaller than was asked for."""

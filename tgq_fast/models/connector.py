@@ -185,9 +185,10 @@ class TGQFormerConnector(nn.Module):
         features = prepare_features(features, self.config, next(self.parameters()).dtype)
         num_anchored = self.layout.num_anchored
         queries, text = self.queries(features)
-        guide = statistics = None
+        guide = statistics = mask_loss = None
         if self.guides and self.alignment is not None:
-            guide, statistics = self.alignment.patch_agreement(features)
+            patches = self.alignment.patch_agreement(features)
+            guide, statistics, mask_loss = patches.guide, patches.statistics, patches.mask_loss()
         queries, attention = self.encoder(
             queries,
             text,
@@ -208,6 +209,7 @@ class TGQFormerConnector(nn.Module):
             patch_agreement=guide,
             attention=attention,
             alignment_logits=alignment_logits,
+            mask_loss=mask_loss,
         )
         if self.modulation is not None:
             modulated = self.modulation(
@@ -237,7 +239,7 @@ def build_connector(config: TGQFormerConfig) -> nn.Module:
             return QFormerConnector(config)
         case "mlp" | "avgpool":
             return MLPProjector(config, num_cells=config.num_queries if config.connector == "mlp" else 1)
-        case "text-only":
+        case "text-only" | "zero-shot":
             return TextOnlyConnector(config)
     raise ArgumentError(
         "config.connector", repr(config.connector), "a name in tgq_fast.models.configuration.CONNECTORS"

@@ -13,7 +13,14 @@ from tgq_fast.models.attention import HybridCrossAttention
 from tgq_fast.models.configuration import TGQFormerConfig
 from tgq_fast.models.outputs import FrozenFeatures
 
-__all__ = ["AlignmentHead", "MetadataCompression", "MetadataEmbeddings", "RunningStandardiser", "prepare_features"]
+__all__ = [
+    "AlignmentHead",
+    "MetadataCompression",
+    "MetadataEmbeddings",
+    "PatchAgreement",
+    "RunningStandardiser",
+    "prepare_features",
+]
 
 
 def prepare_features(features: FrozenFeatures, config: TGQFormerConfig, dtype: torch.dtype) -> FrozenFeatures:
@@ -56,6 +63,8 @@ def prepare_features(features: FrozenFeatures, config: TGQFormerConfig, dtype: t
         visual_mask=features.visual_mask,
         distinct=None if distinct is None else distinct.to(visual.device, dtype),
         whitened=features.whitened,
+        product_share=features.product_share,
+        trusted=features.trusted,
     )
 
 
@@ -201,32 +210,63 @@ class AlignmentHead(nn.Module):
             return cosine, None
         with torch.no_grad():
             unit = normalize(pooled.float(), dim=-1)
+            if features.trusted is not None:  # another item's metadata is no positive of this picture
+                some = some & features.trusted
             same = (unit @ unit.T > 1 - 1e-5) | ~some[:, None] | ~some[None, :]
             same.fill_diagonal_(False)
         logits = self.logit_scale.clamp(max=math.log(100.0)).exp() * (v @ t.T)
         return cosine, logits.float().masked_fill(same, float("-inf"))
 
-    @torch.no_grad()
-    def patch_agreement(self, features: FrozenFeatures) -> tuple[Tensor, Tensor]:
-        """How well each visual token agrees with the item's metadata, without gradient.
+    def patch_agreement(self, features: FrozenFeatures) -> PatchAgreement:
+        """How well each visual token agrees with the item's metadata: 10 times the cosine, see
+        :class:`PatchAgreement`.
 
-        Returns:
-            the guide [B, L] fp32: 10 times the cosine, minus its mean over the real tokens; zero for an item without
-            metadata. And [B, 3] statistics of it for the gate: its largest value, its deviation, and the mean that was
-            subtracted.
+        It has a gradient (to this head's own weights) only in training and only where the features know which part
+        shows the product, for :meth:`PatchAgreement.mask_loss`.
         """
-        v = normalize(self.image(features.visual_tokens).float(), dim=-1)  # [B, L, a]
-        t = normalize(self.text(features.mean_metadata()).float(), dim=-1)
-        score = 10.0 * torch.einsum("bla,ba->bl", v, t)
-        real = features.visual_mask
+        learns = self.training and features.product_share is not None
+        with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
+            v = normalize(self.image(features.visual_tokens).float(), dim=-1)  # [B, L, a]
+            t = normalize(self.text(features.mean_metadata()).float(), dim=-1)
+            score = 10.0 * (v @ t[..., None]).squeeze(-1)
+        return PatchAgreement(score, features)
+
+
+class PatchAgreement:
+    """Agreement of every visual token with the item's metadata.
+
+    Attributes:
+        guide: [B, L] fp32 the score minus its mean over the real tokens, without gradient; zero for an item without
+            metadata.
+        statistics: [B, 3] of it for the gate: its largest value, its deviation, and the mean that was subtracted.
+    """
+
+    def __init__(self, score: Tensor, features: FrozenFeatures) -> None:
+        self._score, self._features = score, features
+        real, has, score = features.visual_mask, features.has_metadata[:, None], score.detach()
         if real is None:
             mean = score.mean(dim=1, keepdim=True)
-            guide = score - mean
+            guide = (score - mean) * has
         else:
-            count = real.sum(dim=1, keepdim=True).clamp_min(1)
-            mean = (score * real).sum(dim=1, keepdim=True) / count
-            guide = (score - mean) * real
-        has = features.has_metadata[:, None]
-        guide = guide * has
+            mean = (score * real).sum(dim=1, keepdim=True) / real.sum(dim=1, keepdim=True).clamp_min(1)
+            guide = (score - mean) * (real & has)
+        self.guide = guide
         deviation = guide.square().mean(dim=1, keepdim=True).sqrt()
-        return guide, torch.cat((guide.amax(dim=1, keepdim=True), deviation, mean * has), dim=1)
+        self.statistics = torch.cat((guide.amax(dim=1, keepdim=True), deviation, mean * has), dim=1)
+
+    def mask_loss(self) -> Tensor | None:
+        """[] cross-entropy of the softmax over the scores against the share of each token that shows the product, over
+        the items that have metadata of their own and show the product somewhere. None where nothing is known.
+
+        Source: ours.
+        """
+        share = self._features.product_share
+        if share is None or not self._score.requires_grad:
+            return None
+        total = share.sum(dim=1)
+        counts = self._features.has_metadata & (total > 0)
+        if self._features.trusted is not None:
+            counts = counts & self._features.trusted
+        target = share / total.clamp_min(1e-6)[:, None]
+        each = -(target * self._score.log_softmax(dim=1)).sum(dim=1)
+        return (each * counts).sum() / counts.sum().clamp_min(1)

@@ -93,9 +93,8 @@ class QueryLayer(nn.Module):
             HybridCrossAttention(config, config.token_width) if index % config.cross_attention_frequency == 0 else None
         )
         guided = self.crossattention is not None and config.guide and layout.num_anchored > 0
-        self.guide_scale = (
-            nn.Parameter(torch.empty(layout.num_anchored, config.num_attention_heads)) if guided else None
-        )
+        num_guided = layout.num_anchored + (layout.num_exploratory if config.guide_explore else 0)
+        self.guide_scale = nn.Parameter(torch.empty(num_guided, config.num_attention_heads)) if guided else None
         self.guide_init = config.guide_init
         self.norm_feed_forward = entrance_norm(config)
         self.intermediate_query = Intermediate(config)

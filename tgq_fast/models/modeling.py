@@ -23,13 +23,14 @@ from tgq_fast.errors import ArgumentError
 from tgq_fast.models import checkpoint
 from tgq_fast.models.configuration import TGQFormerConfig
 from tgq_fast.models.connector import build_connector
+from tgq_fast.models.direct import DirectReadout
 from tgq_fast.models.encoding import Example, FeatureExtractor, as_examples
 from tgq_fast.models.features import FeatureStore
 from tgq_fast.models.gather import gather, rank
 from tgq_fast.models.inference import packed_weights
 from tgq_fast.models.outputs import ConnectorOutput, FrozenFeatures, TGQFormerOutput
 from tgq_fast.models.processing import PromptInputs, TGQFormerProcessor
-from tgq_fast.models.readers import LightReader, LLMReader, ReaderOutput, build_reader
+from tgq_fast.models.readers import ImageReader, LightReader, LLMReader, ReaderOutput, build_reader
 from tgq_fast.models.towers import TextTower, VisionTower, load_text_tower, load_vision_tower
 from tgq_fast.models.whitening import Whitening
 
@@ -66,7 +67,8 @@ class TGQFormerModel(PreTrainedModel):
         self.post_init()
         self.whitening = Whitening(config) if config.whitening else None
         self.connector = build_connector(config)
-        self.reader: LightReader | LLMReader = build_reader(config)
+        self.reader: LightReader | LLMReader | ImageReader = build_reader(config)
+        self.direct = DirectReadout(config) if config.direct_width else None
         self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init)))
         self._extractor: FeatureExtractor | None = None
         self._towers: tuple[VisionTower | None, TextTower | None] = (None, None)
@@ -100,6 +102,19 @@ class TGQFormerModel(PreTrainedModel):
         model = cls(config)
         model.set_towers(vision, text)
         return model
+
+    @classmethod
+    def zero_shot(cls, config: TGQFormerConfig, whitening: Whitening | None = None) -> TGQFormerModel:
+        """The model that needs no training: its embedding is the pooled image feature, whitened with `whitening`.
+
+        Args:
+            config: names the towers and carries their widths.
+            whitening: fitted.
+        """
+        model = cls(config.zero_shot(whitened=whitening is not None))
+        if whitening is not None and model.whitening is not None:
+            model.whitening.load_state_dict(whitening.state_dict())
+        return model.eval()
 
     def set_towers(self, vision: VisionTower, text: TextTower) -> None:
         """Use these loaded towers.
@@ -204,6 +219,10 @@ class TGQFormerModel(PreTrainedModel):
         prompt = None if prompt is None else prompt.to(device)
         assert connected.tokens is not None  # every connector sets it
         read: ReaderOutput = self.reader(connected.tokens, features, prompt)
+        if self.direct is not None:
+            read = ReaderOutput(
+                *self.direct(read.embedding, read.visual_embedding, features, connected.patch_agreement)
+            )
         output = TGQFormerOutput(embedding=read.embedding, visual_embedding=read.visual_embedding, connector=connected)
         if positives is not None:
             terms = self._losses(read, connected, positives.to(device), None if groups is None else groups.to(device))
@@ -252,6 +271,8 @@ class TGQFormerModel(PreTrainedModel):
             answer = torch.arange(len(logits), device=logits.device)
             term = (F.cross_entropy(logits, answer) + F.cross_entropy(logits.T, answer)) / 2
             terms["alignment"] = (config.alignment_weight, term)
+        if config.mask_weight and connected.mask_loss is not None:
+            terms["mask"] = (config.mask_weight, connected.mask_loss)
         return terms
 
     # ------------------------------------------------------------------ encoding

@@ -44,6 +44,9 @@ class FrozenFeatures:
         visual_mask: [B, L] bool, True where a visual token is real, or None for all.
         distinct: the metadata tokens once more, without repetition, or None; what reads it must give the same result.
         whitened: whether visual tokens and global image are whitened already (then [B, L, k] and [B, k]).
+        product_share: [B, L] share of each visual token's cell that shows the item, or None where nobody knows; only
+            training reads it.
+        trusted: [B] bool whether the metadata is the item's own, or None for all; only training reads it.
     """
 
     visual_tokens: Tensor
@@ -55,6 +58,8 @@ class FrozenFeatures:
     visual_mask: Tensor | None = None
     distinct: DistinctTokens | None = None
     whitened: bool = False
+    product_share: Tensor | None = None
+    trusted: Tensor | None = None
 
     @property
     def has_metadata(self) -> Tensor:
@@ -109,6 +114,7 @@ class ConnectorOutput(ModelOutput):
         patch_agreement: [B, L] fp32 what guided the anchored queries (tgq with `guide` only).
         attention: [B, N, L] cross-attention of the last cross layer averaged over heads, on request.
         alignment_logits: [B, B] of the learned alignment head in training, for its own loss.
+        mask_loss: [] of the patch agreement in training, where the views know where the product is.
     """
 
     tokens: Tensor | None = None
@@ -120,6 +126,7 @@ class ConnectorOutput(ModelOutput):
     patch_agreement: Tensor | None = None
     attention: Tensor | None = None
     alignment_logits: Tensor | None = None
+    mask_loss: Tensor | None = None
 
 
 @dataclass

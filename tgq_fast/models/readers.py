@@ -12,12 +12,12 @@ from torch.nn import functional as F
 
 from tgq_fast.errors import ArgumentError, CheckpointError, DependencyError
 from tgq_fast.models import backbones
-from tgq_fast.models.configuration import TGQFormerConfig
+from tgq_fast.models.configuration import ZERO_SHOT, TGQFormerConfig
 from tgq_fast.models.outputs import FrozenFeatures
 from tgq_fast.models.processing import PromptInputs
 from tgq_fast.models.towers import hub_model
 
-__all__ = ["LLMReader", "LightReader", "ReaderOutput", "build_reader"]
+__all__ = ["ImageReader", "LLMReader", "LightReader", "ReaderOutput", "build_reader"]
 
 
 @dataclass
@@ -36,8 +36,9 @@ class _Readout(nn.Module):
 
     def __init__(self, width: int, config: TGQFormerConfig) -> None:
         super().__init__()
-        self.visual = nn.Linear(width, config.embedding_size, bias=False)
-        self.item = nn.Linear(width, config.embedding_size, bias=False)
+        size = config.embedding_size - config.direct_width
+        self.visual = nn.Linear(width, size, bias=False)
+        self.item = nn.Linear(width, size, bias=False)
         self.fusion = nn.Linear(2 * width, width) if config.late_fusion else None
 
     def forward(self, item: Tensor, visual: Tensor) -> ReaderOutput:
@@ -247,6 +248,17 @@ def _with_lora(llm: Any, config: TGQFormerConfig) -> Any:
     return inject_adapter_in_model(lora, llm)
 
 
-def build_reader(config: TGQFormerConfig) -> LightReader | LLMReader:
-    """The reader that `config.llm` asks for."""
+class ImageReader(nn.Module):
+    """No reader: both embeddings are the global image itself (connector="zero-shot")."""
+
+    def forward(self, tokens: Tensor, features: FrozenFeatures, prompt: PromptInputs | None = None) -> ReaderOutput:
+        """The items' global image [B, dg] → embeddings [B, dg]."""
+        embedding = F.normalize(features.global_image.float(), dim=-1)
+        return ReaderOutput(embedding, embedding)
+
+
+def build_reader(config: TGQFormerConfig) -> LightReader | LLMReader | ImageReader:
+    """The reader that the configuration asks for."""
+    if config.connector == ZERO_SHOT:
+        return ImageReader()
     return LightReader(config) if config.llm is None else LLMReader(config)

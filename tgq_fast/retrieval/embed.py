@@ -324,6 +324,8 @@ class _Worker:
 def zero_shot_embeddings(catalog: Catalog, store: FeatureStore) -> Tensor:
     """[n, dg] fp32 L2-normalised pooled image features: the floor that needs no training.
 
+    Of a whitened store (:meth:`FeatureStore.whitened`) it is the whitened floor, [n, k].
+
     Items without a usable image get a zero row, whose score against anything is 0.
 
     Args:
@@ -332,4 +334,6 @@ def zero_shot_embeddings(catalog: Catalog, store: FeatureStore) -> Tensor:
     """
     if len(store) != len(catalog):
         raise ArgumentError("store", f"{len(store)} rows", f"the {len(catalog)} items of the catalogue")
-    return torch.nn.functional.normalize(torch.from_numpy(np.asarray(store.global_image, dtype=np.float32)), dim=1)
+    vectors = torch.from_numpy(np.array(store.global_image, dtype=np.float32))
+    vectors[torch.from_numpy(~(store.valid & store.has_image))] = 0.0
+    return torch.nn.functional.normalize(vectors, dim=1)

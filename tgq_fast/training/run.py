@@ -29,19 +29,23 @@ from tgq_fast.errors import ArgumentError, CheckpointError
 from tgq_fast.models.configuration import TGQFormerConfig
 from tgq_fast.models.features import FeatureStore
 from tgq_fast.models.modeling import TGQFormerModel
+from tgq_fast.models.pictures import PictureFeatures
 from tgq_fast.models.processing import TGQFormerProcessor
 from tgq_fast.models.towers import TextTower, VisionTower, load_text_tower, load_vision_tower
-from tgq_fast.models.whitening import Whitening, fit_whitening, whitening_rows
+from tgq_fast.models.views import ViewStore
+from tgq_fast.models.whitening import Whitening, fit_whitening, whitened_pictures, whitening_rows
 from tgq_fast.retrieval._identity import package_identity, sha256_file
 from tgq_fast.training.pairs import DistinctBatchSampler, PairCollator, PairDataset
 from tgq_fast.training.trainer import BEST_METRIC, Event, TGQTrainer, last_complete_checkpoint
+from tgq_fast.training.verdict import WHITENED, judge, measure_floors
 
 __all__ = ["TrainResult", "train"]
 
 logger = logging.getLogger(__name__)
 
 _RUN, _LOG, _CHECKPOINTS = "run.json", "training_log.jsonl", "checkpoints"
-_REJECTS, _LOCK = "rejects.jsonl", ".lock"
+_REJECTS, _LOCK, _TRAINED = "rejects.jsonl", ".lock", "trained"
+_VALIDATIONS = 6  # of a long run
 _MODEL_FILES = ("config.json", "model.safetensors", "processor_config.json")
 # Keys of a configuration that a resumed run may differ in.
 _FREE_KEYS = ("transformers_version", "_name_or_path", "architectures", "dtype", "torch_dtype")
@@ -79,8 +83,9 @@ def train(
     lr: float = 1e-3,
     weight_decay: float = 0.05,
     warmup: float = 0.1,
-    bf16: bool = False,
+    bf16: bool | None = None,
     max_steps: int | None = None,
+    keep: Literal["best", "trained"] = "best",
     checkpoint_steps: int | None = None,
     log_steps: int = 10,
     resume: bool = False,
@@ -88,12 +93,15 @@ def train(
     cache_dir: str | Path | None = None,
     towers: tuple[VisionTower, TextTower] | None = None,
     store: FeatureStore | None = None,
+    views: ViewStore | None = None,
     on_event: Callable[[Event], None] | None = None,
 ) -> TrainResult:
     """Train a connector and reader over frozen towers on the training pairs of a catalogue.
 
-    The checkpoint with the best validation HR@10 (after every epoch, over the full pool) becomes the run's model.
-    A run that was killed resumes from its last complete checkpoint to the same weights, bit for bit on the CPU.
+    The checkpoint with the best validation HR@10 (over the full pool, after every epoch of a short run and about six
+    times in a long one) becomes the run's model, unless the frozen feature without training is better on the same
+    queries: `run.json` holds that verdict in words and numbers. A run that was killed resumes from its last complete
+    checkpoint to the same weights, bit for bit on the CPU.
 
     Args:
         catalog: items, images and pairs.
@@ -105,15 +113,18 @@ def train(
         lr: peak learning rate of AdamW; cosine to zero after a linear warm-up.
         weight_decay: of matrices.
         warmup: share of the steps.
-        bf16: mixed precision.
+        bf16: mixed precision; None: where the processor multiplies bf16 matrices (AMX, or a GPU that does).
         max_steps: stop after so many steps instead of after `epochs`.
+        keep: "best" keeps the frozen feature where training did not help (the trained model then lies in `trained/`);
+            "trained" keeps the trained model whatever the verdict.
         checkpoint_steps: also write a checkpoint every so many steps, besides the one after each epoch.
         log_steps: steps per log entry.
         resume: go on with an unfinished run of the same arguments; a finished one is returned as it is.
         on_error: unusable images: "raise", or "skip" them (listed in the run's rejects.jsonl).
         cache_dir: of the frozen features.
         towers: towers that are already loaded.
-        store: features that are already computed; the towers are then not needed.
+        store: raw features that are already computed; the towers are then not needed.
+        views: corrupted pictures that training draws from (`config.view_share`), of the same towers.
         on_event: progress; gets mappings with "event": features, start, step, log, evaluation, checkpoint, end.
 
     Raises:
@@ -128,6 +139,9 @@ def train(
         raise ArgumentError("lr", lr, "a learning rate above 0")
     if not 0 <= warmup < 1:
         raise ArgumentError("warmup", warmup, "a share in [0, 1)")
+    if keep not in ("best", "trained"):
+        raise ArgumentError("keep", repr(keep), "'best' or 'trained'")
+    bf16 = multiplies_bf16() if bf16 is None else bf16
     folder = Path(out).resolve()
     send = on_event or (lambda event: None)
     folder.mkdir(parents=True, exist_ok=True)
@@ -147,6 +161,8 @@ def train(
             "bf16": bf16,
             "max_steps": max_steps,
             "log_steps": log_steps,
+            "keep": keep,
+            "views": None if views is None else views.key,
         }
         if store is None:
             towers = towers or _load_towers(config)
@@ -165,11 +181,14 @@ def train(
                 rejects=RejectLog(folder / _REJECTS),
                 progress=lambda done, total: send({"event": "features", "done": done, "total": total}),
             )
-        whitening = None
+        raw, whitening = store, None
+        pictures: PictureFeatures | None = views
         if config.whitening:
             rows = whitening_rows(catalog, store.valid, config.whitening)
             whitening, config = fit_whitening(store.pictures, rows, config)
             store = store.whitened(whitening, cache_dir)
+            if views is not None:
+                pictures = whitened_pictures(views, whitening, cache_dir)
         # Only now: a run whose features cannot be made leaves the folder free.
         _write_manifest(folder, manifest)
         return _run(
@@ -179,6 +198,9 @@ def train(
             store,
             manifest,
             arguments,
+            raw=raw,
+            views=views,
+            pictures=pictures,
             towers=towers,
             whitening=whitening,
             checkpoint_steps=checkpoint_steps,
@@ -186,6 +208,13 @@ def train(
         )
     finally:
         lock.release()
+
+
+def multiplies_bf16() -> bool:
+    """Whether mixed precision saves time here: a GPU with bf16, or a processor with AMX."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported()
+    return bool(torch.cpu._is_amx_tile_supported())
 
 
 def _load_towers(config: TGQFormerConfig) -> tuple[VisionTower, TextTower]:
@@ -238,6 +267,9 @@ def _run(
     manifest: dict[str, Any],
     arguments: dict[str, Any],
     *,
+    raw: FeatureStore,
+    views: ViewStore | None,
+    pictures: PictureFeatures | None,
     towers: tuple[VisionTower, TextTower] | None,
     whitening: Whitening | None,
     checkpoint_steps: int | None,
@@ -254,6 +286,8 @@ def _run(
         )
     has_validation = len(catalog.split_pairs("validation").query) > 0
     steps = arguments["max_steps"] or len(sampler) * arguments["epochs"]
+    # Embedding the pool takes as long as some epochs do: a long run is validated about six times.
+    rhythm = len(sampler) * max(1, round(steps / len(sampler) / _VALIDATIONS))
     args = TrainingArguments(
         output_dir=str(folder / _CHECKPOINTS),
         per_device_train_batch_size=sampler.batch_size,
@@ -270,8 +304,10 @@ def _run(
         data_seed=seed,
         logging_steps=arguments["log_steps"],
         logging_nan_inf_filter=False,
-        eval_strategy="epoch" if has_validation else "no",
-        save_strategy="epoch",
+        eval_strategy="steps" if has_validation else "no",
+        eval_steps=rhythm,
+        save_strategy="steps",
+        save_steps=rhythm,
         save_total_limit=2,
         load_best_model_at_end=has_validation,
         metric_for_best_model=f"eval_{BEST_METRIC}" if has_validation else None,
@@ -308,11 +344,18 @@ def _run(
             pairs.components,
             seed=seed,
             processor=TGQFormerProcessor(config) if config.llm is not None else None,
+            views=views,
+            pictures=pictures,
         ),
         validation="validation" if has_validation else None,
         on_event=on_event,
         checkpoint_steps=checkpoint_steps,
     )
+    floors = {}
+    if has_validation:
+        floors = measure_floors(catalog, raw, None if whitening is None else store, "validation")
+        for name, floor in floors.items():
+            send({"event": "floor", "name": name, **{metric: m.value for metric, m in floor.metrics.items()}})
     send({"event": "start", "step": start, "steps": steps, "batch_size": sampler.batch_size, "pairs": len(pairs)})
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     state = trainer.state
@@ -320,7 +363,14 @@ def _run(
         return TrainResult(
             folder, state.global_step, state.best_global_step or state.global_step, state.best_metric, start, manifest
         )
-    model.save_pretrained(folder)
+    trainer.finish()
+    verdict = judge(trainer.validate(), floors) if floors else None
+    if verdict is not None and verdict.keep != "trained" and arguments["keep"] == "best":
+        model.save_pretrained(folder / _TRAINED)
+        floor_model = TGQFormerModel.zero_shot(config, whitening if verdict.keep == WHITENED else None)
+        floor_model.save_pretrained(folder)
+    else:
+        model.save_pretrained(folder)
     finished = {
         **manifest,
         "status": "finished",
@@ -331,6 +381,7 @@ def _run(
             "metric": f"validation {BEST_METRIC}" if has_validation else None,
             "batch_size": sampler.batch_size,
             "trainable_parameters": sum(p.numel() for _, p in model.trainable_parameters()),
+            "verdict": None if verdict is None else verdict.to_dict(),
         },
         "files": {name: sha256_file(folder / name) for name in _MODEL_FILES},
     }

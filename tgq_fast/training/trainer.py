@@ -8,10 +8,12 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -25,22 +27,24 @@ from tgq_fast.models.features import FeatureStore
 from tgq_fast.models.modeling import TGQFormerModel
 from tgq_fast.retrieval import Evaluation, evaluate
 from tgq_fast.retrieval._identity import sha256_file
+from tgq_fast.training.averaging import WeightAverage
 from tgq_fast.training.pairs import DistinctBatchSampler, PairCollator, PairDataset
 
 __all__ = ["BEST_METRIC", "TGQTrainer", "last_complete_checkpoint"]
 
 BEST_METRIC = "HR@10"
 _COMPLETE = "complete.json"
+_RAW = "training_weights.safetensors"  # of a checkpoint whose model is an average
 Event = Mapping[str, Any]
 
 
 class TGQTrainer(Trainer):
     """Trains a :class:`TGQFormerModel` on cached features.
 
-    Differences from `Trainer`: batches come from :class:`DistinctBatchSampler`; every loss term is logged as
-    "loss/<term>"; evaluation embeds the whole catalogue and measures retrieval on one split; a checkpoint counts only
-    once a file with the checksums of all its files is in place; nothing pickled is written or read but tensors
-    (`weights_only`).
+    Differences from `Trainer`: what is validated, saved and chosen is the average of the weights (`config.ema`);
+    batches come from :class:`DistinctBatchSampler`; every loss term is logged as "loss/<term>"; evaluation embeds the
+    whole catalogue and measures retrieval on one split; a checkpoint counts only once a file with the checksums of all
+    its files is in place; nothing pickled is written or read but tensors (`weights_only`).
 
     Args:
         model: the model.
@@ -75,7 +79,7 @@ class TGQTrainer(Trainer):
             train_dataset=pairs,
             eval_dataset=None if validation is None else pairs,  # evaluate() takes its pairs from the catalogue
             data_collator=collator,
-            callbacks=[_Events(sampler, on_event, checkpoint_steps)],
+            callbacks=[_Events(sampler, on_event, checkpoint_steps, self._stepped)],
         )
         for callback in (PrinterCallback, ProgressCallback):  # progress is the caller's, through events
             self.remove_callback(callback)
@@ -83,6 +87,8 @@ class TGQTrainer(Trainer):
         self.validation, self.ks = validation, ks
         self.on_event = on_event or (lambda event: None)
         self.evaluations: list[tuple[int, Evaluation]] = []
+        decay = model.config.ema
+        self.average = WeightAverage(model, decay) if decay else None
         self._terms: dict[str, Tensor] = {}
         self._term_steps = 0
 
@@ -97,6 +103,13 @@ class TGQTrainer(Trainer):
         )
         prepared: DataLoader[Any] = self.accelerator.prepare(loader)
         return prepared
+
+    def _stepped(self, step: int) -> None:
+        if self.average is not None:
+            self.average.update(step)
+
+    def _averaged(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.average is None else self.average.applied()
 
     def compute_loss(  # type: ignore[override]
         self,
@@ -123,6 +136,16 @@ class TGQTrainer(Trainer):
 
     def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:  # type: ignore[override]
         """Embed the catalogue and evaluate the validation pairs over the full pool."""
+        with self._averaged():
+            result = self.validate()
+        self.evaluations.append((self.state.global_step, result))
+        metrics = {f"{metric_key_prefix}_{name}": m.value for name, m in result.metrics.items()}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def validate(self) -> Evaluation:
+        """Evaluation of the model as it is on the validation pairs, over the full pool."""
         assert self.validation is not None
         model: TGQFormerModel = self.accelerator.unwrap_model(self.model)
         size = max(64, 2 * self.args.per_device_eval_batch_size)
@@ -130,21 +153,16 @@ class TGQTrainer(Trainer):
             model.encode(self.catalog, features=self.store, batch_size=size, on_error="skip")
         ).clone()
         embeddings[list(self.store.invalid)] = 0.0  # an item without a usable picture scores 0 against all
-        result = evaluate(self.catalog, embeddings, ks=self.ks, split=self.validation, samples=0)
-        self.evaluations.append((self.state.global_step, result))
-        metrics = {f"{metric_key_prefix}_{name}": m.value for name, m in result.metrics.items()}
-        self.log(dict(metrics))
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+        return evaluate(self.catalog, embeddings, ks=self.ks, split=self.validation, samples=0)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Not estimated from token counts, which say little about this model; see `tgq_fast.models.flops`."""
         return 0
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Weight decay for matrices only: no biases, norms or scales."""
-        shapes = {name: parameter.ndim for name, parameter in model.named_parameters()}
-        return [name for name in super().get_decay_parameter_names(model) if shapes.get(name, 0) >= 2]
+        """Weight decay for the weights of linear layers and convolutions alone: no biases, norms, embeddings, learned
+        queries, guide weights or scales, whatever their shape."""
+        return decayed_parameters(model)
 
     # ------------------------------------------------------------ checkpoints
 
@@ -155,7 +173,12 @@ class TGQTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         folder = Path(output_dir or self._root)
-        self.accelerator.unwrap_model(self.model).save_pretrained(folder, state_dict=state_dict)
+        model: TGQFormerModel = self.accelerator.unwrap_model(self.model)
+        with self._averaged():
+            model.save_pretrained(folder)
+        if self.average is not None:  # what training goes on with, beside what is used
+            weights = {name: p.detach().cpu().contiguous() for name, p in model.trainable_parameters()}
+            write_atomic(folder / _RAW, save(weights))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
@@ -165,7 +188,22 @@ class TGQTrainer(Trainer):
             self.on_event({"event": "checkpoint", "step": self.state.global_step, "path": str(folder)})
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self._restore(Path(resume_from_checkpoint))
+        folder = Path(resume_from_checkpoint)
+        self._restore(folder)
+        if self.average is not None:
+            own: TGQFormerModel = self.accelerator.unwrap_model(self.model)
+            trained = dict(own.trainable_parameters())
+            self.average.load({name: p.detach() for name, p in trained.items()})
+            raw = load_file(folder / _RAW)  # its checksum is the checkpoint's
+            with torch.no_grad():
+                for name, parameter in trained.items():
+                    parameter.copy_(raw[name])
+
+    def finish(self) -> None:
+        """After training: the model has the weights to keep. With validation they are those of the best checkpoint
+        already, else the average."""
+        if self.average is not None and not self.args.load_best_model_at_end:
+            self.average.apply()
 
     def _load_best_model(self) -> None:
         best = self.state.best_model_checkpoint
@@ -181,9 +219,14 @@ class _Events(TrainerCallback):
     """Tells the sampler the epoch, asks for extra checkpoints and passes progress on."""
 
     def __init__(
-        self, sampler: DistinctBatchSampler, on_event: Callable[[Event], None] | None, checkpoint_steps: int | None
+        self,
+        sampler: DistinctBatchSampler,
+        on_event: Callable[[Event], None] | None,
+        checkpoint_steps: int | None,
+        stepped: Callable[[int], None],
     ) -> None:
         self.sampler, self.on_event, self.checkpoint_steps = sampler, on_event, checkpoint_steps
+        self.stepped = stepped
 
     def _send(self, event: Event) -> None:
         if self.on_event is not None:
@@ -193,7 +236,11 @@ class _Events(TrainerCallback):
         self.sampler.set_epoch(int((state.epoch or 0.0) + 1e-6))
 
     def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        self.stepped(state.global_step)
         if self.checkpoint_steps and state.global_step % self.checkpoint_steps == 0:
+            control.should_save = True
+        if state.global_step >= state.max_steps and args.eval_strategy != "no":
+            control.should_evaluate = True  # the last step, too
             control.should_save = True
         self._send({"event": "step", "step": state.global_step, "steps": state.max_steps, "epoch": state.epoch})
 
@@ -205,6 +252,12 @@ class _Events(TrainerCallback):
         self, args: TrainingArguments, state: Any, control: Any, metrics: Any = None, **kwargs: Any
     ) -> None:
         self._send({"event": "evaluation", "step": state.global_step, **log_entry(metrics or {})})
+
+
+def decayed_parameters(model: nn.Module) -> list[str]:
+    """Names of the parameters with weight decay: weights of linear layers and convolutions."""
+    layers = (nn.Linear, nn.Conv1d, nn.Conv2d)
+    return [f"{name}.weight".lstrip(".") for name, module in model.named_modules() if isinstance(module, layers)]
 
 
 def log_entry(logs: Mapping[str, Any]) -> dict[str, Any]:
