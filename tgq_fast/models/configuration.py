@@ -40,9 +40,10 @@ _RECIPE: dict[str, Any] = {
     "layer_norm_eps": 1e-5,
     "text_in_layers": False,
     "guide": True,
+    "guide_explore": True,
     "mask_weight": 0.1,
     "ema": 0.98,
-    "view_share": 0.5,
+    "view_share": 0.55,
 }
 
 PRESETS: dict[str, dict[str, Any]] = {
