@@ -95,6 +95,36 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+# Fields that came after the first pools: at their defaults they say nothing, so that old digests stay what they are.
+LATER_FIELDS = (
+    "whitening",
+    "whitening_shrinkage",
+    "norm",
+    "text_in_layers",
+    "guide",
+    "guide_init",
+    "guide_explore",
+    "mask_weight",
+    "gate_sees_patches",
+    "direct_size",
+    "ema",
+    "view_share",
+    "wrong_metadata",
+    "partial_metadata",
+    "missing_metadata",
+    "tower_digests",
+)
+
+
+def tower_digests(vision: VisionTower, text: TextTower) -> dict[str, str]:
+    """Digests of loaded towers by "vision" and "text", each with the dtype of its weights."""
+    found = {}
+    for name, tower in (("vision", vision), ("text", text)):
+        if key := getattr(tower, "key", None):
+            found[name] = f"{str(tower.dtype).removeprefix('torch.')}:{key}"
+    return found
+
+
 class TGQFormerConfig(PreTrainedConfig):
     """All sizes and switches of the model.
 
@@ -152,6 +182,8 @@ class TGQFormerConfig(PreTrainedConfig):
         alignment_weight: weight of the alignment head's own contrastive loss (where there is such a head).
         ema: decay of the exponential average of the weights that is validated and saved; 0: the weights themselves.
         view_share: probability with which training replaces a picture by a corrupted view, where there are views.
+        tower_digests: digests of the towers that the model was made with; other weights under the same name are
+            refused. None: not known.
         wrong_metadata, partial_metadata, missing_metadata: probabilities with which training gives an item another
             item's metadata, leaves out a random part of its fields, or all of them.
 
@@ -160,6 +192,7 @@ class TGQFormerConfig(PreTrainedConfig):
     """
 
     model_type = "tgq_former"
+    later_fields = LATER_FIELDS
 
     def __init__(
         self,
@@ -322,6 +355,7 @@ class TGQFormerConfig(PreTrainedConfig):
         config = copy.deepcopy(self)
         config.visual_width, config.global_width = vision.width, vision.global_width
         config.num_visual_tokens, config.text_width = vision.num_tokens, text.width
+        config.tower_digests = tower_digests(vision, text)
         return config
 
     @classmethod

@@ -168,7 +168,7 @@ class TGQFormerConnector(nn.Module):
         has_metadata = features.has_metadata
         raw, logits = (None, None) if self.alignment is None else self.alignment(features)
         if self.standardiser is None:
-            return torch.zeros(has_metadata.shape, device=has_metadata.device), logits
+            return torch.zeros(has_metadata.shape, dtype=torch.float32, device=has_metadata.device), logits
         if self.config.agreement == "dual_encoder":
             raw = features.agreement
         if raw is None:

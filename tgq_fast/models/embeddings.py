@@ -159,7 +159,7 @@ class RunningStandardiser(nn.Module):
         mean = (values * weight).sum() / count.clamp_min(1)
         var = ((values - mean).square() * weight).sum() / count.clamp_min(1)
         enough = count > 1  # a batch of one has no variance; no branch, so that the graph stays whole
-        rate = enough * (1.0 / (self.batches + 1)).clamp_min(self.momentum)
+        rate = enough * (1.0 / (self.batches + 1).to(values.dtype)).clamp_min(self.momentum)
         shift = mean - self.mean
         # Law of total variance: what the drift of the mean adds belongs to the spread of the scores.
         self.var.copy_((1 - rate) * (self.var + rate * shift.square()) + rate * var)

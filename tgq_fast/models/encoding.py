@@ -21,13 +21,13 @@ from tgq_fast.data.pictures import PictureSource, picture_of
 from tgq_fast.data.rejects import RejectLog
 from tgq_fast.errors import ArgumentError, ImageError
 from tgq_fast.models.configuration import TGQFormerConfig
-from tgq_fast.models.features import in_order
+from tgq_fast.models.features import FeatureStore, in_order
 from tgq_fast.models.field_tokens import FieldEncoder, pack_fields, text_agreement
 from tgq_fast.models.outputs import FrozenFeatures
 from tgq_fast.models.processing import ProcessedItems, TGQFormerProcessor, stack_pixels
 from tgq_fast.models.towers import TextTower, VisionTower
 
-__all__ = ["Example", "FeatureExtractor", "as_examples"]
+__all__ = ["Example", "FeatureExtractor", "as_examples", "progress_bar", "stored_batches"]
 
 
 @dataclass(frozen=True)
@@ -149,8 +149,8 @@ class FeatureExtractor:
         if self._fields is None or self._fields.tower is not text:
             self._fields = FieldEncoder(text)
         batch = len(processed.fields)
-        visual = torch.zeros(batch, vision.num_tokens, vision.width)
-        global_image = torch.zeros(batch, vision.global_width)
+        visual = torch.zeros(batch, vision.num_tokens, vision.width, dtype=torch.float32)
+        global_image = torch.zeros(batch, vision.global_width, dtype=torch.float32)
         has_image = processed.has_image
         if processed.pixel_values is not None:
             tokens, pooled = vision(processed.pixel_values)
@@ -220,3 +220,42 @@ class FeatureExtractor:
         if processed.prompt is not None:
             inputs["prompt"] = processed.prompt
         return inputs
+
+
+def stored_batches(
+    examples: Sequence[Example],
+    batch_size: int,
+    on_error: str,
+    store: FeatureStore,
+    processor: TGQFormerProcessor | None,
+) -> Iterator[tuple[list[int], dict[str, Any]]]:
+    """:meth:`FeatureExtractor.batches` of items whose features are stored; `processor` makes an LLM's prompts."""
+    for start in range(0, len(examples), batch_size):
+        stored = [store.catalog.index(example.id) for example in examples[start : start + batch_size]]
+        if on_error == "raise":
+            store.require_valid(stored)
+        good = [i for i, row in enumerate(stored) if row not in store.invalid]
+        inputs = store.inputs([stored[i] for i in good], processor=processor) if good else {}
+        yield [start + i for i in good], inputs
+
+
+class progress_bar:
+    """A rich progress bar on stderr, or nothing."""
+
+    def __init__(self, total: int, show: bool) -> None:
+        self.total, self.show = total, show
+
+    def __enter__(self) -> Any:
+        if not self.show:
+            return lambda count: None
+        from rich.console import Console
+        from rich.progress import Progress
+
+        self.bar = Progress(console=Console(stderr=True))
+        self.bar.start()
+        task = self.bar.add_task("Embedding", total=self.total)
+        return lambda count: self.bar.advance(task, count)
+
+    def __exit__(self, *_: object) -> None:
+        if self.show:
+            self.bar.stop()

@@ -58,7 +58,7 @@ def pack_fields(items: Sequence[Sequence[Tensor | None]], width: int, max_tokens
     numbers = {key: number for number, key in enumerate(values)}
     ids = np.array([[-1 if v is None else numbers[id(v)] for v in row] for row in items], dtype=np.int64)
     offsets = np.cumsum([0, *(len(value) for value in values.values())])
-    table = torch.cat([torch.zeros(0, width), *values.values()]).float()
+    table = torch.cat([torch.zeros(0, width, dtype=torch.float32), *values.values()]).float()
     return pack_rows(ids.reshape(len(items), -1), offsets, lambda rows: table[torch.from_numpy(rows)], max_tokens)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -12,22 +13,21 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedModel
 
-from tgq_fast import ops
 from tgq_fast.data.catalog import Catalog
 from tgq_fast.data.items import Item
 from tgq_fast.data.rejects import RejectLog
-from tgq_fast.errors import ArgumentError
+from tgq_fast.errors import ArgumentError, CheckpointError
 from tgq_fast.models import checkpoint
-from tgq_fast.models.configuration import TGQFormerConfig
+from tgq_fast.models.configuration import TGQFormerConfig, tower_digests
 from tgq_fast.models.connector import build_connector
 from tgq_fast.models.direct import DirectReadout
-from tgq_fast.models.encoding import Example, FeatureExtractor, as_examples
+from tgq_fast.models.dtypes import as_dtype, single_precision
+from tgq_fast.models.encoding import FeatureExtractor, as_examples, progress_bar, stored_batches
 from tgq_fast.models.features import FeatureStore
-from tgq_fast.models.gather import gather, rank
 from tgq_fast.models.inference import packed_weights
+from tgq_fast.models.objective import weighted_losses
 from tgq_fast.models.outputs import ConnectorOutput, FrozenFeatures, TGQFormerOutput
 from tgq_fast.models.processing import PromptInputs, TGQFormerProcessor
 from tgq_fast.models.readers import ImageReader, LightReader, LLMReader, ReaderOutput, build_reader
@@ -36,8 +36,9 @@ from tgq_fast.models.whitening import Whitening
 
 __all__ = ["TGQFormerModel"]
 
+logger = logging.getLogger(__name__)
+
 Encodable = Item | Mapping[str, Any] | Image.Image | str | Path
-_MAX_LOG_SCALE = 4.6052  # ln 100, CLIP's cap
 _PACK_FROM = 64  # items from which repacking the connector's weights pays
 
 
@@ -62,6 +63,10 @@ class TGQFormerModel(PreTrainedModel):
     _no_split_modules: list[str] = []  # noqa: RUF012 (transformers' own declaration)
 
     def __init__(self, config: TGQFormerConfig) -> None:
+        with single_precision():
+            self._build(config)
+
+    def _build(self, config: TGQFormerConfig) -> None:
         super().__init__(config)
         # Before the parts exist: their initialisation is their own, and an LLM brings its weights.
         self.post_init()
@@ -121,6 +126,7 @@ class TGQFormerModel(PreTrainedModel):
 
         Raises:
             ArgumentError: their widths are not the configuration's.
+            CheckpointError: the model was made with towers of other weights.
         """
         given = {
             "visual_width": vision.width,
@@ -130,7 +136,24 @@ class TGQFormerModel(PreTrainedModel):
         for name, value in given.items():
             if getattr(self.config, name) != value:
                 raise ArgumentError(name, value, f"{getattr(self.config, name)}, as in the model's configuration")
+        known = self.config.tower_digests or {}
+        for name, digest in tower_digests(vision, text).items():
+            held, dtype = known.get(name, digest), digest.split(":")[0]
+            if held == digest:
+                continue
+            if held.split(":")[0] != dtype:  # the same weights in another dtype have another digest, too
+                logger.warning("%s tower: %s weights cannot be told from the model's %s ones", name, dtype, held)
+                continue
+            raise CheckpointError(
+                f"{name} tower {getattr(self.config, f'{name}_tower')!r}: its weights or preprocessing are not those "
+                f"that this model was made with (digest {digest[:20]}…, expected {held[:20]}…); embeddings would "
+                "differ. Use the same files, or load the model with tower_digests=None to take these all the same"
+            )
         self._towers, self._extractor = (vision, text), None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Loaded towers hold functions and belong to this process; the copy loads them again on first use.
+        return {**self.__dict__, "_towers": (None, None), "_extractor": None}
 
     @property
     def vision_tower(self) -> VisionTower:
@@ -225,7 +248,8 @@ class TGQFormerModel(PreTrainedModel):
             )
         output = TGQFormerOutput(embedding=read.embedding, visual_embedding=read.visual_embedding, connector=connected)
         if positives is not None:
-            terms = self._losses(read, connected, positives.to(device), None if groups is None else groups.to(device))
+            groups = None if groups is None else groups.to(device)
+            terms = weighted_losses(self.config, read, connected, self.logit_scale, positives.to(device), groups)
             output.loss = torch.stack([weight * term for weight, term in terms.values()]).sum()
             output.losses = {name: term.detach() for name, (_, term) in terms.items()}
         return output if return_dict else output.to_tuple()
@@ -239,41 +263,6 @@ class TGQFormerModel(PreTrainedModel):
             features.field_ids = torch.zeros_like(features.field_ids[:, :1])
             features.agreement, features.distinct = None, None
         return features
-
-    def _losses(
-        self, read: ReaderOutput, connected: ConnectorOutput, positives: Tensor, groups: Tensor | None
-    ) -> dict[str, tuple[float, Tensor]]:
-        """Weighted terms: InfoNCE on both embeddings, redundancy, alignment.
-
-        Source: 0.9 / 0.1 and the learned scale, NoteLLM-2; redundancy, public digest; alignment, ours.
-        """
-        config = self.config
-        offset = rank() * len(positives)
-        rows = torch.nonzero(positives >= 0)[:, 0]
-        targets = positives[rows] + offset
-        everyone = None if groups is None else gather(groups)
-        scale = self.logit_scale.clamp(max=_MAX_LOG_SCALE)
-
-        def contrast(embeddings: Tensor) -> Tensor:
-            return ops.info_nce(gather(embeddings), targets, scale, groups=everyone, rows=rows + offset)
-
-        # Without pictures v_emb is a constant: nothing to contrast.
-        share = 0.0 if config.connector == "text-only" else config.visual_loss_weight
-        terms = {"item": (1.0 - share, contrast(read.embedding))}
-        if share:
-            terms["visual"] = (share, contrast(read.visual_embedding))
-        anchored, exploratory = connected.anchored_mean, connected.exploratory_mean
-        if config.redundancy_weight and anchored is not None and exploratory is not None:
-            term = ops.redundancy_loss(gather(anchored), gather(exploratory))
-            terms["redundancy"] = (config.redundancy_weight, term)
-        logits = connected.alignment_logits
-        if config.alignment_weight and logits is not None:
-            answer = torch.arange(len(logits), device=logits.device)
-            term = (F.cross_entropy(logits, answer) + F.cross_entropy(logits.T, answer)) / 2
-            terms["alignment"] = (config.alignment_weight, term)
-        if config.mask_weight and connected.mask_loss is not None:
-            terms["mask"] = (config.mask_weight, connected.mask_loss)
-        return terms
 
     # ------------------------------------------------------------------ encoding
 
@@ -324,42 +313,28 @@ class TGQFormerModel(PreTrainedModel):
         single = isinstance(items, (Item, Mapping, Image.Image, str, Path))
         several: Any = [items] if single else items
         examples = as_examples(several, fields=fields, root=root, known=self.config.fields)
-        result = torch.full((len(examples), self.config.embedding_size), float("nan"))
-        training = self.training
+        result = torch.full((len(examples), self.config.embedding_size), float("nan"), dtype=torch.float32)
+        modes = [(module, module.training) for module in self.modules()]  # the caller's, of every part
         self.eval()
         packing = packed_weights(self.connector) if len(examples) >= _PACK_FROM else nullcontext()
         try:
-            with torch.inference_mode(), packing, _progress(len(examples), show_progress_bar) as advance:
-                for rows, inputs in self._encoder_batches(examples, batch_size, on_error, features, rejects, workers):
+            with torch.inference_mode(), packing, progress_bar(len(examples), show_progress_bar) as advance:
+                if features is not None:
+                    batches = stored_batches(examples, batch_size, on_error, features, self._prompt_processor)
+                else:
+                    batches = self.extractor.batches(
+                        examples, batch_size, on_error=on_error, rejects=rejects, workers=workers
+                    )
+                for rows, inputs in batches:
                     if rows:
                         output = self(**inputs)
                         result[rows] = output.embedding.float().cpu()
                     advance(min(batch_size, len(examples)))
         finally:
-            self.train(training)
+            for module, mode in modes:
+                module.training = mode
         result = result[0] if single else result
         return result.numpy() if convert_to_numpy else result
-
-    def _encoder_batches(
-        self,
-        examples: Sequence[Example],
-        batch_size: int,
-        on_error: str,
-        features: FeatureStore | None,
-        rejects: RejectLog | None,
-        workers: int,
-    ) -> Iterator[tuple[list[int], dict[str, Any]]]:
-        if features is None:
-            yield from self.extractor.batches(examples, batch_size, on_error=on_error, rejects=rejects, workers=workers)
-            return
-        for start in range(0, len(examples), batch_size):
-            chunk = examples[start : start + batch_size]
-            stored = [features.catalog.index(example.id) for example in chunk]
-            if on_error == "raise":
-                features.require_valid(stored)
-            good = [i for i, row in enumerate(stored) if row not in features.invalid]
-            inputs = features.inputs([stored[i] for i in good], processor=self._prompt_processor) if good else {}
-            yield [start + i for i in good], inputs
 
     @property
     def _prompt_processor(self) -> TGQFormerProcessor | None:
@@ -421,33 +396,11 @@ class TGQFormerModel(PreTrainedModel):
         state = checkpoint.load_state(folder)
         model = cls(config)
         checkpoint.load_into(model, state, wanted=set(model.saved_state()), folder=folder)
-        if isinstance(dtype := kwargs.get("dtype", kwargs.get("torch_dtype")), torch.dtype):
+        if (dtype := as_dtype(kwargs.get("dtype", kwargs.get("torch_dtype")))) is not None:
             nn.Module.to(model, dtype=dtype)
         model.name_or_path = str(folder)
         model.eval()
         return model
-
-
-class _progress:
-    """A rich progress bar on stderr, or nothing."""
-
-    def __init__(self, total: int, show: bool) -> None:
-        self.total, self.show = total, show
-
-    def __enter__(self) -> Any:
-        if not self.show:
-            return lambda count: None
-        from rich.console import Console
-        from rich.progress import Progress
-
-        self.bar = Progress(console=Console(stderr=True))
-        self.bar.start()
-        task = self.bar.add_task("Embedding", total=self.total)
-        return lambda count: self.bar.advance(task, count)
-
-    def __exit__(self, *_: object) -> None:
-        if self.show:
-            self.bar.stop()
 
 
 AutoConfig.register(TGQFormerConfig.model_type, TGQFormerConfig, exist_ok=True)

@@ -20,7 +20,8 @@ from tgq_fast.errors import ArgumentError, CheckpointError
 from tgq_fast.models import backbones
 from tgq_fast.models.configuration import TGQFormerConfig
 from tgq_fast.models.field_tokens import field_strings
-from tgq_fast.models.towers import ImageProcessor, hub_load, load_image_processor
+from tgq_fast.models.hub import hub_load
+from tgq_fast.models.towers import ImageProcessor, load_image_processor
 
 __all__ = ["DEFAULT_PROMPT", "ProcessedItems", "PromptInputs", "TGQFormerProcessor", "stack_pixels"]
 

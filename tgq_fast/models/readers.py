@@ -13,9 +13,9 @@ from torch.nn import functional as F
 from tgq_fast.errors import ArgumentError, CheckpointError, DependencyError
 from tgq_fast.models import backbones
 from tgq_fast.models.configuration import ZERO_SHOT, TGQFormerConfig
+from tgq_fast.models.hub import hub_model
 from tgq_fast.models.outputs import FrozenFeatures
 from tgq_fast.models.processing import PromptInputs
-from tgq_fast.models.towers import hub_model
 
 __all__ = ["ImageReader", "LLMReader", "LightReader", "ReaderOutput", "build_reader"]
 

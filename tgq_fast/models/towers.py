@@ -6,10 +6,8 @@ preprocessing, so that cached features can never be read with the wrong encoder.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,20 +15,17 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from tgq_fast.errors import ArgumentError, BackendError, CheckpointError, TGQError
+from tgq_fast.errors import ArgumentError
 from tgq_fast.models import backbones
-from tgq_fast.ops.dispatch import flash_attn_importable
+from tgq_fast.models.hub import FLASH, hub_load, hub_model, module_digest
 
 __all__ = [
     "ImageProcessor",
     "TextTower",
     "VisionTower",
-    "hub_load",
-    "hub_model",
     "load_image_processor",
     "load_text_tower",
     "load_vision_tower",
-    "module_digest",
 ]
 
 ImageProcessor = Callable[[Sequence[Image.Image]], Tensor]  # RGB images -> pixel values [B, 3, H, W] fp32
@@ -39,73 +34,6 @@ ImageProcessor = Callable[[Sequence[Image.Image]], Tensor]  # RGB images -> pixe
 # and deviation of the other EfficientNets.
 _LITE = ((127 / 255,) * 3, (128 / 255,) * 3)
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-
-
-def module_digest(module: nn.Module, *facts: object) -> str:
-    """sha256 over every tensor of a module (name, dtype, shape, bytes) and over `facts`."""
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
-    for name, value in sorted(module.state_dict().items()):
-        digest.update(f"{name}|{value.dtype}|{tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def hub_load(loader: Callable[..., Any], name: str, what: str, **kwargs: Any) -> Any:
-    """Call a `from_pretrained` by hub name or local path, safetensors only, with a typed error.
-
-    Raises:
-        CheckpointError: the name or path cannot be loaded; the message carries transformers' reason.
-    """
-    try:
-        with backbones.quiet_loading():
-            return loader(name, **kwargs)
-    except (TGQError, MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # transformers raises many types here, all mean: this cannot be loaded
-        reason = str(error).strip().split("\n")[0][:300]
-        where = "local folder" if Path(name).exists() else "hub name (is the hub reachable, or should this be a path?)"
-        raise CheckpointError(f"{what} {name!r}: cannot load this {where}: {type(error).__name__}: {reason}") from error
-
-
-FLASH = "flash_attention_2"
-
-
-def hub_model(
-    auto_class: Any, name: str, what: str, dtype: torch.dtype, attention: str | None = None
-) -> tuple[Any, bool]:
-    """Load a transformers model by hub name or local path and insist on its weights being there.
-
-    Args:
-        attention: transformers' `attn_implementation`; None: its own choice.
-
-    Returns:
-        the model, and whether its pooler was trained: many checkpoints come without one, and transformers then makes a
-        random one, which must not be used. Its weights are set to zero, so that digests stay the same.
-
-    Raises:
-        BackendError: `attention` cannot run here.
-        CheckpointError: it cannot be loaded, or lacks weights other than a pooler's.
-    """
-    options: dict[str, Any] = {"use_safetensors": True, "dtype": dtype, "output_loading_info": True}
-    if attention is not None:
-        options["attn_implementation"] = attention
-    # Asked before transformers is, which might look for a kernel on the hub instead.
-    if attention == FLASH and (reasons := _no_flash()):
-        raise BackendError(f"{what} {name!r}", FLASH, {FLASH: [*reasons, "tower_attention=None runs everywhere"]})
-    model, info = hub_load(auto_class.from_pretrained, name, what, **options)
-    missing = set(info["missing_keys"])
-    if other := sorted(key for key in missing if "pooler" not in key and "position_ids" not in key):
-        raise CheckpointError(f"{what} {name!r}: the checkpoint lacks weights of a {type(model).__name__}: {other[:5]}")
-    with torch.no_grad():
-        for key, value in model.state_dict().items():
-            if key in missing and value.is_floating_point():
-                value.zero_()
-    return model, not any("pooler" in key for key in missing)
-
-
-def _no_flash() -> list[str]:
-    reasons = [] if flash_attn_importable() else ["flash-attn is not installed"]
-    return reasons if torch.cuda.is_available() else [*reasons, "no CUDA device"]
 
 
 class _Frozen(nn.Module):
@@ -175,7 +103,7 @@ def _letterbox(size: int, mean: Sequence[float], std: Sequence[float]) -> ImageP
     mean_t, std_t = (torch.tensor(v, dtype=torch.float32).view(3, 1, 1) for v in (mean, std))
 
     def process(images: Sequence[Image.Image]) -> Tensor:
-        out = torch.empty(len(images), 3, size, size)
+        out = torch.empty(len(images), 3, size, size, dtype=torch.float32)
         for i, image in enumerate(images):
             scale = size / max(image.size)
             width, height = (max(1, round(side * scale)) for side in image.size)
@@ -280,12 +208,12 @@ def load_image_processor(name: str) -> tuple[ImageProcessor, object]:
     return process, described
 
 
-def _transformers_image_processor(name: str) -> Any:
+def _transformers_image_processor(name: str, **options: Any) -> Any:
     import transformers
     from transformers.image_processing_utils import BaseImageProcessor
 
     try:
-        return transformers.AutoImageProcessor.from_pretrained(name)
+        return transformers.AutoImageProcessor.from_pretrained(name, **options)
     except ImportError:  # some versions of the Auto class insist on torchvision; the classes on Pillow do not
         values, _ = BaseImageProcessor.get_image_processor_dict(name)
         kind = str(values["image_processor_type"]).removesuffix("Fast").removesuffix("Pil")
@@ -374,7 +302,7 @@ class TextTower(_Frozen):
         """
         if self._pool is None or self.pooled_width is None:
             raise ArgumentError("text_tower", repr(self.name), "the text half of a dual encoder")
-        out = [torch.zeros(0, self.pooled_width)]
+        out = [torch.zeros(0, self.pooled_width, dtype=torch.float32)]
         length = self._pooled_length or self.max_tokens + self._specials
         for start in range(0, len(strings), batch_size):
             chunk = strings[start : start + batch_size]

@@ -24,9 +24,9 @@ from tgq_fast.errors import ArgumentError
 from tgq_fast.models.backbones import cache_root
 from tgq_fast.models.configuration import TGQFormerConfig
 from tgq_fast.models.feature_files import ChunkedArray
+from tgq_fast.models.hub import module_digest
 from tgq_fast.models.outputs import FrozenFeatures
 from tgq_fast.models.pictures import PictureArrays, PictureFeatures, read_pictures
-from tgq_fast.models.towers import module_digest
 
 __all__ = ["PrincipalComponents", "Whitening", "fit_whitening", "whitened_pictures", "whitening_rows"]
 

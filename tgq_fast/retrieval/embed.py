@@ -81,12 +81,17 @@ class EmbedReport:
 def model_digest(model: torch.nn.Module) -> str:
     """SHA-256 over a model's configuration and weights; the same for a model and its saved and reloaded copy.
 
-    Frozen towers that the model does not save are covered by their names in the configuration.
+    Frozen towers that the model does not save are covered by their digests in the configuration, those of older models
+    by their names.
     """
     state = hashlib.sha256()
     config = getattr(model, "config", None)
     if config is not None:
         values = {key: value for key, value in config.to_dict().items() if key not in _IGNORED_KEYS}
+        defaults = type(config)().to_dict()
+        for key in getattr(type(config), "later_fields", ()):
+            if values.get(key) == defaults.get(key):
+                values.pop(key, None)
         state.update(canonical_json(json.loads(json.dumps(values, default=str))).encode("utf-8"))
     for name, tensor in sorted(model.state_dict().items()):
         plain = as_tensor(name, tensor).cpu().contiguous()

@@ -1,0 +1,126 @@
+"""What belongs to the caller stays as it was; what belongs to the model is checked: modes, dtypes, pickles, towers."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import tiny_models as tiny
+import torch
+from transformers import AutoModel
+
+from tgq_fast.data.catalog import Catalog
+from tgq_fast.errors import ArgumentError, CheckpointError
+from tgq_fast.models import TGQFormerConfig, TGQFormerModel, load_text_tower, load_vision_tower
+from tgq_fast.models.hub import hub_load
+from tgq_fast.retrieval import model_digest
+
+
+@pytest.fixture(scope="module")
+def saved(vit: Path, llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    model = TGQFormerModel.from_config_with_towers(tiny.tiny_config(vit, llama, whitening=8, norm="pre", guide=True))
+    folder = tmp_path_factory.mktemp("saved")
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def double() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def test_every_part_keeps_its_mode(saved: Path, catalog: Catalog) -> None:
+    model = TGQFormerModel.from_pretrained(saved).train()
+    model.connector.encoder.eval()
+    before = {name: module.training for name, module in model.named_modules()}
+    assert len(set(before.values())) == 2
+    model.encode(catalog.items[:2], root=catalog.root)
+    assert {name: module.training for name, module in model.named_modules()} == before
+
+
+def test_default_dtype_changes_nothing(saved: Path, catalog: Catalog, double: None) -> None:
+    odd = TGQFormerModel.from_pretrained(saved)
+    given = odd.encode(catalog, root=catalog.root)
+    assert torch.get_default_dtype() == torch.float64
+    torch.set_default_dtype(torch.float32)
+    expected = TGQFormerModel.from_pretrained(saved).encode(catalog, root=catalog.root)
+    assert given.dtype == torch.float32 and torch.equal(given, expected)
+    assert {p.dtype for p in odd.parameters()} == {torch.float32}
+
+
+def test_dtype_by_name(saved: Path) -> None:
+    for loader in (TGQFormerModel, AutoModel):
+        for name in ("bfloat16", "float16"):
+            loaded = loader.from_pretrained(saved, dtype=name)
+            assert loaded.dtype == getattr(torch, name)
+        assert loader.from_pretrained(saved, dtype="auto").dtype == torch.float32
+    for wrong in ("int8", "nonsense", 3):
+        with pytest.raises(ArgumentError, match="dtype"):
+            TGQFormerModel.from_pretrained(saved, dtype=wrong)
+
+
+def test_model_that_has_encoded_is_pickled(saved: Path, catalog: Catalog) -> None:
+    model = TGQFormerModel.from_pretrained(saved)
+    expected = model.encode(catalog.items[:3], root=catalog.root)
+    again = pickle.loads(pickle.dumps(model))
+    assert torch.equal(again.encode(catalog.items[:3], root=catalog.root), expected)
+
+
+def test_code_of_a_model_folder_is_never_run(tmp_path: Path) -> None:
+    folder = tiny.save_vit(tmp_path / "vit")
+    values = json.loads((folder / "config.json").read_text())
+    values |= {"model_type": "strange", "auto_map": {"AutoConfig": "code.C", "AutoModel": "code.M"}}
+    (folder / "config.json").write_text(json.dumps(values))
+    (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').write('x')\nclass C: pass\nclass M: pass\n")
+    with pytest.raises(CheckpointError, match="code of its own"):
+        load_vision_tower(str(folder))
+    assert not (tmp_path / "ran").exists()
+    seen = {}
+    hub_load(lambda name, **options: seen.update(options), "x", "y")
+    assert seen == {"trust_remote_code": False}
+
+
+def test_other_tower_weights_under_the_same_name_are_refused(tmp_path: Path, llama: Path, catalog: Catalog) -> None:
+    folder = tiny.save_vit(tmp_path / "vit", seed=0)
+    model = TGQFormerModel.from_config_with_towers(tiny.tiny_config(folder, llama))
+    model.save_pretrained(tmp_path / "run")
+    tiny.save_vit(tmp_path / "vit", seed=1)
+    loaded = TGQFormerModel.from_pretrained(tmp_path / "run")
+    with pytest.raises(CheckpointError, match=r"vision tower .* tower_digests=None"):
+        loaded.encode(catalog.items[:1], root=catalog.root)
+    with pytest.raises(CheckpointError, match="vision tower"):
+        loaded.set_towers(load_vision_tower(str(folder)), load_text_tower(str(llama)))
+    free = TGQFormerModel.from_pretrained(tmp_path / "run", tower_digests=None)
+    assert free.encode(catalog.items[:1], root=catalog.root).shape == (1, 16)
+    other = TGQFormerModel.from_config_with_towers(tiny.tiny_config(folder, llama))
+    other.load_state_dict(model.state_dict())
+    assert model_digest(other) != model_digest(model)  # so that a pool of the one is refused with the other
+
+
+def test_fields_of_later_versions_leave_old_digests_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = TGQFormerConfig(hidden_size=16, num_attention_heads=2, num_hidden_layers=1, intermediate_size=16)
+    torch.manual_seed(0)
+    model = TGQFormerModel(config)
+    digest = model_digest(model)
+    assert all(hasattr(config, name) for name in TGQFormerConfig.later_fields)
+    for name in TGQFormerConfig.later_fields:  # as a version without these fields wrote them
+        delattr(model.config, name)
+    assert model_digest(model) == digest
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("hidden_act", "nonsense"), ("num_attention_heads", 0), ("norm", "middle"), ("whitening", -1)]
+)
+def test_odd_configurations_are_refused_on_load(saved: Path, tmp_path: Path, name: str, value: object) -> None:
+    for path in saved.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    values = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(values | {name: value}))
+    with pytest.raises(CheckpointError, match=name):
+        TGQFormerModel.from_pretrained(tmp_path)
