@@ -18,6 +18,7 @@ from tgq_fast.data import Catalog, write_demo_catalog
 from tgq_fast.errors import ArgumentError
 
 SMALL = ("hidden_size=16", "num_attention_heads=2", "num_hidden_layers=1", "intermediate_size=24", "embedding_size=8")
+SMALL += ("direct_size=2",)
 
 
 def call(*arguments: object, code: int = 0) -> Any:
@@ -125,6 +126,48 @@ def test_search_by_item_leaves_the_item_out_and_names_products(world: World) -> 
     assert hits[0]["id"] in shown
 
 
+def test_search_of_several_items_under_conditions(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    catalog = Catalog.load(world.catalog)
+    monkeypatch.setattr(Catalog, "load", None)  # what embed kept beside the pool is enough
+    items = [item.id for item in catalog.items if item.category is not None][4:10:5]
+    arguments = [part for item in items for part in ("--item", item)]
+    arguments += ["--where", "category = same", "--per-group", "1"]
+    document = json.loads(call("search", world.pool, *arguments, "-k", 50, "--json").stdout)
+    for item, query in zip(items, document["queries"], strict=True):
+        own = catalog.items[catalog.index(item)]
+        wanted = {o.group_id for o in catalog.items if o.category == own.category and o.id != item}
+        found = [catalog.items[catalog.index(hit["id"])] for hit in query["hits"]]
+        assert query["query"] == item and {hit.group_id for hit in found} == wanted and len(found) == len(wanted)
+        assert all(hit["category"] == own.category for hit in query["hits"])
+    assert items[1] in call("search", world.pool, *arguments).stdout
+    nothing = call("search", world.pool, "--item", items[0], "--where", "price < 0")
+    assert "no item meets" in nothing.stderr
+
+
+def test_related_items_negatives_and_duplicates(world: World, tmp_path: Path) -> None:
+    catalog = Catalog.load(world.catalog)
+    group = {item.id: item.group_id for item in catalog.items}
+    arguments = ("neighbours", world.pool, "--out", tmp_path / "related.csv", "-k", 3, "--where", "category = same")
+    report = json.loads(call(*arguments, "--json").stdout)
+    lines = (tmp_path / "related.csv").read_text().splitlines()
+    assert len(lines) == report["rows"] + 1 and report["items"] == len(catalog)
+    assert call(*arguments[:4], "--where", "flavour = same", code=2)
+    arguments = ("mine-negatives", world.pool, "--catalog", world.catalog, "--out", tmp_path / "n.jsonl", "-k", 4)
+    call(*arguments, "--skip", 1)
+    rows = [json.loads(line) for line in (tmp_path / "n.jsonl").read_text().splitlines()]
+    assert len(rows) == 4 * len(catalog) and {row["rank"] for row in rows} == {2, 3, 4, 5}
+    assert all(group[row["item"]] != group[row["neighbour"]] for row in rows)
+    out = tmp_path / "d.csv"
+    found = json.loads(call("duplicates", world.pool, "--threshold", -2, "--out", out, "--json").stdout)
+    assert len(found["groups"]) == 1 and found["duplicates"] == len(catalog) == len(out.read_text().splitlines()) - 1
+    assert "0 of" in call("duplicates", world.pool, "--threshold", 2).stdout
+    table = tmp_path / "stock.csv"
+    table.write_text("id,in_stock\n" + "".join(f"{item},{n % 2}\n" for n, item in enumerate(catalog.ids)))
+    arguments = ("search", world.pool, "--item", catalog.ids[0], "--where", "in_stock = 1", "--table", table, "-k", 99)
+    hits = json.loads(call(*arguments, "--json").stdout)["hits"]
+    assert {hit["id"] for hit in hits} == set(catalog.ids[1::2])
+
+
 def test_search_by_picture_finds_the_same_picture(world: World) -> None:
     item = Catalog.load(world.catalog).items[7]
     fields = [
@@ -224,6 +267,10 @@ def test_broken_catalogue_stops_training_unless_skipped(world: World, tmp_path: 
         (("search", "POOLED", "--item", "nobody"), "nobody"),
         (("search", "POOLED", "--item", "demo-0001", "--field", "category=mug"), "--field"),
         (("search", "POOLED", "--image", "x.jpg"), "--model"),
+        (("search", "POOLED", "--image", "x.jpg", "--where", "category = same"), "--item instead"),
+        (("search", "POOLED", "--item", "demo-0001", "--where", "flavour = red"), "flavour"),
+        (("neighbours", "POOLED", "--out", "x.xlsx"), ".parquet"),
+        (("duplicates", "POOLED", "--threshold", "nan"), "threshold"),
         (("evaluate", "CATALOG", "--model", "TRAINED", "--k", "ten"), "1,10,100"),
         (("evaluate", "CATALOG", "--model", "TRAINED", "--split", "tset"), "tset"),
         (("report", "CATALOG", "--model", "TRAINED", "--pool", "p", "--pool", "q", "--out", "r.html"), "2 pools"),
@@ -294,7 +341,8 @@ def test_import_turns_a_download_into_a_catalogue(tmp_path: Path) -> None:
 
 
 def test_every_verb_has_help_with_an_example() -> None:
-    for verb in ("validate", "train", "embed", "search", "evaluate", "report", "import", "tune", "doctor"):
+    pools = ("search", "neighbours", "duplicates", "mine-negatives")
+    for verb in ("validate", "train", "embed", *pools, "evaluate", "report", "import", "tune", "doctor"):
         assert f"tgq-fast {verb}" in " ".join(call(verb, "--help").stdout.split())
 
 

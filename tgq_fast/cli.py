@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from tgq_fast import console
+from tgq_fast import cli_pools, console
+from tgq_fast.cli_pools import Json, assignments
 from tgq_fast.console import EXIT_DATA, EXIT_INTERNAL, State, guarded
 from tgq_fast.errors import ArgumentError
 
@@ -47,7 +47,6 @@ class Policy(str, Enum):
 
 CatalogPath = Annotated[Path, typer.Argument(help="Catalogue folder, or its metadata file.", show_default=False)]
 RunPath = Annotated[Path, typer.Option("--model", metavar="RUN", help="Folder that train wrote.", show_default=False)]
-Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, everything else on stderr.")]
 OnError = Annotated[Policy, typer.Option("--on-error", help="Stop at, or skip and list, unusable rows and pictures.")]
 Cache = Annotated[
     Path | None, typer.Option("--cache", help="Folder of frozen features; default $TGQ_CACHE or ~/.cache/tgq_fast.")
@@ -151,7 +150,7 @@ def train(
         preset=preset.value,
         connector=connector,
         fields=_names(fields),
-        overrides=_assignments(set_, "--set", parse=True) | _towers(vision, text, llm),
+        overrides=assignments(set_, "--set", parse=True) | _towers(vision, text, llm),
         match=match_budget,
     )
     console.note("guiding fields: " + (", ".join(config.fields) or "none"))
@@ -214,41 +213,7 @@ def embed(
         console.table("embedded", ("", "value"), list(report.items()))
 
 
-@app.command()
-@guarded
-def search(
-    pool: Annotated[Path, typer.Argument(help="Folder that embed wrote.", show_default=False)],
-    item: Annotated[str | None, typer.Option(help="Id of an item of the pool; not a result of itself.")] = None,
-    image: Annotated[Path | None, typer.Option(help="A picture to search with; needs --model.")] = None,
-    field: Annotated[
-        list[str] | None, typer.Option(metavar="name=value", help="Metadata of the query; repeatable.")
-    ] = None,
-    model: Annotated[Path | None, typer.Option("--model", metavar="RUN", help="Run that made the pool.")] = None,
-    catalog: Annotated[
-        Path | None, typer.Option(help="Catalogue of the pool; adds title, brand and file to the result.")
-    ] = None,
-    k: Annotated[int, typer.Option("-k", min=1, help="Neighbours.")] = 10,
-    as_json: Json = False,
-) -> None:
-    """Nearest items of a pool, exactly.
-
-    Example: tgq-fast search pools/tgq --item 12345 -k 5
-
-    Example: tgq-fast search pools/tgq --image shoe.jpg --field category=Shoes --model runs/tgq
-    """
-    from tgq_fast.workflow import search_pool
-
-    result = search_pool(
-        pool, item=item, image=image, fields=_assignments(field, "--field"), model=model, catalog=catalog, k=k
-    )
-    if as_json:
-        console.print_json(result)
-        return
-    columns = [
-        name for name in ("rank", "score", "id", "title", "brand", "file") if any(name in h for h in result["hits"])
-    ]
-    rows = [[f"{hit[n]:.4f}" if n == "score" else hit.get(n) for n in columns] for hit in result["hits"]]
-    console.table(f"neighbours of {result['query']}", columns, rows, left=len(columns))
+cli_pools.register(app)
 
 
 @app.command()
@@ -459,23 +424,6 @@ def _cutoffs(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise ArgumentError("--k", repr(text), "whole numbers with commas between, such as 1,10,100") from None
-
-
-def _assignments(values: Sequence[str] | None, option: str, *, parse: bool = False) -> dict[str, Any]:
-    """name=value pairs; with `parse`, values that are JSON (numbers, true, null, lists) are read as JSON."""
-    pairs: dict[str, Any] = {}
-    for entry in values or ():
-        name, equals, value = entry.partition("=")
-        if not equals or not name.strip():
-            raise ArgumentError(option, repr(entry), "name=value")
-        if parse:
-            try:
-                pairs[name.strip()] = json.loads(value)
-            except json.JSONDecodeError:
-                pairs[name.strip()] = {"True": True, "False": False, "None": None}.get(value, value)
-        else:
-            pairs[name.strip()] = value
-    return pairs
 
 
 def _towers(vision: str | None, text: str | None, llm: str | None) -> dict[str, Any]:

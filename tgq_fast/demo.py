@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tgq_fast import console, workflow
+from tgq_fast import console, pool_steps, workflow
 from tgq_fast.errors import ArgumentError
 
 _MARKER = ".tgq-demo"  # in the output folder: what is in it was made by the demo and may be replaced by it
@@ -106,7 +106,7 @@ def demo(
     query = loaded.items[int(loaded.split_pairs("test").query[0])]
     main = compared[0]
     with step(f"tgq-fast search {pools[main]} --item {query.id} -k 5"):
-        hits = workflow.search_pool(pools[main], item=query.id, k=5)["hits"]
+        hits = pool_steps.search_pool(pools[main], items=[query.id], k=5)["hits"]
     models = " ".join(f"--model {run}" for run in runs.values())
     with step(f"tgq-fast report {catalog} {models} --out {out / 'report.html'}"):
         from tgq_fast.report.collect import write_report

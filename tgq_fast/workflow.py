@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 Policy = Literal["raise", "skip"]
 FLOOR = "zero-shot image"
 """Name of the floor without training: the frozen image feature alone."""
-_CATALOG_NOTE = "catalog.json"  # beside a pool: where its catalogue lay, for titles in search results
+CATALOG_NOTE = "catalog.json"  # beside a pool: where its catalogue lay, for titles in search results
 _REFUSED_ROWS = "refused_rows.jsonl"  # beside a pool or in a run: rows of the catalogue that were left out
 _SHOWN = ("HR@", "H@", "Recall@", "MRR", "NDCG@", "1-NN")
 
@@ -267,6 +267,7 @@ def embed_run(
     from tgq_fast.data import RejectLog
     from tgq_fast.data.files import write_atomic
     from tgq_fast.retrieval import embed_catalog, model_digest
+    from tgq_fast.retrieval.item_table import write_items
 
     model = open_run(run)
     with console.progress("embedding") as advance:
@@ -293,65 +294,9 @@ def embed_run(
     if catalog.report.rejected:
         RejectLog(out / _REFUSED_ROWS).add_report(catalog.report)
     note = json.dumps({"catalog": str(Path(catalog.report.path).resolve()), "digest": catalog.digest()}, indent=1)
-    write_atomic(out / _CATALOG_NOTE, note.encode())
+    write_atomic(out / CATALOG_NOTE, note.encode())
+    write_items(catalog, out)
     return report
-
-
-def search_pool(
-    path: Path,
-    *,
-    item: str | None = None,
-    image: Path | None = None,
-    fields: Mapping[str, str] | None = None,
-    model: Path | None = None,
-    catalog: Path | None = None,
-    k: int = 10,
-) -> dict[str, Any]:
-    """Neighbours of an item of the pool, or of a new picture with metadata.
-
-    Raises:
-        ArgumentError: neither or both of `item` and `image`, metadata without a picture, an unknown id or field.
-        PoolError, CheckpointError: the pool was made by another model, or one of them cannot be read.
-    """
-    import torch
-
-    from tgq_fast.errors import PoolError
-    from tgq_fast.retrieval import ItemPool, model_digest
-
-    if (item is None) == (image is None):
-        raise ArgumentError("query", "both" if item is not None else "nothing", "either --item ID or --image FILE")
-    if item is not None and fields:
-        raise ArgumentError("--field", ", ".join(fields), "a query by --image", "An item brings its own metadata.")
-    pool = ItemPool.open(path)
-    exclude: list[str | None] = [item]
-    if item is not None:
-        query = pool.get([item]).float()
-    else:
-        assert image is not None
-        if model is None:
-            raise ArgumentError("--model", None, "the run that made the pool, to embed the picture")
-        network = open_run(model)
-        unknown = [name for name in fields or {} if name not in network.config.fields]
-        if unknown:
-            known = ", ".join(network.config.fields) or "none"
-            raise ArgumentError("--field", ", ".join(unknown), f"fields that guide this model: {known}")
-        if pool.manifest.model != model_digest(network):
-            raise PoolError(f"{path}: was made by another model than {model}; embed the catalogue with this one")
-        vector = network.encode([image], fields=[dict(fields or {})])
-        query = torch.as_tensor(vector).float()
-    found = pool.search(query, k, exclude_ids=exclude)
-    known_items = catalog_of(path, pool.manifest.source, catalog)
-    hits = []
-    for rank, (item_id, score) in enumerate(zip(found.ids[0], found.scores[0].tolist()), start=1):
-        if item_id is None:
-            break
-        hit: dict[str, Any] = {"rank": rank, "id": item_id, "score": score}
-        if known_items is not None and item_id in known_items:
-            row = known_items.items[known_items.index(item_id)]
-            file = None if row.file_name is None else str(known_items.image_path(row))
-            hit |= {"title": row.title, "brand": row.brand, "category": row.category, "file": file}
-        hits.append(hit)
-    return {"query": item if item is not None else str(image), "k": k, "pool_size": len(pool), "hits": hits}
 
 
 def catalog_of(pool: Path, digest: str, given: Path | None) -> Catalog | None:
@@ -361,7 +306,7 @@ def catalog_of(pool: Path, digest: str, given: Path | None) -> Catalog | None:
     if given is not None:
         return Catalog.load(given, policy="skip")
     try:
-        note = json.loads((pool / _CATALOG_NOTE).read_text())
+        note = json.loads((pool / CATALOG_NOTE).read_text())
         catalog = Catalog.load(note["catalog"], policy="skip")
     except (OSError, ValueError, KeyError, TypeError, TGQError):
         return None

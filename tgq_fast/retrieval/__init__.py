@@ -8,26 +8,32 @@ from tgq_fast.retrieval.embed import EmbedReport, embed_catalog, model_digest, o
 from tgq_fast.retrieval.evaluate import Comparison, Evaluation, compare, evaluate, format_table
 from tgq_fast.retrieval.metrics import Interval
 from tgq_fast.retrieval.pool import ItemPool, PoolHits
+from tgq_fast.retrieval.pool_duplicates import Duplicate, duplicates
+from tgq_fast.retrieval.pool_neighbours import NeighbourReport, neighbours
 from tgq_fast.retrieval.topk import TopK, merge_topk, topk
 from tgq_fast.retrieval.topk_native import Shadow, build_shadow
 
 __all__ = [
     "Comparison",
+    "Duplicate",
     "EmbedReport",
     "Evaluation",
     "Interval",
     "ItemPool",
+    "NeighbourReport",
     "PoolHits",
     "Shadow",
     "TopK",
     "build_shadow",
     "compare",
+    "duplicates",
     "embed_catalog",
     "evaluate",
     "format_table",
     "group_topk",
     "merge_topk",
     "model_digest",
+    "neighbours",
     "open_embedded",
     "topk",
     "zero_shot_embeddings",

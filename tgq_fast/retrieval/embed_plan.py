@@ -40,7 +40,7 @@ def content_key(catalog: Catalog, item: Item, fields: Sequence[str] | None) -> b
                 state.update(b"picture")
                 while piece := file.read(_PIECE):
                     state.update(piece)
-        except OSError:
+        except (OSError, ValueError):
             state.update(b"unreadable")
     return state.digest()
 

@@ -31,7 +31,7 @@ from filelock import FileLock
 from torch import Tensor
 
 from tgq_fast.errors import ArgumentError, PoolError
-from tgq_fast.retrieval import exports, pool_faiss
+from tgq_fast.retrieval import exports, pool_columns, pool_faiss
 from tgq_fast.retrieval.manifest import Manifest
 from tgq_fast.retrieval.pool_files import PoolFiles
 from tgq_fast.retrieval.pool_log import PoolLog
@@ -116,8 +116,7 @@ class ItemPool:
             dims: D.
             dtype: "float32", "float16" or "bfloat16".
             shard_size: most rows per shard.
-            model: digest of the model that makes the embeddings.
-            source: digest of the catalogue.
+            model, source: digests of the model that makes the embeddings, and of the catalogue.
             resume: accept an existing pool if all of the above agree with it.
 
         Raises:
@@ -208,17 +207,11 @@ class ItemPool:
         return self._files.dtype
 
     def verify(self) -> None:
-        """Check every byte: sizes, SHA-256 of all files, shapes, dtypes, finiteness, indexes and distinct ids.
-
-        Raises:
-            PoolError: with the file and the reason.
-        """
+        """Check every byte: sizes, SHA-256, shapes, dtypes, finiteness, indexes, distinct ids; PoolError says what."""
         self._reader.verify()
 
     def shards(self) -> Iterator[tuple[int, Tensor]]:
-        """(first row, [n, D] embeddings) of each shard, in order; memory-mapped where nothing is deleted. Do not write
-        to them.
-        """
+        """(first row, [n, D] embeddings) of each shard: memory maps where nothing is deleted, not to be written to."""
         return self._reader.shards()
 
     def batches(self, rows: int = 4096) -> Iterator[tuple[int, Tensor]]:
@@ -267,6 +260,7 @@ class ItemPool:
         k: int,
         *,
         exclude_ids: Sequence[str | None] | Sequence[Sequence[str]] | None = None,
+        where: np.ndarray | None = None,
         progress: Callable[[int, int], None] | None = None,
         group: dist.ProcessGroup | None = None,
     ) -> PoolHits:
@@ -278,6 +272,7 @@ class ItemPool:
             k: hits per query, 1 … 2048.
             exclude_ids: per query one id (or None), or a list of ids, that it must not return. Ids that are not in the
                 pool exclude nothing.
+            where: [len(pool)] bool, the items that may be returned, in pool order (:meth:`select` makes one).
             progress: called now and then with (rows searched, rows in the pool); what it raises ends the search.
             group: a `torch.distributed` group (`torch.distributed.group.WORLD` for all processes) whose ranks share
                 the work: each calls with the same arguments, reads its share of the shards and gets the whole answer.
@@ -286,12 +281,13 @@ class ItemPool:
             :class:`PoolHits`; ties go to the lower pool row, whatever the sharding.
 
         Raises:
-            ArgumentError: wrong shape, k < 1 or a wrong number of exclusions.
-            NonFiniteError: a query holds NaN or infinity.
+            ArgumentError, NonFiniteError: a wrong shape, k or number of exclusions; a query with NaN or infinity.
             PoolError: a shard is damaged, or was changed or cut off since the pool was opened.
-            KeyboardInterrupt: Ctrl-C.
         """
-        return self._state[1].search(queries, k, exclude_ids=exclude_ids, progress=progress, group=group)
+        return self._state[1].search(queries, k, exclude_ids=exclude_ids, where=where, progress=progress, group=group)
+
+    select = pool_columns.select
+    search_like = pool_columns.search_like
 
     # ----------------------------------------------------------------- write
 
@@ -319,7 +315,7 @@ class ItemPool:
         Raises:
             PoolError: opened for reading.
             ArgumentError: wrong shape, or a duplicate, empty or unencodable id.
-            NonFiniteError: NaN or infinity, also after the cast to the pool's dtype; names the ids.
+            NonFiniteError: NaN or infinity, also after the cast to the pool's dtype.
         """
         writer = self._writing("append")
         writer.put(ids, embeddings, update=False, content=content, reject_lines=reject_lines)
@@ -337,15 +333,12 @@ class ItemPool:
     ) -> None:
         """Add items, in place of those of the same ids; all of it becomes visible at once, or nothing.
 
-        New rows go to the end of the pool, also those that replace others.
+        New rows go to the end of the pool, also those that replace others. Arguments and errors are those of
+        :meth:`append`, but ids may be in the pool.
 
         Args:
-            ids, embeddings, content, reject_lines: as in :meth:`append`; ids may be in the pool.
             delete: ids that leave the pool in the same moment, where they are in it.
             facts: new values of `source`, `complete`, `rejects` and `rejected` of the manifest.
-
-        Raises:
-            PoolError, ArgumentError, NonFiniteError: as :meth:`append`.
         """
         writer = self._writing("upsert")
         writer.put(ids, embeddings, update=True, content=content, delete=delete, reject_lines=reject_lines, facts=facts)
@@ -354,13 +347,9 @@ class ItemPool:
     def delete(self, ids: Sequence[str], *, missing: Literal["raise", "ignore"] = "raise") -> int:
         """Delete items, all at once; returns how many. They never come back; their bytes go with :meth:`compact`.
 
-        Args:
-            ids: distinct ids.
-            missing: what to do about ids that are not in the pool.
-
         Raises:
             PoolError: opened for reading.
-            ArgumentError: an id is not in the pool.
+            ArgumentError: an id is not in the pool, unless `missing` is "ignore".
         """
         writer = self._writing("delete")
         if missing not in ("raise", "ignore"):
@@ -374,9 +363,6 @@ class ItemPool:
 
         Nothing that reads sees a difference: ids, rows and their order stay. Files that a reader of an older version
         holds stay until a later call, or until the pool is opened for writing again.
-
-        Args:
-            progress: called with (shards done, shards to do).
 
         Raises:
             PoolError: opened for reading, or a shard is damaged.
@@ -395,12 +381,8 @@ class ItemPool:
         bit. Rows so narrow that it would be no smaller get none. A killed call leaves whole files only; call it again.
         Shards that are written later get theirs at once.
 
-        Args:
-            progress: called with (shards done, shards).
-
         Raises:
             PoolError: opened for reading, or a shard is damaged.
-            BackendError: the compiled core is missing.
         """
         writer = self._writing("build its shadow")
         written = writer.build_shadow(progress)

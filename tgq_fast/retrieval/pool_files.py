@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 REJECTS_NAME = "rejects.jsonl"
 KEPT_ID_BYTES = 128 << 20  # of ids, kept in memory once read
+MAPPED_BYTES = 512 << 20  # of embeddings that stay mapped: what is mapped counts as memory of the process
 
 Stamp = tuple[int, int, int]
 T = TypeVar("T")
@@ -63,9 +64,12 @@ class PoolFiles:
 
     def __init__(self, folder: Path, dims: int, dtype: torch.dtype, *, verify: bool) -> None:
         self.folder, self.dims, self.dtype, self.verify = folder, dims, dtype, verify
+        self._root = os.fspath(folder)
         self._lock = threading.Lock()  # of the dictionaries
         self._busy: dict[str, threading.Lock] = {}  # held while a file is read
         self._kept: dict[str, tuple[Stamp, Any]] = {}
+        self._verified: dict[str, Stamp] = {}  # files whose SHA-256 was right, and when
+        self._mapped: dict[str, int] = {}  # bytes of the embeddings that are kept, oldest first
         self._id_bytes = 0
         self._refused: set[str] = set()  # shards with a shadow that does not fit
 
@@ -73,6 +77,8 @@ class PoolFiles:
         """Drop all memory maps."""
         with self._lock:
             self._kept.clear()
+            self._verified.clear()
+            self._mapped.clear()
             self._refused.clear()
             self._id_bytes = 0
 
@@ -81,11 +87,12 @@ class PoolFiles:
         with self._lock:
             for name in (shard.embeddings.name, self.shadow_path(shard).name):
                 self._kept.pop(name, None)
+                self._mapped.pop(name, None)
             self._refused.discard(shard.name)
 
     def check(self, record: FileRecord) -> Stamp:
         """Size, time and inode of a file that is there in its full size; PoolError otherwise."""
-        path = self.folder / record.name
+        path = f"{self._root}/{record.name}"  # often called: no Path
         try:
             found = os.stat(path)
         except OSError:
@@ -127,14 +134,15 @@ class PoolFiles:
             kept = self._kept.get(key)
             if kept is not None and kept[0] == stamp:
                 return kept[1]
-            if self.verify:
+            if self.verify and self._verified.get(record.name) != stamp:
                 self.check_hash(record, stop)
-            elif kept is not None:
+            if not self.verify and self._verified.get(record.name, stamp) != stamp:
                 raise PoolError(f"{self.folder / record.name}: changed since it was first read; open the pool again")
             value = read()
             if self.check(record) != stamp:
                 raise PoolError(f"{self.folder / record.name}: changed while it was read")
             with self._lock:
+                self._verified[record.name] = stamp
                 if keep(value):
                     self._kept[key] = stamp, value
             return value
@@ -151,7 +159,16 @@ class PoolFiles:
                 )
             return tensor
 
-        return self._read(shard.embeddings, read, stop)
+        def keep(tensor: Tensor) -> bool:
+            self._mapped.pop(shard.embeddings.name, None)
+            self._mapped[shard.embeddings.name] = tensor.nbytes
+            while sum(self._mapped.values()) > MAPPED_BYTES and len(self._mapped) > 1:
+                oldest = next(iter(self._mapped))
+                del self._mapped[oldest]
+                self._kept.pop(oldest, None)  # whoever uses it has it still
+            return True
+
+        return self._read(shard.embeddings, read, stop, keep=keep)
 
     def index(self, shard: ShardRecord) -> IdIndex:
         """Where the ids of one shard are; made anew for a shard that was written without one."""

@@ -109,25 +109,20 @@ def match(index: IdIndex, hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     The shorter side is looked up in the longer one, so a few ids cost little in a large shard, and many ids cost one
     pass over it.
     """
-    if not len(hashes) or not len(index.hash):
-        return np.empty(0, np.int64), np.empty(0, np.int64)
-    if len(hashes) < len(index.hash):
-        first = np.searchsorted(index.hash, hashes, side="left")
-        count = np.searchsorted(index.hash, hashes, side="right") - first
-        wanted, entry = _spread(first, count)
-    else:
-        first = np.searchsorted(hashes, index.hash, side="left")
-        count = np.searchsorted(hashes, index.hash, side="right") - first
-        entry, wanted = _spread(first, count)
+    swap = len(hashes) >= len(index.hash)
+    few, many = (index.hash, hashes) if swap else (hashes, index.hash)
+    number, at = np.arange(len(few)), np.searchsorted(many, few)
+    found: list[tuple[np.ndarray, np.ndarray]] = []
+    while len(at):  # once, but for hashes that collide
+        same = many[np.minimum(at, len(many) - 1)] == few[number]
+        same &= at < len(many)
+        number, at = number[same], at[same]
+        found.append((number, at))
+        at = at + 1
+    entry, wanted = (np.concatenate([pair[side] for pair in found]) if found else number for side in (0, 1))
+    if not swap:
+        entry, wanted = wanted, entry
     return wanted, index.row[entry].astype(np.int64)
-
-
-def _spread(first: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Every i, count[i] times, and beside it first[i], first[i] + 1, …"""
-    some = np.flatnonzero(count)
-    number = np.repeat(some, count[some])
-    steps = np.arange(len(number)) - np.repeat(np.cumsum(count[some]) - count[some], count[some])
-    return number, first[number] + steps
 
 
 class HashLevels:

@@ -150,6 +150,8 @@ class PoolReader:
     def to_rows(self, shard_of: np.ndarray, position: np.ndarray) -> np.ndarray:
         """[n] pool rows of items that are not deleted; -1 stays."""
         rows = np.where(shard_of < 0, -1, self.starts[shard_of] + position)
+        if not self.manifest.dead:
+            return rows
         for number, here in self._by_shard(shard_of):
             alive = self.alive(self.manifest.shards[number])
             if alive is not None:
@@ -162,6 +164,8 @@ class PoolReader:
             raise ArgumentError("rows", int(rows.max()), f"pool rows below {len(self)}")
         shard_of = np.where(rows < 0, -1, np.searchsorted(self.starts, rows, side="right") - 1)
         position = np.where(rows < 0, -1, rows - self.starts[shard_of])
+        if not self.manifest.dead:
+            return shard_of, position
         for number, here in self._by_shard(shard_of):
             alive = self.alive(self.manifest.shards[number])
             if alive is not None:

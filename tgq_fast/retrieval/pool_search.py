@@ -27,6 +27,9 @@ from tgq_fast.retrieval.topk_native import Shadow
 KEPT_BYTES = 512 << 20  # of joined small shards, kept for the next search
 
 
+GATHER_BELOW = 0.5  # share of a block's rows
+
+
 class PoolHits(NamedTuple):
     """Neighbours found in a pool.
 
@@ -64,37 +67,18 @@ class PoolSearch:
         k: int,
         *,
         exclude_ids: Sequence[str | None] | Sequence[Sequence[str]] | None = None,
+        where: np.ndarray | None = None,
         progress: Callable[[int, int], None] | None = None,
         group: dist.ProcessGroup | None = None,
     ) -> PoolHits:
-        """Exact maximum inner product search from the memory map, block by block; the next block is read and checked
-        meanwhile, so a pool may be larger than memory.
-
-        Args:
-            queries: [Q, D] floating.
-            k: hits per query, 1 … 2048.
-            exclude_ids: per query one id (or None), or a list of ids, that it must not return. Ids that are not in the
-                pool exclude nothing.
-            progress: called now and then with (rows searched, rows in the pool); what it raises ends the search.
-            group: a `torch.distributed` group (`torch.distributed.group.WORLD` for all processes) whose ranks share
-                the work: each calls with the same arguments, reads its share of the shards and gets the whole answer.
-
-        Returns:
-            :class:`PoolHits`; ties go to the lower pool row, whatever the sharding.
-
-        Raises:
-            ArgumentError: wrong shape, k < 1 or a wrong number of exclusions.
-            NonFiniteError: a query holds NaN or infinity.
-            PoolError: a shard is damaged, or was cut off since the pool was opened.
-            KeyboardInterrupt: Ctrl-C.
-        """
+        """See :meth:`tgq_fast.retrieval.pool.ItemPool.search`."""
         if group is None:
-            best = self._search_share(queries, k, exclude_ids, progress, 0, 1)
+            best = self._search_share(queries, k, exclude_ids, where, progress, 0, 1)
         else:
             ranks = Ranks(group)
 
             def search() -> tuple[TopK, list[int]]:
-                found = self._search_share(queries, k, exclude_ids, progress, ranks.rank, ranks.size)
+                found = self._search_share(queries, k, exclude_ids, where, progress, ranks.rank, ranks.size)
                 return found, [len(found.scores), k, len(self._reader)]
 
             found, facts = ranks.settle(search, facts=3)
@@ -107,6 +91,7 @@ class PoolSearch:
         queries: Tensor | np.ndarray,
         k: int,
         exclude_ids: Sequence[Any] | None,
+        where: np.ndarray | None,
         progress: Callable[[int, int], None] | None,
         rank: int,
         ranks: int,
@@ -118,23 +103,36 @@ class PoolSearch:
         bad = (~torch.isfinite(wanted).all(dim=1)).nonzero()[:, 0].tolist()
         if bad:
             raise NonFiniteError("queries", bad[:20], len(bad))
+        if where is not None:
+            where = np.asarray(where)
+            if where.dtype != np.bool_ or where.shape != (len(self._reader),):
+                raise ArgumentError("where", f"{where.dtype} {where.shape}", f"bool ({len(self._reader)},)")
         excluded = self._excluded_rows(exclude_ids, wanted.shape[0])
         count = len(self._reader.manifest.shards)
         shards = range(count * rank // ranks, count * (rank + 1) // ranks)
-        return self._search_blocks(wanted, check_k(k), excluded, shards, progress)
+        return self.best_rows(wanted, check_k(k), excluded, where, shards, progress)
 
-    def _search_blocks(
+    def best_rows(
         self,
         queries: Tensor,
         k: int,
         excluded: Tensor | None,
-        shards: range,
-        progress: Callable[[int, int], None] | None,
+        allowed: np.ndarray | None = None,
+        shards: range | None = None,
+        progress: Callable[[int, int], None] | None = None,
     ) -> TopK:
-        """Best rows [Q, k] of a stretch of shards, as rows of the whole pool."""
+        """Best rows [Q, k] of a stretch of shards, or of all, as rows of the whole pool. Arguments are checked already.
+
+        Args:
+            excluded: [Q, X] int64 pool rows; -1 for none.
+            allowed: [N] bool, the pool rows that may be returned; blocks without any are not read.
+        """
         sizes = np.diff(self._reader.starts).tolist()
+        shards = range(len(sizes)) if shards is None else shards
         blocks = cut_blocks(sizes, self._row_bytes, shards)
-        total = sum(sizes[shard] for shard in shards)
+        if allowed is not None:
+            blocks = [block for block in blocks if allowed[block.start : block.start + block.rows].any()]
+        total = sum(block.rows for block in blocks)
         best = TopK(torch.empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.int64))
         done = 0
         with closing(one_ahead(self._load, blocks)) as ready:
@@ -147,7 +145,8 @@ class PoolSearch:
                 report = None
                 if progress is not None:
                     report = partial(_report, progress, done, block.rows, total)
-                found = topk(queries, loaded.tensor, k, exclude=local, progress=report, shadow=loaded.shadow)
+                chosen = None if allowed is None else allowed[block.start : block.start + block.rows]
+                found = _search(queries, loaded, k, local, chosen, report)
                 best = merge_topk([best, found], k, offsets=[0, block.start])
                 done += block.rows
                 del loaded  # before the next but one is read
@@ -213,6 +212,29 @@ class PoolSearch:
         rows = iter(self._reader.rows(names, missing="mark").tolist())
         table = [[next(rows) for _ in entry] + [-1] * (width - len(entry)) for entry in lists]
         return torch.tensor(table, dtype=torch.int64)
+
+
+def _search(
+    queries: Tensor,
+    loaded: _Loaded,
+    k: int,
+    excluded: Tensor | None,
+    allowed: np.ndarray | None,
+    report: Callable[[float], None] | None,
+) -> TopK:
+    """Best rows of a block. Few allowed rows are searched by themselves, many with a mask."""
+    rows, shadow = loaded
+    if allowed is None or allowed.all():
+        return topk(queries, rows, k, exclude=excluded, progress=report, shadow=shadow)
+    if allowed.mean() > GATHER_BELOW:
+        return topk(queries, rows, k, exclude=excluded, progress=report, shadow=shadow, allowed=allowed)
+    chosen = torch.from_numpy(np.flatnonzero(allowed))
+    if excluded is not None:
+        place = torch.full((len(rows),), -1, dtype=torch.int64)
+        place[chosen] = torch.arange(len(chosen))
+        excluded = torch.where(excluded < 0, -1, place[excluded.clamp(min=0)])
+    found = topk(queries, rows[chosen], k, exclude=excluded, progress=report)
+    return TopK(found.scores, torch.where(found.indices < 0, -1, chosen[found.indices.clamp(min=0)]))
 
 
 def _report(progress: Callable[[int, int], None], done: int, rows: int, total: int, share: float) -> None:
