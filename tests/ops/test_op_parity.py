@@ -90,7 +90,7 @@ def test_guide_gets_no_gradient_and_its_scale_may_be_frozen() -> None:
         assert torch.autograd.grad(learned, (guide, scale), allow_unused=True, retain_graph=True)[0] is None
         frozen = ops.hybrid_cross_attention(*given, **options, guide_scale=scale.detach()).anchored.sum()
         for one, two in zip(torch.autograd.grad(learned, (a, e, x)), torch.autograd.grad(frozen, (a, e, x))):
-            assert torch.equal(one, two)
+            torch.testing.assert_close(one, two)  # PyTorch's attention has a kernel of its own for a frozen bias
 
 
 @pytest.mark.parametrize("form", FORMS)
