@@ -82,7 +82,7 @@ def test_exploratory_bits_ignore_the_guide(form: str, backend: str) -> None:
 def test_guide_gets_no_gradient_and_its_scale_may_be_frozen() -> None:
     guide, scale = (torch.randn(shape, device=DEVICE, requires_grad=True) for shape in ((2, 7), (2, 2)))
     a, e, x = (torch.randn(2, n, c, device=DEVICE, requires_grad=True) for n, c in ((2, 16), (3, 16), (7, 12)))
-    weights = [torch.randn(16, n, device=DEVICE) for n in (16, 12, 12)]
+    weights = [torch.randn(16, n, device=DEVICE) * n**-0.5 for n in (16, 12, 12)]
     given = (a, e, x, weights[0], None, weights[1], None, weights[2], None)
     for backend, form in (("torch", "absorbed"), ("torch", "projected"), *(("triton", form) for form in FORMS)):
         options = {"num_heads": 2, "form": form, "backend": backend, "guide": guide}
