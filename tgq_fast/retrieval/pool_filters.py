@@ -29,6 +29,7 @@ _CONDITION = re.compile(
     rf"\s*(?P<name>{_QUOTED}|[^\s=!<>,'\"]+)\s*(?P<op>=|!=|<=|>=|<|>|\bin\b|\bwithin\b)\s*"
     rf"(?P<value>{_QUOTED}|[^,]*?)\s*(?:,|$)",
 )
+WINDOW = 256  # queries
 _TRUE, _FALSE = {"true", "yes", "1"}, {"false", "no", "0"}
 _ORDER = {"<": np.less, "<=": np.less_equal, ">": np.greater, ">=": np.greater_equal}
 
@@ -135,7 +136,7 @@ class Selection:
             own: [Q] pool row of each query's item.
         """
         if not self._same:
-            yield np.arange(len(own)), self.base
+            yield from self._windows(own, np.arange(len(own)), self.base)
             return
         keys = np.stack([codes[own] for codes in self._same], axis=1)
         values, group = np.unique(keys, axis=0, return_inverse=True)
@@ -147,7 +148,25 @@ class Selection:
             allowed = self.base.copy()
             for codes, code in zip(self._same, key):
                 allowed &= codes == code
-            yield order[bounds[number] : bounds[number + 1]], allowed
+            yield from self._windows(own, order[bounds[number] : bounds[number + 1]], allowed)
+
+    def _windows(
+        self, own: np.ndarray, members: np.ndarray, allowed: np.ndarray
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Many queries cut into stretches of near numbers, each with the rows that can be near any of them."""
+        if not self._near or len(members) < 2 * WINDOW:
+            yield members, allowed
+            return
+        numbers, share = self._near[0]
+        members = members[np.argsort(numbers[own[members]], kind="stable")]  # those without a number come last
+        for first in range(0, len(members), WINDOW):
+            part = members[first : first + WINDOW]
+            asked = numbers[own[part]]
+            reach = share * np.abs(asked)
+            with np.errstate(invalid="ignore"):
+                low, high = np.fmin.reduce(asked - reach), np.fmax.reduce(asked + reach)
+                slack = 1e-9 * max(abs(low), abs(high))  # the check itself rounds otherwise
+                yield part, allowed & (numbers >= low - slack) & (numbers <= high + slack)
 
     def check(self, own: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """Bool, of the shape that `own` and `rows` make together: whether pool rows meet the checked conditions."""

@@ -21,6 +21,8 @@ from tgq_fast.retrieval.pool_filters import Selection
 from tgq_fast.retrieval.pool_search import PoolSearch
 from tgq_fast.retrieval.topk_arguments import MAX_K
 
+SAMPLE = 64
+
 __all__ = ["PerGroup", "filtered_search"]
 
 
@@ -94,7 +96,8 @@ def filtered_search(
     answers = _Answers(len(queries), k)
     checked = selection.checked or per_group is not None
     for members, allowed in selection.groups(own):
-        width = min(MAX_K, 2 * k + 16) if checked else k
+        count = int(allowed.sum())
+        width = _width(selection, own[members], allowed, k, per_group) if checked else k
         while len(members):
             banned = None if excluded is None else excluded[members]
             found = search.best_rows(queries[members], width, banned, allowed)
@@ -104,11 +107,11 @@ def filtered_search(
                 kept &= selection.check(own[members][:, None], rows)
             if per_group is not None:
                 kept = per_group.keep(rows, kept)
-            settled = (kept.sum(axis=1) >= k) | (rows[:, -1] < 0)
+            settled = (kept.sum(axis=1) >= k) | (rows[:, -1] < 0) | (width >= count)
             answers.put(members[settled], scores[settled], rows[settled], kept[settled])
             members = members[~settled]
             if width == MAX_K:
-                break
+                break  # those that are left are searched one by one
             width = min(MAX_K, 4 * width)
         for number in members.tolist():
             mask = allowed & selection.check(own[number], np.arange(len(allowed))) if selection.checked else allowed
@@ -116,6 +119,17 @@ def filtered_search(
             one = _one_by_one(search, queries[number : number + 1], k, banned, mask, per_group)
             answers.put(np.array([number]), *one, one[1] >= 0)
     return TopK(torch.from_numpy(answers.scores), torch.from_numpy(answers.rows))
+
+
+def _width(selection: Selection, own: np.ndarray, allowed: np.ndarray, k: int, per_group: PerGroup | None) -> int:
+    """How many hits to ask for, so that most queries are left with k: from the share of a sample that would be kept."""
+    rows = np.flatnonzero(allowed)
+    kept = 1.0
+    if selection.checked and len(rows):
+        some = rows[:: max(1, len(rows) // SAMPLE)]
+        kept = float(selection.check(own[:: max(1, len(own) // SAMPLE), None], some).mean())
+    wanted = int((2 if per_group is not None else 1.2) * k / max(kept, 1e-3)) + 16
+    return max(1, min(MAX_K, wanted, len(rows)))
 
 
 def _one_by_one(

@@ -133,7 +133,7 @@ class PoolSearch:
         if allowed is not None:
             blocks = [block for block in blocks if allowed[block.start : block.start + block.rows].any()]
         total = sum(block.rows for block in blocks)
-        best = TopK(torch.empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.int64))
+        best: TopK | None = None
         done = 0
         with closing(one_ahead(self._load, blocks)) as ready:
             for block in blocks:
@@ -147,10 +147,14 @@ class PoolSearch:
                     report = partial(_report, progress, done, block.rows, total)
                 chosen = None if allowed is None else allowed[block.start : block.start + block.rows]
                 found = _search(queries, loaded, k, local, chosen, report)
-                best = merge_topk([best, found], k, offsets=[0, block.start])
+                found = TopK(found.scores, torch.where(found.indices < 0, -1, found.indices + block.start))
+                best = found if best is None else merge_topk([best, found], k)
                 done += block.rows
                 del loaded  # before the next but one is read
-        return merge_topk([best], k)  # pads an empty pool's answer
+        if best is None:  # nothing to search
+            nothing = (len(queries), k)
+            best = TopK(torch.full(nothing, float("-inf")), torch.full(nothing, -1, dtype=torch.int64))
+        return best
 
     @property
     def _row_bytes(self) -> int:
