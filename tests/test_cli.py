@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from tgq_fast import cli, console, workflow
 from tgq_fast.data import Catalog, write_demo_catalog
 from tgq_fast.errors import ArgumentError
+from tgq_fast.retrieval import ItemPool
 
 SMALL = ("hidden_size=16", "num_attention_heads=2", "num_hidden_layers=1", "intermediate_size=24", "embedding_size=8")
 SMALL += ("direct_size=2",)
@@ -80,6 +81,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Any:
         4,
         "--fields",
         "category,material",
+        "--keep",
+        "trained",
     )
     common += tuple(part for entry in SMALL for part in ("--set", entry))
     first = call("train", catalog, "--out", root / "tgq", *common, "--seed", 3, "--json")
@@ -111,6 +114,21 @@ def test_embed_holds_every_item_and_runs_again_without_work(world: World) -> Non
     )
     assert again["resumed"] == 30
     assert {path.name: path.read_bytes() for path in world.pool.iterdir()} == files
+
+
+def test_embed_without_training_makes_a_pool_to_search(world: World, tmp_path: Path) -> None:
+    clip = world.options[world.options.index("--vision") + 1]
+    for kind in ("raw", "whitened"):
+        common = ("--zero-shot", kind, "--vision", clip, "--out", tmp_path / kind, "--json")
+        document = json.loads(call("embed", world.catalog, *common).stdout)
+        assert document["embedded"] == 30
+        catalog = Catalog.load(world.catalog)
+        found = json.loads(call("search", tmp_path / kind, "--item", catalog.ids[0], "-k", 3, "--json").stdout)
+        assert len(found["hits"]) == 3
+    pools = [ItemPool.open(tmp_path / kind) for kind in ("raw", "whitened")]
+    assert pools[0].manifest.model != pools[1].manifest.model
+    for arguments in ((), ("--zero-shot", "raw", "--model", world.run)):
+        assert "--model" in call("embed", world.catalog, "--out", tmp_path / "no", *arguments, code=2).stderr
 
 
 def test_search_by_item_leaves_the_item_out_and_names_products(world: World) -> None:
@@ -184,7 +202,7 @@ def test_evaluate_writes_the_same_numbers_to_file_and_stdout(world: World, tmp_p
     filed = json.loads((tmp_path / "e.json").read_text())
     printed = json.loads(call(*arguments, "-").stdout)
     assert filed == printed
-    assert set(filed) == {"catalogue", "model", "tgq", workflow.FLOOR}
+    assert set(filed) == {"catalogue", "model", "tgq", workflow.FLOOR, f"{workflow.FLOOR}, whitened"}
     metric = filed["tgq"]["metrics"]["H@5"]
     assert 0 <= metric["low"] <= metric["value"] <= metric["high"] <= 1
     assert f"{metric['value']:.3f}" in shown and "H@5" in shown
@@ -195,13 +213,47 @@ def test_evaluate_refuses_the_pool_of_another_model(world: World) -> None:
     assert "another model" in result.stderr
 
 
+def test_evaluate_takes_conditions(world: World) -> None:
+    asked = ("metadata:empty:1:query", "scene:4:both")
+    options = [part for text in asked for part in ("--corrupt", text)]
+    document = json.loads(call("evaluate", world.catalog, "--model", world.run, *options, "--json", "-").stdout)
+    found = {name: result for name, result in document.items() if isinstance(result, dict)}
+    assert {f"tgq · {text}" for text in asked} < set(found) and len(found) == 9
+    assert len({result["pool_size"] for result in found.values()}) == 1
+    floor = found[workflow.FLOOR]["metrics"]["MRR"]["value"]
+    assert found[f"{workflow.FLOOR} · {asked[0]}"]["metrics"]["MRR"]["value"] == floor
+    assert found[f"{workflow.FLOOR} · {asked[1]}"]["metrics"]["MRR"]["value"] < floor
+    wrong = call("evaluate", world.catalog, "--model", world.run, "--corrupt", "fog:1", code=2)
+    assert "scene:4:query" in wrong.stderr
+
+
+def test_report_refuses_the_pool_of_another_model(world: World, tmp_path: Path) -> None:
+    arguments = ("report", world.catalog, "--model", world.other, "--pool", world.pool, "--out", tmp_path / "r.html")
+    assert "another model" in call(*arguments, code=2).stderr
+    assert not (tmp_path / "r.html").exists()
+
+
+def test_report_and_evaluate_agree_about_refused_items(world: World, tmp_path: Path) -> None:
+    broken = write_demo_catalog(tmp_path / "broken", groups=10, variants=3, image_size=40)
+    next(iter(sorted((broken / "images").iterdir()))).write_bytes(b"no picture")
+    pool = tmp_path / "pool"
+    call("embed", broken, "--model", world.run, "--out", pool, "--on-error", "skip")
+    common = (broken, "--model", world.run, "--on-error", "skip")
+    found = [json.loads(call("evaluate", *common, *extra, "--json", "-").stdout) for extra in ((), ("--pool", pool))]
+    report = ("report", *common, "--pool", pool, "--out", tmp_path / "r.html", "--examples", 2, "--json")
+    found.append(json.loads(call(*report).stdout)["runs"])
+    assert [document["tgq"]["pool_size"] for document in found] == [29, 29, 29]
+    assert found[0]["tgq"] == found[1]["tgq"] == found[2]["tgq"]
+
+
 def test_report_compares_runs_in_one_file(world: World, tmp_path: Path) -> None:
     out = tmp_path / "report.html"
     arguments = ("report", world.catalog, "--model", world.run, "--model", world.other, "--k", "1,5", "--examples", 3)
     summary = json.loads(call(*arguments, "--out", out, "--json").stdout)
     page = out.read_text(encoding="utf-8")
     assert summary["bytes"] == len(page.encode()) and summary["gates"] and summary["attention_maps"] > 0
-    assert set(summary["runs"]) == {"tgq", "qformer"}
+    assert set(summary["runs"]) == {"tgq", "qformer"} and summary["verdict"][0] in page
+    assert page.count(f"<strong>{workflow.FLOOR}</strong>") == 3  # its neighbours, too
     value = summary["runs"]["tgq"]["metrics"]["H@5"]["value"]
     assert f"{value:.3f}" in page and "✗ miss" in page
     assert "http://" not in page.replace("http://www.w3.org/", "") and "https://" not in page

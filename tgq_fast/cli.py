@@ -13,6 +13,7 @@ from tgq_fast import cli_pools, console
 from tgq_fast.cli_pools import Json, assignments
 from tgq_fast.console import EXIT_DATA, EXIT_INTERNAL, State, guarded
 from tgq_fast.errors import ArgumentError
+from tgq_fast.study.verb import study
 
 app = typer.Typer(
     name="tgq-fast",
@@ -38,6 +39,20 @@ class Preset(str, Enum):
     large = "large"
 
 
+class Keep(str, Enum):
+    """What a run keeps where the frozen feature is better on validation than the trained model."""
+
+    best = "best"
+    trained = "trained"
+
+
+class ZeroShot(str, Enum):
+    """The two features that need no training."""
+
+    raw = "raw"
+    whitened = "whitened"
+
+
 class Policy(str, Enum):
     """What to do with an item whose row or picture cannot be used."""
 
@@ -50,6 +65,13 @@ RunPath = Annotated[Path, typer.Option("--model", metavar="RUN", help="Folder th
 OnError = Annotated[Policy, typer.Option("--on-error", help="Stop at, or skip and list, unusable rows and pictures.")]
 Cache = Annotated[
     Path | None, typer.Option("--cache", help="Folder of frozen features; default $TGQ_CACHE or ~/.cache/tgq_fast.")
+]
+Corrupt = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="KIND:AMOUNT:SIDE",
+        help="Also under this condition, such as overlay:0.3:both, scene:4:query, metadata:wrong:0.5:pool; repeatable.",
+    ),
 ]
 
 
@@ -114,7 +136,7 @@ def train(
         typer.Option(metavar="a,b,c", help="Metadata that may guide. Default: chosen by rule and printed."),
     ] = None,
     epochs: Annotated[
-        int | None, typer.Option(min=1, help="Default: about 120 steps, at least 4 and at most 20 epochs.")
+        int | None, typer.Option(min=1, help="Default: about 300 steps, at least 4 and at most 40 epochs.")
     ] = None,
     seed: Annotated[int, typer.Option()] = 0,
     batch_size: Annotated[int, typer.Option(min=2, help="Pairs per step.")] = 128,
@@ -131,6 +153,12 @@ def train(
     match_budget: Annotated[
         bool, typer.Option("--match-budget/--no-match-budget", help="Give other connectors as many parameters as tgq.")
     ] = True,
+    views: Annotated[
+        int, typer.Option(min=0, help="Corrupted views of each training picture: overlays, scenes, crops; 0 for none.")
+    ] = 4,
+    keep: Annotated[
+        Keep, typer.Option(help="best: the frozen feature where it wins on validation; trained: the model anyway.")
+    ] = Keep.best,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in RUN.")] = False,
     cache: Cache = None,
     on_error: OnError = Policy.stop,
@@ -164,6 +192,8 @@ def train(
         lr=lr,
         bf16=bf16,
         resume=resume,
+        views=views,
+        keep=keep.value,
         cache=cache,
         on_error=on_error.value,
     )
@@ -177,8 +207,13 @@ def train(
 @guarded
 def embed(
     catalog: CatalogPath,
-    model: RunPath,
     out: Annotated[Path, typer.Option("--out", metavar="POOL", help="Folder of the pool.", show_default=False)],
+    model: Annotated[Path | None, typer.Option("--model", metavar="RUN", help="Folder that train wrote.")] = None,
+    zero_shot: Annotated[
+        ZeroShot | None, typer.Option("--zero-shot", help="Instead of a run: the frozen image feature, no training.")
+    ] = None,
+    preset: Annotated[Preset, typer.Option(help="With --zero-shot: sizes and towers.")] = Preset.tiny,
+    vision: Annotated[str | None, typer.Option(help="With --zero-shot: the vision tower.")] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
     shard_size: Annotated[int, typer.Option(min=1, help="Items per file: what an interruption can cost.")] = 4096,
     resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Go on with an unfinished pool.")] = True,
@@ -192,13 +227,22 @@ def embed(
     """Embed every item into a pool on disk; run it again after an interruption and it goes on.
 
     Example: tgq-fast embed shop --model runs/tgq --out pools/tgq --on-error skip
-    """
-    from tgq_fast.workflow import embed_run, load_catalog
 
+    Example: tgq-fast embed shop --zero-shot whitened --out pools/floor
+    """
+    from tgq_fast.workflow import embed_run, load_catalog, make_config, zero_shot_model
+
+    if (model is None) == (zero_shot is None):
+        given = "neither" if model is None else "both"
+        raise ArgumentError("--model", given, "a run by --model RUN, or --zero-shot raw|whitened")
     loaded = load_catalog(catalog, on_error.value)
+    source: Any = model
+    if zero_shot is not None:
+        config = make_config(loaded, preset=preset.value, fields=[], overrides=_towers(vision, None, None))
+        source = zero_shot_model(loaded, config, whitened=zero_shot is ZeroShot.whitened, cache=cache)
     report = embed_run(
         loaded,
-        model,
+        source,
         out,
         batch_size=batch_size,
         shard_size=shard_size,
@@ -224,7 +268,9 @@ def evaluate(
     pool: Annotated[Path | None, typer.Option(metavar="POOL", help="Pool of this run; default: embed now.")] = None,
     k: Annotated[str, typer.Option("--k", metavar="1,10,100", help="Cut-offs.")] = "1,10,100",
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
-    floor: Annotated[bool, typer.Option("--floor/--no-floor", help="Also the zero-shot image-only floor.")] = True,
+    floor: Annotated[bool, typer.Option("--floor/--no-floor", help="Also the zero-shot image-only floors.")] = True,
+    corrupt: Corrupt = None,
+    seed: Annotated[int, typer.Option(help="Of the corruptions.")] = 0,
     samples: Annotated[int, typer.Option(min=0, help="Bootstrap draws over groups.")] = 1000,
     cache: Cache = None,
     on_error: OnError = Policy.stop,
@@ -236,6 +282,8 @@ def evaluate(
     """Hit rate, recall, MRR and NDCG over the full pool, with bootstrap intervals.
 
     Example: tgq-fast evaluate shop --model runs/tgq --pool pools/tgq --k 1,10,100 --json result.json
+
+    Example: tgq-fast evaluate shop --model runs/tgq --corrupt overlay:0.3:both --corrupt scene:4:query
     """
     from tgq_fast.workflow import evaluate_run, load_catalog
 
@@ -247,7 +295,9 @@ def evaluate(
         ks=_cutoffs(k),
         split=split,
         floor=floor,
+        corrupt=corrupt or (),
         samples=samples,
+        seed=seed,
         cache=cache,
         on_error=on_error.value,
     )
@@ -281,8 +331,9 @@ def report(
     ] = None,
     k: Annotated[str, typer.Option("--k", metavar="1,10,100", help="Cut-offs.")] = "1,10,100",
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+    corrupt: Corrupt = None,
     examples: Annotated[int, typer.Option(min=0, help="Queries shown with their neighbours.")] = 8,
-    seed: Annotated[int, typer.Option(help="Of the sampled examples.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the sampled examples and corruptions.")] = 0,
     cache: Cache = None,
     on_error: OnError = Policy.stop,
     as_json: Json = False,
@@ -302,6 +353,7 @@ def report(
         pools=pool,
         ks=_cutoffs(k),
         split=split,
+        corrupt=corrupt or (),
         examples=examples,
         seed=seed,
         cache=cache,
@@ -310,7 +362,12 @@ def report(
     if as_json:
         console.print_json(summary)
     else:
+        for line in summary["verdict"]:
+            console.note(line)
         console.note(f"wrote {out} ({summary['bytes'] / 1e6:.1f} MB)")
+
+
+app.command()(guarded(study))
 
 
 @app.command()

@@ -87,6 +87,7 @@ def demo(
                 batch_size=batch_size,
                 lr=lr,
                 bf16=bf16,
+                keep="trained",  # connectors are compared as they are; the floors stand beside them
                 cache=cache,
                 on_error="skip",
             )

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 Policy = Literal["raise", "skip"]
 FLOOR = "zero-shot image"
 """Name of the floor without training: the frozen image feature alone."""
+DEFAULT_VIEWS = 4
+"""Corrupted views of each training picture."""
 CATALOG_NOTE = "catalog.json"  # beside a pool: where its catalogue lay, for titles in search results
 _REFUSED_ROWS = "refused_rows.jsonl"  # beside a pool or in a run: rows of the catalogue that were left out
 _SHOWN = ("HR@", "H@", "Recall@", "MRR", "NDCG@", "1-NN")
@@ -175,10 +177,17 @@ def train_run(
     lr: float,
     bf16: bool | None = None,
     resume: bool = False,
+    views: int = DEFAULT_VIEWS,
+    keep: Literal["best", "trained"] = "best",
     cache: Path | None = None,
     on_error: Policy = "raise",
 ) -> dict[str, Any]:
-    """Train a run folder; returns its summary. Without `epochs`, see :func:`default_epochs`."""
+    """Train a run folder; returns its summary. Without `epochs`, see :func:`default_epochs`.
+
+    Args:
+        keep: "trained" keeps the trained model where the frozen feature is better on validation, too.
+        views: corrupted views of each training picture, which training draws from; 0: none.
+    """
     from tgq_fast.data import RejectLog
     from tgq_fast.training import train
 
@@ -202,6 +211,17 @@ def train_run(
                 for name, value in found.items():
                     console.note(f"step {event['step']}: {name} {value:.3f}")
 
+        corrupted = None
+        if views and config.view_share:
+            from tgq_fast.models.views import ViewRecipe, training_views
+
+            corrupted = training_views(
+                catalog,
+                load_towers(config)[0],
+                ViewRecipe(per_item=views),
+                cache_dir=cache,
+                progress=lambda done, total: advance(done, total, "training views"),
+            )
         result = train(
             catalog,
             config,
@@ -211,11 +231,13 @@ def train_run(
             batch_size=batch_size,
             lr=lr,
             bf16=bf16,
+            keep=keep,
             resume=resume,
             log_steps=2 if steps_per_epoch(catalog, batch_size) < 20 else 10,
             on_error=on_error,
             cache_dir=cache,
             towers=load_towers(config),
+            views=corrupted,
             on_event=on_event,
         )
     if catalog.report.rejected:
@@ -251,9 +273,24 @@ def open_run(run: Path) -> TGQFormerModel:
     return model
 
 
+def zero_shot_model(catalog: Catalog, config: TGQFormerConfig, *, whitened: bool, cache: Path | None) -> TGQFormerModel:
+    """The model that needs no training: its embedding is the frozen image feature, raw or whitened."""
+    from tgq_fast.models import TGQFormerModel, fit_whitening
+    from tgq_fast.models.whitening import whitening_rows
+
+    whitening = None
+    if whitened:
+        store = open_store(catalog, config, cache=cache, on_error="skip")
+        rows = whitening_rows(catalog, store.valid, config.whitening)
+        whitening, config = fit_whitening(store.pictures, rows, config)
+    model = TGQFormerModel.zero_shot(config, whitening)
+    model.set_towers(*load_towers(config))
+    return model
+
+
 def embed_run(
     catalog: Catalog,
-    run: Path,
+    run: Path | TGQFormerModel,
     out: Path,
     *,
     batch_size: int = 64,
@@ -263,13 +300,17 @@ def embed_run(
     on_error: Policy = "raise",
     shadow: bool = True,
 ) -> EmbedReport:
-    """Embed a catalogue into a pool folder, or bring the pool up to date; goes on where an interrupted call ended."""
+    """Embed a catalogue into a pool folder, or bring the pool up to date; goes on where an interrupted call ended.
+
+    Args:
+        run: its folder, or a model.
+    """
     from tgq_fast.data import RejectLog
     from tgq_fast.data.files import write_atomic
     from tgq_fast.retrieval import embed_catalog, model_digest
     from tgq_fast.retrieval.item_table import write_items
 
-    model = open_run(run)
+    model = open_run(run) if isinstance(run, Path) else run
     with console.progress("embedding") as advance:
 
         def features(work: Plan) -> FeatureStore | None:
@@ -321,33 +362,48 @@ def evaluate_run(
     ks: Sequence[int] = (1, 10, 100),
     split: str = "test",
     floor: bool = True,
+    corrupt: Sequence[str] = (),
     samples: int = 1000,
+    seed: int = 0,
     cache: Path | None = None,
     on_error: Policy = "raise",
 ) -> dict[str, Evaluation]:
-    """Evaluation of a run by name, and with `floor` of the zero-shot image feature beside it."""
-    from tgq_fast.retrieval import evaluate, model_digest, open_embedded, zero_shot_embeddings
+    """Evaluation of a run by name, and with `floor` of the zero-shot image features, raw and whitened, beside it.
 
+    Args:
+        pool: of this run; None embeds now.
+        corrupt: conditions as in `overlay:0.3:both`; each adds an evaluation "name · condition".
+        seed: of the corruptions.
+
+    Raises:
+        ArgumentError: a condition that cannot be read.
+        PoolError: the pool was made by another model, or does not hold this catalogue.
+    """
+    from tgq_fast.data.conditions import CLEAN, parse_conditions
+    from tgq_fast.retrieval import evaluate
+    from tgq_fast.study.embeddings import Conditions, evaluate_under, floors, pool_embeddings
+
+    asked = [CLEAN, *(condition for condition in parse_conditions(corrupt) if condition != CLEAN)]
     model = open_run(run)
-    embedded: Any = None if pool is None else open_embedded(pool, catalog, model_digest(model))
-    store = open_store(catalog, model.config, cache=cache, on_error=on_error) if floor or pool is None else None
-    if embedded is None:
-        assert store is not None
-        embedded = embed_in_memory(catalog, model, store)
-    results = {run.name: evaluate(catalog, embedded, ks=ks, split=split, samples=samples)}
-    if floor and store is not None:
-        results[FLOOR] = evaluate(catalog, zero_shot_embeddings(catalog, store), ks=ks, split=split, samples=samples)
+    clean = None if pool is None else pool_embeddings(pool, catalog, model)
+    if clean is not None and not floor and len(asked) == 1:
+        return {run.name: evaluate(catalog, clean, ks=ks, split=split, samples=samples)}
+    store = open_store(catalog, model.config, cache=cache, on_error=on_error)
+    results: dict[str, Evaluation] = {}
+    with console.progress("corrupted pictures") as advance:
+        conditions = Conditions(catalog, load_towers(model.config), store, cache_dir=cache, seed=seed, progress=advance)
+        embedders: dict[str, Any] = {run.name: model}
+        if floor:
+            embedders |= {found.name: found for found in floors(store, model.config, model.whitening)}
+        for name, embedder in embedders.items():
+            known = clean if name == run.name else None
+            for condition in asked:
+                evaluation, _, vectors = evaluate_under(
+                    conditions, embedder, condition, clean=known, ks=ks, split=split, samples=samples
+                )
+                known = vectors if condition == CLEAN else known
+                results[name if condition == CLEAN else f"{name} · {condition}"] = evaluation
     return results
-
-
-def embed_in_memory(catalog: Catalog, model: TGQFormerModel, store: FeatureStore) -> Any:
-    """[n, D] embeddings of a catalogue; items without a usable picture get a zero row, which scores 0 against all."""
-    import torch
-
-    # A copy: what encode returns belongs to inference mode and cannot be changed outside it.
-    vectors = torch.as_tensor(model.encode(catalog, features=store, on_error="skip", batch_size=128)).clone()
-    vectors[list(store.invalid)] = 0.0
-    return vectors
 
 
 def metric_table(results: Mapping[str, Evaluation]) -> tuple[list[str], list[list[str]]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -24,12 +25,13 @@ from tgq_fast.report.page import render
 HOSTILE = '<script>alert("1")</script><img src=x onerror=alert(2)>'
 
 
-def run(name: str, value: float, *, baseline: bool = False) -> RunResult:
+def run(name: str, value: float, *beaten: str, baseline: bool = False) -> RunResult:
     metrics = {m: Metric(value, value - 0.05, value + 0.05) for m in ("H@1", "H@10", "Recall@10", "NDCG@10", "MRR")}
     curve = (
         {} if baseline else {"loss": (range(50), np.linspace(3, 1, 50)), "eval/HR@10": ((0, 25, 50), (0.1, 0.2, 0.3))}
     )
-    return RunResult(name, metrics, {} if baseline else {"connector": name}, curve, baseline)
+    facts = {} if baseline else {"connector": name}
+    return RunResult(name, metrics, facts, curve, baseline, dict.fromkeys(metrics, beaten))
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +55,13 @@ def content() -> ReportContent:
     return ReportContent(
         title=f"Report {HOSTILE}",
         facts={"catalogue": HOSTILE},
-        runs=[run("tgq", 0.5), run(HOSTILE, 0.4), run("zero-shot image", 0.3, baseline=True)],
+        runs=[
+            run("tgq", 0.5, HOSTILE, "zero-shot image"),
+            run(HOSTILE, 0.4, "zero-shot image"),
+            run("zero-shot image", 0.3, baseline=True),
+        ],
+        verdict=["Training helped.", HOSTILE],
+        conditions={"overlay:0.3:both": [run("tgq", 0.44), run("zero-shot image", 0.12, baseline=True)]},
         examples=[Example("q", picture, HOSTILE, HOSTILE, 1, [("tgq", 1, neighbours), ("other", None, [])])],
         example_note="two queries",
         attention=[AttentionMap("q", HOSTILE, HOSTILE, picture, overlay, overlay, [("A1", overlay)], (1.5, 1.2), 0.5)],
@@ -130,9 +138,34 @@ def test_hits_and_misses_are_marked_in_words(page: str) -> None:
     assert "first positive at rank 1" in page and "no positive" in page
 
 
-def test_best_value_is_marked_once_per_metric(page: str, content: ReportContent) -> None:
+def test_bold_is_what_beats_every_other_beyond_the_interval(page: str, content: ReportContent) -> None:
     assert page.count('class="best"') == len(content.runs[0].metrics) - 1  # recall equals H@10 and is left out
     assert "Recall@10" not in page
+    close = replace(content, runs=[run("tgq", 0.5, "zero-shot image"), *content.runs[1:]])
+    assert 'class="best"' not in render(close)  # greatest, but not told apart from the second
+    assert 'class="best"' not in render(replace(content, runs=content.runs[:1]))
+
+
+def test_the_page_begins_with_the_verdict_and_shows_neighbours_before_curves(page: str) -> None:
+    places = [
+        page.index(text) for text in ("<strong>Training helped.", 'id="results"', 'id="neighbours"', 'id="training"')
+    ]
+    assert places == sorted(places)
+    assert "overlay:0.3:both" in page and "0.440" in page
+
+
+def test_gate_plots_do_not_magnify_what_hardly_moves(content: ReportContent) -> None:
+    assert content.gates is not None
+    still = replace(
+        content.gates,
+        anchored=content.gates.anchored * 1e-4,
+        exploratory=None,
+        overlay={"anchored": [np.full(9, 1e-4), np.full(9, -1e-4)]},
+        metadata={},
+    )
+    for figure in (figures.gates_by_agreement(still), figures.gates_by_condition(still)):
+        assert figure is not None
+        assert {"0.15", "0.2"} & set(re.findall(r"<text[^>]*>([^<]*)</text>", figure))  # a tick near the quarter
 
 
 def test_the_same_content_gives_the_same_bytes(page: str, content: ReportContent) -> None:

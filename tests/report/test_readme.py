@@ -33,6 +33,33 @@ def test_one_seed_shows_its_interval_and_several_their_range() -> None:
     assert "`docs/results/a.json`, `docs/results/b.json`" in several
 
 
+def study(verdict: str) -> dict[str, Any]:
+    cell = {"value": 0.5, "low": 0.4, "high": 0.6}
+    metrics = {place: {"HR@1": cell, "H@10": cell} for place in ("clean", "all overlay", "all")}
+    against = {place: {m: {"verdict": verdict} for m in cells} for place, cells in metrics.items()}
+    return {
+        "catalogue": "shop",
+        "plan": {"fields": ["category"], "seeds": 3, "conditions": ["clean", "overlay:0.3:both"]},
+        "test": {"queries": 1200, "groups": 300, "pool": 9000},
+        "metrics": ["HR@1", "H@10"],
+        "pooled": {"all": [], "all overlay": []},
+        "main": "tgq",
+        "rows": {
+            "tgq": {"metrics": metrics, "facts": {"ablation": None}},
+            "mlp": {"metrics": metrics, "facts": {"ablation": None}, "against": against},
+        },
+    }
+
+
+def test_a_study_replaces_the_demos_of_its_catalogue_and_bolds_what_it_proves() -> None:
+    files = [("s.json", study("win")), ("a.json", result(0, 0.7))]
+    table = retrieval_table(files)
+    assert "0.700" not in table and "`docs/results/s.json`" in table
+    assert "| tgq | **0.500 [0.400, 0.600]** | **0.5" in table and "| mlp | 0.500 [0.400, 0.600] |" in table
+    assert "| HR@1 clean | H@10 clean | H@10 all overlay | H@10 all |" in table
+    assert "**0.5" not in retrieval_table([("s.json", study("tie"))])
+
+
 def test_a_document_without_a_place_is_refused() -> None:
     with pytest.raises(ArgumentError, match="retrieval:begin"):
         fill("nothing here", [])

@@ -297,18 +297,20 @@ def test_digest_covers_weights_and_configuration() -> None:
 
 def test_zero_shot_rows_are_normalised() -> None:
     features = np.random.default_rng(0).normal(size=(23, 5)).astype(np.float16)
-    features[4] = 0  # an item without a usable image
+    features[4] = 0  # an item without a picture
 
     class Store:
         global_image = features
+        has_image = np.arange(23) != 4
+        valid = np.arange(23) != 7  # a picture that cannot be used
 
         def __len__(self) -> int:
             return 23
 
     rows = zero_shot_embeddings(make_catalog(), Store())  # type: ignore[arg-type]
     norms = rows.norm(dim=1)
-    assert rows.shape == (23, 5) and norms[4] == 0
-    assert torch.allclose(norms[norms > 0], torch.ones(22))
+    assert rows.shape == (23, 5) and norms[4] == 0 and rows[7].isnan().all()
+    assert torch.allclose(norms[norms > 0], torch.ones(21))
     with pytest.raises(ArgumentError, match="store"):
         zero_shot_embeddings(make_catalog(5), Store())  # type: ignore[arg-type]
 

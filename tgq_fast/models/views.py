@@ -35,7 +35,7 @@ from tgq_fast.models.feature_files import ChunkedArray
 from tgq_fast.models.features import Progress, digest_pictures, in_order
 from tgq_fast.models.towers import ImageProcessor, VisionTower
 
-__all__ = ["ViewRecipe", "ViewStore", "token_grid", "token_shares"]
+__all__ = ["ViewRecipe", "ViewStore", "token_grid", "token_shares", "training_views"]
 
 _SIDE = 512  # longest side of a picture before it is corrupted; towers read less
 _LEAST = 8  # shortest side
@@ -58,12 +58,12 @@ class ViewRecipe:
 
     kinds: Mapping[str, float] = field(
         default_factory=lambda: {
-            "badge": 0.15,
-            "text_strip": 0.15,
-            "border": 0.075,
-            "collage": 0.075,
-            "scene": 0.45,
-            "crop": 0.1,
+            "badge": 0.135,
+            "text_strip": 0.135,
+            "border": 0.09,
+            "collage": 0.09,
+            "scene": 0.46,
+            "crop": 0.09,
         }
     )
     area: tuple[float, float] = (0.05, 0.45)
@@ -234,6 +234,45 @@ class ViewStore:
                 maker = _Maker(catalog, vision, labels, seed, unread)
                 _fill(array, list(todo), chosen, views, maker, progress, workers)
         return cls(array, key, chosen, len(catalog), flat)
+
+
+def training_views(
+    catalog: Catalog,
+    vision: VisionTower,
+    recipe: ViewRecipe,
+    *,
+    folds: NDArray[np.integer[Any]] | None = None,
+    cache_dir: str | Path | None = None,
+    progress: Progress | None = None,
+    verify: bool = True,
+) -> ViewStore:
+    """Views of the items of the training pairs.
+
+    Their scenes and collages show items of training pairs and of no pair at all, never of validation or test pairs.
+
+    Args:
+        folds: [n] fold of items of train and validation pairs, -1 for others: validation items then get views too, and
+            an item's scenes stay within its own fold and split, so that all trials on the folds can share the views.
+        recipe, cache_dir, progress, verify: of :meth:`ViewStore.open_or_build`.
+    """
+    labels = np.zeros(len(catalog), dtype=np.int64) if folds is None else np.asarray(folds, np.int64) + 1
+    apart = int(labels.max(initial=0)) + 1
+    train, validation, test = (
+        np.union1d(pairs.query, pairs.target)
+        for pairs in (catalog.split_pairs(split, every=True) for split in ("train", "validation", "test"))
+    )
+    labels[np.setdiff1d(validation, train)] += apart
+    labels[test] = -1
+    return ViewStore.open_or_build(
+        catalog,
+        vision,
+        train if folds is None else np.union1d(train, validation),
+        recipe,
+        groups=labels,
+        cache_dir=cache_dir,
+        progress=progress,
+        verify=verify,
+    )
 
 
 class _Maker:

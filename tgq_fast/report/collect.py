@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,16 +14,18 @@ from PIL import Image
 
 from tgq_fast import __version__, workflow
 from tgq_fast.data import Catalog, Item, load_image
+from tgq_fast.data.conditions import CLEAN, parse_conditions
 from tgq_fast.data.files import write_atomic
 from tgq_fast.errors import ArgumentError, ImageError
 from tgq_fast.report import figures
 from tgq_fast.report.content import Example, Metric, Neighbour, ReportContent, RunResult
 from tgq_fast.report.page import render
 from tgq_fast.report.probes import attention_maps, gate_study
-from tgq_fast.retrieval import Evaluation, ItemPool, evaluate, topk, zero_shot_embeddings
+from tgq_fast.retrieval import Evaluation, compare, topk
+from tgq_fast.study.embeddings import Conditions, evaluate_under, floors, pool_embeddings
 
 if TYPE_CHECKING:
-    from tgq_fast.models import FeatureStore, TGQFormerModel
+    from tgq_fast.models import TGQFormerModel
 
 __all__ = ["write_report"]
 
@@ -33,14 +35,14 @@ _HIT_DEPTH = 10
 
 @dataclass
 class Gathered:
-    """One run with its model, features, [n, D] embeddings in catalogue order and evaluation."""
+    """A run or a floor with its [n, D] embeddings in catalogue order (NaN: no candidate) and evaluations."""
 
     name: str
-    path: Path
-    model: TGQFormerModel
-    store: FeatureStore
     vectors: torch.Tensor
     evaluation: Evaluation
+    corrupted: dict[str, Evaluation]
+    path: Path | None = None
+    model: TGQFormerModel | None = None
 
 
 def write_report(
@@ -51,6 +53,7 @@ def write_report(
     pools: Sequence[Path] | None = None,
     ks: Sequence[int] = (1, 10, 100),
     split: str = "test",
+    corrupt: Sequence[str] = (),
     examples: int = 8,
     seed: int = 0,
     cache: Path | None = None,
@@ -61,40 +64,48 @@ def write_report(
     Args:
         runs: run folders, the main one first.
         pools: their pools in the same order; None embeds now.
+        corrupt: conditions under which runs and floors are evaluated too.
         examples: sampled test queries, half of them found in the first ten by the main run and half not.
 
     Raises:
         ArgumentError: numbers of runs and pools differ.
+        PoolError: a pool that another model made, or of another catalogue.
     """
     if pools and len(pools) != len(runs):
         raise ArgumentError("--pool", f"{len(pools)} pools", f"{len(runs)}, one per --model, in the same order")
-    gathered = []
-    for number, path in enumerate(runs):
-        model = workflow.open_run(path)
-        store = workflow.open_store(catalog, model.config, cache=cache, on_error=on_error)
-        vectors = _from_pool(catalog, pools[number]) if pools else workflow.embed_in_memory(catalog, model, store)
-        evaluation = evaluate(catalog, vectors, ks=ks, split=split)
-        gathered.append(Gathered(_name(path, runs), path, model, store, vectors, evaluation))
-    main = gathered[0]
-    floor = evaluate(catalog, zero_shot_embeddings(catalog, main.store), ks=ks, split=split)
+    models = [workflow.open_run(path) for path in runs]
+    known = [pool_embeddings(path, catalog, model) for path, model in zip(pools or (), models)]
+    asked = [condition for condition in parse_conditions(corrupt) if condition != CLEAN]
 
-    results = [
-        RunResult(g.name, _metrics(g.evaluation), _run_facts(g), training_curves(g.path / "training_log.jsonl"))
-        for g in gathered
-    ]
-    results.append(RunResult(workflow.FLOOR, _metrics(floor), baseline=True))
+    def gather(name: str, embedder: Any, clean: torch.Tensor | None, conditions: Conditions) -> Gathered:
+        evaluation, _, vectors = evaluate_under(conditions, embedder, clean=clean, ks=ks, split=split)
+        found = {str(c): evaluate_under(conditions, embedder, c, clean=vectors, ks=ks, split=split)[0] for c in asked}
+        return Gathered(name, vectors, evaluation, found)
+
+    gathered, floored = [], []
+    for number, (path, model) in enumerate(zip(runs, models)):
+        store = workflow.open_store(catalog, model.config, cache=cache, on_error=on_error)
+        conditions = Conditions(catalog, workflow.load_towers(model.config), store, cache_dir=cache, seed=seed)
+        one = gather(_name(path, runs), model, known[number] if known else None, conditions)
+        gathered.append(replace(one, path=path, model=model))
+        if number == 0:
+            main_store = store
+            floored = [gather(f.name, f, None, conditions) for f in floors(store, model.config, model.whitening)]
+    main, model = gathered[0], models[0]
+    shown = [*gathered, *floored]
+    results = [_result(one, shown) for one in shown]
     pictures = Pictures(catalog)
     queries = sample_queries(main.evaluation, examples, seed)
-    shown = _examples(catalog, gathered, queries, pictures)
     rng = np.random.default_rng(seed)
-    valid = main.store.valid & main.store.has_image
+    valid = main_store.valid & main_store.has_image
     pool = np.unique(main.evaluation.query)
     pool = pool[valid[pool]]
-    maps, reason = attention_maps(main.model, main.store, [int(q) for q in queries if valid[q]][:6], pictures)
-    study = gate_study(main.name, main.model, main.store, rng.permutation(pool), pictures, seed=seed)
+    maps, reason = attention_maps(model, main_store, [int(q) for q in queries if valid[q]][:6], pictures)
+    study = gate_study(main.name, model, main_store, rng.permutation(pool), pictures, seed=seed)
+    shown_examples = _examples(catalog, shown, queries, pictures)
     notes = ([reason] if reason else []) + pictures.notes()
-    if main.store.invalid:
-        notes.append(f"{len(main.store.invalid)} item(s) have no usable picture and were left out or scored 0.")
+    if main_store.invalid:
+        notes.append(f"{len(main_store.invalid)} item(s) have no usable picture and are no candidates.")
     content = ReportContent(
         title=f"{main.name} on {Path(catalog.root).resolve().name}, {split} split",
         facts={
@@ -104,8 +115,13 @@ def write_report(
             "pairs": f"{main.evaluation.pairs:,}",
             "intervals": f"{main.evaluation.confidence:.0%} bootstrap over groups, {main.evaluation.samples} draws",
         },
+        verdict=verdict(main, floored),
         runs=results,
-        examples=shown,
+        conditions={
+            str(c): [RunResult(one.name, _metrics(one.corrupted[str(c)]), baseline=one.model is None) for one in shown]
+            for c in asked
+        },
+        examples=shown_examples,
         example_note=_example_note(main, len(queries), seed),
         attention=maps,
         gates=study,
@@ -118,13 +134,61 @@ def write_report(
     return {
         "file": str(out),
         "bytes": len(page),
+        "verdict": list(content.verdict),
         "runs": {g.name: g.evaluation.to_dict() for g in gathered},
-        workflow.FLOOR: floor.to_dict(),
-        "examples": len(shown),
+        **{g.name: g.evaluation.to_dict() for g in floored},
+        "conditions": {str(c): {g.name: g.corrupted[str(c)].to_dict() for g in shown} for c in asked},
+        "examples": len(shown_examples),
         "attention_maps": len(maps),
         "gates": study is not None,
         "notes": notes,
     }
+
+
+def verdict(main: Gathered, floored: Sequence[Gathered]) -> list[str]:
+    """Whether the main run beats the better floor: by how much, and how sure, over groups of test queries."""
+    names = [name for name in main.evaluation.metrics if name.startswith("HR@")] + ["MRR"]
+    if not floored:
+        return []
+
+    def score(one: Gathered) -> float:
+        return sum(one.evaluation[name] for name in names)
+
+    best = max(floored, key=score)
+    told = []
+    for name in names:
+        found = compare(main.evaluation, best.evaluation, name).difference
+        word = "better" if found.low > 0 else "worse" if found.high < 0 else "not told apart"
+        told.append(
+            (
+                word,
+                f"{name} {main.evaluation[name]:.3f} against {best.evaluation[name]:.3f}, {found.value:+.3f} "
+                f"[{found.low:+.3f}, {found.high:+.3f}]: {word}",
+            )
+        )
+    words = {word for word, _ in told}
+    if "worse" in words and "better" in words:
+        head = f"Training helped in some measures and hurt in others, against {best.name}, which needs none."
+    elif "worse" in words:
+        head = f"Training did not help: {best.name}, which needs none, is better."
+    elif "better" in words:
+        head = f"Training helped: {main.name} beats {best.name}, the better of what needs no training."
+    else:
+        head = f"Training cannot be told from {best.name}, which needs none: no difference leaves its interval."
+    return [head, "; ".join(text for _, text in told) + "."]
+
+
+def _result(one: Gathered, shown: Sequence[Gathered]) -> RunResult:
+    beaten: dict[str, list[str]] = {}
+    for other in shown:
+        for name in one.evaluation.metrics:
+            comparable = other is not one and name != "1-NN" and name in other.evaluation.metrics
+            if comparable and compare(one.evaluation, other.evaluation, name).difference.low > 0:
+                beaten.setdefault(name, []).append(other.name)
+    if one.path is None or one.model is None:
+        return RunResult(one.name, _metrics(one.evaluation), baseline=True, beaten=beaten)
+    curves = training_curves(one.path / "training_log.jsonl")
+    return RunResult(one.name, _metrics(one.evaluation), _run_facts(one.path, one.model), curves, beaten=beaten)
 
 
 class Pictures:
@@ -203,14 +267,6 @@ def _name(path: Path, runs: Sequence[Path]) -> str:
     return path.name if len(twins) == 1 else f"{path.parent.name}/{path.name}"
 
 
-def _from_pool(catalog: Catalog, path: Path) -> torch.Tensor:
-    pool = ItemPool.open(path)
-    rows = pool.rows(catalog.ids, missing="mark")
-    vectors = torch.zeros(len(catalog), pool.dims)
-    vectors[rows >= 0] = pool.embeddings()[torch.from_numpy(rows[rows >= 0])].float()
-    return vectors
-
-
 def _metrics(evaluation: Evaluation) -> dict[str, Metric]:
     shown = ("HR@", "H@", "Recall@", "MRR", "NDCG@", "1-NN")
     return {
@@ -220,10 +276,10 @@ def _metrics(evaluation: Evaluation) -> dict[str, Metric]:
     }
 
 
-def _run_facts(gathered: Gathered) -> dict[str, str]:
-    config = gathered.model.config
-    trainable = sum(parameter.numel() for _, parameter in gathered.model.trainable_parameters())
-    connector = sum(parameter.numel() for parameter in gathered.model.connector.parameters())
+def _run_facts(path: Path, model: TGQFormerModel) -> dict[str, str]:
+    config = model.config
+    trainable = sum(parameter.numel() for _, parameter in model.trainable_parameters())
+    connector = sum(parameter.numel() for parameter in model.connector.parameters())
     facts = {
         "connector": config.connector,
         "guiding fields": ", ".join(config.fields) or "none",
@@ -235,12 +291,14 @@ def _run_facts(gathered: Gathered) -> dict[str, str]:
         "trainable parameters": f"{trainable:,}",
         "of these in the connector": f"{connector:,}",
     }
-    manifest = gathered.path / "run.json"
+    manifest = path / "run.json"
     if manifest.is_file():
-        values = json.loads(manifest.read_text(encoding="utf-8"))
-        for name in ("epochs", "steps", "batch_size", "lr", "seed", "commit"):
-            if isinstance(values.get(name), int | float | str):
-                facts[name.replace("_", " ")] = str(values[name])[:12]
+        document = json.loads(manifest.read_text(encoding="utf-8"))
+        versions = {name.rpartition(" ")[2]: value for name, value in document.get("versions", {}).items()}
+        for values in (versions, document.get("arguments", {}), document.get("result", {})):
+            for name in ("version", "commit", "epochs", "steps", "best_step", "batch_size", "lr", "seed"):
+                if isinstance(values.get(name), int | float | str):
+                    facts[name.replace("_", " ")] = str(values[name])[:12]
     return facts
 
 
@@ -250,7 +308,11 @@ def _examples(
     if not queries:
         return []
     rows = torch.tensor(queries, dtype=torch.int64)
-    found = [topk(g.vectors[rows], g.vectors, _NEIGHBOURS, exclude=rows) for g in gathered]
+    found = []
+    for g in gathered:
+        held = ~torch.isnan(g.vectors).any(dim=1)  # an item without an embedding is no candidate
+        vectors = torch.nan_to_num(g.vectors, nan=0.0)
+        found.append(topk(vectors[rows], vectors, _NEIGHBOURS, exclude=rows, allowed=held))
     main = gathered[0].evaluation
     shown = []
     for position, query in enumerate(queries):

@@ -30,6 +30,7 @@ class RunResult:
         facts: what the run is (connector, fields, parameters, seed …), shown as label and text.
         curves: name of a logged quantity → (steps, values).
         baseline: a floor without training: no facts, no curves.
+        beaten: metric → other runs' names that this one beats beyond the paired interval.
     """
 
     name: str
@@ -37,6 +38,7 @@ class RunResult:
     facts: Mapping[str, str] = field(default_factory=dict)
     curves: Mapping[str, tuple[Sequence[float], Sequence[float]]] = field(default_factory=dict)
     baseline: bool = False
+    beaten: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,9 @@ class ReportContent:
     Attributes:
         title: heading.
         facts: what was evaluated (catalogue, split, pool size …).
-        runs: the compared runs, main run first; a baseline may follow.
+        runs: the compared runs, main run first; baselines may follow.
+        verdict: whether training beat the better floor, by how much and how sure; the page begins with it.
+        conditions: condition → the same runs where it holds.
         examples: sampled test queries; `example_note` says how they were sampled.
         attention: attention maps of the main run, when its connector has two streams.
         gates: gate study of the main run, when it has gates.
@@ -132,6 +136,8 @@ class ReportContent:
     title: str
     facts: Mapping[str, str]
     runs: Sequence[RunResult]
+    verdict: Sequence[str] = ()
+    conditions: Mapping[str, Sequence[RunResult]] = field(default_factory=dict)
     examples: Sequence[Example] = ()
     example_note: str = ""
     attention: Sequence[AttentionMap] = ()

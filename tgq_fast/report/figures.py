@@ -139,6 +139,9 @@ def _smooth(values: Sequence[float]) -> np.ndarray:
     return (sums[high] - sums[low]) / (high - low)
 
 
+_LEAST_GATE = 0.25  # half of the range that gate plots show at least: automatic limits make noise look like a reaction
+
+
 def gates_by_agreement(study: GateStudy) -> str | None:
     """Histograms of per item mean gates by third of agreement, one panel per stream."""
     panels = [("anchored gate", study.anchored, ANCHORED), ("exploratory gate", study.exploratory, EXPLORATORY)]
@@ -158,9 +161,8 @@ def gates_by_agreement(study: GateStudy) -> str | None:
     with rc_context(_STYLE):
         figure = Figure(figsize=(4.6 * len(drawn), 2.8))
         for axes, (title, values, colour) in zip(np.atleast_1d(figure.subplots(1, len(drawn))), drawn):
-            low, high = min(0.0, float(values.min())), max(0.0, float(values.max()))
-            margin = 0.05 * max(high - low, 1e-6)
-            bins = np.linspace(low - margin, high + margin, 34)
+            reach = max(_LEAST_GATE, 1.05 * float(np.abs(values).max()))
+            bins = np.linspace(-reach, reach, 41)
             for alpha, style, (label, mask) in zip((1.0, 0.75, 0.5), ("-", "--", ":"), groups):
                 if mask.any():
                     axes.hist(
@@ -220,6 +222,8 @@ def gates_by_condition(study: GateStudy) -> str | None:
                     label=f"{stream} gate",
                 )
             axes.axhline(0, color=_INK, linewidth=0.8)
+            reach = max(_LEAST_GATE, *(1.05 * float(np.abs(v).max()) for values in groups.values() for v in values))
+            axes.set_ylim(-reach, reach)
             axes.set_xticks(np.arange(len(ticks)), ticks)
             axes.set_ylabel("mean gate (median, 10–90 %)")
             axes.legend(fontsize=8)

@@ -11,7 +11,7 @@ from markupsafe import Markup
 from tgq_fast.report import figures
 from tgq_fast.report.content import ReportContent, RunResult
 
-__all__ = ["render"]
+__all__ = ["render", "source"]
 
 _CURVES = (
     ("loss", "training loss"),
@@ -23,14 +23,15 @@ _CURVES = (
 )
 
 
-def _source(name: str) -> str:
+def source(name: str) -> str:
+    """Text of a file of this package: a template or the style."""
     return resources.files("tgq_fast.report").joinpath(name).read_text(encoding="utf-8")
 
 
 def render(content: ReportContent) -> str:
     """The whole page. Every text of the catalogue is escaped; figures and pictures are part of the file."""
     environment = Environment(
-        loader=FunctionLoader(_source), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FunctionLoader(source), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.globals["series"] = figures.series_variable
     names = _shown(content.runs)
@@ -39,8 +40,8 @@ def render(content: ReportContent) -> str:
     return environment.get_template("page.html.j2").render(
         content=content,
         metric_names=names,
-        best={name: max(run.metrics[name].value for run in content.runs if name in run.metrics) for name in names},
-        style=Markup(_source("page.css")),
+        best={name: _sole_winner(content.runs, name) for name in names},
+        style=Markup(source("page.css")),
         dots=Markup(figures.metric_dots(content.runs, _plotted(names))) if names else "",
         curves=[Markup(figure) for figure in drawn if figure],
         gate_figures=[
@@ -51,6 +52,11 @@ def render(content: ReportContent) -> str:
             if figure
         ],
     )
+
+
+def _sole_winner(runs: Sequence[RunResult], name: str) -> str | None:
+    """The run that beats every other beyond the interval of their difference, if there is one."""
+    return next((run.name for run in runs if len(run.beaten.get(name, ())) == len(runs) - 1 > 0), None)
 
 
 def _shown(runs: Sequence[RunResult]) -> list[str]:

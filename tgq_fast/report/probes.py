@@ -14,9 +14,10 @@ from tgq_fast.data.corruption import AREAS, corrupt_image, item_seed
 from tgq_fast.models.views import token_grid
 from tgq_fast.report import figures
 from tgq_fast.report.content import AttentionMap, GateStudy
+from tgq_fast.study.probes import connect, gate_means
 
 if TYPE_CHECKING:
-    from tgq_fast.models import ConnectorOutput, FeatureStore, FrozenFeatures, TGQFormerModel
+    from tgq_fast.models import FeatureStore, TGQFormerModel
 
 __all__ = ["attention_maps", "gate_study"]
 
@@ -28,13 +29,6 @@ class PictureSource(Protocol):
     """Where pictures come from; None when one cannot be read."""
 
     def load(self, item: Item) -> Image.Image | None: ...
-
-
-@torch.inference_mode()
-def _connect(model: TGQFormerModel, features: FrozenFeatures, *, attention: bool = False) -> ConnectorOutput:
-    model.eval()
-    output: ConnectorOutput = model.connector(features.to(model.logit_scale.device), return_attention=attention)
-    return output
 
 
 def attention_maps(
@@ -50,7 +44,7 @@ def attention_maps(
     if not rows:
         return [], ""
     side, leading = grid
-    weights = _connect(model, store.batch(rows), attention=True).attention
+    weights = connect(model, store.batch(rows), attention=True).attention
     if weights is None:
         return [], "No attention maps: the connector returned no attention."
     maps = weights[:, :, leading:].float().cpu().numpy().reshape(len(rows), -1, side, side)  # [B, N, h, w]
@@ -138,15 +132,6 @@ def gate_study(
     )
 
 
-def _summary(output: ConnectorOutput) -> dict[str, np.ndarray]:
-    values = {"agreement": output.agreement, "anchored": output.anchored_gate, "exploratory": output.exploratory_gate}
-    return {
-        name: (value if value.ndim == 1 else value.mean(dim=1)).float().cpu().numpy()
-        for name, value in values.items()
-        if value is not None
-    }
-
-
 def _gates(
     model: TGQFormerModel,
     store: FeatureStore,
@@ -164,7 +149,7 @@ def _gates(
             keep=None if keep is None else keep[part],
             metadata_from=None if metadata_from is None else metadata_from[part],
         )
-        parts.append(_summary(_connect(model, features)))
+        parts.append(gate_means(connect(model, features)))
     return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
 
 
@@ -190,7 +175,7 @@ def _overlay_gates(
             tokens.append(visual.float())
             pooled.append(global_image.float())
         base.visual_tokens, base.global_image = torch.cat(tokens), torch.cat(pooled)
-        for stream, gates in _summary(_connect(model, base)).items():
+        for stream, gates in gate_means(connect(model, base)).items():
             if stream != "agreement":
                 levels.setdefault(stream, []).append(gates)
     return levels

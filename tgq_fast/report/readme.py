@@ -1,7 +1,8 @@
 """``python -m tgq_fast.report.readme README.md docs/results``: the table of retrieval figures, from result files.
 
-A result file is the results.json that `make demo` (or ``python -m tgq_fast.demo``) writes. The table replaces what is
-between ``<!-- retrieval:begin -->`` and ``<!-- retrieval:end -->``; several files of one catalogue are its seeds.
+A result file is the study.json of `tgq-fast study`, or the results.json that `make demo` writes. The table replaces
+what is between ``<!-- retrieval:begin -->`` and ``<!-- retrieval:end -->``. A catalogue that has a study shows that
+alone; of demos, several files of one catalogue are its seeds.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 
 from tgq_fast.errors import ArgumentError
 
-__all__ = ["fill", "main", "retrieval_table"]
+__all__ = ["fill", "main", "retrieval_table", "study_table"]
 
 _BLOCK = re.compile(r"(<!-- retrieval:begin -->\n).*?(<!-- retrieval:end -->)", re.DOTALL)
 _METRICS = ("HR@1", "HR@10", "HR@100", "H@100", "MRR")
@@ -38,10 +39,13 @@ def retrieval_table(results: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
     """Markdown: per catalogue one table; mean and range over seeds, or value and bootstrap interval of a single one."""
     if not results:
         return "No result files yet.\n"
+    studies = [(name, result) for name, result in results if "plan" in result]
+    studied = {result["catalogue"] for _, result in studies}
+    results = [(n, result) for n, result in results if "plan" not in result and result["catalogue"] not in studied]
     groups: dict[tuple[str, str, str], list[tuple[str, Mapping[str, Any]]]] = defaultdict(list)
     for name, result in sorted(results, key=lambda entry: (entry[1]["catalogue"], entry[1]["seed"])):
         groups[(result["catalogue"], ", ".join(result["fields"]), result["command"])].append((name, result))
-    parts = []
+    parts = [study_table(name, study) for name, study in studies]
     for (catalogue, fields, command), entries in groups.items():
         first = next(iter(entries[0][1]["results"].values()))
         seeds = ", ".join(str(result["seed"]) for _, result in entries)
@@ -60,6 +64,40 @@ def retrieval_table(results: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
         sources = ", ".join(f"`docs/results/{name}`" for name, _ in entries)
         parts.append("\n".join([*lines, "", f"Made by `{command}`: {sources}.", ""]))
     return "\n".join(parts)
+
+
+def study_table(name: str, study: Mapping[str, Any]) -> str:
+    """Markdown table of one study: clean metrics, and H@K of the largest K over overlays, scenes and everything.
+
+    A value is bold in the main row where no other row but an ablation has a greater one, and where every such row is
+    worse beyond its interval.
+    """
+    last = [metric for metric in study["metrics"] if metric.startswith("H@")][-1]
+    columns = [("clean", m) for m in study["metrics"] if m.startswith("HR@")] + [("clean", last)]
+    columns += [(place, last) for place in study["pooled"] if place != "all"] + [("all", last)] * (
+        "all" in study["pooled"]
+    )
+    rivals = [row for row in study["rows"].values() if "against" in row and not row["facts"].get("ablation")]
+    test, plan = study["test"], study["plan"]
+    lines = [
+        f"**{study['catalogue']}**: {test['queries']:,} test queries of {test['groups']:,} groups, every item of "
+        f"{test['pool']:,} a candidate, guided by {', '.join(plan['fields']) or 'nothing'}; mean of {plan['seeds']} "
+        "seeds, 95 % bootstrap intervals over groups; bold: better than every other row but ablations beyond the "
+        "paired interval.",
+        "",
+        "| row | " + " | ".join(f"{metric} {place}" for place, metric in columns) + " |",
+        "|---|" + "---:|" * len(columns),
+    ]
+    for row_name, row in study["rows"].items():
+        cells = []
+        for place, metric in columns:
+            value = row["metrics"][place][metric]
+            text = f"{value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
+            won = rivals and all(rival["against"][place][metric]["verdict"] == "win" for rival in rivals)
+            cells.append(f"**{text}**" if row_name == study["main"] and won else text)
+        lines.append(f"| {row_name} | " + " | ".join(cells) + " |")
+    conditions = ", ".join(plan["conditions"])
+    return "\n".join([*lines, "", f"Made by `tgq-fast study` under {conditions}: `docs/results/{name}`.", ""])
 
 
 def _cell(values: Sequence[Mapping[str, float]]) -> str:

@@ -8,7 +8,6 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -158,7 +157,7 @@ def embed_catalog(
     fields = getattr(getattr(model, "config", None), "fields", None)
     source = catalog.digest()
     pool = _open(Path(out), Manifest(width, dtype, shard_size, digest, source), resume=resume)
-    with pool, getattr(model, "encoding", nullcontext)():  # packs weights once for the whole run
+    with pool:
         work = plan(catalog, pool, fields)
         if not work.resumes and (work.todo or work.gone or pool.manifest.rejects or pool.manifest.source != source):
             pool.upsert(
@@ -332,7 +331,8 @@ def zero_shot_embeddings(catalog: Catalog, store: FeatureStore) -> Tensor:
 
     Of a whitened store (:meth:`FeatureStore.whitened`) it is the whitened floor, [n, k].
 
-    Items without a usable image get a zero row, whose score against anything is 0.
+    An item without a picture gets a zero row, whose score against anything is 0; one whose picture cannot be used is
+    NaN, which is no candidate of an evaluation.
 
     Args:
         catalog: the catalogue; row order of the result.
@@ -341,5 +341,7 @@ def zero_shot_embeddings(catalog: Catalog, store: FeatureStore) -> Tensor:
     if len(store) != len(catalog):
         raise ArgumentError("store", f"{len(store)} rows", f"the {len(catalog)} items of the catalogue")
     vectors = torch.from_numpy(np.array(store.global_image, dtype=np.float32))
-    vectors[torch.from_numpy(~(store.valid & store.has_image))] = 0.0
-    return torch.nn.functional.normalize(vectors, dim=1)
+    vectors[torch.from_numpy(~store.has_image)] = 0.0
+    vectors = torch.nn.functional.normalize(vectors, dim=1)
+    vectors[torch.from_numpy(~store.valid)] = float("nan")
+    return vectors

@@ -149,10 +149,8 @@ class TGQTrainer(Trainer):
         assert self.validation is not None
         model: TGQFormerModel = self.accelerator.unwrap_model(self.model)
         size = max(64, 2 * self.args.per_device_eval_batch_size)
-        embeddings = torch.as_tensor(
-            model.encode(self.catalog, features=self.store, batch_size=size, on_error="skip")
-        ).clone()
-        embeddings[list(self.store.invalid)] = 0.0  # an item without a usable picture scores 0 against all
+        # An item without a usable picture is NaN, which is no candidate.
+        embeddings = torch.as_tensor(model.encode(self.catalog, features=self.store, batch_size=size, on_error="skip"))
         return evaluate(self.catalog, embeddings, ks=self.ks, split=self.validation, samples=0)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:

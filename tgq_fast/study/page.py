@@ -1,0 +1,86 @@
+"""A study as a page and as text, from nothing but its study.json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FunctionLoader, StrictUndefined
+from markupsafe import Markup
+
+from tgq_fast.data.files import write_atomic
+from tgq_fast.report.page import source
+
+__all__ = ["text_table", "verdict", "write_page"]
+
+Study = Mapping[str, Any]
+
+
+def headline(study: Study) -> str:
+    """The metric that a study speaks of first: H@100, or the H@K of its largest K."""
+    names = [name for name in study["metrics"] if name.startswith("H@")]
+    return str(names[-1])
+
+
+def verdict(study: Study) -> list[str]:
+    """In words: the main row against the best of the others, over all conditions and clean, and where it loses."""
+    main, metric = study["main"], headline(study)
+    rivals = {name: row for name, row in study["rows"].items() if name != main and not row["facts"].get("ablation")}
+    if not rivals:
+        return [f"{main} has nothing to be compared with."]
+    lines = []
+    for place, where in (("all", "averaged over all conditions"), ("clean", "on clean pictures")):
+        if place not in study["rows"][main]["metrics"]:
+            continue
+        best = max(rivals, key=lambda name: rivals[name]["metrics"][place][metric]["value"])
+        cell, mine = rivals[best]["against"][place][metric], study["rows"][main]["metrics"][place][metric]["value"]
+        theirs = rivals[best]["metrics"][place][metric]["value"]
+        word = {"win": "is better than", "tie": "cannot be told from", "loss": "is worse than"}[cell["verdict"]]
+        lines.append(
+            f"{main} {word} the best of the others, {best}, {where}: {metric} {mine:.3f} against {theirs:.3f}, "
+            f"{cell['relative']:+.1%} [{cell['relative_low']:+.1%}, {cell['relative_high']:+.1%}], p = {cell['p']:.3f}."
+        )
+    losses = [
+        f"{name} {place} {m} ({cell['difference']:+.3f})"
+        for name, row in rivals.items()
+        for place in study["conditions"]
+        for m, cell in row["against"][place].items()
+        if cell["verdict"] == "loss"
+    ]
+    if losses:
+        lines.append(f"Cells in which {main} is worse beyond its interval: " + "; ".join(losses) + ".")
+    else:
+        lines.append(f"In no cell is {main} worse than any other row beyond its interval.")
+    return lines
+
+
+def text_table(study: Study, metric: str | None = None) -> tuple[list[str], list[list[str]]]:
+    """Columns (conditions) and rows of one metric, value and interval; a star where the main row wins, a minus where it
+    loses."""
+    metric = metric or headline(study)
+    places = [*study["conditions"], *study["pooled"]]
+    rows = []
+    for name, row in study["rows"].items():
+        cells = []
+        for place in places:
+            found = row["metrics"][place][metric]
+            mark = (
+                {"win": " *", "loss": " -", "tie": ""}[row["against"][place][metric]["verdict"]]
+                if "against" in row
+                else ""
+            )
+            cells.append(f"{found['value']:.3f} [{found['low']:.3f}, {found['high']:.3f}]{mark}")
+        rows.append([name, *cells])
+    return [metric, *places], rows
+
+
+def write_page(study: Study, out: Path) -> None:
+    """The whole study on one page that loads nothing from anywhere."""
+    environment = Environment(
+        loader=FunctionLoader(source), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    page = environment.get_template("study.html.j2").render(
+        study=study, verdict=verdict(study), headline=headline(study), style=Markup(source("page.css"))
+    )
+    write_atomic(out, page.encode())
