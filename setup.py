@@ -10,6 +10,7 @@ Environment:
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import shutil
@@ -19,6 +20,7 @@ from pathlib import Path
 
 from setuptools import Extension, find_namespace_packages, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 from setuptools.command.sdist import sdist
 
 ROOT = Path(__file__).resolve().parent
@@ -98,6 +100,23 @@ class CMakeBuild(build_ext):
         subprocess.run(["cmake", "--build", str(work), "--target", "_C", f"-j{jobs()}"], check=True)
 
 
+class StampedBuild(build_py):
+    """Writes the commit beside the sources of a wheel: `tgq_fast.retrieval._identity` reads it there."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            target = Path(self.build_lib) / "tgq_fast" / "_build_info.json"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(json.dumps({"commit": commit()}) + "\n")
+
+    def get_outputs(self, include_bytecode: bool = True) -> list[str]:
+        outputs = super().get_outputs(include_bytecode)
+        return (
+            outputs if self.editable_mode else [*outputs, str(Path(self.build_lib) / "tgq_fast" / "_build_info.json")]
+        )
+
+
 class StampedSdist(sdist):
     """Writes the commit into the source distribution, where there is no git to ask."""
 
@@ -122,5 +141,5 @@ setup(
     },
     include_package_data=False,
     ext_modules=[CMakeExtension("tgq_fast._C")],
-    cmdclass={"build_ext": CMakeBuild, "sdist": StampedSdist},
+    cmdclass={"build_ext": CMakeBuild, "build_py": StampedBuild, "sdist": StampedSdist},
 )

@@ -13,9 +13,10 @@ import pytest
 import tiny_models
 from typer.testing import CliRunner
 
-from tgq_fast import cli, console, workflow
+from tgq_fast import cli, console, intake, workflow
+from tgq_fast.cli_pools import assignments
 from tgq_fast.data import Catalog, write_demo_catalog
-from tgq_fast.errors import ArgumentError
+from tgq_fast.errors import ArgumentError, CatalogError
 from tgq_fast.retrieval import ItemPool
 
 SMALL = ("hidden_size=16", "num_attention_heads=2", "num_hidden_layers=1", "intermediate_size=24", "embedding_size=8")
@@ -38,13 +39,71 @@ def test_control_characters_of_a_catalogue_do_not_reach_the_terminal(tmp_path: P
     assert evil in json.loads(result.stdout)["warnings"][0]  # JSON says it exactly
 
 
+def test_validate_says_what_to_do_next(tmp_path: Path) -> None:
+    shop = write_demo_catalog(tmp_path / "a shop", groups=10, variants=3, image_size=40)
+    result = call("validate", shop, "--no-images")
+    assert "30 of 30 items have a picture; 10 group(s)" in result.stderr.replace("\n", " ")
+    assert "these fields would guide: category" in result.stderr and "pairs: train" in result.stderr
+    assert f"tgq-fast train '{shop}' --out runs/first" in result.stderr.replace("\n", "")
+    rows = [json.loads(line) for line in (shop / "metadata.jsonl").read_text().splitlines()]
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    (alone / "metadata.jsonl").write_text("".join(json.dumps({"id": row["id"]}) + "\n" for row in rows))
+    said = json.loads(call("validate", alone, "--json").stdout)["next_steps"]
+    assert any("group_id" in line and "pairs.jsonl" in line for line in said) and not any(
+        "next:" in line for line in said
+    )
+
+
+def test_training_without_pairs_is_refused_before_anything_is_computed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "metadata.jsonl").write_text('{"id": "a"}\n{"id": "b"}\n')
+    monkeypatch.setattr(workflow, "load_towers", lambda *_: pytest.fail("towers were loaded"))
+    result = call("train", tmp_path, "--out", tmp_path / "run", code=3)
+    assert "no training pairs" in result.stderr and "group_id" in result.stderr and "pairs.jsonl" in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_embedding_does_not_stop_at_pairs(tmp_path: Path) -> None:
+    (tmp_path / "metadata.jsonl").write_text('{"id": "a"}\n{"id": "b"}\n')
+    (tmp_path / "pairs.jsonl").write_text('{"query": "a", "target": "nobody"}\n')
+    assert len(intake.load_catalog(tmp_path, "raise", pairs=False)) == 2
+    with pytest.raises(CatalogError, match="nobody"):
+        intake.load_catalog(tmp_path, "raise")
+
+
+def test_names_with_commas_and_equals_signs() -> None:
+    assert cli._names('category,"size, EU", "a ""b"""') == ["category", "size, EU", 'a "b"']
+    assert assignments(['"a=b"=c=d', "x=y=z"], "--field") == {"a=b": "c=d", "x": "y=z"}
+    with pytest.raises(ArgumentError, match='"a=b"=value'):
+        assignments(["nothing"], "--field")
+
+
+def test_import_of_a_table_by_map(tmp_path: Path) -> None:
+    shop = write_demo_catalog(tmp_path / "shop", groups=2, variants=2, image_size=40)
+    files = sorted(path.name for path in (shop / "images").iterdir())
+    lines = ["Nr;Bild;Name, lang;Preis"] + [f"{n};{name};N{n};1.0{n}9,50 €" for n, name in enumerate(files)]
+    (tmp_path / "t.csv").write_text("\n".join(lines), encoding="cp1252")
+    options = ("--map", 'id=nr,file_name=Bild,"title=Name, lang"', "--map", "price=Preis", "--images", shop / "images")
+    found = json.loads(
+        call("import", "table", tmp_path / "t.csv", "--out", tmp_path / "out", *options, "--json").stdout
+    )
+    assert found["items"] == 4 and "cp1252 text parted by semicolons" in " ".join(found["notes"])
+    item = Catalog.load(tmp_path / "out").items[3]
+    assert (item.id, item.title, item.price) == ("3", "N3", 1039.5)
+    for wrong in (("--pictures", "some"), ("--delimiter", "ab"), ("--map", "id")):
+        call("import", "table", tmp_path / "t.csv", "--out", tmp_path / "no", *wrong, code=2)
+    call("import", "grocery", tmp_path, "--out", tmp_path / "no", "--map", "id=a", code=2)
+
+
 def test_what_the_disk_says_is_a_typed_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import errno
 
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "x"))
 
-    monkeypatch.setattr(workflow, "validate_catalog", full)
+    monkeypatch.setattr(intake, "validate_catalog", full)
     result = call("validate", tmp_path, "--json", code=2)
     assert "No space left" in result.stderr and "free some space" in result.stderr
     assert json.loads(result.stdout)["error"]["type"] == "StorageError"
@@ -369,11 +428,11 @@ def test_unexpected_errors_and_interrupts_have_their_codes(world: World, monkeyp
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(workflow, "load_catalog", explode)
+    monkeypatch.setattr(intake, "load_catalog", explode)
     result = call("embed", world.catalog, "--model", world.run, "--out", "p", code=1)
     assert "boom" in result.stderr and "--debug" in result.stderr and "Traceback" not in result.stderr
     assert "Traceback" in call("--debug", "embed", world.catalog, "--model", world.run, "--out", "p", code=1).stderr
-    monkeypatch.setattr(workflow, "load_catalog", interrupt)
+    monkeypatch.setattr(intake, "load_catalog", interrupt)
     assert "interrupted" in call("embed", world.catalog, "--model", world.run, "--out", "p", code=130).stderr
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import subprocess
 import sys
@@ -99,3 +100,17 @@ def test_wheel_from_the_source_distribution(tmp_path: Path) -> None:
     printed = run(code, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path / "site")}).splitlines()
     assert printed[0].startswith(str(tmp_path))
     assert printed[1] != "unknown"
+    stamp = json.loads((tmp_path / "site" / "tgq_fast" / "_build_info.json").read_text())  # runs and pools keep it
+    assert stamp == {"commit": printed[1]}
+    code = "from tgq_fast.retrieval._identity import package_identity as i; print(i()['commit'])"
+    assert run(code, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path / "site")}).strip() == printed[1]
+
+
+def test_built_sources_carry_the_commit(tmp_path: Path) -> None:
+    build = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(tmp_path)]
+    done = subprocess.run(build, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    asked = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
+    if asked.returncode:
+        pytest.skip("no git checkout")
+    assert json.loads((tmp_path / "tgq_fast" / "_build_info.json").read_text()) == {"commit": asked.stdout.strip()}

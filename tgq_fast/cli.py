@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from enum import Enum
 from pathlib import Path
@@ -101,19 +102,20 @@ def validate(
 
     Example: tgq-fast validate shop --rejects rejects.jsonl
     """
-    from tgq_fast.workflow import validate_catalog
+    from tgq_fast.intake import validate_catalog
 
     found = validate_catalog(catalog, images=images, rejects=rejects)
     report = found.report
     if as_json:
-        console.print_json(report.to_dict() | {"suggested_fields": found.fields})
+        console.print_json(report.to_dict() | {"suggested_fields": found.fields, "next_steps": found.next_steps})
     else:
         rows: list[tuple[str, object]] = [("items", report.items), ("pairs", report.pairs)]
         rows += [(f"{name} pairs / queries", f"{s['pairs']} / {s['queries']}") for name, s in report.splits.items()]
         rows += [("rows refused", report.problem_count), ("pictures refused", len(report.image_problems))]
         rows += [(f"without {name}", count) for name, count in report.missing.items() if count]
         console.table(str(catalog), ("", "count"), rows)
-        console.note("fields that guide by default: " + (", ".join(found.fields) or "none"))
+        for line in found.next_steps:
+            console.note(line)
         for line in report.warnings[:10]:
             console.note(f"warning: {line}")
         for line in [*report.problems, *report.image_problems][:20]:
@@ -170,9 +172,11 @@ def train(
 
     Example: tgq-fast train shop --out runs/qf --connector qformer --set num_hidden_layers=4
     """
-    from tgq_fast.workflow import load_catalog, make_config, train_run
+    from tgq_fast.intake import load_catalog, require_pairs
+    from tgq_fast.workflow import make_config, train_run
 
     loaded = load_catalog(catalog, on_error.value)
+    require_pairs(loaded)
     config = make_config(
         loaded,
         preset=preset.value,
@@ -230,12 +234,13 @@ def embed(
 
     Example: tgq-fast embed shop --zero-shot whitened --out pools/floor
     """
-    from tgq_fast.workflow import embed_run, load_catalog, make_config, zero_shot_model
+    from tgq_fast.intake import load_catalog
+    from tgq_fast.workflow import embed_run, make_config, zero_shot_model
 
     if (model is None) == (zero_shot is None):
         given = "neither" if model is None else "both"
         raise ArgumentError("--model", given, "a run by --model RUN, or --zero-shot raw|whitened")
-    loaded = load_catalog(catalog, on_error.value)
+    loaded = load_catalog(catalog, on_error.value, pairs=False)
     source: Any = model
     if zero_shot is not None:
         config = make_config(loaded, preset=preset.value, fields=[], overrides=_towers(vision, None, None))
@@ -285,7 +290,8 @@ def evaluate(
 
     Example: tgq-fast evaluate shop --model runs/tgq --corrupt overlay:0.3:both --corrupt scene:4:query
     """
-    from tgq_fast.workflow import evaluate_run, load_catalog
+    from tgq_fast.intake import load_catalog
+    from tgq_fast.workflow import evaluate_run
 
     loaded = load_catalog(catalog, on_error.value)
     results = evaluate_run(
@@ -342,8 +348,8 @@ def report(
 
     Example: tgq-fast report shop --model runs/tgq --model runs/qformer --out report.html
     """
+    from tgq_fast.intake import load_catalog
     from tgq_fast.report.collect import write_report
-    from tgq_fast.workflow import load_catalog
 
     loaded = load_catalog(catalog, on_error.value)
     summary = write_report(
@@ -406,20 +412,58 @@ def serve(
 @app.command("import")
 @guarded
 def import_(
-    source: Annotated[str, typer.Argument(help="grocery, fashion, amazon2023 or abo.", show_default=False)],
-    path: Annotated[Path, typer.Argument(help="Where you downloaded the data set.", show_default=False)],
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="Your own: merchant, shopify, woocommerce, table, pictures, dataset. Public: grocery, fashion, "
+            "amazon2023, abo.",
+            show_default=False,
+        ),
+    ],
+    path: Annotated[Path, typer.Argument(help="The export, or the data set that you downloaded.", show_default=False)],
     out: Annotated[Path, typer.Option("--out", metavar="CATALOG", help="Folder to write.", show_default=False)],
+    map_: Annotated[
+        list[str] | None,
+        typer.Option("--map", metavar="id=sku,title=name,…", help="Our column=yours; also attributes.x=column."),
+    ] = None,
+    images: Annotated[Path | None, typer.Option(help="Folder of pictures, found by file name, not fetched.")] = None,
+    pictures: Annotated[str, typer.Option(help="first, or all: an item of each further picture.")] = "first",
+    download: Annotated[bool, typer.Option("--download/--no-download", help="Fetch pictures by web address.")] = True,
+    private_hosts: Annotated[bool, typer.Option("--private-hosts", help="Also fetch from private networks.")] = False,
+    delimiter: Annotated[str | None, typer.Option(help="Of text tables; default: told from the file.")] = None,
+    encoding: Annotated[str | None, typer.Option(help="Of text tables; default: told from the file.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Stop after so many items.")] = None,
     link: Annotated[bool, typer.Option("--link/--copy", help="Link pictures instead of copying them.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Turn a public data set that you downloaded into a catalogue.
+    """Turn a shop's export, a table, a folder of pictures or a public data set into a catalogue.
+
+    Example: tgq-fast import merchant feed.xml --out shop
+
+    Example: tgq-fast import table products.csv --map id=sku,file_name=image,title=name --out shop
 
     Example: tgq-fast import grocery ~/GroceryStoreDataset --out groceries
     """
-    from tgq_fast.workflow import import_source
+    from tgq_fast.data.importers import PUBLIC, DownloadLimits, ShopOptions
+    from tgq_fast.intake import import_source
 
-    result = import_source(source, path, out, limit=limit, link=link)
+    columns = assignments([part for entry in map_ or () for part in _names(entry) or ()], "--map")
+    if pictures not in ("first", "all"):
+        raise ArgumentError("--pictures", repr(pictures), "first or all")
+    if delimiter is not None and len(delimiter := delimiter.replace("\\t", "\t")) != 1:
+        raise ArgumentError("--delimiter", repr(delimiter), "one character, such as ';' or '\\t'")
+    options = ShopOptions(
+        columns,
+        images=images,
+        download=download,
+        pictures="all" if pictures == "all" else "first",
+        delimiter=delimiter,
+        encoding=encoding,
+        limits=DownloadLimits(private=private_hosts),
+    )
+    if source in PUBLIC and options != ShopOptions():
+        raise ArgumentError("--map and the like", f"for {source}", "none: a public data set is read in one way")
+    result = import_source(source, path, out, limit=limit, link=link, options=None if source in PUBLIC else options)
     if as_json:
         console.print_json(result)
     else:
@@ -473,7 +517,14 @@ def doctor(as_json: Json = False) -> None:
 
 
 def _names(text: str | None) -> list[str] | None:
-    return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
+    """Names with commas between; one that holds a comma stands in double quotes, as in CSV."""
+    if text is None:
+        return None
+    try:
+        parts = next(csv.reader([text], skipinitialspace=True, strict=True), [])
+    except csv.Error as error:
+        raise ArgumentError("--fields", repr(text), f"names with commas between ({error})") from None
+    return [name.strip() for name in parts if name.strip()]
 
 
 def _cutoffs(text: str) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -164,9 +165,12 @@ def assignments(values: Sequence[str] | None, option: str, *, parse: bool = Fals
     """name=value pairs; with `parse`, values that are JSON (numbers, true, null, lists) are read as JSON."""
     pairs: dict[str, Any] = {}
     for entry in values or ():
+        quoted = re.match(r'\s*"((?:[^"]|"")+)"\s*=', entry)  # a name with "=" in it
         name, equals, value = entry.partition("=")
+        if quoted:
+            name, value = quoted[1].replace('""', '"'), entry[quoted.end() :]
         if not equals or not name.strip():
-            raise ArgumentError(option, repr(entry), "name=value")
+            raise ArgumentError(option, repr(entry), 'name=value, or "a=b"=value')
         if parse:
             try:
                 pairs[name.strip()] = json.loads(value)

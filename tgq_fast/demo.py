@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tgq_fast import console, pool_steps, workflow
+from tgq_fast import console, intake, pool_steps, workflow
 from tgq_fast.errors import ArgumentError
 
 _MARKER = ".tgq-demo"  # in the output folder: what is in it was made by the demo and may be replaced by it
@@ -58,7 +58,7 @@ def demo(
         with step("draw the embedded catalogue"):
             catalog = write_demo_catalog(out / "catalog")
     with step(f"tgq-fast validate {catalog}"):
-        found = workflow.validate_catalog(catalog, images=True, rejects=out / "rejects.jsonl")
+        found = intake.validate_catalog(catalog, images=True, rejects=out / "rejects.jsonl")
         report = found.report
         console.note(
             f"{report.items} items, {report.pairs} pairs, {report.problem_count} rows and "
@@ -66,7 +66,7 @@ def demo(
         )
         for line in [*report.problems, *report.image_problems, *report.warnings][:5]:
             console.note(f"  {line}")
-    loaded = workflow.load_catalog(catalog, "skip")
+    loaded = intake.load_catalog(catalog, "skip")
     names = found.fields if fields is None else [name.strip() for name in fields.split(",") if name.strip()]
     console.note("guiding fields: " + (", ".join(names) or "none"))
     overrides = {} if vision is None else {"vision_tower": vision}

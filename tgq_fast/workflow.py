@@ -9,7 +9,6 @@ import functools
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,7 +16,7 @@ from tgq_fast import console
 from tgq_fast.errors import ArgumentError, CheckpointError, TGQError
 
 if TYPE_CHECKING:
-    from tgq_fast.data import Catalog, ValidationReport
+    from tgq_fast.data import Catalog
     from tgq_fast.models import TGQFormerConfig, TGQFormerModel
     from tgq_fast.models.features import FeatureStore
     from tgq_fast.models.towers import TextTower, VisionTower
@@ -32,40 +31,6 @@ DEFAULT_VIEWS = 4
 CATALOG_NOTE = "catalog.json"  # beside a pool: where its catalogue lay, for titles in search results
 _REFUSED_ROWS = "refused_rows.jsonl"  # beside a pool or in a run: rows of the catalogue that were left out
 _SHOWN = ("HR@", "H@", "Recall@", "MRR", "NDCG@", "1-NN")
-
-
-@dataclass(frozen=True)
-class Validation:
-    """Findings about a catalogue and the fields that guide by default."""
-
-    report: ValidationReport
-    fields: list[str]
-
-
-def load_catalog(path: Path, on_error: Policy) -> Catalog:
-    """Read a catalogue and say what was left out."""
-    from tgq_fast.data import Catalog
-
-    catalog = Catalog.load(path, policy=on_error)
-    for line in [*catalog.report.problems, *catalog.report.warnings][:5]:
-        console.note(f"{path}: {line}")
-    return catalog
-
-
-def validate_catalog(path: Path, *, images: bool, rejects: Path | None) -> Validation:
-    """Check every row, pair and, on request, picture; problems are collected, not raised."""
-    from tgq_fast.data import Catalog, RejectLog, validate_images
-    from tgq_fast.data.guides import suggest_fields
-
-    catalog = Catalog.load(path, policy="skip")
-    report = catalog.report
-    log = RejectLog(rejects) if rejects is not None else None
-    if log is not None:
-        log.add_report(report)
-    if images:
-        with console.progress("pictures") as advance:
-            report = report.with_images(validate_images(catalog, reject_log=log, on_progress=advance, workers=2))
-    return Validation(report, suggest_fields(catalog))
 
 
 def make_config(
@@ -414,11 +379,3 @@ def metric_table(results: Mapping[str, Evaluation]) -> tuple[list[str], list[lis
             cells = (result.metrics.get(name) for result in results.values())
             rows.append([name, *("" if m is None else f"{m.value:.3f} [{m.low:.3f}, {m.high:.3f}]" for m in cells)])
     return ["", *results], rows
-
-
-def import_source(source: str, path: Path, out: Path, *, limit: int | None, link: bool) -> dict[str, Any]:
-    """Convert a downloaded public data set into a catalogue folder."""
-    from tgq_fast.data import import_catalog
-
-    copy: Literal["link", "copy"] = "link" if link else "copy"
-    return import_catalog(source, path, out, limit=limit, copy=copy).to_dict()

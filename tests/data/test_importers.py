@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tgq_fast.data import Catalog, import_catalog, load_image
-from tgq_fast.data.importers import SOURCES
+from tgq_fast.data.importers import PUBLIC
 from tgq_fast.data.importers.abo import pick_value
 from tgq_fast.data.importers.fashion import COLUMNS
 from tgq_fast.errors import ArgumentError, CatalogError
@@ -375,7 +375,7 @@ def test_arguments(abo: Path, tmp_path: Path) -> None:
         import_catalog("abo", abo, tmp_path / "o")
 
 
-@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("source", PUBLIC)
 def test_a_folder_of_something_else_is_refused(source: str, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     for path in (tmp_path / "other", tmp_path / "absent"):

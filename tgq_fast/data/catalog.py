@@ -156,7 +156,7 @@ class Catalog:
     _cache: dict[str, NDArray[np.int64] | NDArray[np.int8]] = field(repr=False, default_factory=dict)
 
     @classmethod
-    def load(cls, path: str | Path, *, policy: Policy = "raise") -> Catalog:
+    def load(cls, path: str | Path, *, policy: Policy = "raise", pairs_policy: Policy | None = None) -> Catalog:
         """Read and check a catalogue.
 
         Args:
@@ -164,6 +164,7 @@ class Catalog:
                 .gz, and each also as a folder of parts), or the metadata file. A Parquet column with the bytes of
                 pictures (`image` struct{bytes, path}) is read from the file when a picture is asked for.
             policy: "raise" refuses a catalogue with any problem row; "skip" leaves those rows out and reports them.
+            pairs_policy: the same for rows of the pairs file; None: `policy`.
 
         Raises:
             CatalogError: nothing usable, or problems under policy "raise"; lists them with row numbers.
@@ -180,7 +181,8 @@ class Catalog:
         if pairs_file is not None:
             rejected = frozenset(r.id for r in report.rejected if r.id is not None and r.id not in index)
             pairs = _load_pairs(pairs_file, index, rejected, report)
-        if report.problem_count and policy == "raise":
+        stops = {"metadata": policy, "pairs": pairs_policy or policy}
+        if any(stops[rejected.file] == "raise" for rejected in report.rejected):
             hint = "Mend the rows, or load with policy 'skip' to leave them out."
             raise CatalogError(metadata, report.problems, hint)
         if not items:
@@ -191,10 +193,15 @@ class Catalog:
 
     @classmethod
     def from_items(
-        cls, items: Sequence[Item], *, root: str | Path = ".", source: PictureSource | None = None
+        cls,
+        items: Sequence[Item],
+        *,
+        root: str | Path = ".",
+        source: PictureSource | None = None,
+        report: ValidationReport | None = None,
     ) -> Catalog:
         """A catalogue of items in memory (no pairs file); CatalogError for duplicate ids."""
-        report = ValidationReport("<memory>", rows=len(items), items=len(items))
+        report = ValidationReport("<memory>", rows=len(items), items=len(items)) if report is None else report
         index = {item.id: i for i, item in enumerate(items)}
         if len(index) != len(items):
             twice = [item_id for item_id, count in Counter(item.id for item in items).items() if count > 1]
@@ -202,6 +209,52 @@ class Catalog:
         catalog = cls(Path(root), tuple(items), None, report, source, index)
         catalog._count()
         return catalog
+
+    @classmethod
+    def from_records(
+        cls,
+        records: Iterable[Mapping[Any, Any]],
+        *,
+        root: str | Path = ".",
+        columns: Mapping[str, str] | None = None,
+        policy: Policy = "raise",
+    ) -> Catalog:
+        """A catalogue of rows in memory; columns of other names than the schema's become attributes.
+
+        Args:
+            records: mappings of column to value; `file_name` or `image` may be a path, the bytes of a picture file, a
+                Pillow picture, an array, or a struct {bytes, path}.
+            root: folder that relative paths refer to.
+            columns: the schema's name → the records' own, such as {"id": "sku"}.
+            policy: as in :meth:`load`.
+
+        Raises:
+            CatalogError: nothing usable, or problems under policy "raise"; lists them with row numbers.
+        """
+        from tgq_fast.data.frames import from_records
+
+        return from_records(records, root=root, columns=columns, policy=policy)
+
+    @classmethod
+    def from_pandas(cls, frame: Any, **options: Any) -> Catalog:
+        """A catalogue of a pandas data frame, whose index counts as a column if it has a name.
+
+        The options are those of :meth:`from_records`.
+        """
+        from tgq_fast.data.frames import from_pandas
+
+        return from_pandas(frame, **options)
+
+    @classmethod
+    def from_dataset(cls, dataset: Any, **options: Any) -> Catalog:
+        """A catalogue of a `datasets.Dataset`, or of a DatasetDict with its splits as the attribute `split`.
+
+        Class labels become their names; pictures stay encoded as they are stored. The options are those of
+        :meth:`from_records`.
+        """
+        from tgq_fast.data.frames import from_dataset
+
+        return from_dataset(dataset, **options)
 
     def part(self, items: Sequence[Item]) -> Catalog:
         """A catalogue of some of the items, with the same folder and pictures and without pairs."""

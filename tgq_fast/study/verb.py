@@ -61,11 +61,11 @@ def study(
     Example: tgq-fast study shop --out study --recipe plain: --recipe wide:hidden_size=512 --folds 5
     """
     from tgq_fast.data.guides import suggest_fields
+    from tgq_fast.intake import load_catalog
     from tgq_fast.models.configuration import CONNECTORS
     from tgq_fast.study.engine import run_study
     from tgq_fast.study.page import text_table, verdict
     from tgq_fast.study.plan import ABLATIONS, CONDITIONS, Plan
-    from tgq_fast.workflow import load_catalog
 
     loaded = load_catalog(catalog, "skip")
     changed: dict[str, Any] = {"per_item": views}

@@ -1,4 +1,4 @@
-"""Importers of public data sets that users download themselves, into our catalogue form."""
+"""Importers into our catalogue form: shops' own exports, tables, folders, and public data sets that users download."""
 
 from __future__ import annotations
 
@@ -8,19 +8,36 @@ from pathlib import Path
 from tgq_fast.data.importers.abo import import_abo
 from tgq_fast.data.importers.amazon2023 import import_amazon2023
 from tgq_fast.data.importers.common import CatalogWriter, ImagePlacement, ImportReport
+from tgq_fast.data.importers.download import DownloadLimits
 from tgq_fast.data.importers.fashion import import_fashion
+from tgq_fast.data.importers.folders import import_dataset, import_pictures
 from tgq_fast.data.importers.grocery import import_grocery
+from tgq_fast.data.importers.merchant import import_merchant
+from tgq_fast.data.importers.shop import ShopOptions
+from tgq_fast.data.importers.shopify import import_shopify
+from tgq_fast.data.importers.table import import_table
+from tgq_fast.data.importers.woocommerce import import_woocommerce
 from tgq_fast.errors import ArgumentError, CatalogError
 
-__all__ = ["SOURCES", "ImportReport", "import_catalog"]
+__all__ = ["PUBLIC", "SHOP", "DownloadLimits", "ImportReport", "ShopOptions", "import_catalog"]
 
-SOURCES: dict[str, Callable[[Path, CatalogWriter], None]] = {
+PUBLIC: dict[str, Callable[[Path, CatalogWriter], None]] = {
     "grocery": import_grocery,
     "fashion": import_fashion,
     "amazon2023": import_amazon2023,
     "abo": import_abo,
 }
-"""Source name → importer."""
+"""Public data set → importer."""
+
+SHOP: dict[str, Callable[[Path, CatalogWriter, ShopOptions], None]] = {
+    "merchant": import_merchant,
+    "shopify": import_shopify,
+    "woocommerce": import_woocommerce,
+    "table": import_table,
+    "pictures": import_pictures,
+    "dataset": import_dataset,
+}
+"""Form of a shop's own data → importer."""
 
 
 def import_catalog(
@@ -30,32 +47,42 @@ def import_catalog(
     *,
     limit: int | None = None,
     copy: ImagePlacement = "link",
+    options: ShopOptions | None = None,
 ) -> ImportReport:
-    """Convert a public data set.
+    """Convert a shop's export or a public data set.
 
     Args:
-        source: "grocery" (GroceryStoreDataset), "fashion" (Kaggle fashion-product-images, also -small), "amazon2023"
-            (Amazon Reviews 2023 item metadata) or "abo" (Amazon Berkeley Objects).
-        path: the data set as downloaded and unpacked.
+        source: "merchant" (Google Merchant feed: RSS, Atom or tab-separated), "shopify" or "woocommerce" (product CSV),
+            "table" (CSV, TSV, Excel, Parquet, JSON lines), "pictures" (a folder of them), "dataset" (what `datasets`
+            saved); or a public data set: "grocery" (GroceryStoreDataset), "fashion" (Kaggle fashion-product-images,
+            also -small), "amazon2023" (Amazon Reviews 2023 item metadata), "abo" (Amazon Berkeley Objects).
+        path: the export, or the data set as downloaded and unpacked.
         out: catalogue folder to create; it must not hold a catalogue yet.
         limit: stop after this many items; None: all.
         copy: "link" makes hard links to the pictures where the file system allows and copies elsewhere; "copy" copies.
+        options: how a shop's export is read.
 
     Returns:
         what was imported and what was left out, with reasons.
 
     Raises:
-        ArgumentError: unknown source, or `out` already holds a catalogue.
-        CatalogError: `path` is not that data set, or nothing in it can be used.
+        ArgumentError: unknown source, `out` already holds a catalogue, or another import is writing there.
+        CatalogError: `path` is not of that form, or nothing in it can be used.
+        StorageError: `out` cannot be written to.
     """
-    if source not in SOURCES:
-        raise ArgumentError("source", repr(source), "one of " + ", ".join(SOURCES))
+    if source not in PUBLIC and source not in SHOP:
+        raise ArgumentError("source", repr(source), "one of " + ", ".join((*SHOP, *PUBLIC)))
+    if options is not None and source in PUBLIC:
+        raise ArgumentError("options", "given", f"None: {source} is read in one way")
     path = Path(path)
     if not path.exists():
-        raise CatalogError(path, ["no such file or folder"], f"Download the {source} data set first.")
+        raise CatalogError(path, ["no such file or folder"])
     with CatalogWriter(source, out, limit=limit, placement=copy) as writer:
-        SOURCES[source](path, writer)
+        if source in SHOP:
+            SHOP[source](path, writer, options or ShopOptions())
+        else:
+            PUBLIC[source](path, writer)
         if not writer.report.items:
             reasons = [f"{count} × {reason}" for reason, count in writer.report.skipped.items()]
-            raise CatalogError(path, ["no usable item", *reasons])
+            raise CatalogError(path, ["no usable item", *reasons, *writer.report.examples[:5]])
     return writer.report

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gzip
 import json
@@ -14,12 +15,12 @@ from types import TracebackType
 from typing import Any, BinaryIO, Literal, TextIO, cast
 
 from tgq_fast.data.columns import PICTURE_SUFFIXES
-from tgq_fast.data.files import fsync_folder
+from tgq_fast.data.files import fsync_folder, locked, make_folder, writing
 from tgq_fast.data.items import Item, RowError, parse_item
 from tgq_fast.data.rows import SUFFIXES
 from tgq_fast.errors import ArgumentError
 
-__all__ = ["CatalogWriter", "Full", "ImagePlacement", "ImportReport", "image_index", "open_text"]
+__all__ = ["CatalogWriter", "Full", "ImagePlacement", "ImportReport", "image_index", "open_text", "suffix_of_content"]
 
 ImagePlacement = Literal["link", "copy"]
 KEPT_EXAMPLES = 200
@@ -78,25 +79,38 @@ class CatalogWriter:
         if limit is not None and limit < 1:
             raise ArgumentError("limit", limit, "at least 1")
         self.out, self.limit, self.placement = Path(out), limit, placement
-        if any((self.out / f"metadata{suffix}").exists() for suffix in SUFFIXES):
-            raise ArgumentError(
-                "out", str(out), "a folder without a catalogue", "Remove the old one or choose another."
-            )
+        self._refuse_catalogue()
         self.report = ImportReport(source, str(out))
         self._files: dict[str, BinaryIO] = {}
         self._ids: set[str] = set()
         self._names: set[str] = set()
         self._groups: dict[str, int] = {}
+        self._lock = contextlib.ExitStack()
+
+    def _refuse_catalogue(self) -> None:
+        if any((self.out / f"metadata{suffix}").exists() for suffix in SUFFIXES):
+            hint = "Remove the old one or choose another."
+            raise ArgumentError("out", str(self.out), "a folder without a catalogue", hint)
 
     def __enter__(self) -> CatalogWriter:
-        (self.out / "images").mkdir(parents=True, exist_ok=True)
-        for stem in ("metadata", "pairs"):
-            self._files[stem] = open(self.out / f".{stem}.jsonl.part", "wb")
+        make_folder(self.out / "images")
+        with contextlib.ExitStack() as stack:
+            if not stack.enter_context(locked(self.out / ".import.lock", wait=False)):
+                raise ArgumentError("out", str(self.out), "a folder that no other import is writing", "Choose another.")
+            self._refuse_catalogue()  # another import may have finished since this one began
+            for stem in ("metadata", "pairs"):
+                with writing(self.out):
+                    self._files[stem] = open(self.out / f".{stem}.jsonl.part", "wb")
+            self._lock = stack.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool:
+        with self._lock, writing(self.out):
+            return self._finish(error)
+
+    def _finish(self, error: BaseException | None) -> bool:
         stopped = isinstance(error, Full)
         whole = error is None or stopped
         for stem, file in reversed(self._files.items()):  # pairs first, metadata last
@@ -113,6 +127,8 @@ class CatalogWriter:
             self.report.notes.append(f"stopped at the limit of {self.limit} items")
         if whole:
             fsync_folder(self.out)
+            (self.out / ".import.lock").unlink(missing_ok=True)
+            shutil.rmtree(self.out / ".downloads", ignore_errors=True)
         return stopped
 
     def skip(self, row: int, reason: str, detail: str = "") -> None:
@@ -121,20 +137,20 @@ class CatalogWriter:
         if len(self.report.examples) < KEPT_EXAMPLES:
             self.report.examples.append(f"row {row}: {reason}" + (f" ({detail[:120]})" if detail else ""))
 
-    def add(self, row: int, raw: Mapping[str, Any], image: Path) -> bool:
+    def add(self, row: int, raw: Mapping[str, Any], image: Path | bytes) -> bool:
         """Write one item; False (and a line in the report) if it breaks the schema, repeats an id or lacks its picture.
 
         Args:
             row: 1-based row of the source, for the report.
             raw: columns without file_name.
-            image: the source picture, placed as images/<id><suffix>.
+            image: the source picture or its bytes, placed as images/<id><suffix>.
 
         Raises:
             Full: the limit is reached.
         """
         if self.limit is not None and self.report.items >= self.limit:
             raise Full
-        if not image.is_file():
+        if isinstance(image, Path) and not image.is_file():
             self.skip(row, "picture missing", str(image))
             return False
         try:
@@ -147,11 +163,14 @@ class CatalogWriter:
             return False
         self._ids.add(item.id)
         safe = "".join(c if c.isalnum() or c in "-_." else "_" for c in item.id)
-        name = f"images/{safe}{image.suffix.lower()}"
-        if name in self._names:  # ids that differ only in characters that a file name cannot carry
-            name = f"images/{safe}-{len(self._names)}{image.suffix.lower()}"
-        self._names.add(name)
-        self._place(image, self.out / name)
+        safe = safe[:150]
+        suffix = image.suffix.lower() if isinstance(image, Path) else suffix_of_content(image)
+        name = f"images/{safe}{suffix}"
+        if name.casefold() in self._names:  # ids that differ only in what a file name cannot carry
+            name = f"images/{safe}-{len(self._names)}{suffix}"
+        self._names.add(name.casefold())
+        with writing(self.out / name):
+            self._place(image, self.out / name)
         self._write("metadata", dataclasses.replace(item, file_name=name))
         if item.group_id is not None:
             self._groups[item.group_id] = self._groups.get(item.group_id, 0) + 1
@@ -168,12 +187,16 @@ class CatalogWriter:
         self._line(stem, item.to_dict())
 
     def _line(self, stem: str, row: Mapping[str, Any]) -> None:
-        self._files[stem].write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+        with writing(self.out):
+            self._files[stem].write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
 
-    def _place(self, image: Path, target: Path) -> None:
-        if target.exists():
-            # Left by an import that was interrupted before metadata.jsonl appeared.
-            target.unlink()
+    def _place(self, image: Path | bytes, target: Path) -> None:
+        # It may be left by an import that was interrupted before metadata.jsonl appeared.
+        target.unlink(missing_ok=True)
+        if isinstance(image, bytes):
+            target.write_bytes(image)
+            self.report.copied += 1
+            return
         if self.placement == "link":
             try:
                 os.link(image.resolve(), target)
@@ -183,6 +206,15 @@ class CatalogWriter:
                 pass
         shutil.copyfile(image, target)
         self.report.copied += 1
+
+
+def suffix_of_content(data: bytes) -> str:
+    """File suffix of a picture by its first bytes; ".img" for kinds that need none."""
+    if data[:3] == b"\xff\xd8\xff":
+        return ".jpg"
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return ".webp"
+    return {b"\x89PNG": ".png", b"GIF8": ".gif"}.get(data[:4], ".avif" if data[4:8] == b"ftyp" else ".img")
 
 
 def open_text(path: Path) -> TextIO:
