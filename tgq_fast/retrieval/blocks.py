@@ -107,6 +107,9 @@ def one_ahead(prepare: Callable[[T, threading.Event], R], things: Sequence[T]) -
     is under way is waited for.
     """
     stop = threading.Event()
+    if len(things) == 1:  # nothing to do meanwhile: no thread
+        yield prepare(things[0], stop)
+        return
     coming = _Ahead(lambda: prepare(things[0], stop)) if things else None
     try:
         for number in range(len(things)):
