@@ -16,7 +16,7 @@ from tgq_fast.errors import ArgumentError, DependencyError
 from tgq_fast.models.configuration import TGQFormerConfig
 from tgq_fast.models.outputs import FrozenFeatures
 from tgq_fast.models.processing import TGQFormerProcessor
-from tgq_fast.models.readers import LightReader, LLMReader, build_reader
+from tgq_fast.models.readers import LightReader, LLMReader, build_reader, merged_adapters
 
 BATCH, TOKENS, WIDTH, TEXT = 3, 5, 32, 20
 
@@ -167,3 +167,26 @@ def test_llm_errors(llama: Path, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(builtins, "__import__", without_peft)
     with pytest.raises(DependencyError, match="peft"):
         build_reader(config)
+
+
+def test_adapters_merge_while_embedding_and_weights_get_their_bits_back(llama: Path) -> None:
+    torch.manual_seed(0)
+    reader = LLMReader(llm_config(llama, lora_rank=2)).eval()
+    with torch.no_grad():
+        for name, parameter in reader.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.3)
+    ids = torch.randint(4, 90, (2, 7))
+    before = {name: value.clone() for name, value in reader.state_dict().items()}
+    with torch.no_grad():
+        expected = reader.llm(input_ids=ids).last_hidden_state
+        with merged_adapters(reader):
+            layers = [m for m in reader.modules() if hasattr(m, "get_delta_weight")]
+            assert layers and all(layer.merged for layer in layers)
+            given = reader.llm(input_ids=ids).last_hidden_state
+            changed = [n for n, value in reader.state_dict().items() if not torch.equal(value, before[n])]
+            assert len(changed) == len(layers)
+        again = reader.llm(input_ids=ids).last_hidden_state
+    torch.testing.assert_close(given, expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(again, expected) and not any(layer.merged for layer in layers)
+    assert all(torch.equal(value, before[name]) for name, value in reader.state_dict().items())

@@ -30,7 +30,7 @@ from tgq_fast.models.inference import packed_weights
 from tgq_fast.models.objective import weighted_losses
 from tgq_fast.models.outputs import ConnectorOutput, FrozenFeatures, TGQFormerOutput
 from tgq_fast.models.processing import PromptInputs, TGQFormerProcessor
-from tgq_fast.models.readers import ImageReader, LightReader, LLMReader, ReaderOutput, build_reader
+from tgq_fast.models.readers import ImageReader, LightReader, LLMReader, ReaderOutput, build_reader, merged_adapters
 from tgq_fast.models.towers import TextTower, VisionTower, load_text_tower, load_vision_tower
 from tgq_fast.models.whitening import Whitening
 
@@ -318,7 +318,8 @@ class TGQFormerModel(PreTrainedModel):
         self.eval()
         packing = packed_weights(self.connector) if len(examples) >= _PACK_FROM else nullcontext()
         try:
-            with torch.inference_mode(), packing, progress_bar(len(examples), show_progress_bar) as advance:
+            merged = merged_adapters(self.reader)
+            with merged, torch.inference_mode(), packing, progress_bar(len(examples), show_progress_bar) as advance:
                 if features is not None:
                     batches = stored_batches(examples, batch_size, on_error, features, self._prompt_processor)
                 else:

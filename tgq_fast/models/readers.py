@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from tgq_fast.models.hub import hub_model
 from tgq_fast.models.outputs import FrozenFeatures
 from tgq_fast.models.processing import PromptInputs
 
-__all__ = ["ImageReader", "LLMReader", "LightReader", "ReaderOutput", "build_reader"]
+__all__ = ["ImageReader", "LLMReader", "LightReader", "ReaderOutput", "build_reader", "merged_adapters"]
 
 
 @dataclass
@@ -217,6 +218,30 @@ class LLMReader(nn.Module):
         dtype = self.readout.item.weight.dtype
         item, image = (hidden[rows, p].to(dtype) for p in (prompt.word_position, prompt.image_word_position))
         return self.readout(item, image)
+
+
+@contextmanager
+def merged_adapters(module: nn.Module) -> Iterator[None]:
+    """While open, the LoRA adapters in `module` are part of the weights that they adapt: one product instead of three.
+
+    The weights get back their own storage afterwards, so not a bit of them changes. For calls without autograd.
+    """
+    layers: list[Any] = [m for m in module.modules() if hasattr(m, "get_delta_weight") and hasattr(m, "lora_A")]
+    kept = []
+    try:
+        for layer in layers:
+            weight, names = layer.get_base_layer().weight, [n for n in layer.active_adapters if n in layer.lora_A]
+            if layer.merged_adapters or not names:
+                continue
+            kept.append((layer, weight, weight.data))
+            with torch.no_grad():
+                weight.data = weight.data + sum(layer.get_delta_weight(name) for name in names).to(weight.dtype)
+            layer.merged_adapters.extend(names)
+        yield
+    finally:
+        for layer, weight, data in kept:
+            weight.data = data
+            layer.merged_adapters.clear()
 
 
 def _truncate(llm: Any, layers: int) -> None:
