@@ -24,6 +24,7 @@ from tgq_fast import workflow
 from tgq_fast.data import Catalog
 from tgq_fast.data.conditions import CLEAN, Condition
 from tgq_fast.data.files import write_atomic
+from tgq_fast.models import TGQFormerConfig, match_budget
 from tgq_fast.models.features import FeatureStore
 from tgq_fast.models.views import ViewStore, training_views
 from tgq_fast.retrieval import Evaluation
@@ -33,7 +34,7 @@ from tgq_fast.study.plan import Job, Plan, fold_catalog, folds_of
 from tgq_fast.study.probes import probe_model
 
 if TYPE_CHECKING:
-    from tgq_fast.models import TGQFormerConfig, TGQFormerModel
+    from tgq_fast.models import TGQFormerModel
 
 __all__ = ["Setting", "finished", "run_job"]
 
@@ -112,14 +113,14 @@ class Setting:
     def config_of(self, job: Job) -> TGQFormerConfig:
         """Configuration of a job; other connectors get as many trainable parameters as the main one would have."""
         plan = self.plan
-        return workflow.make_config(
-            self.catalog,
-            preset=plan.preset,
-            connector=job.connector,
-            fields=plan.fields,
-            overrides=dict(job.overrides),
-            match=plan.match,
+        config = workflow.make_config(
+            self.catalog, preset=plan.preset, fields=plan.fields, overrides=dict(job.overrides)
         )
+        if job.connector == "tgq":
+            return config
+        if plan.match:  # whatever sizes were set: a study compares at one budget
+            return match_budget(config, job.connector)
+        return TGQFormerConfig.from_dict(config.to_dict() | {"connector": job.connector})
 
 
 def finished(folder: Path, wanted: Plan) -> dict[str, Any] | None:
