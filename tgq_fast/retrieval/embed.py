@@ -88,8 +88,9 @@ def model_digest(model: torch.nn.Module) -> str:
     config = getattr(model, "config", None)
     if config is not None:
         values = {key: value for key, value in config.to_dict().items() if key not in _IGNORED_KEYS}
-        defaults = type(config)().to_dict()
-        for key in getattr(type(config), "later_fields", ()):
+        later = getattr(type(config), "later_fields", ())  # added since: left out where they change nothing
+        defaults = type(config)().to_dict() if later else {}
+        for key in later:
             if values.get(key) == defaults.get(key):
                 values.pop(key, None)
         state.update(canonical_json(json.loads(json.dumps(values, default=str))).encode("utf-8"))
