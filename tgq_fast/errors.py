@@ -12,6 +12,7 @@ __all__ = [
     "CatalogError",
     "CheckpointError",
     "DependencyError",
+    "DistributedError",
     "ImageError",
     "NonFiniteError",
     "PoolError",
@@ -114,6 +115,10 @@ class NonFiniteError(TGQError, ValueError):
 
 class DependencyError(TGQError, ImportError):
     """An optional package is missing; the message says which extra installs it."""
+
+
+class DistributedError(TGQError, RuntimeError):
+    """Processes that work together have lost one of them."""
 
 
 class BackendError(TGQError, RuntimeError):

@@ -11,6 +11,7 @@ from torch.nn.functional import embedding, normalize
 from tgq_fast.errors import ArgumentError
 from tgq_fast.models.attention import HybridCrossAttention
 from tgq_fast.models.configuration import TGQFormerConfig
+from tgq_fast.models.gather import gather, total, world_size
 from tgq_fast.models.outputs import FrozenFeatures
 
 __all__ = [
@@ -155,9 +156,9 @@ class RunningStandardiser(nn.Module):
     @torch.no_grad()
     def _update(self, values: Tensor, valid: Tensor) -> None:
         weight = valid.to(values.dtype)
-        count = weight.sum()
-        mean = (values * weight).sum() / count.clamp_min(1)
-        var = ((values - mean).square() * weight).sum() / count.clamp_min(1)
+        count, mass = total(torch.stack((weight.sum(), (values * weight).sum())))  # of all ranks: one batch
+        mean = mass / count.clamp_min(1)
+        var = total(((values - mean).square() * weight).sum()) / count.clamp_min(1)
         enough = count > 1  # a batch of one has no variance; no branch, so that the graph stays whole
         rate = enough * (1.0 / (self.batches + 1).to(values.dtype)).clamp_min(self.momentum)
         shift = mean - self.mean
@@ -198,9 +199,9 @@ class AlignmentHead(nn.Module):
 
     def forward(self, features: FrozenFeatures) -> tuple[Tensor, Tensor | None]:
         """Features of B items → cosine [B] and, in training, logits [B, B] (image rows, text columns) for a symmetric
-        cross-entropy with targets arange(B). Off the diagonal, pairs that are no negatives are -inf: an item without
-        metadata on either side, or metadata equal to the row's own. An item without metadata thus adds zero to that
-        loss.
+        cross-entropy with targets arange(B); with several ranks B counts the items of all. Off the diagonal, pairs that
+        are no negatives are -inf: an item without metadata on either side, or metadata equal to the row's own. An item
+        without metadata thus adds zero to that loss.
         """
         pooled, some = features.mean_metadata(), features.has_metadata
         image = features.mean_tokens() if self.reads_tokens else features.global_image
@@ -212,9 +213,10 @@ class AlignmentHead(nn.Module):
             unit = normalize(pooled.float(), dim=-1)
             if features.trusted is not None:  # another item's metadata is no positive of this picture
                 some = some & features.trusted
+            unit, some = gather(unit), gather(some)
             same = (unit @ unit.T > 1 - 1e-5) | ~some[:, None] | ~some[None, :]
             same.fill_diagonal_(False)
-        logits = self.logit_scale.clamp(max=math.log(100.0)).exp() * (v @ t.T)
+        logits = self.logit_scale.clamp(max=math.log(100.0)).exp() * (gather(v) @ gather(t).T)
         return cosine, logits.float().masked_fill(same, float("-inf"))
 
     def patch_agreement(self, features: FrozenFeatures) -> PatchAgreement:
@@ -269,4 +271,5 @@ class PatchAgreement:
             counts = counts & self._features.trusted
         target = share / total.clamp_min(1e-6)[:, None]
         each = -(target * self._score.log_softmax(dim=1)).sum(dim=1)
-        return (each * counts).sum() / counts.sum().clamp_min(1)
+        # The mean over the items of all ranks, when the ranks' losses are averaged.
+        return (each * counts).sum() * world_size() / total(counts.sum()).clamp_min(1)

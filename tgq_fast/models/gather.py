@@ -1,4 +1,4 @@
-"""Gathering tensors over ranks with gradient."""
+"""What a loss over the items of all ranks needs: their tensors, with gradient, and sums over ranks, without."""
 
 from __future__ import annotations
 
@@ -8,25 +8,27 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["gather", "rank"]
+__all__ = ["gather", "rank", "total", "world_size"]
 
 
-def _world_size() -> int:
+def world_size() -> int:
+    """Number of processes, 1 without torch.distributed."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
     """This process' rank, 0 without torch.distributed."""
-    return dist.get_rank() if _world_size() > 1 else 0
+    return dist.get_rank() if world_size() > 1 else 0
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor) -> Tensor:
-        parts = [torch.empty_like(value) for _ in range(_world_size())]
-        dist.all_gather(parts, value.contiguous())
         ctx.rows = value.shape[0]
-        return torch.cat(parts)
+        sent = value.to(torch.uint8) if value.dtype == torch.bool else value.contiguous()  # gloo has no booleans
+        parts = [torch.empty_like(sent) for _ in range(world_size())]
+        dist.all_gather(parts, sent)
+        return torch.cat(parts).to(value.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
@@ -44,7 +46,17 @@ def gather(value: Tensor) -> Tensor:
 
     Every rank must hold equally many rows.
     """
-    if _world_size() == 1:
+    if world_size() == 1:
         return value
     result: Tensor = _Gather.apply(value)
+    return result
+
+
+@torch.no_grad()
+def total(value: Tensor) -> Tensor:
+    """Sum over all ranks, without gradient; the value itself in a single process."""
+    if world_size() == 1:
+        return value
+    result = value.clone()
+    dist.all_reduce(result)
     return result

@@ -188,6 +188,8 @@ class PairCollator:
         processor: makes the prompts, needed with an LLM.
         views: corrupted pictures that stand in for the items' own with probability `config.view_share`.
         pictures: features of the views, whitened as the store's are.
+        part: (rank, ranks): everything is drawn for the whole batch, and this rank's share of its pairs is returned, so
+            that the same batches train whatever the number of processes.
     """
 
     def __init__(
@@ -199,7 +201,9 @@ class PairCollator:
         processor: TGQFormerProcessor | None = None,
         views: TrainingViews | None = None,
         pictures: PictureFeatures | None = None,
+        part: tuple[int, int] = (0, 1),
     ) -> None:
+        self.part = part
         self.store, self.components, self.seed, self.processor = store, components, seed, processor
         self.views, self.pictures = views, pictures
         self._rows = np.flatnonzero(np.asarray(store.valid)) if store.config.wrong_metadata else None
@@ -208,17 +212,27 @@ class PairCollator:
         """Keyword arguments of :meth:`TGQFormerModel.forward`: features, positives, groups, and prompt with an LLM."""
         rows = np.asarray(pairs, dtype=np.int64).reshape(-1)
         rng = np.random.default_rng([self.seed, zlib.crc32(rows.tobytes())])
-        arguments: dict[str, Any] = {"drop_fields": rng}
-        config, trusted = self.store.config, None
+        config = self.store.config
+        source, trusted, keep = rows, None, None
         if config.wrong_metadata or config.partial_metadata or config.missing_metadata:
-            arguments, trusted = self._unreliable(rows, rng)
+            keep, source, trusted = self._unreliable(rows, rng)
         chosen = None
         if self.views is not None and self.pictures is not None and config.view_share:
             chosen = self.views.draw(rows, config.view_share, rng)
-            arguments["views"] = ChosenViews(self.pictures, chosen)
+        if keep is None:
+            keep = self.store.draw_keep(len(rows), rng)
+        rank, ranks = self.part
+        own = slice(2 * (len(rows) // 2 * rank // ranks), 2 * (len(rows) // 2 * (rank + 1) // ranks))
+        rows, source, keep = rows[own], source[own], keep[own]
+        arguments: dict[str, Any] = {"keep": keep}
+        if trusted is not None:
+            arguments["metadata_from"] = source
+        if chosen is not None:
+            chosen = chosen[own]
+            arguments["views"] = ChosenViews(self.pictures, chosen)  # type: ignore[arg-type]
         inputs = self.store.inputs(rows, processor=self.processor, **arguments)
         features = inputs["features"]
-        features.trusted = trusted
+        features.trusted = None if trusted is None else trusted[own]
         if chosen is not None:
             features.product_share = self._shares(chosen, features.visual_tokens.shape[1])
         return {
@@ -227,8 +241,9 @@ class PairCollator:
             "groups": torch.from_numpy(self.components[rows]),
         }
 
-    def _unreliable(self, rows: np.ndarray, rng: np.random.Generator) -> tuple[dict[str, Any], Tensor]:
-        """Metadata of another item, of a part of the fields, or none; and which items keep their own."""
+    def _unreliable(self, rows: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, Tensor]:
+        """Fields to keep, rows to take the metadata from, and which items keep their own: the others get another
+        item's, a part of the fields, or none."""
         config = self.store.config
         keep = self.store.draw_keep(len(rows), rng)
         kind = rng.random(len(rows))
@@ -240,7 +255,7 @@ class PairCollator:
         source = rows.copy()
         if self._rows is not None:
             source[wrong] = rng.choice(self._rows, int(wrong.sum()))
-        return {"keep": keep, "metadata_from": source}, torch.from_numpy(~wrong)
+        return keep, source, torch.from_numpy(~wrong)
 
     def _shares(self, chosen: np.ndarray, length: int) -> Tensor:
         """[B, L] share of each token that shows the item: all of it in an item's own picture."""

@@ -34,8 +34,10 @@ from tgq_fast.models.processing import TGQFormerProcessor
 from tgq_fast.models.towers import TextTower, VisionTower, load_text_tower, load_vision_tower
 from tgq_fast.models.views import ViewStore
 from tgq_fast.models.whitening import Whitening, fit_whitening, whitened_pictures, whitening_rows
+from tgq_fast.retrieval import Evaluation
 from tgq_fast.retrieval._identity import package_identity, sha256_file
 from tgq_fast.training.pairs import DistinctBatchSampler, PairCollator, PairDataset
+from tgq_fast.training.ranks import Team
 from tgq_fast.training.trainer import BEST_METRIC, Event, TGQTrainer, last_complete_checkpoint
 from tgq_fast.training.verdict import WHITENED, judge, measure_floors
 
@@ -103,13 +105,17 @@ def train(
     queries: `run.json` holds that verdict in words and numbers. A run that was killed resumes from its last complete
     checkpoint to the same weights, bit for bit on the CPU.
 
+    Several processes (`torchrun`, `accelerate launch`) train one run together: they see the batches of one process,
+    each computes its share, and every term of the loss is that of the whole batch. Rank 0 alone writes.
+
     Args:
         catalog: items, images and pairs.
         config: the model; tower widths are filled in here.
         out: the run's folder.
         epochs: passes over the items of the training pairs, one pair drawn for each.
         seed: of initialisation, batch order, dropout and field dropout.
-        batch_size: pairs B per step and rank; 2B items. Lowered when the pairs cannot fill it with distinct items.
+        batch_size: pairs B per step, over all processes; 2B items. Lowered when the pairs cannot fill it with distinct
+            items, or the processes cannot share it evenly.
         lr: peak learning rate of AdamW; cosine to zero after a linear warm-up.
         weight_decay: of matrices.
         warmup: share of the steps.
@@ -131,6 +137,7 @@ def train(
         ArgumentError: a bad value, or no usable training pair.
         CheckpointError: `out` holds another or an unfinished run, a run with other arguments, or damaged files.
         ImageError: an unusable image, policy "raise".
+        DistributedError: another process of the same training stopped or did not answer.
     """
     for name, value, least in (("epochs", epochs, 1), ("batch_size", batch_size, 1), ("log_steps", log_steps, 1)):
         if value < least:
@@ -143,13 +150,18 @@ def train(
         raise ArgumentError("keep", repr(keep), "'best' or 'trained'")
     bf16 = multiplies_bf16() if bf16 is None else bf16
     folder = Path(out).resolve()
-    send = on_event or (lambda event: None)
-    folder.mkdir(parents=True, exist_ok=True)
+    team = Team()
+    send = on_event if on_event is not None and team.leads else lambda event: None
     lock = FileLock(str(folder / _LOCK), timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise CheckpointError(f"{folder}: another process is training in this folder") from None
+
+    def take() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise CheckpointError(f"{folder}: another process is training in this folder") from None
+
+    team.lead(take)
     try:
         arguments = {
             "epochs": epochs,
@@ -167,20 +179,32 @@ def train(
         if store is None:
             towers = towers or _load_towers(config)
             config = config.with_towers(*towers)
-        manifest = _claim(folder, config, arguments, catalog, resume)
+        wanted = config
+        manifest = team.lead(lambda: _claim(folder, wanted, arguments, catalog, resume))
         if manifest["status"] == "finished":
             return _result(folder, manifest, resumed_from=manifest["result"]["steps"])
         if store is None:
             assert towers is not None
-            store = FeatureStore.open_or_build(
-                catalog,
-                *towers,
-                config,
-                cache_dir,
-                on_error=on_error,
-                rejects=RejectLog(folder / _REJECTS),
-                progress=lambda done, total: send({"event": "features", "done": done, "total": total}),
-            )
+            pair = towers
+
+            def features(rejects: RejectLog | None = None) -> FeatureStore:
+                return FeatureStore.open_or_build(
+                    catalog,
+                    *pair,
+                    wanted,
+                    cache_dir,
+                    on_error=on_error,
+                    rejects=rejects,
+                    progress=lambda done, total: send({"event": "features", "done": done, "total": total}),
+                )
+
+            if team.leads:
+                made = []
+                team.lead(lambda: made.append(features(RejectLog(folder / _REJECTS))))
+                store = made[0]
+            else:
+                team.lead(lambda: None)  # rank 0 computes them
+                store = features()
         raw, whitening = store, None
         pictures: PictureFeatures | None = views
         if config.whitening:
@@ -190,7 +214,7 @@ def train(
             if views is not None:
                 pictures = whitened_pictures(views, whitening, cache_dir)
         # Only now: a run whose features cannot be made leaves the folder free.
-        _write_manifest(folder, manifest)
+        team.lead(lambda: _write_manifest(folder, manifest))
         return _run(
             folder,
             catalog,
@@ -205,6 +229,7 @@ def train(
             whitening=whitening,
             checkpoint_steps=checkpoint_steps,
             send=send,
+            team=team,
         )
     finally:
         lock.release()
@@ -274,6 +299,7 @@ def _run(
     whitening: Whitening | None,
     checkpoint_steps: int | None,
     send: Callable[[Event], None],
+    team: Team,
 ) -> TrainResult:
     seed = arguments["seed"]
     pairs = PairDataset(catalog, "train", valid=store.valid)
@@ -284,13 +310,19 @@ def _run(
             sampler.batch_size,
             arguments["batch_size"],
         )
+    share = team.share(sampler.batch_size)
+    if not share:
+        raise ArgumentError("batch_size", sampler.batch_size, f"at least {team.size} pairs, one for each process")
+    if share * team.size < sampler.batch_size:
+        sampler = DistinctBatchSampler(pairs, share * team.size, seed)
+        logger.warning("batches of %d pairs, which %d processes share evenly", sampler.batch_size, team.size)
     has_validation = len(catalog.split_pairs("validation").query) > 0
     steps = arguments["max_steps"] or len(sampler) * arguments["epochs"]
     # Embedding the pool takes as long as some epochs do: a long run is validated about six times.
     rhythm = len(sampler) * max(1, round(steps / len(sampler) / _VALIDATIONS))
     args = TrainingArguments(
         output_dir=str(folder / _CHECKPOINTS),
-        per_device_train_batch_size=sampler.batch_size,
+        per_device_train_batch_size=share,
         per_device_eval_batch_size=max(64, sampler.batch_size),
         num_train_epochs=arguments["epochs"],
         max_steps=arguments["max_steps"] or -1,
@@ -316,12 +348,13 @@ def _run(
         report_to="none",
         disable_tqdm=True,
     )
-    checkpoint = last_complete_checkpoint(folder / _CHECKPOINTS)
+    checkpoint = team.lead(lambda: last_complete_checkpoint(folder / _CHECKPOINTS))
     start = 0 if checkpoint is None else int(checkpoint.name.rsplit("-", 1)[1])
-    log = _Log(folder / _LOG, start)
+    log = _Log(folder / _LOG, start) if team.leads else None
 
     def on_event(event: Event) -> None:
         if event["event"] == "log" and "train_loss" not in event:  # Trainer's summary of one call, not of the run
+            assert log is not None  # only rank 0 is told of entries
             log.add({name: value for name, value in event.items() if name != "event"})
         send(event)
 
@@ -346,6 +379,7 @@ def _run(
             processor=TGQFormerProcessor(config) if config.llm is not None else None,
             views=views,
             pictures=pictures,
+            part=(team.rank, team.size),
         ),
         validation="validation" if has_validation else None,
         on_event=on_event,
@@ -353,17 +387,35 @@ def _run(
     )
     floors = {}
     if has_validation:
-        floors = measure_floors(catalog, raw, None if whitening is None else store, "validation")
+        floors = team.lead(lambda: measure_floors(catalog, raw, None if whitening is None else store, "validation"))
         for name, floor in floors.items():
             send({"event": "floor", "name": name, **{metric: m.value for metric, m in floor.metrics.items()}})
     send({"event": "start", "step": start, "steps": steps, "batch_size": sampler.batch_size, "pairs": len(pairs)})
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    state = trainer.state
-    if not trainer.is_world_process_zero():
-        return TrainResult(
-            folder, state.global_step, state.best_global_step or state.global_step, state.best_metric, start, manifest
-        )
+    with team.watched():
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    team.meet()  # everybody has read the best checkpoint
     trainer.finish()
+    finished = team.lead(
+        lambda: _finish(folder, config, manifest, arguments, trainer, model, floors, whitening, sampler.batch_size)
+    )
+    send({"event": "end", **finished["result"]})
+    return _result(folder, finished, resumed_from=start)
+
+
+def _finish(
+    folder: Path,
+    config: TGQFormerConfig,
+    manifest: dict[str, Any],
+    arguments: dict[str, Any],
+    trainer: TGQTrainer,
+    model: TGQFormerModel,
+    floors: dict[str, Evaluation],
+    whitening: Whitening | None,
+    batch_size: int,
+) -> dict[str, Any]:
+    """Judge the trained model, write what is kept and say so in run.json, whose content is returned."""
+    state = trainer.state
+    has_validation = bool(floors)
     verdict = judge(trainer.validate(), floors) if floors else None
     if verdict is not None and verdict.keep != "trained" and arguments["keep"] == "best":
         model.save_pretrained(folder / _TRAINED)
@@ -379,7 +431,7 @@ def _run(
             "best_step": state.best_global_step or state.global_step,
             "best_metric": state.best_metric,
             "metric": f"validation {BEST_METRIC}" if has_validation else None,
-            "batch_size": sampler.batch_size,
+            "batch_size": batch_size,
             "trainable_parameters": sum(p.numel() for _, p in model.trainable_parameters()),
             "verdict": None if verdict is None else verdict.to_dict(),
         },
@@ -387,8 +439,7 @@ def _run(
     }
     _write_manifest(folder, finished)
     shutil.rmtree(folder / _CHECKPOINTS, ignore_errors=True)
-    send({"event": "end", **finished["result"]})
-    return _result(folder, finished, resumed_from=start)
+    return finished
 
 
 class _Log:

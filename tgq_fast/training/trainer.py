@@ -24,6 +24,7 @@ from tgq_fast.data.files import write_atomic
 from tgq_fast.errors import CheckpointError
 from tgq_fast.models.checkpoint import load_into, load_state
 from tgq_fast.models.features import FeatureStore
+from tgq_fast.models.gather import total, world_size
 from tgq_fast.models.modeling import TGQFormerModel
 from tgq_fast.retrieval import Evaluation, evaluate
 from tgq_fast.retrieval._identity import sha256_file
@@ -93,7 +94,7 @@ class TGQTrainer(Trainer):
         self._term_steps = 0
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """Batches of distinct items; with several ranks each takes every so-manieth batch."""
+        """Batches of distinct items: the same on all ranks, each of which collates its share."""
         loader = DataLoader(
             self.train_dataset,  # type: ignore[arg-type]
             batch_sampler=self.sampler,
@@ -101,6 +102,8 @@ class TGQTrainer(Trainer):
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
         )
+        if self.args.world_size > 1:  # accelerate would deal out whole batches
+            return loader
         prepared: DataLoader[Any] = self.accelerator.prepare(loader)
         return prepared
 
@@ -128,8 +131,8 @@ class TGQTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the mean of every loss term since the last entry, and the learned scale."""
         if "loss" in logs and self._term_steps:
-            for name, total in self._terms.items():
-                logs[f"loss/{name}"] = float(total) / self._term_steps
+            for name, term in self._terms.items():
+                logs[f"loss/{name}"] = float(total(term)) / self._term_steps / world_size()
             logs["logit_scale"] = float(self.accelerator.unwrap_model(self.model).logit_scale.detach())
             self._terms, self._term_steps = {}, 0
         super().log(logs, start_time)
@@ -180,6 +183,7 @@ class TGQTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()  # each rank has left its state there
         if self.args.should_save:
             folder = self._root / f"checkpoint-{self.state.global_step}"
             seal_checkpoint(folder)
