@@ -123,7 +123,7 @@ from tgq_fast.training import run as runs, trainer
 
 torch.set_num_threads(1)
 package_identity()
-write = runs._write_manifest
+write = runs.write_manifest
 
 def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -140,7 +140,7 @@ for line in sys.stdin:
         if moment == "torn":
             trainer.seal_checkpoint = die
         if moment == "end":
-            runs._write_manifest = end
+            runs.write_manifest = end
         step = int(moment) if moment.isdigit() else -1
         run(Path(folder), resume=True, checkpoint_steps=4, on_event=lambda e: e.get("step") == step and die())
         os._exit(0)

@@ -265,11 +265,11 @@ class PatchAgreement:
         share = self._features.product_share
         if share is None or not self._score.requires_grad:
             return None
-        total = share.sum(dim=1)
-        counts = self._features.has_metadata & (total > 0)
+        shown = share.sum(dim=1)
+        counts = self._features.has_metadata & (shown > 0)
         if self._features.trusted is not None:
             counts = counts & self._features.trusted
-        target = share / total.clamp_min(1e-6)[:, None]
+        target = share / shown.clamp_min(1e-6)[:, None]
         each = -(target * self._score.log_softmax(dim=1)).sum(dim=1)
         # The mean over the items of all ranks, when the ranks' losses are averaged.
         return (each * counts).sum() * world_size() / total(counts.sum()).clamp_min(1)

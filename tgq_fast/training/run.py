@@ -1,21 +1,10 @@
-"""One training run in one folder: configuration, weights, log and a manifest; resumable.
-
-run.json               what was run: arguments, seeds, versions, catalogue digest, status, checksums
-config.json, model.safetensors, processor_config.json
-                       the chosen model, once the run is finished
-training_log.jsonl     one line per log entry and per validation
-checkpoints/           only while the run is unfinished
-"""
+"""One training run in one folder, resumable; see :mod:`tgq_fast.training.folder` for what lies in it."""
 
 from __future__ import annotations
 
-import json
 import logging
-import platform
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +13,6 @@ from filelock import FileLock, Timeout
 from transformers import TrainingArguments, set_seed
 
 from tgq_fast.data import Catalog, RejectLog
-from tgq_fast.data.files import write_atomic
 from tgq_fast.errors import ArgumentError, CheckpointError
 from tgq_fast.models.configuration import TGQFormerConfig
 from tgq_fast.models.features import FeatureStore
@@ -35,7 +23,20 @@ from tgq_fast.models.towers import TextTower, VisionTower, load_text_tower, load
 from tgq_fast.models.views import ViewStore
 from tgq_fast.models.whitening import Whitening, fit_whitening, whitened_pictures, whitening_rows
 from tgq_fast.retrieval import Evaluation
-from tgq_fast.retrieval._identity import package_identity, sha256_file
+from tgq_fast.retrieval._identity import sha256_file
+from tgq_fast.training.folder import (
+    CHECKPOINTS,
+    LOCK,
+    LOG,
+    MODEL_FILES,
+    REJECTS,
+    TRAINED,
+    RunLog,
+    TrainResult,
+    claim,
+    load_result,
+    write_manifest,
+)
 from tgq_fast.training.pairs import DistinctBatchSampler, PairCollator, PairDataset
 from tgq_fast.training.ranks import Team
 from tgq_fast.training.trainer import BEST_METRIC, Event, TGQTrainer, last_complete_checkpoint
@@ -45,33 +46,7 @@ __all__ = ["TrainResult", "train"]
 
 logger = logging.getLogger(__name__)
 
-_RUN, _LOG, _CHECKPOINTS = "run.json", "training_log.jsonl", "checkpoints"
-_REJECTS, _LOCK, _TRAINED = "rejects.jsonl", ".lock", "trained"
 _VALIDATIONS = 6  # of a long run
-_MODEL_FILES = ("config.json", "model.safetensors", "processor_config.json")
-# Keys of a configuration that a resumed run may differ in.
-_FREE_KEYS = ("transformers_version", "_name_or_path", "architectures", "dtype", "torch_dtype")
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """A finished run.
-
-    Attributes:
-        path: the run's folder; `TGQFormerModel.from_pretrained(path)` loads the chosen model.
-        steps: optimiser steps in all.
-        best_step: step of the chosen checkpoint (the last one without validation pairs).
-        best_metric: its validation HR@10, or None.
-        resumed_from: step that this call went on from, 0 for a fresh start.
-        manifest: content of run.json.
-    """
-
-    path: Path
-    steps: int
-    best_step: int
-    best_metric: float | None
-    resumed_from: int
-    manifest: dict[str, Any]
 
 
 def train(
@@ -152,7 +127,7 @@ def train(
     folder = Path(out).resolve()
     team = Team()
     send = on_event if on_event is not None and team.leads else lambda event: None
-    lock = FileLock(str(folder / _LOCK), timeout=0)
+    lock = FileLock(str(folder / LOCK), timeout=0)
 
     def take() -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -180,9 +155,9 @@ def train(
             towers = towers or _load_towers(config)
             config = config.with_towers(*towers)
         wanted = config
-        manifest = team.lead(lambda: _claim(folder, wanted, arguments, catalog, resume))
+        manifest = team.lead(lambda: claim(folder, wanted, arguments, catalog, resume))
         if manifest["status"] == "finished":
-            return _result(folder, manifest, resumed_from=manifest["result"]["steps"])
+            return load_result(folder, manifest, resumed_from=manifest["result"]["steps"])
         if store is None:
             assert towers is not None
             pair = towers
@@ -200,7 +175,7 @@ def train(
 
             if team.leads:
                 made = []
-                team.lead(lambda: made.append(features(RejectLog(folder / _REJECTS))))
+                team.lead(lambda: made.append(features(RejectLog(folder / REJECTS))))
                 store = made[0]
             else:
                 team.lead(lambda: None)  # rank 0 computes them
@@ -214,7 +189,7 @@ def train(
             if views is not None:
                 pictures = whitened_pictures(views, whitening, cache_dir)
         # Only now: a run whose features cannot be made leaves the folder free.
-        team.lead(lambda: _write_manifest(folder, manifest))
+        team.lead(lambda: write_manifest(folder, manifest))
         return _run(
             folder,
             catalog,
@@ -246,42 +221,6 @@ def _load_towers(config: TGQFormerConfig) -> tuple[VisionTower, TextTower]:
     vision = load_vision_tower(config.vision_tower, attention=config.tower_attention)
     text = load_text_tower(config.text_tower, vision=vision, llm=config.llm, max_field_tokens=config.max_field_tokens)
     return vision, text
-
-
-def _claim(
-    folder: Path, config: TGQFormerConfig, arguments: dict[str, Any], catalog: Catalog, resume: bool
-) -> dict[str, Any]:
-    """What run.json holds, or is to hold; refuses a folder that is not this run's."""
-    wanted = {
-        "arguments": arguments,
-        "config": _plain(config),
-        "catalog": {"digest": catalog.digest(), "items": len(catalog.items)},
-    }
-    path = folder / _RUN
-    if not path.exists():
-        foreign = [p.name for p in sorted(folder.iterdir()) if p.name not in (_LOCK, _REJECTS)]
-        foreign = [name for name in foreign if not (name.startswith(".") and name.endswith(".tmp"))]
-        if foreign:
-            raise CheckpointError(f"{folder}: holds other files ({', '.join(foreign[:3])}); choose an empty folder")
-        return {"status": "running", **wanted, "versions": _versions()}
-    try:
-        manifest: dict[str, Any] = dict(json.loads(path.read_bytes()))
-        held = {name: manifest[name] for name in wanted}
-        status = manifest["status"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: not a run of tgq_fast ({type(error).__name__}: {error})") from None
-    if not resume:
-        raise CheckpointError(f"{folder}: already holds a {status} run; resume it or choose another folder")
-    differences = _differences(held, json.loads(json.dumps(wanted)))
-    if differences:
-        raise CheckpointError(
-            f"{folder}: cannot resume, this run was started differently: " + "; ".join(differences[:5])
-        )
-    if status == "finished":
-        for name, digest in manifest["files"].items():
-            if not (folder / name).is_file() or sha256_file(folder / name) != digest:
-                raise CheckpointError(f"{folder / name}: missing or damaged (SHA-256 differs from {_RUN})")
-    return manifest
 
 
 def _run(
@@ -321,7 +260,7 @@ def _run(
     # Embedding the pool takes as long as some epochs do: a long run is validated about six times.
     rhythm = len(sampler) * max(1, round(steps / len(sampler) / _VALIDATIONS))
     args = TrainingArguments(
-        output_dir=str(folder / _CHECKPOINTS),
+        output_dir=str(folder / CHECKPOINTS),
         per_device_train_batch_size=share,
         per_device_eval_batch_size=max(64, sampler.batch_size),
         num_train_epochs=arguments["epochs"],
@@ -348,9 +287,9 @@ def _run(
         report_to="none",
         disable_tqdm=True,
     )
-    checkpoint = team.lead(lambda: last_complete_checkpoint(folder / _CHECKPOINTS))
+    checkpoint = team.lead(lambda: last_complete_checkpoint(folder / CHECKPOINTS))
     start = 0 if checkpoint is None else int(checkpoint.name.rsplit("-", 1)[1])
-    log = _Log(folder / _LOG, start) if team.leads else None
+    log = RunLog(folder / LOG, start) if team.leads else None
 
     def on_event(event: Event) -> None:
         if event["event"] == "log" and "train_loss" not in event:  # Trainer's summary of one call, not of the run
@@ -399,7 +338,7 @@ def _run(
         lambda: _finish(folder, config, manifest, arguments, trainer, model, floors, whitening, sampler.batch_size)
     )
     send({"event": "end", **finished["result"]})
-    return _result(folder, finished, resumed_from=start)
+    return load_result(folder, finished, resumed_from=start)
 
 
 def _finish(
@@ -418,7 +357,7 @@ def _finish(
     has_validation = bool(floors)
     verdict = judge(trainer.validate(), floors) if floors else None
     if verdict is not None and verdict.keep != "trained" and arguments["keep"] == "best":
-        model.save_pretrained(folder / _TRAINED)
+        model.save_pretrained(folder / TRAINED)
         floor_model = TGQFormerModel.zero_shot(config, whitening if verdict.keep == WHITENED else None)
         floor_model.save_pretrained(folder)
     else:
@@ -435,62 +374,8 @@ def _finish(
             "trainable_parameters": sum(p.numel() for _, p in model.trainable_parameters()),
             "verdict": None if verdict is None else verdict.to_dict(),
         },
-        "files": {name: sha256_file(folder / name) for name in _MODEL_FILES},
+        "files": {name: sha256_file(folder / name) for name in MODEL_FILES},
     }
-    _write_manifest(folder, finished)
-    shutil.rmtree(folder / _CHECKPOINTS, ignore_errors=True)
+    write_manifest(folder, finished)
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     return finished
-
-
-class _Log:
-    """training_log.jsonl; entries beyond the checkpoint that a run resumes from are dropped first."""
-
-    def __init__(self, path: Path, step: int) -> None:
-        self.path = path
-        kept = []
-        if step and path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                try:
-                    entry = json.loads(line)
-                except ValueError:
-                    continue  # torn by a kill
-                if entry["step"] <= step:
-                    kept.append(line + "\n")
-        write_atomic(path, "".join(kept).encode())
-
-    def add(self, entry: dict[str, Any]) -> None:
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
-
-
-def _plain(config: TGQFormerConfig) -> dict[str, Any]:
-    values = {name: value for name, value in config.to_dict().items() if name not in _FREE_KEYS}
-    return dict(json.loads(json.dumps(values, default=str)))
-
-
-def _differences(held: Any, wanted: Any, name: str = "") -> list[str]:
-    if isinstance(held, dict) and isinstance(wanted, dict):
-        keys = sorted(held.keys() | wanted.keys())
-        return [
-            line for key in keys for line in _differences(held.get(key), wanted.get(key), f"{name}.{key}".strip("."))
-        ]
-    return [] if held == wanted else [f"{name} was {held!r}, now {wanted!r}"]
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version(), **{f"tgq_fast {k}": v for k, v in package_identity().items()}}
-    for name in ("torch", "transformers", "accelerate", "numpy"):
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = "absent"
-    return versions
-
-
-def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    write_atomic(folder / _RUN, (json.dumps(manifest, indent=1) + "\n").encode())
-
-
-def _result(folder: Path, manifest: dict[str, Any], *, resumed_from: int) -> TrainResult:
-    result = manifest["result"]
-    return TrainResult(folder, result["steps"], result["best_step"], result["best_metric"], resumed_from, manifest)

@@ -1,0 +1,142 @@
+"""The folder of a training run: its files, what run.json says, who may write there, and its log.
+
+run.json               what was run: arguments, seeds, versions, catalogue digest, status, checksums
+config.json, model.safetensors, processor_config.json
+                       the chosen model, once the run is finished
+training_log.jsonl     one line per log entry and per validation
+checkpoints/           only while the run is unfinished
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from tgq_fast.data import Catalog
+from tgq_fast.data.files import write_atomic
+from tgq_fast.errors import CheckpointError
+from tgq_fast.models.configuration import TGQFormerConfig
+from tgq_fast.retrieval._identity import package_identity, sha256_file
+
+__all__ = ["RunLog", "TrainResult", "claim", "load_result", "write_manifest"]
+
+RUN, LOG, CHECKPOINTS = "run.json", "training_log.jsonl", "checkpoints"
+REJECTS, LOCK, TRAINED = "rejects.jsonl", ".lock", "trained"
+MODEL_FILES = ("config.json", "model.safetensors", "processor_config.json")
+# Keys of a configuration that a resumed run may differ in.
+_FREE_KEYS = ("transformers_version", "_name_or_path", "architectures", "dtype", "torch_dtype")
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """A finished run.
+
+    Attributes:
+        path: the run's folder; `TGQFormerModel.from_pretrained(path)` loads the chosen model.
+        steps: optimiser steps in all.
+        best_step: step of the chosen checkpoint (the last one without validation pairs).
+        best_metric: its validation HR@10, or None.
+        resumed_from: step that this call went on from, 0 for a fresh start.
+        manifest: content of run.json.
+    """
+
+    path: Path
+    steps: int
+    best_step: int
+    best_metric: float | None
+    resumed_from: int
+    manifest: dict[str, Any]
+
+
+def claim(
+    folder: Path, config: TGQFormerConfig, arguments: dict[str, Any], catalog: Catalog, resume: bool
+) -> dict[str, Any]:
+    """What run.json holds, or is to hold; refuses a folder that is not this run's."""
+    wanted = {
+        "arguments": arguments,
+        "config": _plain(config),
+        "catalog": {"digest": catalog.digest(), "items": len(catalog.items)},
+    }
+    path = folder / RUN
+    if not path.exists():
+        foreign = [p.name for p in sorted(folder.iterdir()) if p.name not in (LOCK, REJECTS)]
+        foreign = [name for name in foreign if not (name.startswith(".") and name.endswith(".tmp"))]
+        if foreign:
+            raise CheckpointError(f"{folder}: holds other files ({', '.join(foreign[:3])}); choose an empty folder")
+        return {"status": "running", **wanted, "versions": _versions()}
+    try:
+        manifest: dict[str, Any] = dict(json.loads(path.read_bytes()))
+        held = {name: manifest[name] for name in wanted}
+        status = manifest["status"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: not a run of tgq_fast ({type(error).__name__}: {error})") from None
+    if not resume:
+        raise CheckpointError(f"{folder}: already holds a {status} run; resume it or choose another folder")
+    differences = _differences(held, json.loads(json.dumps(wanted)))
+    if differences:
+        raise CheckpointError(
+            f"{folder}: cannot resume, this run was started differently: " + "; ".join(differences[:5])
+        )
+    if status == "finished":
+        for name, digest in manifest["files"].items():
+            if not (folder / name).is_file() or sha256_file(folder / name) != digest:
+                raise CheckpointError(f"{folder / name}: missing or damaged (SHA-256 differs from {RUN})")
+    return manifest
+
+
+class RunLog:
+    """training_log.jsonl; entries beyond the checkpoint that a run resumes from are dropped first."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        self.path = path
+        kept = []
+        if step and path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    entry = json.loads(line)
+                except ValueError:
+                    continue  # torn by a kill
+                if entry["step"] <= step:
+                    kept.append(line + "\n")
+        write_atomic(path, "".join(kept).encode())
+
+    def add(self, entry: dict[str, Any]) -> None:
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+
+def _plain(config: TGQFormerConfig) -> dict[str, Any]:
+    values = {name: value for name, value in config.to_dict().items() if name not in _FREE_KEYS}
+    return dict(json.loads(json.dumps(values, default=str)))
+
+
+def _differences(held: Any, wanted: Any, name: str = "") -> list[str]:
+    if isinstance(held, dict) and isinstance(wanted, dict):
+        keys = sorted(held.keys() | wanted.keys())
+        return [
+            line for key in keys for line in _differences(held.get(key), wanted.get(key), f"{name}.{key}".strip("."))
+        ]
+    return [] if held == wanted else [f"{name} was {held!r}, now {wanted!r}"]
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version(), **{f"tgq_fast {k}": v for k, v in package_identity().items()}}
+    for name in ("torch", "transformers", "accelerate", "numpy"):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "absent"
+    return versions
+
+
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    write_atomic(folder / RUN, (json.dumps(manifest, indent=1) + "\n").encode())
+
+
+def load_result(folder: Path, manifest: dict[str, Any], *, resumed_from: int) -> TrainResult:
+    result = manifest["result"]
+    return TrainResult(folder, result["steps"], result["best_step"], result["best_metric"], resumed_from, manifest)
