@@ -80,7 +80,9 @@ class SyntheticStore:
         return store
 
     def draw_keep(self, count: int, rng: np.random.Generator) -> np.ndarray:
-        return rng.random((count, 2)) >= self.config.field_dropout
+        keep = rng.random((count, 2)) >= self.config.field_dropout
+        self.dropped.append(1.0 - keep.mean())
+        return keep
 
     def __len__(self) -> int:
         return len(self.catalog)
@@ -103,7 +105,6 @@ class SyntheticStore:
             keep = np.ones((len(rows), 2), dtype=bool)
             if drop_fields is not None:
                 keep = self.draw_keep(len(rows), drop_fields)
-                self.dropped.append(1.0 - keep.mean())
         visual, image = self.visual[rows].clone(), torch.from_numpy(self.global_image[rows])
         if views is not None:
             seen = np.flatnonzero(views.rows >= 0)
