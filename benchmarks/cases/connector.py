@@ -154,7 +154,6 @@ class _Implementation:
 
     def __init__(self, model: nn.Module, forward: Model, queries: Tensor, direction: str) -> None:
         self.forward, self.direction = forward, direction
-        self.opened = contextlib.ExitStack()  # what stays open while it is in use
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.trained = [queries, *(p for p in named.values() if p is not queries)]
         self.checked = {"query_tokens": queries, **{name: named[name] for name in _CHECKED if name in named}}
@@ -187,7 +186,7 @@ def _compiled_theirs(other: Callable[..., _Implementation], theirs: nn.Module) -
 
 
 def _build(case: Case, sizes: dict[str, Any], setting: Setting) -> Workload:
-    from tgq_fast.models.inference import packed_weights
+    from tgq_fast.models.inference import packed as packed_twin
     from tgq_fast.models.outputs import FrozenFeatures
 
     dtype, device = dtype_of(case), setting.device
@@ -202,7 +201,7 @@ def _build(case: Case, sizes: dict[str, Any], setting: Setting) -> Workload:
     gradient = torch.randn(sizes["B"], sizes["N"], sizes["d"], device=device).to(dtype)
 
     def ours(backend: str | None, *, compiled: bool = False, packed: bool = False) -> _Implementation:
-        model = copy.deepcopy(mine) if packed else mine
+        model = packed_twin(mine) if packed else mine
         forward: Model = partial(_call_ours, model, backend, FrozenFeatures)
         implementation = _Implementation(
             model,
@@ -210,8 +209,6 @@ def _build(case: Case, sizes: dict[str, Any], setting: Setting) -> Workload:
             model.query_tokens,  # type: ignore[arg-type]
             case.direction,
         )
-        if packed:
-            implementation.opened.enter_context(packed_weights(model))
         return implementation
 
     def other(model: nn.Module, *, compiled: bool = False, precision: torch.dtype = dtype) -> _Implementation:

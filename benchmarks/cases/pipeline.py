@@ -5,7 +5,6 @@ The stages are variants that do less than the job: their time over that of "tgq_
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import tempfile
@@ -126,7 +125,7 @@ def _inputs(
 
 
 def _build(case: Case, sizes: dict[str, Any], setting: Setting) -> Workload:
-    from tgq_fast.models.inference import packed_weights
+    from tgq_fast.models.inference import packed as packed_twin
 
     dtype = dtype_of(case)
     torch.manual_seed(0)
@@ -162,14 +161,8 @@ def _build(case: Case, sizes: dict[str, Any], setting: Setting) -> Workload:
         return Variant(name, kind, prepare, work=stages.get(name))
 
     def packed() -> Call:
-        packed_model, opened = copy.deepcopy(model), contextlib.ExitStack()
-        for stage in (packed_model.vision, packed_model.connector, packed_model.reader):
-            opened.enter_context(packed_weights(stage))
-
-        def call(_: int, opened: contextlib.ExitStack = opened) -> Tensor:  # holds the weights as long as it lives
-            return packed_model.embed(pixels, metadata, prompt)
-
-        return call
+        twin = packed_twin(model)
+        return lambda _: twin.embed(pixels, metadata, prompt)
 
     variants = [
         variant("tgq_fast", "ours", lambda: model.embed(pixels, metadata, prompt)),

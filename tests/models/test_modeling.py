@@ -316,3 +316,30 @@ def test_damaged_or_foreign_checkpoints_are_refused(build, tmp_path: Path, what:
 def test_hub_names_are_not_asked_for(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="local folder"):
         TGQFormerModel.from_pretrained(tmp_path / "nothing")
+
+
+def test_weights_are_packed_once_for_a_run(
+    build, store: FeatureStore, catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # type: ignore[no-untyped-def]
+    """Around many calls, and by embedding into a pool; an item's bits do not depend on how the run is cut."""
+    from tgq_fast.models import inference
+    from tgq_fast.retrieval.embed import embed_catalog
+
+    model, packs = build(), []
+    original = inference.packed
+
+    def packed(module):  # type: ignore[no-untyped-def]
+        packs.append(module is model.connector)
+        return original(module)
+
+    monkeypatch.setattr(inference, "packed", packed)
+    with model.encoding():
+        whole = model.encode(catalog, features=store, batch_size=4)
+        cut = [model.encode(Catalog.from_items(catalog.items[i : i + 1], root=catalog.root), features=store)
+               for i in range(len(catalog))]  # fmt: skip
+    assert sum(packs) == 1
+    torch.testing.assert_close(torch.cat(cut), whole)
+    packs.clear()
+    embed_catalog(catalog, model, tmp_path / "pool", batch_size=1, features=store)
+    assert sum(packs) == 1
+    assert inference.running(model.connector) is model.connector

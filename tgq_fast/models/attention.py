@@ -9,6 +9,7 @@ Symbols: B items, N = Na + Ne queries, M metadata tokens, L visual tokens, H hea
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from torch.nn.functional import embedding
 
 from tgq_fast import ops
 from tgq_fast.models.configuration import TGQFormerConfig
+from tgq_fast.ops.plain import why_not_plain
 from tgq_fast.reference.attention import Mixing
 
 __all__ = [
@@ -228,21 +230,23 @@ class HybridCrossAttention(nn.Module):
     ) -> Tensor:
         """[B, Na, d], [B, Ne, d], [B, L, dv] → [B, N, d] before the output projection."""
         p = self.attention
+        weights: tuple[Tensor | None, ...] = (p.query.weight, p.query.bias, p.key.weight, None)
+        weights = (*weights, p.value.weight, p.value.bias)
+        projected: dict[str, Any] = {}
+        if why_not_plain(query=p.query, key=p.key, value=p.value):  # adapters, hooks: the layers run as they are
+            anchored, exploratory = p.query(anchored), p.query(exploratory)
+            weights, projected = (None,) * 6, {"keys_values": (p.key(source), p.value(source))}
         result = ops.hybrid_cross_attention(
             anchored,
             exploratory,
             source,
-            p.query.weight,
-            p.query.bias,
-            p.key.weight,
-            None,
-            p.value.weight,
-            p.value.bias,
+            *weights,
             num_heads=p.num_heads,
             key_mask=key_mask,
             guide=None if guide is None else guide.agreement,
             guide_scale=None if guide is None else guide.scale,
             form="auto",
+            **projected,
         )
         return torch.cat((result.anchored, result.exploratory), dim=1)
 
@@ -269,16 +273,12 @@ class HybridCrossAttention(nn.Module):
         rows = self.norm_source(rows)
         keys, values = (embedding(index, layer(rows)) for layer in (p.key, p.value))  # [B, M, d]
         # The values carry their bias: softmax weights sum to one, or an item sees nothing.
+        q = p.query(self.norm(queries))
         result = ops.hybrid_cross_attention(
-            self.norm(queries),
-            queries[:, :0],
+            q,
+            q[:, :0],
             keys,
-            p.query.weight,
-            p.query.bias,
-            p.key.weight,
-            None,
-            p.value.weight,
-            None,
+            *(None,) * 6,
             num_heads=p.num_heads,
             key_mask=key_mask,
             keys_values=(keys, values),

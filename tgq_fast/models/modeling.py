@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,13 +26,14 @@ from tgq_fast.models.direct import DirectReadout
 from tgq_fast.models.dtypes import as_dtype, single_precision
 from tgq_fast.models.encoding import FeatureExtractor, as_examples, progress_bar, stored_batches
 from tgq_fast.models.features import FeatureStore
-from tgq_fast.models.inference import packed_weights
+from tgq_fast.models.inference import packed_weights, running
 from tgq_fast.models.objective import weighted_losses
 from tgq_fast.models.outputs import ConnectorOutput, FrozenFeatures, TGQFormerOutput
 from tgq_fast.models.processing import PromptInputs, TGQFormerProcessor
 from tgq_fast.models.readers import ImageReader, LightReader, LLMReader, ReaderOutput, build_reader, merged_adapters
 from tgq_fast.models.towers import TextTower, VisionTower, load_text_tower, load_vision_tower
 from tgq_fast.models.whitening import Whitening
+from tgq_fast.ops.dispatch import requested_backend
 
 __all__ = ["TGQFormerModel"]
 
@@ -238,7 +239,7 @@ class TGQFormerModel(PreTrainedModel):
         features = self._control(features.to(device))
         if self.whitening is not None:
             features = self.whitening(features)
-        connected: ConnectorOutput = self.connector(features, return_attention=return_attention)
+        connected: ConnectorOutput = running(self.connector)(features, return_attention=return_attention)
         prompt = None if prompt is None else prompt.to(device)
         assert connected.tokens is not None  # every connector sets it
         read: ReaderOutput = self.reader(connected.tokens, features, prompt)
@@ -265,6 +266,14 @@ class TGQFormerModel(PreTrainedModel):
         return features
 
     # ------------------------------------------------------------------ encoding
+
+    def encoding(self) -> AbstractContextManager[Any]:
+        """Around a run of :meth:`encode` calls: the connector's weights are packed once, for all of them.
+
+        Every call in it uses the packed weights, however few its items, so that an item's embedding does not depend on
+        how the run is cut into calls. Weights must not change inside. A long `encode` opens it itself.
+        """
+        return packed_weights(self.connector)
 
     def encode(
         self,
@@ -316,7 +325,8 @@ class TGQFormerModel(PreTrainedModel):
         result = torch.full((len(examples), self.config.embedding_size), float("nan"), dtype=torch.float32)
         modes = [(module, module.training) for module in self.modules()]  # the caller's, of every part
         self.eval()
-        packing = packed_weights(self.connector) if len(examples) >= _PACK_FROM else nullcontext()
+        packs = len(examples) >= _PACK_FROM or requested_backend(None) == "cpp"
+        packing = self.encoding() if packs else nullcontext()
         try:
             merged = merged_adapters(self.reader)
             with merged, torch.inference_mode(), packing, progress_bar(len(examples), show_progress_bar) as advance:

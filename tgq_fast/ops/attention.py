@@ -14,6 +14,7 @@ from tgq_fast.errors import ArgumentError
 from tgq_fast.ops.cost import form_cost
 from tgq_fast.ops.cross_attention_torch import Context, Keys, absorbed, projected
 from tgq_fast.ops.dispatch import (
+    PACKED_ONLY,
     Decision,
     choose,
     explainer,
@@ -208,6 +209,7 @@ def _decide(
         "torch": ["it has no fused form"] if form == "fused" else [],
     }
     requested, chosen, rejected = choose(_OP, backend, candidates)
+    rejected = rejected | ({"cpp": PACKED_ONLY} if visual.device.type == "cpu" else {})
     if open_form and form == "absorbed" and chosen == "triton" and not head_reasons(head, visual.dtype):
         form, note = _fused(anchored, exploratory, visual, num_heads)
         notes += note

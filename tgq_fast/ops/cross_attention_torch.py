@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from tgq_fast.ops.cost import form_cost
-from tgq_fast.ops.dispatch import requested_backend, wants_grad
+from tgq_fast.ops.dispatch import wants_grad
 from tgq_fast.reference.attention import AttentionStats, guide_bias
 
 __all__ = ["Context", "Keys", "absorbed", "absorbs", "items_at_once", "projected"]
@@ -121,9 +121,7 @@ def items_at_once(queries: Tensor, visual: Tensor, num_heads: int) -> int:
 
 
 def absorbs(queries: Tensor, visual: Tensor, num_heads: int) -> bool:
-    """Whether the torch backend would take the absorbed form for [B, N, d] queries without gradients."""
-    if not visual.shape[1] or requested_backend(None) not in ("auto", "torch"):
-        return False
+    """Whether the absorbed form costs less for [B, N, d] queries without gradients."""
     cost = form_cost(
         queries=queries.shape[1],
         length=visual.shape[1],

@@ -2,7 +2,10 @@
 
 Requests, strongest first: the operator's `backend=` argument, :func:`use_backend`, the environment variable
 ``TGQ_BACKEND``, then "auto". A requested backend that cannot run is an error that lists every reason; "auto"
-takes the first backend that can and logs once per operator why an earlier one could not.
+takes the first backend that can and logs once per operator why an earlier one could not. A request by context or
+environment is for the operators that have such a backend; the others choose as under "auto".
+
+"cpp" is the processor's matrix unit (:mod:`tgq_fast.ops.matrix_unit`), a backend of layers with packed weights.
 """
 
 from __future__ import annotations
@@ -25,7 +28,8 @@ __all__ = ["BACKENDS", "Decision", "choose", "explain", "explainer", "requested_
 
 logger = logging.getLogger("tgq_fast.ops")
 
-BACKENDS = ("auto", "triton", "flash_attn", "torch")
+BACKENDS = ("auto", "triton", "flash_attn", "cpp", "torch")
+PACKED_ONLY = ("only layers with packed weights run there (tgq_fast.models.inference)",)  # of "cpp", to an operator
 ENVIRONMENT_VARIABLE = "TGQ_BACKEND"
 
 _override: str | None = None
@@ -41,7 +45,8 @@ class Decision:
         op: name of the operator.
         requested: the backend asked for ("auto" unless argument, context or environment says otherwise).
         backend: the backend that runs.
-        form: where the operator has several: "projected", "absorbed" or "fused" (absorbed, in one kernel).
+        form: where the operator has several: "projected", "absorbed" or "fused" (absorbed, in one kernel); of a layer
+            with packed weights "packed" or "plain".
         rejected: backend → why it cannot run here.
         notes: how the form was chosen and other facts worth knowing.
     """
@@ -52,6 +57,11 @@ class Decision:
     form: str | None = None
     rejected: Mapping[str, Sequence[str]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+    @property
+    def packed(self) -> bool:
+        """Whether a layer runs on its packed weights."""
+        return self.form == "packed"
 
     def __str__(self) -> str:
         head = f"{self.op}: {self.backend}" + (f" ({self.form} form)" if self.form else "")
@@ -72,7 +82,7 @@ def use_backend(name: str) -> Iterator[None]:
     """Run every operator of the block on one backend; process-wide, like the flags of ``torch.backends``.
 
     Args:
-        name: "auto", "triton", "flash_attn" or "torch".
+        name: "auto", "triton", "flash_attn", "cpp" or "torch".
 
     Raises:
         ArgumentError: an unknown name.
@@ -113,9 +123,11 @@ def choose(
     """
     requested = requested_backend(argument)
     rejected = {name: why for name, why in candidates.items() if why}
-    if requested != "auto":
-        reasons = candidates.get(requested, ("this operator has no such backend",))
-        if reasons:
+    if requested not in candidates and argument not in (None, "auto"):
+        why = PACKED_ONLY if requested == "cpp" else ("this operator has no such backend",)
+        raise BackendError(op, requested, {requested: why})
+    if requested in candidates:
+        if reasons := candidates[requested]:
             raise BackendError(op, requested, {requested: reasons})
         return requested, requested, rejected
     if len(rejected) == len(candidates):
@@ -126,6 +138,29 @@ def choose(
             break
         _log_once(op, f"{op}: {name} not used: {'; '.join(candidates[name])}; running {chosen}")
     return requested, chosen, rejected
+
+
+def decide_packed(op: str, reasons: Sequence[str], elsewhere: str = "") -> Decision:
+    """Whether a layer runs on its packed weights.
+
+    Args:
+        op: name of the layer's operator.
+        reasons: why the call cannot (empty: it can).
+        elsewhere: why the weights are packed for another library than the matrix unit, whose calls "torch" makes.
+
+    Raises:
+        BackendError: "cpp" was asked for by name and cannot run.
+    """
+    requested = requested_backend(None)
+    if requested == "cpp" and (elsewhere or reasons):
+        raise BackendError(op, requested, {requested: [elsewhere] if elsewhere else reasons})
+    if requested not in ("auto", "cpp"):
+        reasons = [*reasons, f"{requested} was asked for"]
+    if reasons:
+        return Decision(
+            op, requested, "torch", "plain", {"packed weights": reasons}, ("its operators decide themselves",)
+        )
+    return Decision(op, requested, "torch" if elsewhere else "cpp", "packed", {"cpp": [elsewhere]} if elsewhere else {})
 
 
 def _log_once(op: str, message: str) -> None:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from tgq_fast.errors import ArgumentError
 from tgq_fast.ops.attention import Form, hybrid_cross_attention
 from tgq_fast.ops.dispatch import Decision, explain
+from tgq_fast.ops.plain import why_not_plain
 from tgq_fast.ops.self_attention import stream_self_attention
 
 __all__ = ["patch", "unpatch"]
@@ -98,7 +99,7 @@ def _patched(base: type[nn.Module]) -> type[nn.Module]:
         """What :func:`tgq_fast.explain` says about a call without masks."""
         operator, arguments, options = _call(self, hidden_states, encoder_hidden_states, None)
         decision = explain(operator, *arguments, **options)
-        why = () if encoder_hidden_states is None else _why_not_plain(self)
+        why = () if encoder_hidden_states is None else _notes(self)
         return dataclasses.replace(decision, notes=(*decision.notes, *why))
 
     def reduce(self: Any, protocol: Any) -> Any:
@@ -116,30 +117,10 @@ def _new_patched(base: type[nn.Module], *arguments: Any) -> nn.Module:
     return patched.__new__(patched, *arguments)
 
 
-def _why_not_plain(module: Any) -> tuple[str, ...]:
-    """Why the operator may not read the weights of the projections itself; empty when it may."""
-    if torch.nn.modules.module._has_any_global_hook():
-        return ("the projections run as they are: hooks on all modules",)
-    for name in ("query", "key", "value"):
-        layer = getattr(module, name)
-        if reason := _oddity(layer):
-            return (f"the projections run as they are: {name} {reason}",)
-    return ()
-
-
-def _oddity(layer: nn.Module) -> str:
-    """What makes a layer more than x Wᵀ + b; empty when it is that."""
-    if type(layer) is not nn.Linear:
-        return f"is a {type(layer).__name__}"
-    if "forward" in vars(layer):  # how accelerate offloads
-        return "has a forward of its own"
-    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-    if any(hooks):
-        return "has hooks"
-    for name, value in (("weight", layer.weight), ("bias", layer.bias)):
-        if value is not None and type(value) not in (nn.Parameter, Tensor):  # a quantised or sharded tensor
-            return f"has a {type(value).__name__} as {name}"
-    return ""
+def _notes(module: Any) -> tuple[str, ...]:
+    """That the operator may not read the weights of the projections itself, and why; empty when it may."""
+    why = why_not_plain(query=module.query, key=module.key, value=module.value)
+    return (f"the projections run as they are: {why}",) if why else ()
 
 
 def _is_key_mask(mask: Tensor | None) -> bool:
@@ -196,7 +177,7 @@ def _call(
     if key_mask is not None and key_mask.shape[0] != visual.shape[0]:
         key_mask = key_mask.expand(visual.shape[0], -1)
     options = {"num_heads": heads, "key_mask": key_mask, "backend": backend}
-    if _why_not_plain(module):
+    if _notes(module):
         q, k, v = module.query(hidden), module.key(visual), module.value(visual)
         options |= {"keys_values": (k, v)}
         return hybrid_cross_attention, (q, q[:, :0], visual, *(None,) * 6), options

@@ -8,7 +8,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from tgq_fast.errors import ArgumentError
 from tgq_fast.ops.attention import head_reasons
-from tgq_fast.ops.dispatch import Decision, choose, explainer, requested_backend, triton_reasons
+from tgq_fast.ops.dispatch import PACKED_ONLY, Decision, choose, explainer, requested_backend, triton_reasons
 from tgq_fast.ops.self_attention_cpu import LONGEST, streams_on_cpu
 from tgq_fast.ops.triton_attention import stream_attention
 from tgq_fast.reference.attention import Mixing
@@ -72,6 +72,7 @@ def _decide(
     reasons = triton_reasons(q, k, v, text_mask, forced=requested_backend(backend) != "auto")
     reasons += head_reasons(q.shape[3], q.dtype)
     requested, chosen, rejected = choose(_OP, backend, {"triton": reasons, "torch": ()})
+    rejected = rejected | ({"cpp": PACKED_ONLY} if q.device.type == "cpu" else {})
     return Decision(_OP, requested, chosen, None, rejected)
 
 

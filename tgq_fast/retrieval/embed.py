@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -158,7 +159,7 @@ def embed_catalog(
     fields = getattr(getattr(model, "config", None), "fields", None)
     source = catalog.digest()
     pool = _open(Path(out), Manifest(width, dtype, shard_size, digest, source), resume=resume)
-    with pool:
+    with pool, getattr(model, "encoding", nullcontext)():  # packs weights once for the whole run
         work = plan(catalog, pool, fields)
         if not work.resumes and (work.todo or work.gone or pool.manifest.rejects or pool.manifest.source != source):
             pool.upsert(
