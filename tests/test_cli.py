@@ -494,8 +494,8 @@ def test_doctor_reports_backends_with_reasons() -> None:
 def test_default_epochs_follow_the_number_of_items(world: World) -> None:
     catalog = Catalog.load(world.catalog)
     items = workflow.steps_per_epoch(catalog, 1)
-    assert workflow.default_epochs(catalog, 64) == 20
-    assert workflow.default_epochs(catalog, 1) == max(4, round(120 / items))
+    assert workflow.default_epochs(catalog, 64) == 40
+    assert workflow.default_epochs(catalog, 1) == max(4, round(300 / items))
     assert workflow.steps_per_epoch(catalog, 10**6) == 1
     assert items == len(set().union(*(side.tolist() for side in _train(catalog))))
 

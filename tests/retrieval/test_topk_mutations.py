@@ -183,14 +183,14 @@ FAULTS: dict[str, tuple[object, str, str, str, Callable[[Path], None]]] = {
     "blocks start too early": (pool_search, "cut_blocks", "joined, start = [], end", "joined = []", DISK),
     "exclusions beside the block": (
         pool_search.PoolSearch,
-        "_search_blocks",
+        "best_rows",
         "excluded - block.start, -1",
         "(excluded - block.start) // 2, -1",
         DISK,
     ),
     "last row of a block cannot be excluded": (
         pool_search.PoolSearch,
-        "_search_blocks",
+        "best_rows",
         "block.start + block.rows)",
         "block.start + block.rows - 1)",
         DISK,
@@ -198,8 +198,8 @@ FAULTS: dict[str, tuple[object, str, str, str, Callable[[Path], None]]] = {
     "whole shard for a part": (
         pool_search.PoolSearch,
         "_load",
-        "[part.first : part.stop]",
-        "[: part.stop - part.first]",
+        "slice(part.first, part.stop)",
+        "slice(0, part.stop - part.first)",
         DISK,
     ),
     "self counted as a rival": (
