@@ -130,9 +130,7 @@ def train(
     catalog: CatalogPath,
     out: Annotated[Path, typer.Option("--out", metavar="RUN", help="Folder of the run.", show_default=False)],
     preset: Annotated[Preset, typer.Option(help="Sizes and towers.")] = Preset.tiny,
-    connector: Annotated[
-        str, typer.Option(help="tgq, qformer, instructblip, mlp, avgpool; controls text-only, image-only.")
-    ] = "tgq",
+    connector: Annotated[str, typer.Option(metavar="NAME", help="A name that tgq-fast connectors lists.")] = "tgq",
     fields: Annotated[
         str | None,
         typer.Option(metavar="a,b,c", help="Metadata that may guide. Default: chosen by rule and printed."),

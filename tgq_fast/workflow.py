@@ -54,8 +54,7 @@ def make_config(
         ArgumentError: unknown field, preset, connector or configuration field.
     """
     from tgq_fast.data.guides import suggest_fields
-    from tgq_fast.models import TGQFormerConfig, match_budget
-    from tgq_fast.models.configuration import CONNECTORS
+    from tgq_fast.models import CONNECTORS, TGQFormerConfig, match_budget
 
     known = catalog.field_names()
     chosen = suggest_fields(catalog) if fields is None else list(fields)
@@ -75,7 +74,7 @@ def make_config(
         return config
     if match and "intermediate_size" not in extra:
         return match_budget(config, connector)
-    return TGQFormerConfig.from_dict(config.to_dict() | {"connector": connector})
+    return config.with_connector(connector)
 
 
 def load_towers(config: TGQFormerConfig) -> tuple[VisionTower, TextTower]:

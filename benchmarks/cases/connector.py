@@ -93,8 +93,8 @@ def their_model(sizes: dict[str, Any]) -> nn.Module:
 
 def our_model(theirs: nn.Module, queries: Tensor, sizes: dict[str, Any]) -> nn.Module:
     """Our connector with their weights; metadata embeddings enter as they are."""
-    from tgq_fast.models.connector import build_connector
     from tgq_fast.models.qformer_weights import load_qformer_weights
+    from tgq_fast.models.zoo.budget import build_connector
 
     ours = build_connector(configuration("instructblip", sizes))
     load_qformer_weights(ours, {**theirs.state_dict(), "query_tokens": queries})

@@ -33,8 +33,8 @@ class _Pipeline:
     def __init__(self, sizes: dict[str, Any]) -> None:
         from transformers import LlamaConfig, LlamaModel, ViTConfig, ViTModel
 
-        from tgq_fast.models.connector import build_connector
         from tgq_fast.models.readers import LLMReader
+        from tgq_fast.models.zoo.budget import build_connector
 
         self.sizes = sizes
         self.vision: nn.Module = ViTModel(

@@ -12,11 +12,13 @@ from torch.nn.functional import adaptive_avg_pool1d, cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 
 from tgq_fast.errors import ArgumentError
-from tgq_fast.models.configuration import CONNECTORS, TGQFormerConfig
-from tgq_fast.models.connector import TGQFormerConnector, build_connector, count_parameters, match_budget
+from tgq_fast.models.configuration import TGQFormerConfig
+from tgq_fast.models.connector import TGQFormerConnector
 from tgq_fast.models.embeddings import AlignmentHead, RunningStandardiser
 from tgq_fast.models.flops import connector_cost
 from tgq_fast.models.layers import initialise_connector
+from tgq_fast.models.zoo import CONNECTORS
+from tgq_fast.models.zoo.budget import build_connector, count_parameters, match_budget
 
 
 class TestStandardiser:

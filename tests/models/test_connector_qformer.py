@@ -10,11 +10,12 @@ from transformers.models.blip_2.modeling_blip_2 import Blip2QFormerModel
 from transformers.models.instructblip.modeling_instructblip import InstructBlipQFormerModel
 
 from tgq_fast.errors import ArgumentError, CheckpointError
-from tgq_fast.models.baselines import QFormerConnector
 from tgq_fast.models.configuration import TGQFormerConfig
-from tgq_fast.models.connector import TGQFormerConnector, build_connector
+from tgq_fast.models.connector import TGQFormerConnector
 from tgq_fast.models.outputs import FrozenFeatures
 from tgq_fast.models.qformer_weights import load_qformer_weights
+from tgq_fast.models.zoo.budget import build_connector
+from tgq_fast.models.zoo.qformer import QFormerConnector
 
 B, N, L, M = 5, 7, 23, 11
 SIZES = {"hidden_size": 96, "num_attention_heads": 6, "num_hidden_layers": 5, "intermediate_size": 224}

@@ -11,9 +11,9 @@ from tgq_fast import ops
 from tgq_fast.errors import BackendError
 from tgq_fast.models import packed_layers
 from tgq_fast.models.attention import TextPacking
-from tgq_fast.models.connector import build_connector
 from tgq_fast.models.inference import packed, packed_weights, running
 from tgq_fast.models.packed_layers import PackedLayer
+from tgq_fast.models.zoo.budget import build_connector
 from tgq_fast.ops.matrix_unit import why_not
 
 

@@ -19,11 +19,12 @@ from tgq_fast.data.catalog import Catalog
 from tgq_fast.data.images import load_image
 from tgq_fast.data.rejects import RejectLog
 from tgq_fast.errors import ArgumentError, CheckpointError, ImageError
-from tgq_fast.models.configuration import CONNECTORS, TGQFormerConfig
+from tgq_fast.models.configuration import TGQFormerConfig
 from tgq_fast.models.features import FeatureStore
 from tgq_fast.models.modeling import TGQFormerModel
 from tgq_fast.models.outputs import TGQFormerOutput
 from tgq_fast.models.towers import TextTower, VisionTower, load_text_tower, load_vision_tower
+from tgq_fast.models.zoo import CONNECTORS
 
 POSITIVES = torch.tensor([3, 4, 5, 0, 1, 2])
 

@@ -1,7 +1,7 @@
 """Configuration, frozen towers, processor, connectors, readers, feature cache and the assembled model."""
 
-from tgq_fast.models.configuration import CONNECTORS, PRESETS, TGQFormerConfig
-from tgq_fast.models.connector import TGQFormerConnector, build_connector, match_budget
+from tgq_fast.models.configuration import PRESETS, TGQFormerConfig
+from tgq_fast.models.connector import TGQFormerConnector
 from tgq_fast.models.features import FeatureStore
 from tgq_fast.models.modeling import TGQFormerModel
 from tgq_fast.models.outputs import ConnectorOutput, FrozenFeatures, TGQFormerOutput
@@ -9,11 +9,14 @@ from tgq_fast.models.processing import ProcessedItems, PromptInputs, TGQFormerPr
 from tgq_fast.models.qformer_weights import load_qformer_weights
 from tgq_fast.models.towers import TextTower, VisionTower, load_text_tower, load_vision_tower
 from tgq_fast.models.whitening import Whitening, fit_whitening, whitening_rows
+from tgq_fast.models.zoo import CONNECTORS, ConnectorSpec, connector_spec
+from tgq_fast.models.zoo.budget import build_connector, match_budget
 
 __all__ = [
     "CONNECTORS",
     "PRESETS",
     "ConnectorOutput",
+    "ConnectorSpec",
     "FeatureStore",
     "FrozenFeatures",
     "ProcessedItems",
@@ -27,6 +30,7 @@ __all__ = [
     "VisionTower",
     "Whitening",
     "build_connector",
+    "connector_spec",
     "fit_whitening",
     "load_qformer_weights",
     "load_text_tower",

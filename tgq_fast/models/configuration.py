@@ -5,23 +5,18 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
 from tgq_fast.errors import ArgumentError
+from tgq_fast.models.zoo.registry import CONNECTORS, ZERO_SHOT, connector_spec
 
 if TYPE_CHECKING:
     from tgq_fast.models.towers import TextTower, VisionTower
 
 logger = logging.getLogger(__name__)
-
-ConnectorName = Literal["tgq", "qformer", "instructblip", "mlp", "avgpool", "text-only", "image-only"]
-CONNECTORS: tuple[str, ...] = get_args(ConnectorName)
-
-ZERO_SHOT = "zero-shot"
-"""Connector of a model without training: its embedding is the (whitened) global image."""
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "connector": (*CONNECTORS, ZERO_SHOT),
@@ -31,6 +26,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "text_tower": ("dual_encoder", "llm"),  # or a name / path, see the class docstring
     "tower_attention": ("eager", "sdpa", "flash_attention_2"),  # or None
     "norm": ("post", "pre"),
+    "late_fusion": ("none", "readout", "image"),
 }
 
 # The parts of the recipe that do not depend on the size of the model; docs/method.md, "The recipe".
@@ -129,7 +125,8 @@ class TGQFormerConfig(PreTrainedConfig):
     """All sizes and switches of the model.
 
     Args:
-        connector: which connector turns visual tokens into N tokens; see :data:`CONNECTORS`.
+        connector: which connector turns visual tokens into N tokens; see :mod:`tgq_fast.models.zoo.registry`. Fields
+            that its name fixes (`ConnectorSpec.settings`) override what is given.
         hidden_size, num_attention_heads, num_hidden_layers, intermediate_size: d, H, layers n and feed-forward width.
         num_anchored_queries, num_exploratory_queries: Na, Ne; other connectors emit N = Na + Ne tokens.
         cross_attention_frequency: every c-th layer, from the first, attends to the visual tokens.
@@ -174,7 +171,8 @@ class TGQFormerConfig(PreTrainedConfig):
         lora_rank, lora_alpha, lora_dropout: LoRA of the LLM through peft; rank 0 freezes the LLM.
         reader_layers: layers by which the light reader refines the mean token; 0 reads the mean itself.
         prompt: template with {image}, {image_word}, {metadata} and {word} slots. None: docs/method.md's.
-        late_fusion: gate v_emb into mm_emb.
+        late_fusion: "readout": gate v_emb's hidden state into mm_emb's; "image": gate a map of the global image into
+            both; "none". True and False of older configurations are "readout" and "none".
         embedding_size: D of the item embedding.
         logit_scale_init: t0 of the learnable InfoNCE scale exp(t).
         visual_loss_weight: weight of the InfoNCE on v_emb; mm_emb gets one minus it.
@@ -246,7 +244,7 @@ class TGQFormerConfig(PreTrainedConfig):
         lora_dropout: float = 0.05,
         reader_layers: int = 0,
         prompt: str | None = None,
-        late_fusion: bool = False,
+        late_fusion: str | bool = "none",
         embedding_size: int = 256,
         logit_scale_init: float = 3.0,
         visual_loss_weight: float = 0.1,
@@ -266,6 +264,11 @@ class TGQFormerConfig(PreTrainedConfig):
         for name, value in given.items():
             setattr(self, name, value)
         self.fields = list(fields)
+        if isinstance(late_fusion, bool):
+            self.late_fusion = "readout" if late_fusion else "none"
+        if connector in CONNECTORS:
+            for name, value in CONNECTORS[connector].settings.items():
+                setattr(self, name, value)
         self._check()
         super().__init__(**kwargs)
 
@@ -328,7 +331,7 @@ class TGQFormerConfig(PreTrainedConfig):
     @property
     def direct_width(self) -> int:
         """Dimensions of the embedding that the direct readout gives; none where no picture may be seen."""
-        return 0 if self.connector == "text-only" else int(self.direct_size)
+        return int(self.direct_size) if connector_spec(self.connector).sees_picture else 0
 
     def zero_shot(self, *, whitened: bool) -> TGQFormerConfig:
         """The configuration of the floor: the same towers, no training."""
@@ -349,6 +352,17 @@ class TGQFormerConfig(PreTrainedConfig):
             )
         config.whitening = components
         return config
+
+    def with_connector(self, connector: str, **overrides: Any) -> TGQFormerConfig:
+        """A copy with another connector, and with other values of further fields; what the old name fixed is undone.
+
+        Raises:
+            ArgumentError: unknown connector.
+        """
+        spec, defaults = connector_spec(connector), type(self)()
+        undone = {name: getattr(defaults, name) for name in connector_spec(self.connector).settings}
+        values = {**copy.deepcopy(self.to_dict()), **undone, **overrides, "connector": spec.name}
+        return type(self).from_dict(values)
 
     def with_towers(self, vision: VisionTower, text: TextTower) -> TGQFormerConfig:
         """A copy that carries the widths of these towers."""

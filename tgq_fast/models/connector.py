@@ -1,9 +1,6 @@
-"""The hybrid-query connector (HQC) with dual-gated vector modulation (DGVM), and the choice of a connector by name."""
+"""The hybrid-query connector (HQC) with dual-gated vector modulation (DGVM)."""
 
 from __future__ import annotations
-
-import copy
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +8,6 @@ from torch import Tensor, nn
 from tgq_fast import ops, reference
 from tgq_fast.errors import ArgumentError
 from tgq_fast.models.attention import exit_norm
-from tgq_fast.models.baselines import MLPProjector, QFormerConnector, TextOnlyConnector
 from tgq_fast.models.configuration import TGQFormerConfig
 from tgq_fast.models.embeddings import (
     AlignmentHead,
@@ -24,13 +20,7 @@ from tgq_fast.models.layers import QueryEncoder, initialise_connector, stream_la
 from tgq_fast.models.outputs import ConnectorOutput, FrozenFeatures
 from tgq_fast.reference import GateParameters, ModulationOutput
 
-__all__ = [
-    "DualGatedModulation",
-    "TGQFormerConnector",
-    "build_connector",
-    "count_parameters",
-    "match_budget",
-]
+__all__ = ["DualGatedModulation", "TGQFormerConnector"]
 
 
 class GateMLP(nn.Module):
@@ -219,78 +209,3 @@ class TGQFormerConnector(nn.Module):
             output.anchored_gate = modulated.anchored_gate if self.modulation.anchored is not None else None
             output.exploratory_gate = modulated.exploratory_gate if self.modulation.exploratory is not None else None
         return output
-
-
-def build_connector(config: TGQFormerConfig) -> nn.Module:
-    """The connector that `config.connector` names.
-
-    All have ``forward(features: FrozenFeatures, *, return_attention=False) -> ConnectorOutput``. ``qformer`` and
-    ``image-only`` are the same plain Q-Former: the control differs in the reader, which gets no metadata either, so
-    that comparing the two shows what metadata in the prompt alone is worth. ``text-only`` has no parameters and emits
-    no token.
-
-    Raises:
-        ArgumentError: unknown name.
-    """
-    match config.connector:
-        case "tgq":
-            return TGQFormerConnector(config)
-        case "qformer" | "image-only" | "instructblip":
-            return QFormerConnector(config)
-        case "mlp" | "avgpool":
-            return MLPProjector(config, num_cells=config.num_queries if config.connector == "mlp" else 1)
-        case "text-only" | "zero-shot":
-            return TextOnlyConnector(config)
-    raise ArgumentError(
-        "config.connector", repr(config.connector), "a name in tgq_fast.models.configuration.CONNECTORS"
-    )
-
-
-def count_parameters(config: TGQFormerConfig) -> int:
-    """Trainable parameters of the connector that `config` describes, without allocating it."""
-    with torch.device("meta"):
-        connector = build_connector(config)
-    return sum(p.numel() for p in connector.parameters() if p.requires_grad)
-
-
-def match_budget(config: TGQFormerConfig, connector: str, **overrides: Any) -> TGQFormerConfig:
-    """A copy of `config` with another connector and as many trainable connector parameters.
-
-    The feed-forward width (`intermediate_size`; for ``mlp`` and ``avgpool`` the projector's hidden width) is what is
-    adjusted; depth, width d and number of tokens stay. ``text-only`` has nothing to adjust and is returned as it is.
-
-    Args:
-        config: the budget is the parameter count of its own connector.
-        connector: name of the other connector.
-        overrides: further fields of the copy, e.g. ``gate="none"`` for an ungated connector of equal size.
-
-    Raises:
-        ArgumentError: no width gets within 5 % of the budget.
-    """
-    budget = count_parameters(config)
-    matched = copy.deepcopy(config)
-    for name, value in {"connector": connector, **overrides}.items():
-        if not hasattr(matched, name):
-            raise ArgumentError("overrides", name, "names of configuration fields")
-        setattr(matched, name, value)
-    if connector == "text-only":
-        return matched
-
-    def size(width: int) -> int:
-        matched.intermediate_size = width
-        return count_parameters(matched)
-
-    base, step = size(1), size(2) - size(1)  # the count is linear in the width
-    width = max(1, 1 + round((budget - base) / step))
-    rounded = max(8, 8 * round(width / 8))  # friendlier to matrix units, where that is near enough
-    for candidate in (rounded, width):
-        if abs(size(candidate) - budget) <= 0.01 * budget:
-            return matched
-    if abs(size(width) - budget) > 0.05 * budget:
-        raise ArgumentError(
-            "connector",
-            f"{connector!r} with at least {base:,} parameters",
-            f"one that fits the budget of {budget:,} within 5 %",
-            "Enlarge intermediate_size of the configuration that sets the budget.",
-        )
-    return matched

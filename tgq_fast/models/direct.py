@@ -13,6 +13,7 @@ from torch.nn.functional import normalize
 
 from tgq_fast.models.configuration import TGQFormerConfig
 from tgq_fast.models.outputs import FrozenFeatures
+from tgq_fast.models.zoo import connector_spec
 
 __all__ = ["DirectReadout"]
 
@@ -28,7 +29,9 @@ class DirectReadout(nn.Module):
         super().__init__()
         self.projection = nn.Linear(config.token_width, config.direct_size, bias=False)
         self.share_logit = nn.Parameter(torch.zeros(()))
-        self.sharpness = nn.Parameter(torch.ones(())) if config.connector == "tgq" and config.guide else None
+        self.sharpness = (
+            nn.Parameter(torch.ones(())) if connector_spec(config.connector).is_hybrid and config.guide else None
+        )
         self.saliency = nn.Parameter(torch.zeros(config.token_width))
         nn.init.eye_(self.projection.weight)
 

@@ -34,6 +34,7 @@ from tgq_fast.models.pictures import ChosenViews, PictureArrays, PictureFeatures
 from tgq_fast.models.processing import TGQFormerProcessor
 from tgq_fast.models.towers import TextTower, VisionTower
 from tgq_fast.models.whitening import Whitening, whitened_pictures
+from tgq_fast.models.zoo import connector_spec
 
 __all__ = ["FeatureStore", "digest_pictures", "image_digest", "in_order"]
 
@@ -106,6 +107,7 @@ class FeatureStore:
         self.has_image = np.array([item.file_name is not None for item in catalog.items], dtype=bool)
         self.invalid = {int(row): (reason, detail) for row, reason, detail in visual.notes}
         self._has_image_everywhere = bool(self.has_image.all())
+        self._foreign_metadata = False
 
     def __len__(self) -> int:
         return len(self.catalog)
@@ -129,6 +131,20 @@ class FeatureStore:
         """
         store = copy.copy(self)
         store.pictures = whitened_pictures(self.pictures, whitening, cache_dir)
+        return store
+
+    def for_connector(self, connector: str) -> FeatureStore:
+        """The store as a connector has to see it: itself, or one in which every item has another item's metadata
+        (``shuffled-metadata``). Who gets whose depends on the number of items alone, so that training and every later
+        evaluation see the same.
+        """
+        foreign = connector_spec(connector).foreign_metadata
+        if foreign == self._foreign_metadata:
+            return self
+        givers = _other_rows(len(self))
+        store = copy.copy(self)
+        store._foreign_metadata = foreign
+        store.string_ids = self.string_ids[givers if foreign else np.argsort(givers)]
         return store
 
     @property
@@ -181,7 +197,7 @@ class FeatureStore:
                     rejects.add(item.id, item.row, catalog.image_path(item), reason, detail)
         strings = sorted({s for item in catalog.items for s in field_strings(item, config.fields) if s is not None})
         tokens = _string_tokens(strings, text, root, verify)
-        store = cls(catalog, config, visual, tokens, strings)
+        store = cls(catalog, config, visual, tokens, strings).for_connector(config.connector)
         if on_error == "raise":
             store.require_valid(store.invalid)
         return store
@@ -300,6 +316,14 @@ class FeatureStore:
         ids = self.string_ids[np.asarray(indices, dtype=np.int64)]
         ids = ids if keep is None else np.where(keep, ids, -1)
         return [[self.strings[i] for i in row if i >= 0] for row in ids]
+
+
+def _other_rows(count: int) -> NDArray[np.int64]:
+    """[n] a permutation that leaves no row where it is (n > 1): one cycle through all rows, in a fixed random order."""
+    order = np.random.default_rng(0).permutation(count)
+    others = np.empty(count, dtype=np.int64)
+    others[order] = np.roll(order, 1)
+    return others
 
 
 def _key(array: ChunkedArray) -> str:

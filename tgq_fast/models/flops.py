@@ -12,8 +12,10 @@ from typing import Literal
 
 from tgq_fast.models.attention import StreamLayout
 from tgq_fast.models.configuration import TGQFormerConfig
-from tgq_fast.models.connector import count_parameters
 from tgq_fast.models.layers import stream_layout
+from tgq_fast.models.zoo.abstractor import BLOCKS, patch_grid
+from tgq_fast.models.zoo.budget import count_parameters
+from tgq_fast.models.zoo.registry import connector_spec
 from tgq_fast.ops.cost import form_cost
 
 __all__ = ["ConnectorCost", "connector_cost"]
@@ -62,13 +64,18 @@ def connector_cost(
     length = config.num_visual_tokens if num_visual_tokens is None else num_visual_tokens
     text = max(1, config.max_metadata_tokens if num_metadata_tokens is None else num_metadata_tokens)
     name, n, d = config.connector, config.num_queries, config.hidden_size
-    if name == "text-only":
+    spec = connector_spec(name)
+    if not spec.sees_picture:
         return ConnectorCost(name, 0, 0, 0)
     if name in ("mlp", "avgpool"):
         cells = n if name == "mlp" else 1
         hidden = config.intermediate_size
         macs = cells * (length * config.token_width + config.token_width * hidden + hidden * d)
         return ConnectorCost(name, count_parameters(config), macs, n)
+    if name == "perceiver":
+        return ConnectorCost(name, count_parameters(config), _perceiver_macs(config, length), n)
+    if name == "c-abstractor":
+        return ConnectorCost(name, count_parameters(config), _abstractor_macs(config, length), n)
 
     def cross(queries: int, keys: int, width: int) -> int:
         """Query and output projections, and attention in the form asked for."""
@@ -88,6 +95,9 @@ def connector_cost(
             attention = 2 * keys * width * d + 2 * queries * keys * d
         return 2 * queries * d * d + attention
 
+    if name == "attention-pool":
+        macs = cross(n, length, config.token_width) + 2 * n * d * config.intermediate_size
+        return ConnectorCost(name, count_parameters(config), macs, n)
     layout = stream_layout(config)
     m = text if layout.reads_text else 0
     macs = text * config.text_width * d if m or layout.num_anchored else 0
@@ -100,7 +110,7 @@ def connector_cost(
         if index % config.cross_attention_frequency == 0:
             macs += cross(n, length, config.token_width)
         macs += 2 * d * config.intermediate_size * (n + (m if wanted else 0))
-    if name == "tgq":
+    if spec.is_hybrid:
         macs += _modulation_macs(config)
         if config.guide and layout.num_anchored:
             macs += config.alignment_size * (length * config.token_width + length + config.text_width)
@@ -114,6 +124,26 @@ def visible_pairs(layout: StreamLayout, num_text: int) -> int:
         return (na + ne + m) ** 2
     anchored = na * (na + m + (ne if layout.mixing == "one_way" else 0))
     return anchored + ne * (ne + (m if layout.explore_sees_text else 0)) + m * m
+
+
+def _perceiver_macs(config: TGQFormerConfig, length: int) -> int:
+    n, d, source = config.num_queries, config.hidden_size, length + config.num_queries
+    macs = length * config.token_width * d if config.token_width != d else 0
+    layer = 2 * n * d * d + 2 * source * d * d + 2 * n * source * d + 2 * n * d * config.intermediate_size
+    return macs + config.num_hidden_layers * layer
+
+
+def _abstractor_macs(config: TGQFormerConfig, length: int) -> int:
+    n, d, w = config.num_queries, config.hidden_size, config.intermediate_size
+    macs = n * (w * d + d * d)
+    for places, widths in (
+        (patch_grid(length)[0] ** 2, [config.token_width] + [w] * (BLOCKS - 1)),
+        (n, [w] * BLOCKS),
+    ):
+        for width in widths:
+            convolutions = width * w + 9 * w + w * w + (width * w if width != w else 0)
+            macs += places * convolutions + 2 * w * round(width / 4)
+    return macs
 
 
 def _modulation_macs(config: TGQFormerConfig) -> int:

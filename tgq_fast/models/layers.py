@@ -26,6 +26,7 @@ from tgq_fast.models.attention import (
     entrance_norm,
 )
 from tgq_fast.models.configuration import TGQFormerConfig
+from tgq_fast.models.zoo.registry import connector_spec
 
 __all__ = ["Intermediate", "QueryEncoder", "QueryLayer", "initialise_connector", "stream_layout"]
 
@@ -35,8 +36,8 @@ def initialise_connector(connector: nn.Module, config: TGQFormerConfig) -> None:
 
     Biases are zero, LayerNorms the identity, embeddings and learned queries normal(0, `initializer_range`). Linear
     weights are the same after BERT; with norm="pre", where nothing rescales what a part adds, they keep the variance of
-    what they read (Xavier's uniform start) [ours]. A module with further parameters, or with a start of its own
-    (learned queries, zero gates), says so in `initialise(std)`.
+    what they read (Xavier's uniform start) [ours]. Convolutions start as PyTorch starts them. A module with further
+    parameters, or with a start of its own (learned queries, zero gates), says so in `initialise(std)`.
     """
     connector.apply(lambda module: _initialise_module(module, config.initializer_range, config.norm == "pre"))
 
@@ -49,6 +50,8 @@ def _initialise_module(module: nn.Module, std: float, keep_variance: bool) -> No
             nn.init.normal_(module.weight, std=std)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Conv2d):
+        module.reset_parameters()
     elif isinstance(module, nn.Embedding):
         nn.init.normal_(module.weight, std=std)
     elif isinstance(module, nn.LayerNorm):
@@ -58,9 +61,10 @@ def _initialise_module(module: nn.Module, std: float, keep_variance: bool) -> No
 
 
 def stream_layout(config: TGQFormerConfig) -> StreamLayout:
-    """The layout of a connector with query layers: two streams for ``tgq``, one for the plain Q-Formers."""
-    if config.connector != "tgq":
-        return StreamLayout(0, config.num_queries, config.connector == "instructblip", "full")
+    """The layout of a connector with query layers: two streams for ``tgq`` and its variants, one for Q-Formers."""
+    spec = connector_spec(config.connector)
+    if not spec.is_hybrid:
+        return StreamLayout(0, config.num_queries, spec.reads_metadata, "full")
     anchored, mixing = config.num_anchored_queries, config.stream_mixing
     # Without anchored queries in block mode nobody would look at the text.
     reads_text = config.text_in_layers and (anchored > 0 or config.explore_sees_text or mixing == "full")

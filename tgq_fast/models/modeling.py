@@ -21,7 +21,6 @@ from tgq_fast.data.rejects import RejectLog
 from tgq_fast.errors import ArgumentError, CheckpointError
 from tgq_fast.models import checkpoint
 from tgq_fast.models.configuration import TGQFormerConfig, tower_digests
-from tgq_fast.models.connector import build_connector
 from tgq_fast.models.direct import DirectReadout
 from tgq_fast.models.dtypes import as_dtype, single_precision
 from tgq_fast.models.encoding import FeatureExtractor, as_examples, progress_bar, stored_batches
@@ -33,6 +32,8 @@ from tgq_fast.models.processing import PromptInputs, TGQFormerProcessor
 from tgq_fast.models.readers import ImageReader, LightReader, LLMReader, ReaderOutput, build_reader, merged_adapters
 from tgq_fast.models.towers import TextTower, VisionTower, load_text_tower, load_vision_tower
 from tgq_fast.models.whitening import Whitening
+from tgq_fast.models.zoo import connector_spec
+from tgq_fast.models.zoo.budget import build_connector
 from tgq_fast.ops.dispatch import requested_backend
 
 __all__ = ["TGQFormerModel"]
@@ -257,7 +258,11 @@ class TGQFormerModel(PreTrainedModel):
 
     def _control(self, features: FrozenFeatures) -> FrozenFeatures:
         """The controls: "image-only" has no metadata anywhere, "text-only" no picture anywhere."""
-        if self.config.connector == "image-only":
+        spec = connector_spec(self.config.connector)
+        if not spec.sees_picture:
+            features = copy.copy(features)
+            features.global_image = torch.zeros_like(features.global_image)
+        if not spec.reader_sees_metadata:
             features = copy.copy(features)
             features.metadata_tokens = features.metadata_tokens[:, :1] * 0
             features.metadata_mask = torch.zeros_like(features.metadata_mask[:, :1])
@@ -319,6 +324,10 @@ class TGQFormerModel(PreTrainedModel):
             raise ArgumentError("batch_size", batch_size, "at least 1")
         if on_error not in ("raise", "skip"):
             raise ArgumentError("on_error", repr(on_error), "'raise' or 'skip'")
+        if features is None and connector_spec(self.config.connector).foreign_metadata:
+            raise ArgumentError(
+                "features", None, "the catalogue's FeatureStore: this control gives each item the metadata of another"
+            )
         single = isinstance(items, (Item, Mapping, Image.Image, str, Path))
         several: Any = [items] if single else items
         examples = as_examples(several, fields=fields, root=root, known=self.config.fields)
@@ -331,6 +340,7 @@ class TGQFormerModel(PreTrainedModel):
             merged = merged_adapters(self.reader)
             with merged, torch.inference_mode(), packing, progress_bar(len(examples), show_progress_bar) as advance:
                 if features is not None:
+                    features = features.for_connector(self.config.connector)
                     batches = stored_batches(examples, batch_size, on_error, features, self._prompt_processor)
                 else:
                     batches = self.extractor.batches(

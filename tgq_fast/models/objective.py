@@ -15,6 +15,7 @@ from tgq_fast.models.configuration import TGQFormerConfig
 from tgq_fast.models.gather import gather, rank
 from tgq_fast.models.outputs import ConnectorOutput
 from tgq_fast.models.readers import ReaderOutput
+from tgq_fast.models.zoo import connector_spec
 
 __all__ = ["weighted_losses"]
 
@@ -46,7 +47,7 @@ def weighted_losses(
         return ops.info_nce(gather(embeddings), targets, scale, groups=everyone, rows=rows + offset)
 
     # Without pictures v_emb is a constant: nothing to contrast.
-    share = 0.0 if config.connector == "text-only" else config.visual_loss_weight
+    share = config.visual_loss_weight if connector_spec(config.connector).sees_picture else 0.0
     terms = {"item": (1.0 - share, contrast(read.embedding))}
     if share:
         terms["visual"] = (share, contrast(read.visual_embedding))

@@ -22,6 +22,7 @@ from tgq_fast.models.configuration import TGQFormerConfig
 from tgq_fast.models.field_tokens import field_strings
 from tgq_fast.models.hub import hub_load
 from tgq_fast.models.towers import ImageProcessor, load_image_processor
+from tgq_fast.models.zoo import connector_spec
 
 __all__ = ["DEFAULT_PROMPT", "ProcessedItems", "PromptInputs", "TGQFormerProcessor", "stack_pixels"]
 
@@ -194,9 +195,10 @@ class TGQFormerProcessor:
 
     def prompt(self, strings: Sequence[Sequence[str]]) -> PromptInputs:
         """Prompts that tell each item's "name: value" strings; "image-only" tells none, "text-only" has no image."""
-        if self.config.connector == "image-only":
+        spec = connector_spec(self.config.connector)
+        if not spec.reader_sees_metadata:
             strings = [[] for _ in strings]
-        slots = 0 if self.config.connector == "text-only" else self.config.num_queries
+        slots = spec.tokens(self.config)
         encode = self.tokenizer.encode
         pieces = [encode(piece, add_special_tokens=False) for piece in self._pieces]
         start = [self.tokenizer.bos_token_id] if self._adds_bos else []

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from tgq_fast.errors import ArgumentError, CheckpointError
-from tgq_fast.models.baselines import QFormerConnector
 from tgq_fast.models.connector import TGQFormerConnector
+from tgq_fast.models.zoo.qformer import QFormerConnector
 
 __all__ = ["QFormerLoadReport", "load_qformer_weights"]
 

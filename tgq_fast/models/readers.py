@@ -18,7 +18,7 @@ from tgq_fast.models.hub import hub_model
 from tgq_fast.models.outputs import FrozenFeatures
 from tgq_fast.models.processing import PromptInputs
 
-__all__ = ["ImageReader", "LLMReader", "LightReader", "ReaderOutput", "build_reader", "merged_adapters"]
+__all__ = ["ImageReader", "LLMReader", "LateFusion", "LightReader", "ReaderOutput", "build_reader", "merged_adapters"]
 
 
 @dataclass
@@ -29,10 +29,37 @@ class ReaderOutput:
     visual_embedding: Tensor
 
 
+class LateFusion(nn.Module):
+    """z ⊙ v + (1 − z) ⊙ h with z = σ(W[h; v] + b): the picture gated into hidden states past the reader.
+
+    late_fusion="image": v is a bias-free map of the frozen global image, and the same gate serves both hidden states.
+    late_fusion="readout": v is the hidden state that v_emb is read from, and only mm_emb's h takes it in.
+
+    Source: "image", NoteLLM-2; "readout", ours.
+    """
+
+    def __init__(self, width: int, config: TGQFormerConfig) -> None:
+        super().__init__()
+        self.gate = nn.Linear(2 * width, width)
+        self.image = nn.Linear(config.image_width, width, bias=False) if config.late_fusion == "image" else None
+
+    def forward(self, item: Tensor, visual: Tensor, global_image: Tensor) -> tuple[Tensor, Tensor]:
+        """Hidden states [B, width] of both readouts and the global image [B, dg] → both hidden states."""
+        if self.image is None:
+            return self.fuse(item, visual), visual
+        v = self.image(global_image.to(item.dtype))
+        return self.fuse(item, v), self.fuse(visual, v)
+
+    def fuse(self, h: Tensor, v: Tensor) -> Tensor:
+        """[B, width] twice → [B, width]."""
+        z = torch.sigmoid(self.gate(torch.cat((h, v), dim=-1)))
+        return z * v + (1 - z) * h
+
+
 class _Readout(nn.Module):
     """Bias-free heads for v_emb and mm_emb, with optional late fusion.
 
-    Source: heads and fusion z ⊙ v + (1 − z) ⊙ h with z = σ(W[h; v]), NoteLLM-2; one head per embedding, ours.
+    Source: heads, NoteLLM-2; one per embedding, ours.
     """
 
     def __init__(self, width: int, config: TGQFormerConfig) -> None:
@@ -40,13 +67,12 @@ class _Readout(nn.Module):
         size = config.embedding_size - config.direct_width
         self.visual = nn.Linear(width, size, bias=False)
         self.item = nn.Linear(width, size, bias=False)
-        self.fusion = nn.Linear(2 * width, width) if config.late_fusion else None
+        self.fusion = LateFusion(width, config) if config.late_fusion != "none" else None
 
-    def forward(self, item: Tensor, visual: Tensor) -> ReaderOutput:
+    def forward(self, item: Tensor, visual: Tensor, features: FrozenFeatures) -> ReaderOutput:
         """Hidden states [B, width] at the two read positions."""
         if self.fusion is not None:
-            z = torch.sigmoid(self.fusion(torch.cat((item, visual), dim=-1)))
-            item = z * visual + (1 - z) * item
+            item, visual = self.fusion(item, visual, features.global_image)
         return ReaderOutput(*(F.normalize(e.float(), dim=-1) for e in (self.item(item), self.visual(visual))))
 
 
@@ -120,7 +146,7 @@ class LightReader(nn.Module):
         image = tokens.sum(dim=1) / max(1, tokens.shape[1])  # [B, d]
         starts = torch.stack((image, image + self.metadata_mean(self._mean_text(features))), dim=1) + self.readouts
         if not len(self.layers):
-            return self.readout(starts[:, 1], starts[:, 0])
+            return self.readout(starts[:, 1], starts[:, 0], features)
         mask = features.metadata_mask
         text = self.metadata(features.metadata_tokens.to(tokens.dtype)) + self.field_embeddings(features.field_ids)
         text = text * mask[..., None]
@@ -133,7 +159,7 @@ class LightReader(nn.Module):
         ends = slice(None, None, x.shape[1] - 1)  # the two readouts: all that the last layer has to give
         for number, layer in enumerate(self.layers, start=1):
             x = layer(x, sees, ends if number == len(self.layers) else slice(None))
-        return self.readout(x[:, 1], x[:, 0])
+        return self.readout(x[:, 1], x[:, 0], features)
 
     def _mean_text(self, features: FrozenFeatures) -> Tensor:
         """[B, d] mean of W T + e_field over an item's tokens, zero without metadata: the map of the mean is the mean of
@@ -217,7 +243,7 @@ class LLMReader(nn.Module):
         rows = torch.arange(hidden.shape[0], device=hidden.device)
         dtype = self.readout.item.weight.dtype
         item, image = (hidden[rows, p].to(dtype) for p in (prompt.word_position, prompt.image_word_position))
-        return self.readout(item, image)
+        return self.readout(item, image, features)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from PIL import Image, ImageOps
 from tgq_fast.data import Item
 from tgq_fast.data.corruption import AREAS, corrupt_image, item_seed
 from tgq_fast.models.views import token_grid
+from tgq_fast.models.zoo import connector_spec
 from tgq_fast.report import figures
 from tgq_fast.report.content import AttentionMap, GateStudy
 from tgq_fast.study.probes import connect, gate_means
@@ -36,7 +37,7 @@ def attention_maps(
 ) -> tuple[list[AttentionMap], str]:
     """Maps of the main run's queries over some items; with a reason when there are none."""
     config = model.config
-    if config.connector != "tgq":
+    if not connector_spec(config.connector).is_hybrid:
         return [], f"No attention maps: connector {config.connector} has no anchored and exploratory streams."
     grid = token_grid(config.num_visual_tokens)
     if grid is None:
@@ -107,7 +108,7 @@ def gate_study(
     Args:
         rows: catalogue rows with usable pictures, in sampled order.
     """
-    if model.config.connector != "tgq" or model.config.gate == "none" or not len(rows):
+    if not connector_spec(model.config.connector).is_hybrid or model.config.gate == "none" or not len(rows):
         return None
     clean = _gates(model, store, rows[:_CLEAN])
     few = [int(row) for row in rows[:_CORRUPTED]]

@@ -9,6 +9,7 @@ from PIL import ImageOps
 
 from tgq_fast.models.encoding import as_examples
 from tgq_fast.models.views import token_grid
+from tgq_fast.models.zoo import connector_spec
 from tgq_fast.report import figures
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ __all__ = ["explain"]
 def explain(model: TGQFormerModel, item: Item, picture: Image.Image) -> dict[str, Any]:
     """Attention of both streams over the picture as data URIs, mean gates, agreement; a reason for what is missing."""
     config = model.config
-    if config.connector != "tgq":
+    if not connector_spec(config.connector).is_hybrid:
         return {"reason": f"connector {config.connector} has no anchored and exploratory streams"}
     row = {name: value for name in config.fields if (value := item.field(name)) is not None}
     examples = as_examples([picture], fields=[row], known=config.fields)

@@ -188,6 +188,7 @@ def train(
             store = store.whitened(whitening, cache_dir)
             if views is not None:
                 pictures = whitened_pictures(views, whitening, cache_dir)
+        store = store.for_connector(config.connector)
         # Only now: a run whose features cannot be made leaves the folder free.
         team.lead(lambda: write_manifest(folder, manifest))
         return _run(
