@@ -180,11 +180,11 @@ def test_late_gate_is_its_definition() -> None:
     fusion = randomise(LateFusion(32, config))
     item, visual, image = torch.randn(4, 32), torch.randn(4, 32), torch.randn(4, config.image_width)
     v = image @ fusion.image.weight.T
-    for given, h in zip(fusion(item, visual, image), (item, visual), strict=True):
-        z = torch.sigmoid(torch.cat((h, v), dim=1) @ fusion.gate.weight.T + fusion.gate.bias)
+    for given, h in zip(fusion.both(item, visual, image), (item, visual), strict=True):
+        z = torch.sigmoid(torch.cat((h, v), dim=1) @ fusion.weight.T + fusion.bias)
         torch.testing.assert_close(given, z * v + (1 - z) * h)
     readout = LateFusion(32, small_config(late_fusion="readout"))
-    assert readout.image is None and readout(item, visual, image)[1] is visual
+    assert readout.image is None and readout.both(item, visual, image)[1] is visual
 
 
 def test_late_gate_lets_the_frozen_image_into_both_embeddings() -> None:

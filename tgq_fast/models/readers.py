@@ -29,7 +29,7 @@ class ReaderOutput:
     visual_embedding: Tensor
 
 
-class LateFusion(nn.Module):
+class LateFusion(nn.Linear):
     """z ⊙ v + (1 − z) ⊙ h with z = σ(W[h; v] + b): the picture gated into hidden states past the reader.
 
     late_fusion="image": v is a bias-free map of the frozen global image, and the same gate serves both hidden states.
@@ -39,11 +39,10 @@ class LateFusion(nn.Module):
     """
 
     def __init__(self, width: int, config: TGQFormerConfig) -> None:
-        super().__init__()
-        self.gate = nn.Linear(2 * width, width)
+        super().__init__(2 * width, width)  # W and b by the names that older checkpoints have
         self.image = nn.Linear(config.image_width, width, bias=False) if config.late_fusion == "image" else None
 
-    def forward(self, item: Tensor, visual: Tensor, global_image: Tensor) -> tuple[Tensor, Tensor]:
+    def both(self, item: Tensor, visual: Tensor, global_image: Tensor) -> tuple[Tensor, Tensor]:
         """Hidden states [B, width] of both readouts and the global image [B, dg] → both hidden states."""
         if self.image is None:
             return self.fuse(item, visual), visual
@@ -52,7 +51,7 @@ class LateFusion(nn.Module):
 
     def fuse(self, h: Tensor, v: Tensor) -> Tensor:
         """[B, width] twice → [B, width]."""
-        z = torch.sigmoid(self.gate(torch.cat((h, v), dim=-1)))
+        z = torch.sigmoid(self(torch.cat((h, v), dim=-1)))
         return z * v + (1 - z) * h
 
 
@@ -72,7 +71,7 @@ class _Readout(nn.Module):
     def forward(self, item: Tensor, visual: Tensor, features: FrozenFeatures) -> ReaderOutput:
         """Hidden states [B, width] at the two read positions."""
         if self.fusion is not None:
-            item, visual = self.fusion(item, visual, features.global_image)
+            item, visual = self.fusion.both(item, visual, features.global_image)
         return ReaderOutput(*(F.normalize(e.float(), dim=-1) for e in (self.item(item), self.visual(visual))))
 
 
