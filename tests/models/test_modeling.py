@@ -84,7 +84,8 @@ def test_every_connector_trains(build, store: FeatureStore, llama: Path, connect
     assert output.embedding.shape == (6, 16) and output.embedding.dtype == torch.float32
     torch.testing.assert_close(output.embedding.norm(dim=1), torch.ones(6))
     expected = {"item", "visual"} if connector != "text-only" else {"item"}
-    expected |= {"redundancy", "alignment"} if connector == "tgq" else set()
+    expected |= {"redundancy"} if CONNECTORS[connector].is_hybrid else set()
+    expected |= {"alignment"} if CONNECTORS[connector].is_hybrid and model.config.gate != "none" else set()
     assert set(output.losses) == expected
 
 

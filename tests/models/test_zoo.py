@@ -15,6 +15,7 @@ from tgq_fast.data.catalog import Catalog
 from tgq_fast.errors import ArgumentError
 from tgq_fast.models.configuration import TGQFormerConfig
 from tgq_fast.models.features import FeatureStore
+from tgq_fast.models.inference import packed_weights
 from tgq_fast.models.modeling import TGQFormerModel
 from tgq_fast.models.readers import LateFusion, LightReader
 from tgq_fast.models.towers import load_text_tower, load_vision_tower
@@ -268,3 +269,17 @@ def test_width_of_new_connectors_is_the_tokens(store: FeatureStore) -> None:
     for name in NEW:
         with pytest.raises(ArgumentError, match="visual_tokens"):
             build_connector(small_config(name, visual_width=DV + 1))(random_features())
+
+
+@pytest.mark.parametrize("name", NEW)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_weights_give_the_same_tokens(name: str, dtype: torch.dtype) -> None:
+    connector = build_connector(small_config(name, norm="pre")).eval()
+    features = random_features()
+    with torch.no_grad():
+        exact = connector.double()(features).tokens
+        plain = connector.to(dtype)(features).tokens
+        with packed_weights(connector):
+            given = connector(features).tokens
+    noise = (plain.double() - exact).abs().max()
+    assert (given.double() - exact).abs().max() <= 2 * noise + 4 * torch.finfo(dtype).eps * exact.abs().max()
