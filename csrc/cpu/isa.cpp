@@ -3,6 +3,7 @@
 #include <cstring>
 #include <iterator>
 
+#include "cpu/codes.h"
 #include "cpu/kernels.h"
 #include "tgq/search.h"
 
@@ -24,8 +25,8 @@ struct Registry {
   const char* names[kMaxIsas + 1] = {};
   int count = 0;
 
-  void add(const char* name, const Kernels& kernels, const Filter* filter, const Filter* byte_filter) {
-    isas[count] = {name, &kernels, filter, byte_filter};
+  void add(const char* name, const Kernels& kernels, const Filter* filter, const CodeKernels& codes) {
+    isas[count] = {name, &kernels, filter, &codes};
     names[count++] = name;
   }
 };
@@ -55,19 +56,19 @@ bool amx_permitted() {
 const Registry& registry() {
   static const Registry found = [] {
     Registry r;
-    r.add("scalar", scalar_kernels(), nullptr, nullptr);
+    r.add("scalar", scalar_kernels(), nullptr, scalar_code_kernels());
 #if defined(TGQ_X86)
     __builtin_cpu_init();
     if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return r;
-    r.add("avx2", avx2_kernels(), &avx2_filter(), &avx2_filter());
-    if (feature(7, 1, Register::eax, 4)) r.add("avx2vnni", avx2_kernels(), &avx2vnni_filter(), &avx2vnni_filter());
+    r.add("avx2", avx2_kernels(), &avx2_filter(), avx2_code_kernels());
+    if (feature(7, 1, Register::eax, 4)) r.add("avx2vnni", avx2_kernels(), &avx2vnni_filter(), avx2vnni_code_kernels());
     if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512dq") ||
         !__builtin_cpu_supports("avx512vl"))
       return r;
-    r.add("avx512", avx512_kernels(), &avx2_filter(), &avx2_filter());
+    r.add("avx512", avx512_kernels(), &avx2_filter(), avx2_code_kernels());
     if (!__builtin_cpu_supports("avx512vnni")) return r;
-    r.add("avx512vnni", avx512_kernels(), &avx512vnni_filter(), &avx512vnni_filter());
-    if (amx_permitted()) r.add("amx", avx512_kernels(), &amx_filter(), &amx_byte_filter());
+    r.add("avx512vnni", avx512_kernels(), &avx512vnni_filter(), avx512vnni_code_kernels());
+    if (amx_permitted()) r.add("amx", avx512_kernels(), &amx_filter(), amx_code_kernels());
 #endif
     return r;
   }();

@@ -34,7 +34,6 @@ struct Share {
   std::vector<Key> keys;
   std::vector<Pending> pending;
   std::vector<std::size_t> keys_end, pending_end;  // [queries]
-  std::vector<float> margin;                       // [queries]
 };
 
 // A tile of queries that several threads may scan together, each other rows.

@@ -1,0 +1,305 @@
+"""Quantised codes of a pool: what an exact search reads first instead of the rows. docs/topk.md has layout and proof.
+
+Rows are centred, rotated so that energy falls from the first direction to the last, and rounded to bytes in one or two
+levels. Searches skip every row whose bound from the first level, or from both, is below the k-th best score.
+
+Source: ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tgq_fast import _native
+from tgq_fast.errors import ArgumentError, BackendError
+from tgq_fast.retrieval.topk_arguments import DTYPES, as_tensor
+
+__all__ = ["Basis", "Codes", "build_codes", "code_width", "encode_rows", "fit_basis", "join_codes"]
+
+GROUP = 16  # rows whose codes lie together
+LINE = 64  # columns of one line of codes
+_LIMIT = 127  # largest magnitude of a code
+_ZERO = 128  # the byte of the code 0
+_LARGEST = 2.0**60  # norm of a centred row that is not coded
+_SLACK = 1 + 2.0**-20  # on what is rounded to fp32 or summed in fp64
+_FIT_ROWS, _TRIAL_ROWS, _TRIAL_QUERIES = 16_384, 4096, 32
+_CHUNK = 4096  # rows encoded at a time, a multiple of GROUP
+_HITS = 100  # the k that the choice of levels assumes
+_LOOKED = 3.0  # a sampled threshold lets through so many times what the k-th best score does
+
+
+def code_width(dims: int) -> int:
+    """Columns of a row's codes: D padded to a multiple of 64."""
+    return -(-dims // LINE) * LINE
+
+
+@dataclass(frozen=True)
+class Basis:
+    """What rows are centred by and rotated with, and where the first level ends.
+
+    Attributes:
+        mean: [D] float32.
+        rotation: [D, D] float32, a direction per row, energy falling.
+        first: columns of the first level, a multiple of 64.
+        second: whether there is a second level, of all other columns.
+        spread: per level, the norm of a row's codes above which the row gets coarser ones.
+        defect: at least ‖RᵀR - I‖ of the rotation as stored.
+        explained: share of the centred energy in the first level of the rows it was fitted to.
+    """
+
+    mean: Tensor
+    rotation: Tensor
+    first: int
+    second: bool
+    spread: tuple[float, float]
+    defect: float
+    explained: float
+
+
+@dataclass(frozen=True)
+class Codes:
+    """Codes of N rows. Answers of a search do not depend on them as long as they are those of its pool.
+
+    Attributes:
+        basis: of these rows and maybe others.
+        codes: [first / 64, G, 16, 16, 4] uint8: for each 64 columns and each 16 rows, 16 words of 4 columns, of every
+            row in turn; 128 + the code.
+        second: [16 G, code_width(D) - first] uint8, row after row; no columns where there is no second level.
+        scale: [levels, 16 G] float32, what a code of 1 stands for.
+        rest: [16 G] float32, at least the norm beyond the first level; infinite for rows that are not coded.
+        rows: N; those up to 16 G are padding.
+        step: per level, at least the norm of the rounding error in codes.
+        norm: per level, at least the norm of the codes.
+        explained: share of the centred energy in the first level; 1.0 for no energy.
+    """
+
+    basis: Basis
+    codes: Tensor
+    second: Tensor
+    scale: Tensor
+    rest: Tensor
+    rows: int
+    step: tuple[float, ...]
+    norm: tuple[float, ...]
+    explained: float
+
+    def check(self, pool: Tensor) -> None:
+        """Raises ArgumentError unless these can be the codes of `pool` [N, D]."""
+        rows, dims = pool.shape
+        groups, lines = -(-rows // GROUP), code_width(dims) // LINE
+        first = self.basis.first
+        if first % LINE or not 0 < first <= lines * LINE or (self.basis.second and first == lines * LINE):
+            raise ArgumentError("codes.basis.first", first, f"a multiple of {LINE} from {LINE} to {lines * LINE}")
+        levels = 1 + self.basis.second
+        beyond = lines * LINE - first if self.basis.second else 0
+        wanted = {
+            "basis.mean": (self.basis.mean, torch.float32, [dims]),
+            "basis.rotation": (self.basis.rotation, torch.float32, [dims, dims]),
+            "codes": (self.codes, torch.uint8, [first // LINE, groups, 16, GROUP, 4]),
+            "second": (self.second, torch.uint8, [groups * GROUP, beyond]),
+            "scale": (self.scale, torch.float32, [levels, groups * GROUP]),
+            "rest": (self.rest, torch.float32, [groups * GROUP]),
+        }
+        for name, (tensor, dtype, shape) in wanted.items():
+            # A plane of codes or scales may be part of a larger one.
+            inner = tensor[0] if name in ("codes", "scale") and len(tensor) else tensor
+            fits = tensor.dtype == dtype and list(tensor.shape) == shape and inner.is_contiguous()
+            if not fits or tensor.device.type != "cpu":
+                got = f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+                raise ArgumentError(f"codes.{name}", got, f"{dtype} {shape}, contiguous, on the CPU")
+        if self.rows != rows or len(self.step) != levels or len(self.norm) != levels:
+            raise ArgumentError("codes", f"{self.rows} rows, {len(self.step)} levels", f"{rows} rows, {levels} levels")
+
+    def part(self, first: int, stop: int) -> Codes:
+        """The codes of rows `first` … `stop`, in place; `first` is a multiple of 16."""
+        if first % GROUP:
+            raise ArgumentError("first", first, f"a multiple of {GROUP}")
+        groups = slice(first // GROUP, -(-stop // GROUP))
+        padded = slice(groups.start * GROUP, groups.stop * GROUP)
+        return Codes(
+            self.basis,
+            self.codes[:, groups],
+            self.second[padded],
+            self.scale[:, padded],
+            self.rest[padded],
+            stop - first,
+            self.step,
+            self.norm,
+            self.explained,
+        )
+
+
+def build_codes(rows: Any) -> Codes:
+    """Codes of a pool [N, D] (float32, float16 or bfloat16, on the CPU, strided too) for searches to come.
+
+    Raises:
+        ArgumentError: another shape or dtype.
+    """
+    rows = _rows(rows)
+    return encode_rows(rows, fit_basis(rows))
+
+
+def _rows(rows: Any) -> Tensor:
+    rows = as_tensor("rows", rows)
+    if rows.ndim != 2 or rows.dtype not in DTYPES or rows.device.type != "cpu":
+        got = f"{rows.dtype} {list(rows.shape)} on {rows.device}"
+        raise ArgumentError("rows", got, "[N, D] float32, float16 or bfloat16 on the CPU")
+    return rows
+
+
+def fit_basis(rows: Any) -> Basis:
+    """Principal directions of a strided sample of rows [N, D], and the levels that pay on them."""
+    rows = _rows(rows)
+    count, dims = rows.shape
+    sample = rows[:: -(-max(count, 1) // _FIT_ROWS)].double()
+    sample = sample[torch.isfinite(sample).all(dim=1)]
+    sample = sample[sample.norm(dim=1) < _LARGEST]
+    mean = sample.mean(dim=0).float() if len(sample) else torch.zeros(dims)
+    centred = sample - mean.double()
+    largest = float(centred.abs().max()) if centred.numel() else 0.0
+    unit = centred / largest if largest > 0 else centred  # squares neither overflow nor vanish
+    directions = torch.linalg.eigh(unit.T @ unit).eigenvectors if dims else torch.empty(0, 0, dtype=torch.float64)
+    rotation = directions.flip(1).T.contiguous().float()  # [D, D]
+    exact = rotation.double()
+    defect = float((exact.T @ exact - torch.eye(dims, dtype=torch.float64)).norm()) * _SLACK + 2.0**-40
+    turned = unit @ exact.T
+    shift = (mean.double() / largest if largest > 0 else mean.double()) @ exact.T
+    first, second = _choose_levels(turned, shift, count, rows.element_size())
+    energy = turned.square().sum(dim=0)
+    explained = _share(float(energy[:first].sum()), float(energy.sum()))
+    spread = (_spread(turned[:, :first]), _spread(turned[:, first:]))
+    return Basis(mean, rotation, first, second, spread, defect, explained)
+
+
+def _spread(part: Tensor) -> float:
+    """Median norm of codes whose largest magnitude is 127."""
+    if not part.numel():
+        return float(_LIMIT)
+    largest = part.abs().amax(dim=1)
+    norms = part.norm(dim=1)[largest > 0] / largest[largest > 0]
+    return _LIMIT * float(norms.median()) if len(norms) else float(_LIMIT)
+
+
+def _share(part: float, whole: float) -> float:
+    return part / whole if whole > 0 else 1.0
+
+
+def _choose_levels(turned: Tensor, mean: Tensor, count: int, item: int) -> tuple[int, bool]:
+    """Columns of the first level, and whether a second pays: what answers rows of the sample, as queries, at least cost.
+
+    Args:
+        turned: [n, D] centred rotated rows.
+        mean: [D] rotated mean.
+        count: rows of the pool.
+        item: bytes of a stored value.
+    """
+    dims, width = turned.shape[1], code_width(turned.shape[1])
+    rows = turned[:: -(-len(turned) // _TRIAL_ROWS)] if len(turned) else turned
+    if width <= LINE or len(rows) < 16 * GROUP:
+        return max(width, LINE), False
+    queries = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:_TRIAL_QUERIES]] + mean
+    rank = min(max(1, round(_HITS * len(rows) / count)), len(rows))
+    threshold = (queries @ rows.T).topk(rank, dim=1).values[:, -1:]
+    share: dict[int, float] = {}  # of rows that a first level leaves
+    for first in range(LINE, width + 1, LINE):
+        ours, theirs = rows[:, :first], queries[:, :first]
+        bound = theirs @ ours.T
+        # What rounding to bytes adds, on average: .3 of a step per column.
+        lost = 0.3 / _LIMIT * first**0.5
+        bound = bound + lost * ours.abs().amax(dim=1) * theirs.norm(dim=1, keepdim=True)
+        bound = bound + lost * ours.norm(dim=1) * theirs.abs().amax(dim=1, keepdim=True)
+        bound = bound + rows[:, first:].norm(dim=1) * queries[:, first:].norm(dim=1, keepdim=True)
+        share[first] = float((bound >= threshold).double().mean())
+    best, choice = float("inf"), (width, False)
+    for first in share:
+        for second in (False, True) if first < width else (False,):
+            looked, scored = (_LOOKED * share[first] if second else 0.0), share[width if second else first]
+            rest = width - first + 4
+            # One query is bound by bytes, many by instructions: cycles of a row, as measured on a matrix unit.
+            read = (first + 8 + looked * (rest + LINE) + scored * 1.5 * dims * item) / (width + 8)
+            cycles = (0.3 + first / 640 + looked * (40 + rest / 4) + scored * (100 + dims * item / 4)) / (0.3 + width / 640)
+            if read + cycles < best - 0.02:
+                best, choice = read + cycles, (first, second)
+    return choice
+
+
+def encode_rows(rows: Any, basis: Basis) -> Codes:
+    """Codes of rows [N, D] in a basis, that of other rows too: any basis gives right answers, a good one fast ones."""
+    rows = _rows(rows)
+    count, dims = rows.shape
+    if basis.mean.shape != (dims,):
+        raise ArgumentError("basis", f"of {len(basis.mean)} columns", f"of {dims}, as the rows")
+    module = _native.extension()
+    if module is None:
+        raise BackendError("build_codes", "cpp", {"cpp": [_native.why_missing()]})
+    groups, width = -(-count // GROUP), max(code_width(dims), LINE)
+    levels = 1 + basis.second
+    codes = torch.full((basis.first // LINE, groups, 16, GROUP, 4), _ZERO, dtype=torch.uint8)
+    second = torch.full((groups * GROUP, width - basis.first if basis.second else 0), _ZERO, dtype=torch.uint8)
+    scale, rest = torch.zeros(levels, groups * GROUP), torch.zeros(groups * GROUP)
+    step, norm, energy, inside = [0.0] * levels, [0.0] * levels, 0.0, 0.0
+    mean, rotation = basis.mean.double(), basis.rotation.double().T.contiguous()
+    arrays = (
+        codes.data_ptr(),
+        codes.stride(0),
+        second.data_ptr() if basis.second else 0,
+        rest.data_ptr(),
+        tuple(level.data_ptr() for level in scale),
+    )
+    for start in range(0, count, _CHUNK):
+        centred = rows[start : start + _CHUNK].double() - mean
+        norms = centred.norm(dim=1)
+        coded = norms < _LARGEST  # NaN is not
+        if not coded.all():
+            centred[~coded] = 0.0
+        turned = torch.zeros(len(centred), width, dtype=torch.float64)
+        turned[:, :dims] = centred @ rotation
+        found = module.encode_codes(
+            turned.data_ptr(),
+            coded.data_ptr(),
+            len(centred),
+            start,
+            (basis.first // LINE, width // LINE),
+            basis.spread,
+            arrays,
+        )
+        for level in range(levels):
+            step[level], norm[level] = max(step[level], found[0][level]), max(norm[level], found[1][level])
+        inside, energy = inside + found[2], energy + found[3]
+    return Codes(basis, codes, second, scale, rest, count, tuple(step), tuple(norm), _share(inside, energy))
+
+
+def join_codes(parts: Sequence[Codes]) -> Codes | None:
+    """The codes of several pools one after another; None where they are not of one basis."""
+    basis = parts[0].basis
+    if len(parts) == 1:
+        return parts[0]
+    for part in parts:
+        other = part.basis
+        if other is not basis and not (
+            (other.first, other.second) == (basis.first, basis.second)
+            and torch.equal(other.mean, basis.mean)
+            and torch.equal(other.rotation, basis.rotation)
+        ):
+            return None
+    count = sum(part.rows for part in parts)
+    second = torch.full((-(-count // GROUP) * GROUP, parts[0].second.shape[1]), _ZERO, dtype=torch.uint8)
+    groups, lines = -(-count // GROUP), len(parts[0].codes)
+    rows = torch.full((groups * GROUP, lines, 16, 4), _ZERO, dtype=torch.uint8)
+    scale, rest = torch.zeros(len(parts[0].scale), groups * GROUP), torch.zeros(groups * GROUP)
+    start = 0
+    for part in parts:
+        stop = start + part.rows
+        rows[start:stop] = part.codes.permute(1, 3, 0, 2, 4).reshape(-1, lines, 16, 4)[: part.rows]
+        second[start:stop] = part.second[: part.rows]
+        scale[:, start:stop], rest[start:stop] = part.scale[:, : part.rows], part.rest[: part.rows]
+        start = stop
+    codes = rows.view(groups, GROUP, lines, 16, 4).permute(2, 0, 3, 1, 4).contiguous()
+    step, norm = (tuple(map(max, zip(*values))) for values in ([p.step for p in parts], [p.norm for p in parts]))
+    weight = sum(part.explained * part.rows for part in parts) / count if count else 1.0
+    return Codes(basis, codes, second, scale, rest, count, step, norm, weight)
