@@ -261,7 +261,7 @@ def embed_run(
     resume: bool = True,
     cache: Path | None = None,
     on_error: Policy = "raise",
-    shadow: bool = True,
+    codes: bool = True,
 ) -> EmbedReport:
     """Embed a catalogue into a pool folder, or bring the pool up to date; goes on where an interrupted call ended."""
     from tgq_fast.data import RejectLog
@@ -287,7 +287,7 @@ def embed_run(
             resume=resume,
             on_error=on_error,
             features=features,
-            shadow=shadow,
+            codes=codes,
             progress=lambda done, total: advance(done, total, "embedding"),
         )
     if catalog.report.rejected:

@@ -15,8 +15,8 @@ import torch
 
 from tgq_fast import _native
 from tgq_fast.reference import TopK, exact_topk
+from tgq_fast.retrieval.codes import build_codes
 from tgq_fast.retrieval.topk import merge_topk, topk
-from tgq_fast.retrieval.topk_native import build_shadow
 
 ROWS = int(os.environ.get("TGQ_FUZZ_ROWS", 150_000))  # pool rows searched, all problems together
 FIRST = int(os.environ.get("TGQ_FUZZ_FIRST", 0))
@@ -78,8 +78,8 @@ def answers(problem: Problem, choose: random.Random) -> dict[str, TopK]:
     return {
         "topk": topk(queries, pool, k, exclude=exclude, num_threads=threads),
         f"{isa} {tuning}": native.search(queries, pool, k, exclude=exclude, threads=threads, isa=isa, tuning=tuning),
-        f"shadow, {isa}": native.search(
-            queries, pool, k, exclude=exclude, threads=threads, isa=isa, shadow=build_shadow(pool)
+        f"codes, {isa}": native.search(
+            queries, pool, k, exclude=exclude, threads=threads, isa=isa, codes=build_codes(pool)
         ),
         f"parts at {cuts}": merge_topk(parts, k, offsets=cuts),
         "halves of the queries": TopK(*(torch.cat(both) for both in zip(*halves, strict=True))),

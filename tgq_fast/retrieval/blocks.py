@@ -55,6 +55,7 @@ def cut_blocks(sizes: Sequence[int], row_bytes: int, shards: range) -> list[Bloc
         shards: the shards to cover.
     """
     most = max(1, BLOCK_BYTES // max(1, row_bytes))
+    most = most // 16 * 16 or most  # stored codes lie in groups of 16 rows
     blocks: list[Block] = []
     joined: list[Part] = []
     start = end = sum(sizes[: shards.start])

@@ -9,7 +9,7 @@ Source: ours.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from tgq_fast import _native
 from tgq_fast.errors import ArgumentError, BackendError
 from tgq_fast.retrieval.topk_arguments import DTYPES, as_tensor
 
-__all__ = ["Basis", "Codes", "build_codes", "code_width", "encode_rows", "fit_basis", "join_codes"]
+__all__ = ["Basis", "Codes", "build_codes", "code_width", "encode_rows", "fit_basis", "fits", "join_codes"]
 
 GROUP = 16  # rows whose codes lie together
 LINE = 64  # columns of one line of codes
@@ -27,7 +27,7 @@ _LIMIT = 127  # largest magnitude of a code
 _ZERO = 128  # the byte of the code 0
 _LARGEST = 2.0**60  # norm of a centred row that is not coded
 _SLACK = 1 + 2.0**-20  # on what is rounded to fp32 or summed in fp64
-_FIT_ROWS, _TRIAL_ROWS, _TRIAL_QUERIES = 16_384, 4096, 32
+FIT_ROWS, _TRIAL_ROWS, _TRIAL_QUERIES = 16_384, 4096, 32
 _CHUNK = 4096  # rows encoded at a time, a multiple of GROUP
 _HITS = 100  # the k that the choice of levels assumes
 _LOOKED = 3.0  # a sampled threshold lets through so many times what the k-th best score does
@@ -59,6 +59,11 @@ class Basis:
     spread: tuple[float, float]
     defect: float
     explained: float
+
+    def same(self, other: Basis) -> bool:
+        """Whether codes in both may be joined."""
+        levels = (self.first, self.second, self.defect) == (other.first, other.second, other.defect)
+        return levels and torch.equal(self.mean, other.mean) and torch.equal(self.rotation, other.rotation)
 
 
 @dataclass(frozen=True)
@@ -115,23 +120,36 @@ class Codes:
         if self.rows != rows or len(self.step) != levels or len(self.norm) != levels:
             raise ArgumentError("codes", f"{self.rows} rows, {len(self.step)} levels", f"{rows} rows, {levels} levels")
 
+    def take(self, rows: Tensor) -> Codes:
+        """The codes of the rows that `rows` [n] int64 names, copied."""
+        groups, lines = -(-len(rows) // GROUP), len(self.codes)
+        padded = torch.nn.functional.pad(rows, (0, groups * GROUP - len(rows)))  # padding repeats row 0
+        whole = self.codes.permute(1, 3, 0, 2, 4).reshape(-1, lines, 16, 4)[padded]
+        codes = whole.view(groups, GROUP, lines, 16, 4).permute(2, 0, 3, 1, 4).contiguous()
+        return replace(
+            self, codes=codes, second=self.second[padded], scale=self.scale[:, padded].contiguous(), rest=self.rest[padded], rows=len(rows)
+        )
+
     def part(self, first: int, stop: int) -> Codes:
-        """The codes of rows `first` … `stop`, in place; `first` is a multiple of 16."""
+        """The codes of rows `first` … `stop`, in place where `first` is a multiple of 16."""
         if first % GROUP:
-            raise ArgumentError("first", first, f"a multiple of {GROUP}")
+            return self.take(torch.arange(first, stop))
         groups = slice(first // GROUP, -(-stop // GROUP))
         padded = slice(groups.start * GROUP, groups.stop * GROUP)
-        return Codes(
-            self.basis,
-            self.codes[:, groups],
-            self.second[padded],
-            self.scale[:, padded],
-            self.rest[padded],
-            stop - first,
-            self.step,
-            self.norm,
-            self.explained,
+        return replace(
+            self,
+            codes=self.codes[:, groups],
+            second=self.second[padded],
+            scale=self.scale[:, padded],
+            rest=self.rest[padded],
+            rows=stop - first,
         )
+
+
+def fits(basis: Basis, explained: float) -> bool:
+    """Whether rows with this explained share are as good as in a basis of their own: at most half as much lies beyond
+    the first level again."""
+    return 1.0 - explained <= 1.5 * (1.0 - basis.explained) + 0.005
 
 
 def build_codes(rows: Any) -> Codes:
@@ -152,11 +170,17 @@ def _rows(rows: Any) -> Tensor:
     return rows
 
 
-def fit_basis(rows: Any) -> Basis:
-    """Principal directions of a strided sample of rows [N, D], and the levels that pay on them."""
+def fit_basis(rows: Any, count: int | None = None) -> Basis:
+    """Principal directions of a strided sample of rows [N, D], and the levels that pay on them.
+
+    Args:
+        rows: the pool or a sample of it.
+        count: rows of the pool; default: of `rows`.
+    """
     rows = _rows(rows)
-    count, dims = rows.shape
-    sample = rows[:: -(-max(count, 1) // _FIT_ROWS)].double()
+    dims = rows.shape[1]
+    count = rows.shape[0] if count is None else count
+    sample = rows[:: -(-max(len(rows), 1) // FIT_ROWS)].double()
     sample = sample[torch.isfinite(sample).all(dim=1)]
     sample = sample[sample.norm(dim=1) < _LARGEST]
     mean = sample.mean(dim=0).float() if len(sample) else torch.zeros(dims)
@@ -279,17 +303,13 @@ def join_codes(parts: Sequence[Codes]) -> Codes | None:
     basis = parts[0].basis
     if len(parts) == 1:
         return parts[0]
-    for part in parts:
-        other = part.basis
-        if other is not basis and not (
-            (other.first, other.second) == (basis.first, basis.second)
-            and torch.equal(other.mean, basis.mean)
-            and torch.equal(other.rotation, basis.rotation)
-        ):
-            return None
+    if not all(part.basis is basis or basis.same(part.basis) for part in parts):
+        return None
     count = sum(part.rows for part in parts)
     second = torch.full((-(-count // GROUP) * GROUP, parts[0].second.shape[1]), _ZERO, dtype=torch.uint8)
     groups, lines = -(-count // GROUP), len(parts[0].codes)
+    if not count:
+        return parts[0]
     rows = torch.full((groups * GROUP, lines, 16, 4), _ZERO, dtype=torch.uint8)
     scale, rest = torch.zeros(len(parts[0].scale), groups * GROUP), torch.zeros(groups * GROUP)
     start = 0

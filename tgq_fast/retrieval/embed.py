@@ -108,7 +108,7 @@ def embed_catalog(
     resume: bool = True,
     on_error: Literal["raise", "skip"] = "raise",
     features: FeatureStore | Callable[[Plan], FeatureStore | None] | None = None,
-    shadow: bool = True,
+    codes: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> EmbedReport:
     """Embed a catalogue into a pool on disk, or bring a pool up to date with it.
@@ -132,7 +132,7 @@ def embed_catalog(
             the pool's `rejects.jsonl`. They are tried again by the next call.
         features: cached features of the catalogue, to read instead of the pictures; or a function that opens them,
             called with the :class:`~tgq_fast.retrieval.embed_plan.Plan` when there is something to embed.
-        shadow: at the end write what makes searching faster (:meth:`ItemPool.build_shadow`, with the compiled core).
+        codes: at the end write what makes searching faster (:meth:`ItemPool.build_codes`, with the compiled core).
         progress: called with (items done, items to embed) after each batch.
 
     Raises:
@@ -200,8 +200,8 @@ def embed_catalog(
             pool.upsert([], torch.empty(0, width), complete=True)
         if pool.manifest.deleted > pool.manifest.rows:
             pool.compact()
-        if shadow and _native.available():
-            pool.build_shadow()
+        if codes and _native.available():
+            pool.build_codes()
         manifest = pool.manifest
         return EmbedReport(
             path=str(out),
