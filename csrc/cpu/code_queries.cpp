@@ -110,7 +110,8 @@ void PreparedQueries::encode(std::int64_t first, std::int64_t count) {
     const float* mean_row = scratch.data();
     plan_.kernels->score_pairs(&query, &mean_row, 1, width, &centre);
     const double rotation_error = rounding * std::sqrt(static_cast<double>(dims)) * (1.0 + stored_.defect) * norm + 0x1p-120;
-    const double common = (norm * (stored_.defect + 0x1p-36 + rounding) + rotation_error) * (1.0 + 0x1p-9);
+    const double turning = std::pow(static_cast<double>(dims), 1.5) * 0x1p-51 + 0x1p-45;  // of the rows, in fp64
+    const double common = (norm * (stored_.defect + turning + rounding) + rotation_error) * (1.0 + 0x1p-9);
     const float* turned = rotated.data() + i * padded;
     encode_level(first + i, 0, turned, common);
     const double beyond = stored_.second == nullptr ? norm_of(turned + cut, padded - cut) : encode_level(first + i, 1, turned + cut, common);
