@@ -183,9 +183,7 @@ def embed(
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
     shard_size: Annotated[int, typer.Option(min=1, help="Items per file: what an interruption can cost.")] = 4096,
     resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Go on with an unfinished pool.")] = True,
-    codes: Annotated[
-        bool, typer.Option("--codes/--no-codes", help="Also write what makes searching faster.")
-    ] = True,
+    codes: Annotated[bool, typer.Option("--codes/--no-codes", help="Also write what makes searching faster.")] = True,
     cache: Cache = None,
     on_error: OnError = Policy.stop,
     as_json: Json = False,

@@ -20,9 +20,9 @@ from safetensors.torch import save_file
 from tgq_fast import _native
 from tgq_fast.errors import PoolError
 from tgq_fast.retrieval import blocks, pool_search
+from tgq_fast.retrieval.code_files import read_codes, write_codes
 from tgq_fast.retrieval.codes import build_codes, encode_rows
 from tgq_fast.retrieval.pool import ItemPool, PoolHits
-from tgq_fast.retrieval.code_files import read_codes, write_codes
 from tgq_fast.retrieval.topk import topk
 
 pytestmark = pytest.mark.skipif(not _native.available(), reason=_native.why_missing() or "built")

@@ -127,7 +127,12 @@ class Codes:
         whole = self.codes.permute(1, 3, 0, 2, 4).reshape(-1, lines, 16, 4)[padded]
         codes = whole.view(groups, GROUP, lines, 16, 4).permute(2, 0, 3, 1, 4).contiguous()
         return replace(
-            self, codes=codes, second=self.second[padded], scale=self.scale[:, padded].contiguous(), rest=self.rest[padded], rows=len(rows)
+            self,
+            codes=codes,
+            second=self.second[padded],
+            scale=self.scale[:, padded].contiguous(),
+            rest=self.rest[padded],
+            rows=len(rows),
         )
 
     def part(self, first: int, stop: int) -> Codes:
@@ -246,7 +251,9 @@ def _choose_levels(turned: Tensor, mean: Tensor, count: int, item: int) -> tuple
             rest = width - first + 4
             # One query is bound by bytes, many by instructions: cycles of a row, as measured on a matrix unit.
             read = (first + 8 + looked * (rest + LINE) + scored * 1.5 * dims * item) / (width + 8)
-            cycles = (0.3 + first / 640 + looked * (40 + rest / 4) + scored * (100 + dims * item / 4)) / (0.3 + width / 640)
+            cycles = (0.3 + first / 640 + looked * (40 + rest / 4) + scored * (100 + dims * item / 4)) / (
+                0.3 + width / 640
+            )
             if read + cycles < best - 0.02:
                 best, choice = read + cycles, (first, second)
     return choice

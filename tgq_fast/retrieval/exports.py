@@ -190,4 +190,3 @@ def to_pgvector(pool: ItemPool, connection: Any, table: str, *, overwrite: bool 
                 for number, (item, row) in enumerate(zip(ids, rows, strict=True), start):
                     stream.write_row((item, number, row))
     return len(pool)
-

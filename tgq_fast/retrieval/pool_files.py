@@ -25,10 +25,10 @@ from torch import Tensor
 from tgq_fast import _native
 from tgq_fast.errors import PoolError
 from tgq_fast.retrieval._identity import sha256_file
-from tgq_fast.retrieval.manifest import FileRecord, ShardRecord
-from tgq_fast.retrieval.pool_ids import IdIndex, build_index
 from tgq_fast.retrieval.code_files import SUFFIX, read_codes
 from tgq_fast.retrieval.codes import Codes
+from tgq_fast.retrieval.manifest import FileRecord, ShardRecord
+from tgq_fast.retrieval.pool_ids import IdIndex, build_index
 
 logger = logging.getLogger(__name__)
 

@@ -17,9 +17,9 @@ from torch import Tensor
 from tgq_fast.errors import ArgumentError, NonFiniteError
 from tgq_fast.reference import TopK
 from tgq_fast.retrieval.blocks import Block, Part, cut_blocks, one_ahead, read_ahead
+from tgq_fast.retrieval.codes import Codes, join_codes
 from tgq_fast.retrieval.distributed import Ranks, agree
 from tgq_fast.retrieval.pool_reader import PoolReader
-from tgq_fast.retrieval.codes import Codes, join_codes
 from tgq_fast.retrieval.topk import merge_topk, topk
 from tgq_fast.retrieval.topk_arguments import check_k, floating_rows
 

@@ -31,14 +31,14 @@ from tgq_fast import _native
 from tgq_fast.data.files import fsync_folder
 from tgq_fast.errors import ArgumentError, NonFiniteError, PoolError
 from tgq_fast.retrieval._identity import package_identity, sha256_file
+from tgq_fast.retrieval.code_files import codes_source, write_codes
+from tgq_fast.retrieval.codes import FIT_ROWS, Basis, Codes, encode_rows, fit_basis, fits
 from tgq_fast.retrieval.manifest import DTYPES, Change, FileRecord, Manifest, ShardRecord
 from tgq_fast.retrieval.pool_files import REJECTS_NAME, PoolFiles
 from tgq_fast.retrieval.pool_ids import HashLevels, build_index, check_ids, hash_ids, index_bytes
 from tgq_fast.retrieval.pool_log import MANIFEST_NAME, PoolLog
 from tgq_fast.retrieval.pool_pins import PINS_NAME, unpinned
 from tgq_fast.retrieval.pool_reader import PoolReader
-from tgq_fast.retrieval.code_files import codes_source, write_codes
-from tgq_fast.retrieval.codes import FIT_ROWS, Basis, Codes, encode_rows, fit_basis, fits
 from tgq_fast.retrieval.topk_arguments import floating_rows
 
 logger = logging.getLogger(__name__)
