@@ -40,6 +40,13 @@ def configuration(connector: str, sizes: dict[str, Any]) -> TGQFormerConfig:
 
     return TGQFormerConfig.preset(
         "paper",
+        # A post-LayerNorm Q-Former over raw tokens, as the peer is.
+        whitening=0,
+        norm="post",
+        layer_norm_eps=1e-12,
+        text_in_layers=True,
+        guide=False,
+        direct_size=0,
         connector=connector,
         hidden_size=sizes["d"],
         num_attention_heads=sizes["H"],

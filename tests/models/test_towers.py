@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from tgq_fast.errors import ArgumentError, BackendError, CheckpointError, DependencyError
-from tgq_fast.models import TGQFormerConfig, backbones, towers
+from tgq_fast.models import TGQFormerConfig, backbones, hub
 from tgq_fast.models.field_tokens import FieldEncoder, pack_fields, text_agreement
 from tgq_fast.models.readers import LLMReader
 from tgq_fast.models.towers import load_text_tower, load_vision_tower
@@ -67,7 +67,7 @@ def test_attention_of_towers_is_a_choice_of_the_configuration(vit: Path, llama: 
 def test_flash_attention_that_cannot_run_is_refused_with_reasons(
     vit: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(towers, "flash_attn_importable", lambda: False)
+    monkeypatch.setattr(hub, "flash_attn_importable", lambda: False)
     config = TGQFormerConfig(llm=str(llama), lora_rank=0, tower_attention="flash_attention_2")
     with pytest.raises(BackendError, match="flash-attn is not installed"):
         load_vision_tower(str(vit), attention=config.tower_attention)
@@ -85,7 +85,7 @@ def test_flash_attention_reaches_transformers_and_takes_bf16(vit: Path, monkeypa
         given.update(options)
         return load(name, **options | {"attn_implementation": "eager"})
 
-    monkeypatch.setattr(towers, "_no_flash", list)
+    monkeypatch.setattr(hub, "_no_flash", list)
     monkeypatch.setattr(AutoModel, "from_pretrained", from_pretrained)
     tower = load_vision_tower(str(vit), attention="flash_attention_2")
     assert given["attn_implementation"] == "flash_attention_2"

@@ -162,8 +162,8 @@ MUTATIONS: list[tuple[str, ModuleType, str, str, Callable]] = [
     (
         "anchored gate blind to E",
         modulation,
-        "(flags, v_g, mean_a, mean_e)",
-        "(flags, v_g, mean_a, mean_a)",
+        "(flags, v_g, mean_a, mean_e, *more)",
+        "(flags, v_g, mean_a, mean_a, *more)",
         checks.check_modulation,
     ),
     (

@@ -79,6 +79,9 @@ class SyntheticStore:
         store.global_image = np.array(store.pictures.global_image, dtype=np.float32)
         return store
 
+    def for_connector(self, connector: str) -> SyntheticStore:
+        return self
+
     def draw_keep(self, count: int, rng: np.random.Generator) -> np.ndarray:
         keep = rng.random((count, 2)) >= self.config.field_dropout
         self.dropped.append(1.0 - keep.mean())
