@@ -161,7 +161,8 @@ def _build(case: Case, sizes: dict[str, Any], setting: Setting) -> Workload:
         return Variant(name, kind, prepare, work=stages.get(name))
 
     def packed() -> Call:
-        twin = packed_twin(model)
+        twin = copy.copy(model)
+        twin.vision, twin.connector, twin.reader = map(packed_twin, (model.vision, model.connector, model.reader))
         return lambda _: twin.embed(pixels, metadata, prompt)
 
     variants = [
