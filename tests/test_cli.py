@@ -17,6 +17,7 @@ from tgq_fast import cli, console, intake, workflow
 from tgq_fast.cli_pools import assignments
 from tgq_fast.data import Catalog, write_demo_catalog
 from tgq_fast.errors import ArgumentError, CatalogError
+from tgq_fast.models import CONNECTORS
 from tgq_fast.retrieval import ItemPool
 
 SMALL = ("hidden_size=16", "num_attention_heads=2", "num_hidden_layers=1", "intermediate_size=24", "embedding_size=8")
@@ -453,7 +454,7 @@ def test_import_turns_a_download_into_a_catalogue(tmp_path: Path) -> None:
 
 def test_every_verb_has_help_with_an_example() -> None:
     pools = ("search", "neighbours", "duplicates", "mine-negatives")
-    for verb in ("validate", "train", "embed", *pools, "evaluate", "report", "import", "tune", "doctor"):
+    for verb in ("validate", "train", "embed", *pools, "evaluate", "report", "import", "tune", "connectors", "doctor"):
         assert f"tgq-fast {verb}" in " ".join(call(verb, "--help").stdout.split())
 
 
@@ -481,6 +482,17 @@ def test_tune_prints_what_was_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     options = ("tune", "--out", tmp_path, "--only", "fused*", "--budget-s", "5")
     assert json.loads(call(*options, "--json").stdout)["timed"] == {"fused* 16": 5.0}
     assert "fused* 16" in call(*options).stdout
+
+
+def test_connectors_are_listed_at_one_budget() -> None:
+    rows = {row["connector"]: row for row in json.loads(call("connectors", "--json").stdout)}
+    budget = rows["tgq"]["parameters"]
+    assert list(rows) == list(CONNECTORS) and not rows["text-only"]["macs"]
+    assert all(abs(row["parameters"] / budget - 1) <= 0.01 for name, row in rows.items() if name != "text-only")
+    assert "perceiver" in call("connectors").stdout
+    more = json.loads(call("connectors", "--json", "--set", "num_visual_tokens=196").stdout)
+    assert all(row["macs"] > rows[row["connector"]]["macs"] for row in more if row["connector"] != "text-only")
+    call("connectors", "--set", "width=3", code=2)
 
 
 def test_doctor_reports_backends_with_reasons() -> None:

@@ -492,6 +492,31 @@ def tune(
 
 @app.command()
 @guarded
+def connectors(
+    preset: Annotated[Preset, typer.Option(help="Sizes at which they are counted.")] = Preset.tiny,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="key=value", help="Any configuration field; repeatable.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """List the connectors that train takes, all at the budget of tgq.
+
+    Example: tgq-fast connectors --preset paper --set num_visual_tokens=197 --set visual_width=768
+    """
+    from tgq_fast import workflow
+
+    rows = workflow.connector_table(preset.value, assignments(set_, "--set", parse=True))
+    if as_json:
+        console.print_json(rows)
+        return
+    columns = ("connector", "what it does", "source", "reader sees metadata", "tokens", "parameters", "MACs")
+    console.table(
+        f"connectors at preset {preset.value}", columns, [[_short(v) for v in row.values()] for row in rows], left=4
+    )
+
+
+@app.command()
+@guarded
 def doctor(as_json: Json = False) -> None:
     """Versions, backends with reasons, build facts, and a smoke test of each backend.
 

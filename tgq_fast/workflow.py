@@ -77,6 +77,38 @@ def make_config(
     return config.with_connector(connector)
 
 
+def connector_table(preset: str, overrides: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
+    """Per connector, at the budget of the preset's tgq: what it does, its source, tokens, trainable parameters and
+    multiply-accumulates per item. No tower is loaded: widths and L are the configuration's.
+
+    Raises:
+        ArgumentError: an unknown configuration field, or a connector that cannot have these sizes.
+    """
+    from tgq_fast.models import CONNECTORS, TGQFormerConfig, match_budget
+    from tgq_fast.models.flops import connector_cost
+
+    config = TGQFormerConfig.preset(preset)
+    extra = dict(overrides or {})
+    if wrong := [name for name in extra if name not in config.to_dict() or name in ("connector", "model_type")]:
+        raise ArgumentError("--set", ", ".join(wrong), "fields of TGQFormerConfig")
+    config = TGQFormerConfig.preset(preset, **extra)
+    rows = []
+    for name, spec in CONNECTORS.items():
+        cost = connector_cost(match_budget(config, name))
+        rows.append(
+            {
+                "connector": name,
+                "what it does": spec.summary,
+                "source": spec.source,
+                "reader sees metadata": spec.reader_sees_metadata,
+                "tokens": spec.tokens(config),
+                "parameters": cost.parameters,
+                "macs": cost.macs,
+            }
+        )
+    return rows
+
+
 def load_towers(config: TGQFormerConfig) -> tuple[VisionTower, TextTower]:
     """The frozen towers that a configuration names; loaded once per process."""
     return _towers(config.vision_tower, config.text_tower, config.llm, config.max_field_tokens, config.tower_attention)
