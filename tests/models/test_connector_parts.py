@@ -160,7 +160,6 @@ class TestBudget:
 
 
 class TestCost:
-    @pytest.mark.xfail(reason="count and counter differ where attention takes the absorbed form", strict=False)
     @pytest.mark.parametrize("name", CONNECTORS)
     @pytest.mark.parametrize(
         "overrides",
@@ -172,8 +171,10 @@ class TestCost:
             {"num_exploratory_queries": 0, "gate": "none"},
         ],
     )
-    def test_counts_what_runs(self, name: str, overrides: dict) -> None:
+    def test_counts_what_runs(self, name: str, overrides: dict, monkeypatch: pytest.MonkeyPatch) -> None:
         """Against the operators that PyTorch's own counter sees in a forward pass."""
+        # The counter's hooks on all modules only watch; with hooks that may act, layers run as they are, not absorbed.
+        monkeypatch.setattr(torch.nn.modules.module, "_has_any_global_hook", lambda: False)
         batch = 3
         config = small_config(name, **overrides)
         connector = build_connector(config).eval().requires_grad_(False)
