@@ -193,6 +193,13 @@ def test_picture_is_searched_with_the_fields(page: Any, site: Site, tmp_path: Pa
     wait(lambda: status(page) == "Neighbours of your picture")
     assert site.model.asked[-1] == {"category": value}
     assert cards(page)[0] == label(site, site.catalog.ids[0])
+    time.sleep(0.4)  # the typed field must not bring the catalogue back (a browse waits 200 ms for more typing)
+    assert status(page) == "Neighbours of your picture"
+    box = page.find_element(By.CSS_SELECTOR, "#fields input")
+    box.clear()
+    box.send_keys("other", Keys.TAB)
+    wait(lambda: site.model.asked[-1] == {"category": "other"})
+    wait(lambda: status(page) == "Neighbours of your picture")
     (tmp_path / "bad.png").write_bytes(b"no picture at all")
     page.find_element(By.ID, "file").send_keys(str(tmp_path / "bad.png"))
     wait(lambda: "cannot be used" in status(page))

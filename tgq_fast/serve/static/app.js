@@ -5,6 +5,8 @@ const $ = (id) => document.getElementById(id);
 const PAGE = 48;
 let shop = { pools: [], fields: [], values: {} };
 let turn = 0; // the newest request of a view; older answers are dropped
+let timer = 0; // a browse that waits for more typing; any other view cancels it
+let picture = null; // the file whose neighbours are shown
 
 function el(tag, attributes = {}, ...children) {
   const node = document.createElement(tag);
@@ -125,6 +127,8 @@ async function explain(id, place, mine) {
 
 async function searchPicture(file) {
   const mine = ++turn;
+  clearTimeout(timer);
+  picture = file;
   if (location.hash) history.pushState(null, "", location.pathname);
   if ($("preview").src) URL.revokeObjectURL($("preview").src);
   $("preview").src = URL.createObjectURL(file);
@@ -145,6 +149,7 @@ async function searchPicture(file) {
 }
 
 function route() {
+  picture = null;
   const state = new URLSearchParams(location.hash.slice(1));
   for (const [id, name] of [["pool-a", "pool"], ["pool-b", "beside"]]) {
     const value = state.get(name);
@@ -167,10 +172,9 @@ async function start() {
   $("drop").hidden = !pictures;
   $("filters").hidden = !pictures && !shop.fields.length;
 
-  let wait;
-  const later = () => { clearTimeout(wait); wait = setTimeout(() => { if (location.hash) location.hash = ""; else browse(); }, 200); };
+  const later = () => { clearTimeout(timer); timer = setTimeout(() => { if (location.hash) location.hash = ""; else route(); }, 200); };
   $("text").addEventListener("input", later);
-  $("fields").addEventListener("change", later);
+  $("fields").addEventListener("change", () => { if (picture) searchPicture(picture); else later(); });
   $("browse").addEventListener("submit", (event) => { event.preventDefault(); later(); });
   for (const id of ["pool-a", "pool-b"]) $(id).addEventListener("change", () => {
     const state = new URLSearchParams(location.hash.slice(1));
