@@ -222,7 +222,15 @@ def embed(
     shadow: Annotated[
         bool, typer.Option("--shadow/--no-shadow", help="Also write what makes searching faster.")
     ] = True,
-    cache: Cache = None,
+    cache: Annotated[
+        Path | None,
+        typer.Option(
+            "--cache", help="Also keep frozen features here. Default: none are written; a cache of train is read."
+        ),
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads that decode pictures. Default: one per processor, 2 to 16.")
+    ] = None,
     on_error: OnError = Policy.stop,
     as_json: Json = False,
 ) -> None:
@@ -253,6 +261,7 @@ def embed(
         cache=cache,
         on_error=on_error.value,
         shadow=shadow,
+        threads=threads,
     ).to_dict()
     if as_json:
         console.print_json(report)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from tgq_fast.models.features import FeatureStore
     from tgq_fast.models.towers import TextTower, VisionTower
     from tgq_fast.retrieval import EmbedReport, Evaluation
+    from tgq_fast.retrieval.embed_parts import Engine
     from tgq_fast.retrieval.embed_plan import Plan
 
 Policy = Literal["raise", "skip"]
@@ -295,14 +296,23 @@ def embed_run(
     cache: Path | None = None,
     on_error: Policy = "raise",
     shadow: bool = True,
+    threads: int | None = None,
+    engine: Engine | None = None,
 ) -> EmbedReport:
     """Embed a catalogue into a pool folder, or bring the pool up to date; goes on where an interrupted call ended.
 
+    Pictures go through the model in one pass. Only a cache of them that is there already, as training leaves one, is
+    read instead.
+
     Args:
         run: its folder, or a model.
+        cache: also write the frozen features of a whole catalogue there, for later runs.
+        threads, engine: of :func:`tgq_fast.embed_catalog`.
     """
     from tgq_fast.data import RejectLog
     from tgq_fast.data.files import write_atomic
+    from tgq_fast.models import FeatureStore
+    from tgq_fast.models.zoo import connector_spec
     from tgq_fast.retrieval import embed_catalog, model_digest
     from tgq_fast.retrieval.item_table import write_items
 
@@ -310,10 +320,14 @@ def embed_run(
     with console.progress("embedding") as advance:
 
         def features(work: Plan) -> FeatureStore | None:
-            """A whole catalogue goes through the cache; the few items of an update do not."""
-            if len(work.todo) < len(catalog):
+            """Cached features of a whole catalogue, where they are there or asked for."""
+            if connector_spec(model.config.connector).foreign_metadata:  # needs to see all items
+                return open_store(catalog, model.config, cache=cache, on_error=on_error, advance=advance)
+            if len(work.todo) < len(catalog) or engine is not None:
                 return None
-            return open_store(catalog, model.config, cache=cache, on_error=on_error, advance=advance)
+            if cache is not None:
+                return open_store(catalog, model.config, cache=cache, on_error=on_error, advance=advance)
+            return FeatureStore.find(catalog, *load_towers(model.config), model.config, on_error=on_error)
 
         report = embed_catalog(
             catalog,
@@ -327,6 +341,8 @@ def embed_run(
             features=features,
             shadow=shadow,
             progress=lambda done, total: advance(done, total, "embedding"),
+            threads=threads,
+            engine=engine,
         )
     if catalog.report.rejected:
         RejectLog(out / _REFUSED_ROWS).add_report(catalog.report)

@@ -21,6 +21,7 @@ import tiny_models as tiny
 import torch
 from PIL import Image
 
+from tgq_fast.data.ahead import in_order
 from tgq_fast.data.catalog import Catalog
 from tgq_fast.data.rejects import RejectLog
 from tgq_fast.errors import ArgumentError, ImageError, NonFiniteError, StorageError
@@ -28,7 +29,7 @@ from tgq_fast.models import features as features_module
 from tgq_fast.models.configuration import TGQFormerConfig
 from tgq_fast.models.encoding import FeatureExtractor, as_examples
 from tgq_fast.models.feature_files import ChunkedArray
-from tgq_fast.models.features import FeatureStore, image_digest, in_order
+from tgq_fast.models.features import FeatureStore, image_digest
 from tgq_fast.models.towers import TextTower, VisionTower, load_text_tower, load_vision_tower
 
 ROWS, CHUNK = 11, 3

@@ -18,7 +18,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError, features
 from tgq_fast.data.catalog import Catalog
 from tgq_fast.data.files import open_regular
 from tgq_fast.data.items import Item
-from tgq_fast.data.pictures import OutsideError, Picture
+from tgq_fast.data.pictures import MAX_BYTES, OutsideError, Picture
 from tgq_fast.data.rejects import RejectLog
 from tgq_fast.errors import ImageError
 
@@ -71,7 +71,7 @@ class ImageLimits:
     """
 
     max_pixels: int = 64_000_000
-    max_bytes: int = 128 << 20
+    max_bytes: int = MAX_BYTES
     min_side: int = 8
     animated: Literal["error", "first_frame"] = "error"
     wrong_name: Literal["accept", "error"] = "accept"

@@ -6,7 +6,8 @@ import errno
 import io
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -14,6 +15,8 @@ from tgq_fast.data.files import open_regular
 
 __all__ = ["MemoryPictures", "OutsideError", "Picture", "PictureSource", "picture_of"]
 
+MAX_BYTES = 128 << 20
+"""Size of a picture file above which it is refused unread."""
 FOLLOW_LINKS = "TGQ_FOLLOW_LINKS"
 """Environment variable; 1 allows links that lead out of a catalogue's folder."""
 
@@ -62,6 +65,18 @@ class Picture:
                     errno.EPERM, f"a link leads out of the catalogue to {real}; copy it there, or set {FOLLOW_LINKS}=1"
                 )
         return open_regular(self.path)
+
+    def loaded(self) -> Picture:
+        """The same picture with its bytes in memory, so that all that reads it sees the same; it is read here.
+
+        One that cannot be read, or is larger than any picture may be, is returned as it is.
+        """
+        try:
+            with self.open() as file:
+                data = file.read(MAX_BYTES + 1)
+        except (OSError, ValueError):
+            return self
+        return self if len(data) > MAX_BYTES else replace(self, read=partial(bytes, data))
 
 
 class MemoryPictures:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from tgq_fast.data.ahead import in_order
 from tgq_fast.data.catalog import Catalog
 from tgq_fast.data.columns import Columns
 from tgq_fast.data.images import PictureLike, load_image
@@ -21,7 +23,7 @@ from tgq_fast.data.pictures import PictureSource, picture_of
 from tgq_fast.data.rejects import RejectLog
 from tgq_fast.errors import ArgumentError, ImageError
 from tgq_fast.models.configuration import TGQFormerConfig
-from tgq_fast.models.features import FeatureStore, in_order
+from tgq_fast.models.features import FeatureStore
 from tgq_fast.models.field_tokens import FieldEncoder, pack_fields, text_agreement
 from tgq_fast.models.outputs import FrozenFeatures
 from tgq_fast.models.processing import ProcessedItems, TGQFormerProcessor, stack_pixels
@@ -140,8 +142,8 @@ class FeatureExtractor:
         self.processor = TGQFormerProcessor(config)
         self._fields: FieldEncoder | None = None
 
-    def features(self, processed: ProcessedItems) -> FrozenFeatures:
-        """Run the frozen towers on B processed items.
+    def features(self, processed: ProcessedItems, *, fill: bool = False) -> FrozenFeatures:
+        """Run the frozen towers on B processed items; `fill` as in :meth:`VisionTower.forward`.
 
         Visual features pass through fp16, as in the cache on disk, so that both ways give the same values.
         """
@@ -153,10 +155,10 @@ class FeatureExtractor:
         global_image = torch.zeros(batch, vision.global_width, dtype=torch.float32)
         has_image = processed.has_image
         if processed.pixel_values is not None:
-            tokens, pooled = vision(processed.pixel_values)
+            tokens, pooled = vision(processed.pixel_values, fill=fill)
             visual[has_image], global_image[has_image] = (t.float().cpu().half().float() for t in (tokens, pooled))
         encoded, pooled_text = self._fields(processed.fields)
-        packed = pack_fields(encoded, text.width, self.config.max_metadata_tokens)
+        packed = pack_fields(encoded, text.width, self.config.max_metadata_tokens, strings=processed.fields)
         agreement = text_agreement(global_image, pooled_text) if text.pooled_width else None
         visual_mask = None if bool(has_image.all()) else has_image[:, None].expand(-1, vision.num_tokens).contiguous()
         return FrozenFeatures(
@@ -178,27 +180,35 @@ class FeatureExtractor:
         on_error: str = "raise",
         rejects: RejectLog | None = None,
         workers: int = 2,
+        pixels: Sequence[Tensor | None] | None = None,
+        fill: bool = False,
     ) -> Iterator[tuple[list[int], dict[str, Any]]]:
         """Per batch: positions of the usable examples, and the model's keyword arguments for them.
+
+        Args:
+            pixels: what :meth:`preparation` made of each example's picture, None for an example without one.
+            fill: as in :meth:`VisionTower.forward`.
 
         Raises:
             ImageError: policy "raise" and an image cannot be used.
         """
+        prepare = self.preparation()
 
         def decode(example: Example) -> Tensor | ImageError | None:
             try:
-                if example.image is None:
-                    return None
-                return self.processor.image_processor([load_image(example.image, example.id)])[0]
+                return None if example.image is None else prepare(example.image, example.id)
             except ImageError as error:
                 return error
 
-        self._towers()  # before the threads: loading is not for them
-        _ = self.processor.image_processor
-        with ThreadPoolExecutor(workers) as pool:
-            decoded = in_order(pool, decode, examples, 2 * batch_size)
+        with ExitStack() as stack:
+            decoded: Iterator[Tensor | ImageError | None]
+            if pixels is None:
+                pool = stack.enter_context(ThreadPoolExecutor(workers))
+                decoded = in_order(pool, decode, examples, 2 * batch_size)
+            else:
+                decoded = iter(pixels)
             for start in range(0, len(examples), batch_size):
-                rows, pixels = [], []
+                rows, good = [], []
                 for position in range(start, min(start + batch_size, len(examples))):
                     result = next(decoded)
                     if isinstance(result, ImageError):
@@ -208,15 +218,24 @@ class FeatureExtractor:
                             rejects.add_error(result, examples[position].row or None)
                         continue
                     rows.append(position)
-                    pixels.append(result)
-                yield rows, self._inputs([examples[row] for row in rows], pixels) if rows else {}
+                    good.append(result)
+                yield rows, self._inputs([examples[row] for row in rows], good, fill) if rows else {}
 
-    def _inputs(self, examples: Sequence[Example], pixels: Sequence[Tensor | None]) -> dict[str, Any]:
+    def preparation(self) -> Callable[[PictureLike, str], Tensor]:
+        """The part of the work that other threads may do ahead: (picture, item id) → pixel values [3, H, W].
+
+        What it returns raises ImageError for a picture that cannot be used.
+        """
+        self._towers()  # before the threads: loading is not for them
+        process = self.processor.image_processor
+        return lambda picture, item_id: process([load_image(picture, item_id)])[0]
+
+    def _inputs(self, examples: Sequence[Example], pixels: Sequence[Tensor | None], fill: bool) -> dict[str, Any]:
         processed = self.processor.metadata([example.metadata for example in examples])
         present = [p for p in pixels if p is not None]
         processed.pixel_values = stack_pixels(present)
         processed.has_image = torch.tensor([p is not None for p in pixels], dtype=torch.bool)
-        inputs: dict[str, Any] = {"features": self.features(processed)}
+        inputs: dict[str, Any] = {"features": self.features(processed, fill=fill)}
         if processed.prompt is not None:
             inputs["prompt"] = processed.prompt
         return inputs

@@ -185,12 +185,12 @@ class ChunkedArray:
         Raises:
             StorageError: the folder cannot be written to and is not complete.
         """
-        if self._open_complete(verify):
+        if self.open_complete(verify=verify):
             yield []
             return
         make_folder(self.folder)
         with locked(self.folder / "lock"):
-            if self._open_complete(verify):  # another process finished it meanwhile
+            if self.open_complete(verify=verify):  # another process finished it meanwhile
                 yield []
                 return
             kept = self._recover()
@@ -262,7 +262,8 @@ class ChunkedArray:
 
     # ------------------------------------------------------------------ reading
 
-    def _open_complete(self, verify: bool) -> bool:
+    def open_complete(self, *, verify: bool) -> bool:
+        """Open the folder if it is complete; with `verify` only if every chunk has its checksum."""
         manifest = self._manifest()
         if manifest is None or len(manifest.chunks) != -(-self.rows // self.chunk):
             return False

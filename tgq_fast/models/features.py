@@ -10,8 +10,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +20,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tgq_fast.data.ahead import in_order
 from tgq_fast.data.catalog import Catalog
+from tgq_fast.data.files import open_regular
 from tgq_fast.data.images import load_image
 from tgq_fast.data.items import Item
 from tgq_fast.data.rejects import RejectLog
@@ -42,18 +44,6 @@ OnError = Literal["raise", "skip"]
 Progress = Callable[[int, int], None]
 CHUNK = 32  # images per tower call and per journal entry; fixed, so that a resumed run has the same batches
 _STRINGS = 256  # strings per journal entry
-
-
-def in_order(pool: ThreadPoolExecutor, work: Callable[[Any], Any], inputs: Sequence[Any], ahead: int) -> Iterator[Any]:
-    """`map` that keeps at most `ahead` results in flight, so that memory does not grow with the input."""
-    waiting: list[Future[Any]] = []
-    for start in range(0, len(inputs) + ahead):
-        if start < len(inputs):
-            waiting.append(pool.submit(work, inputs[start]))
-        if start >= ahead - 1 and waiting:
-            yield waiting.pop(0).result()
-    while waiting:
-        yield waiting.pop(0).result()
 
 
 def image_digest(catalog: Catalog, *, workers: int = 2) -> str:
@@ -202,6 +192,27 @@ class FeatureStore:
             store.require_valid(store.invalid)
         return store
 
+    @classmethod
+    def find(
+        cls,
+        catalog: Catalog,
+        vision: VisionTower,
+        text: TextTower,
+        config: TGQFormerConfig,
+        cache_dir: str | Path | None = None,
+        **options: Any,
+    ) -> FeatureStore | None:
+        """:meth:`open_or_build` if the pictures of this catalogue are cached already, whole and as they are now; None
+        if they are not. No picture is decoded. Pictures are read only where a cache could be theirs."""
+        root = Path(cache_dir) if cache_dir is not None else cache_root()
+        rows = len(catalog)
+        if not any(_is_of(path, vision.key, rows) for path in (root / "features").glob("*/manifest.json")):
+            return None
+        array = _pictures_array(catalog, vision, root, digest_pictures(catalog, 2)[0])
+        if not array.open_complete(verify=False):
+            return None
+        return cls.open_or_build(catalog, vision, text, config, root, **options)
+
     def require_valid(self, rows: Iterable[int]) -> None:
         """Check that rows may be used.
 
@@ -330,6 +341,27 @@ def _key(array: ChunkedArray) -> str:
     return hashlib.sha256(json.dumps(array.facts, sort_keys=True).encode()).hexdigest()
 
 
+def _is_of(manifest: Path, tower: str, rows: int) -> bool:
+    """Whether a cache is of this tower and as many items."""
+    try:
+        with open_regular(manifest) as file:
+            facts = json.load(file)["facts"]
+        return bool(facts["tower"] == tower and facts["rows"] == rows)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _pictures_array(catalog: Catalog, vision: VisionTower, root: Path, images: str) -> ChunkedArray:
+    """The cache of a catalogue's pictures, which have this digest."""
+    key = hashlib.sha256(f"visual-1|{vision.key}|{images}|{CHUNK}".encode()).hexdigest()
+    layout = {
+        "visual": ("<f2", [vision.num_tokens, vision.width]),
+        "global": ("<f2", [vision.global_width]),
+    }
+    facts = {"tower": vision.key, "images": images}
+    return ChunkedArray(root / "features" / key[:32], layout, rows=len(catalog), chunk=CHUNK, facts=facts)
+
+
 def _visual_features(
     catalog: Catalog,
     vision: VisionTower,
@@ -340,13 +372,7 @@ def _visual_features(
     verify: bool,
 ) -> ChunkedArray:
     images, unread = digest_pictures(catalog, workers)
-    key = hashlib.sha256(f"visual-1|{vision.key}|{images}|{CHUNK}".encode()).hexdigest()
-    layout = {
-        "visual": ("<f2", [vision.num_tokens, vision.width]),
-        "global": ("<f2", [vision.global_width]),
-    }
-    facts = {"tower": vision.key, "images": images}
-    array = ChunkedArray(root / "features" / key[:32], layout, rows=len(catalog), chunk=CHUNK, facts=facts)
+    array = _pictures_array(catalog, vision, root, images)
     with array.building(verify=verify) as todo, ThreadPoolExecutor(workers) as pool:
 
         def decode(item: Item) -> Tensor | ImageError | None:
@@ -383,7 +409,7 @@ def encode_chunk(vision: VisionTower, batch: list[Any], items: Sequence[Item]) -
     pooled = np.zeros((len(batch), vision.global_width), np.float16)
     good = [i for i, pixels in enumerate(batch) if isinstance(pixels, Tensor)]
     if good:
-        tokens, global_image = vision(torch.stack([batch[i] for i in good]))
+        tokens, global_image = vision(torch.stack([batch[i] for i in good]), fill=True)
         visual[good] = tokens.float().half().cpu().numpy()
         pooled[good] = global_image.float().half().cpu().numpy()
         finite = np.isfinite(visual).all(axis=(1, 2)) & np.isfinite(pooled).all(axis=1)

@@ -46,15 +46,25 @@ class PackedFields:
     distinct: DistinctTokens
 
 
-def pack_fields(items: Sequence[Sequence[Tensor | None]], width: int, max_tokens: int) -> PackedFields:
+def pack_fields(
+    items: Sequence[Sequence[Tensor | None]],
+    width: int,
+    max_tokens: int,
+    *,
+    strings: Sequence[Sequence[str | None]] | None = None,
+) -> PackedFields:
     """Concatenate each item's field tokens; the same tensor for several items counts as the same value.
 
     Args:
         items: per item, one [m, dt] tensor or None per field, in the order of `config.fields`.
         width: dt.
         max_tokens: the cap M; later tokens are cut.
+        strings: what the tensors encode. Distinct tokens are then in the strings' order, as in the feature cache.
     """
     values = {id(value): value for row in items for value in row if value is not None}
+    if strings is not None:
+        names = {id(v): s for row, named in zip(items, strings, strict=True) for v, s in zip(row, named, strict=True)}
+        values = {key: values[key] for key in sorted(values, key=lambda key: str(names[key]))}
     numbers = {key: number for number, key in enumerate(values)}
     ids = np.array([[-1 if v is None else numbers[id(v)] for v in row] for row in items], dtype=np.int64)
     offsets = np.cumsum([0, *(len(value) for value in values.values())])

@@ -16,7 +16,7 @@ from torch import nn
 from tgq_fast.models.packed_layers import IN_ONEDNN, ON_MATRIX_UNIT, PackedLayer, shallow
 from tgq_fast.ops.matrix_unit import why_not
 
-__all__ = ["packed", "packed_weights", "running"]
+__all__ = ["in_run", "packed", "packed_weights", "running"]
 
 
 def packed(module: nn.Module) -> nn.Module:
@@ -73,6 +73,11 @@ def packed_weights(module: nn.Module) -> Iterator[nn.Module]:
         yield _open[module]
     finally:
         del _open[module]
+
+
+def in_run(module: nn.Module) -> bool:
+    """Whether :func:`packed_weights` is open for `module`."""
+    return module in _open
 
 
 def running(module: nn.Module) -> nn.Module:

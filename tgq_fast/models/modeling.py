@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedModel
 
 from tgq_fast.data.catalog import Catalog
+from tgq_fast.data.images import PictureLike
 from tgq_fast.data.items import Item
 from tgq_fast.data.rejects import RejectLog
 from tgq_fast.errors import ArgumentError, CheckpointError
@@ -25,7 +26,7 @@ from tgq_fast.models.direct import DirectReadout
 from tgq_fast.models.dtypes import as_dtype, single_precision
 from tgq_fast.models.encoding import FeatureExtractor, as_examples, progress_bar, stored_batches
 from tgq_fast.models.features import FeatureStore
-from tgq_fast.models.inference import packed_weights, running
+from tgq_fast.models.inference import in_run, packed_weights, running
 from tgq_fast.models.objective import weighted_losses
 from tgq_fast.models.outputs import ConnectorOutput, FrozenFeatures, TGQFormerOutput
 from tgq_fast.models.processing import PromptInputs, TGQFormerProcessor
@@ -276,9 +277,14 @@ class TGQFormerModel(PreTrainedModel):
         """Around a run of :meth:`encode` calls: the connector's weights are packed once, for all of them.
 
         Every call in it uses the packed weights, however few its items, so that an item's embedding does not depend on
-        how the run is cut into calls. Weights must not change inside. A long `encode` opens it itself.
+        how the run is cut into calls of the same batches. Weights must not change inside. A long `encode` opens it
+        itself.
         """
         return packed_weights(self.connector)
+
+    def preparation(self) -> Callable[[PictureLike, str], Tensor]:
+        """See :meth:`FeatureExtractor.preparation`; :meth:`encode` takes the results as `pixels`."""
+        return self.extractor.preparation()
 
     def encode(
         self,
@@ -293,6 +299,7 @@ class TGQFormerModel(PreTrainedModel):
         features: FeatureStore | None = None,
         rejects: RejectLog | None = None,
         workers: int = 2,
+        pixels: Sequence[Tensor | None] | None = None,
     ) -> Tensor | np.ndarray:
         """Embeddings of items, in the order given.
 
@@ -312,6 +319,7 @@ class TGQFormerModel(PreTrainedModel):
             features: cached features; rows of a catalogue that the store was built on are read from there.
             rejects: gets one entry per skipped image.
             workers: threads that decode images.
+            pixels: what :meth:`preparation` made of each item's picture, None for an item without one.
 
         Returns:
             [n, D] fp32 on the CPU ([D] for a single item).
@@ -334,8 +342,8 @@ class TGQFormerModel(PreTrainedModel):
         result = torch.full((len(examples), self.config.embedding_size), float("nan"), dtype=torch.float32)
         modes = [(module, module.training) for module in self.modules()]  # the caller's, of every part
         self.eval()
-        packs = len(examples) >= _PACK_FROM or requested_backend(None) == "cpp"
-        packing = self.encoding() if packs else nullcontext()
+        many = len(examples) >= _PACK_FROM or in_run(self.connector)
+        packing = self.encoding() if many or requested_backend(None) == "cpp" else nullcontext()
         try:
             merged = merged_adapters(self.reader)
             with merged, torch.inference_mode(), packing, progress_bar(len(examples), show_progress_bar) as advance:
@@ -344,7 +352,13 @@ class TGQFormerModel(PreTrainedModel):
                     batches = stored_batches(examples, batch_size, on_error, features, self._prompt_processor)
                 else:
                     batches = self.extractor.batches(
-                        examples, batch_size, on_error=on_error, rejects=rejects, workers=workers
+                        examples,
+                        batch_size,
+                        on_error=on_error,
+                        rejects=rejects,
+                        workers=workers,
+                        pixels=pixels,
+                        fill=many,
                     )
                 for rows, inputs in batches:
                     if rows:

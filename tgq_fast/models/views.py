@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.nn.functional import adaptive_avg_pool2d
 
+from tgq_fast.data.ahead import in_order
 from tgq_fast.data.catalog import Catalog
 from tgq_fast.data.conditions import PICTURE_KINDS, Condition, Picturer
 from tgq_fast.data.corruption import item_seed
@@ -32,7 +33,7 @@ from tgq_fast.errors import ArgumentError, ImageError
 from tgq_fast.models import features
 from tgq_fast.models.backbones import cache_root
 from tgq_fast.models.feature_files import ChunkedArray
-from tgq_fast.models.features import Progress, digest_pictures, in_order
+from tgq_fast.models.features import Progress, digest_pictures
 from tgq_fast.models.towers import ImageProcessor, VisionTower
 
 __all__ = ["ViewRecipe", "ViewStore", "token_grid", "token_shares", "training_views"]

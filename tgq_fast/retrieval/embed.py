@@ -6,23 +6,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from tgq_fast import _native
-from tgq_fast.data import Catalog, Item
-from tgq_fast.data.rejects import Reject
-from tgq_fast.errors import ArgumentError, ImageError, NonFiniteError, PoolError
+from tgq_fast.data import Catalog
+from tgq_fast.errors import ArgumentError, PoolError
 from tgq_fast.retrieval._identity import canonical_json
-from tgq_fast.retrieval.embed_plan import Plan, content_keys, plan
+from tgq_fast.retrieval.embed_parts import EmbeddedPart, Encoder, Engine, PartEncoder, PartOptions, default_threads
+from tgq_fast.retrieval.embed_plan import Plan, plan
 from tgq_fast.retrieval.manifest import Manifest
 from tgq_fast.retrieval.pool import ItemPool
 from tgq_fast.retrieval.pool_log import MANIFEST_NAME
@@ -33,19 +33,8 @@ if TYPE_CHECKING:
 
 __all__ = ["EmbedReport", "Encoder", "embed_catalog", "model_digest", "open_embedded", "zero_shot_embeddings"]
 
-logger = logging.getLogger(__name__)
-
 # Keys of a configuration that say nothing about what the model computes.
 _IGNORED_KEYS = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype")
-
-
-class Encoder(Protocol):
-    """What :func:`embed_catalog` needs from a model; :class:`tgq_fast.models.TGQFormerModel` has it."""
-
-    @property
-    def encode(self) -> Callable[..., Any]:
-        """encode(catalogue, batch_size=…, on_error=…) → [n, D] tensor; raises ImageError with the item id."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -117,13 +106,16 @@ def embed_catalog(
     features: FeatureStore | Callable[[Plan], FeatureStore | None] | None = None,
     shadow: bool = True,
     progress: Callable[[int, int], None] | None = None,
+    threads: int | None = None,
+    engine: Engine | None = None,
 ) -> EmbedReport:
     """Embed a catalogue into a pool on disk, or bring a pool up to date with it.
 
     An item is embedded if the pool does not hold it, or holds it with other content: the bytes of its picture and its
     guiding fields. Items that the catalogue does not have any more leave the pool; the others are not touched. New rows
     follow in catalogue order, in stretches of `shard_size` items; batches never cross a stretch, so a run that was
-    killed and resumed writes the same bytes as one that was not. At most one stretch is held in memory.
+    killed and resumed writes the same bytes as one that was not. Reading and decoding pictures, the model, and writing
+    overlap; two stretches of embeddings and two batches of pictures at most are in memory.
 
     Args:
         catalog: the catalogue.
@@ -141,6 +133,8 @@ def embed_catalog(
             called with the :class:`~tgq_fast.retrieval.embed_plan.Plan` when there is something to embed.
         shadow: at the end write what makes searching faster (:meth:`ItemPool.build_shadow`, with the compiled core).
         progress: called with (items done, items to embed) after each batch.
+        threads: that read and decode pictures; None: one per processor, 2 to 16.
+        engine: embeds the stretches instead of this process, see :mod:`tgq_fast.scale`; not together with `features`.
 
     Raises:
         ArgumentError: a bad value.
@@ -152,6 +146,9 @@ def embed_catalog(
         raise ArgumentError("batch_size", batch_size, "at least 1")
     if on_error not in ("raise", "skip"):
         raise ArgumentError("on_error", repr(on_error), "'raise' or 'skip'")
+    threads = default_threads() if threads is None else threads
+    if threads < 1:
+        raise ArgumentError("threads", threads, "at least 1")
     width = dims if dims is not None else int(model.config.embedding_size)  # type: ignore[attr-defined]
     if digest is None:
         assert isinstance(model, torch.nn.Module)
@@ -172,37 +169,42 @@ def embed_catalog(
                 rejected=0,
             )
         store = features(work) if callable(features) and work.todo else features
-        worker = _Worker(catalog, model, batch_size, on_error, None if callable(store) else store)
+        assert store is None or not callable(store)
+        stretches = [work.todo[first : first + shard_size] for first in range(0, len(work.todo), shard_size)]
+        options = PartOptions(width, None if fields is None else tuple(fields), batch_size, on_error, threads)
         changed = {catalog.items[row].id for row in work.changed}
         finished: list[str] = []
-        total = 0
-        for first in range(0, len(work.todo), shard_size):
-            stretch = [catalog.items[row] for row in work.todo[first : first + shard_size]]
-            keys = dict(zip((item.id for item in stretch), content_keys(catalog, stretch, fields), strict=True))
-            kept: list[Item] = []
-            parts: list[Tensor] = []
-            rejects: list[Reject] = []
-            start = 0
-            while start < len(stretch):
-                items = stretch[start : start + worker.batch_size]
-                good, vectors = worker.encode(items, rejects)
-                kept += good
-                parts.append(vectors.reshape(-1, width))
-                start += len(items)
-                if progress is not None:
-                    progress(first + start, len(work.todo))
-            total += len(stretch)
-            finished += [item.id for item in kept]
-            refused = [str(reject.item_id) for reject in rejects]
-            lines = [asdict(reject) | {"content": keys[name].hex()} for name, reject in zip(refused, rejects)]
+        seen = 0
+
+        def advance(count: int) -> None:
+            nonlocal seen
+            seen += count
+            if progress is not None:
+                progress(seen, len(work.todo))
+
+        def write(part: EmbeddedPart, last: bool) -> None:
             pool.upsert(
-                [item.id for item in kept],
-                torch.cat(parts),
-                content=[keys[item.id] for item in kept],
-                delete=refused,
-                reject_lines="".join(json.dumps(line, ensure_ascii=True) + "\n" for line in lines),
-                complete=total == len(work.todo),
+                part.ids,
+                part.vectors,
+                content=part.content,
+                delete=part.refused,
+                reject_lines=part.reject_lines,
+                complete=last,
             )
+
+        if engine is not None and store is None:
+            parts = engine(catalog, model, stretches, options, advance)
+        else:
+            parts = PartEncoder(catalog, model, options, features=store).parts(stretches, advance)
+        with closing(parts), ThreadPoolExecutor(1, thread_name_prefix="tgq-write") as writer:
+            writing: Future[None] | None = None
+            for number, part in enumerate(parts, start=1):
+                if writing is not None:
+                    writing.result()  # one stretch waits at most
+                writing = writer.submit(write, part, number == len(stretches))
+                finished += part.ids
+            if writing is not None:
+                writing.result()
         if not work.todo and not pool.manifest.complete:
             pool.upsert([], torch.empty(0, width), complete=True)
         if pool.manifest.deleted > pool.manifest.rows:
@@ -266,66 +268,6 @@ def _open(out: Path, wanted: Manifest, *, resume: bool) -> ItemPool:
         pool.close()
         raise
     return pool
-
-
-class _Worker:
-    """Encodes batches under the error policy; halves the batch size when memory runs out."""
-
-    def __init__(
-        self, catalog: Catalog, model: Encoder, batch_size: int, on_error: str, features: FeatureStore | None
-    ) -> None:
-        self.catalog, self.model, self.batch_size, self.on_error = catalog, model, batch_size, on_error
-        self._options: dict[str, Any] = {} if features is None else {"features": features}
-        self._said = False
-
-    def encode(self, items: Sequence[Item], rejects: list[Reject]) -> tuple[list[Item], Tensor]:
-        """(items kept, [n, D] fp32 on the CPU); rejected items are added to `rejects`."""
-        kept = list(items)
-        vectors = torch.empty(0)
-        while kept:
-            try:
-                vectors = self._encode_in_memory(kept)
-                break
-            except ImageError as error:
-                bad = next((item for item in kept if item.id == error.item_id), None)
-                if self.on_error == "raise" or bad is None:
-                    raise
-                rejects.append(Reject(bad.id, bad.row, error.path, error.reason, str(error)))
-                kept.remove(bad)
-        broken = (~torch.isfinite(vectors).all(dim=-1)).nonzero()[:, 0].tolist() if kept else []
-        if broken:
-            names = [kept[i].id for i in broken]
-            if self.on_error == "raise":
-                raise NonFiniteError("embeddings", names[:20], len(names))
-            for i in broken:
-                item = kept[i]
-                rejects.append(
-                    Reject(item.id, item.row, item.file_name or "", "non_finite", "embedding holds NaN or inf")
-                )
-            keep = [i for i in range(len(kept)) if i not in set(broken)]
-            kept, vectors = [kept[i] for i in keep], vectors[keep]
-        return kept, vectors
-
-    def _encode_in_memory(self, items: Sequence[Item]) -> Tensor:
-        parts: list[Tensor] = []
-        start = 0
-        while start < len(items):
-            part = self.catalog.part(items[start : start + self.batch_size])
-            try:
-                vectors = self.model.encode(part, batch_size=self.batch_size, on_error="raise", **self._options)
-            except torch.OutOfMemoryError:
-                if self.batch_size == 1:
-                    raise
-                self.batch_size = max(1, self.batch_size // 2)
-                if not self._said:
-                    logger.warning("out of memory; going on with batches of %d items and fewer", self.batch_size)
-                    self._said = True
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()
-                continue
-            parts.append(vectors.detach().to("cpu", torch.float32))
-            start += vectors.shape[0]
-        return torch.cat(parts)
 
 
 def zero_shot_embeddings(catalog: Catalog, store: FeatureStore) -> Tensor:

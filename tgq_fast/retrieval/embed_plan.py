@@ -15,6 +15,7 @@ import numpy as np
 
 from tgq_fast.data import Catalog, Item
 from tgq_fast.data.items import COLUMNS
+from tgq_fast.data.pictures import Picture
 from tgq_fast.errors import PoolError
 from tgq_fast.retrieval.pool import ItemPool
 from tgq_fast.retrieval.pool_files import REJECTS_NAME
@@ -25,18 +26,19 @@ KEY_BYTES = 16
 _PIECE = 1 << 20
 
 
-def content_key(catalog: Catalog, item: Item, fields: Sequence[str] | None) -> bytes:
+def content_key(item: Item, picture: Picture | None, fields: Sequence[str] | None) -> bytes:
     """16 bytes that change whenever the bytes of the item's picture or a field change (BLAKE2b).
 
     Args:
+        picture: the item's.
         fields: names of the metadata that guides; None: all of it.
     """
     state = hashlib.blake2b(digest_size=KEY_BYTES)
     names = [*COLUMNS, *sorted(item.attributes)] if fields is None else fields
     state.update(json.dumps([[name, item.field(name)] for name in names]).encode())
-    if item.file_name is not None:
+    if picture is not None:
         try:
-            with catalog.picture(item).open() as file:
+            with picture.open() as file:
                 state.update(b"picture")
                 while piece := file.read(_PIECE):
                     state.update(piece)
@@ -49,8 +51,12 @@ def content_keys(
     catalog: Catalog, items: Sequence[Item], fields: Sequence[str] | None, *, workers: int = 2
 ) -> list[bytes]:
     """:func:`content_key` of several items; pictures are read in `workers` threads."""
+
+    def key(item: Item) -> bytes:
+        return content_key(item, None if item.file_name is None else catalog.picture(item), fields)
+
     with ThreadPoolExecutor(workers, thread_name_prefix="tgq-content") as pool:
-        return list(pool.map(lambda item: content_key(catalog, item, fields), items))
+        return list(pool.map(key, items))
 
 
 @dataclass(frozen=True)
