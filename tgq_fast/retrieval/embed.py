@@ -168,8 +168,7 @@ def embed_catalog(
                 rejects=None,
                 rejected=0,
             )
-        store = features(work) if callable(features) and work.todo else features
-        assert store is None or not callable(store)
+        store = (features(work) if work.todo else None) if callable(features) else features
         stretches = [work.todo[first : first + shard_size] for first in range(0, len(work.todo), shard_size)]
         options = PartOptions(width, None if fields is None else tuple(fields), batch_size, on_error, threads)
         changed = {catalog.items[row].id for row in work.changed}
