@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 from connector_inputs import DT, random_features, randomise, small_config
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from tgq_fast import reference
@@ -352,3 +352,35 @@ def test_seed_decides_the_weights_and_sizes_do_not_need_towers() -> None:
     first, second = build(), build()
     assert first.keys() == second.keys()
     assert all(torch.equal(first[k], second[k]) for k in first)
+
+
+@pytest.mark.parametrize("name", ["tgq", "qformer", "attention-pool"])
+def test_frozen_tokens_leave_the_affine_part_of_their_norm_to_the_projections(name: str) -> None:
+    """Value and every gradient are those of the LayerNorm itself, and no gradient passes through the tokens."""
+    connector = randomise(build_connector(small_config(name, norm="pre"))).double().eval()
+    features = random_features().to("cpu", torch.float64)
+
+    def gradients(frozen: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        connector.zero_grad()
+        tokens = features.visual_tokens.clone().requires_grad_(not frozen)
+        out = connector(dataclasses.replace(features, visual_tokens=tokens)).tokens
+        (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
+        assert frozen == (tokens.grad is None)
+        return out.detach(), {n: p.grad.clone() for n, p in connector.named_parameters() if p.grad is not None}
+
+    expected, by_norm = gradients(frozen=False)
+    given, by_projection = gradients(frozen=True)
+    torch.testing.assert_close(given, expected, rtol=1e-9, atol=1e-9)
+    assert by_norm.keys() == by_projection.keys()
+    assert any("norm_source" in parameter for parameter in by_norm)
+    for parameter, gradient in by_norm.items():
+        torch.testing.assert_close(by_projection[parameter], gradient, rtol=1e-7, atol=1e-7, msg=parameter)
+
+
+def test_a_hooked_norm_runs_as_it_is() -> None:
+    connector = randomise(build_connector(small_config("qformer", norm="pre")))
+    seen = []
+    norm = next(m for n, m in connector.named_modules() if n.endswith("norm_source") and isinstance(m, nn.LayerNorm))
+    norm.register_forward_hook(lambda *a: seen.append(1))
+    connector(random_features()).tokens.sum().backward()
+    assert seen and norm.weight.grad is not None

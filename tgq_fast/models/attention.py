@@ -226,12 +226,22 @@ class HybridCrossAttention(nn.Module):
         self.output = ResidualOutput(config.hidden_size, config)
 
     def context(
-        self, anchored: Tensor, exploratory: Tensor, source: Tensor, key_mask: Tensor | None, guide: Guide | None = None
+        self,
+        anchored: Tensor,
+        exploratory: Tensor,
+        source: Tensor,
+        key_mask: Tensor | None,
+        guide: Guide | None = None,
+        affine: nn.LayerNorm | None = None,
     ) -> Tensor:
-        """[B, Na, d], [B, Ne, d], [B, L, dv] → [B, N, d] before the output projection."""
+        """[B, Na, d], [B, Ne, d], [B, L, dv] → [B, N, d] before the output projection; `affine` is what the source
+        still lacks of its LayerNorm."""
         p = self.attention
-        weights: tuple[Tensor | None, ...] = (p.query.weight, p.query.bias, p.key.weight, None)
-        weights = (*weights, p.value.weight, p.value.bias)
+        key, value, value_bias = p.key.weight, p.value.weight, p.value.bias
+        if affine is not None:  # the shift of the keys adds the same to all scores of a query
+            value_bias = value_bias + value @ affine.bias
+            key, value = key * affine.weight, value * affine.weight
+        weights: tuple[Tensor | None, ...] = (p.query.weight, p.query.bias, key, None, value, value_bias)
         projected: dict[str, Any] = {}
         if why_not_plain(query=p.query, key=p.key, value=p.value):  # adapters, hooks: the layers run as they are
             anchored, exploratory = p.query(anchored), p.query(exploratory)
@@ -263,27 +273,41 @@ class HybridCrossAttention(nn.Module):
         if guide is not None:
             num_anchored = guide.scale.shape[0]  # to the operator, anchored queries are those that are guided
         anchored, exploratory = normed[:, :num_anchored], normed[:, num_anchored:]
-        return self.output(self.context(anchored, exploratory, self.norm_source(source), key_mask, guide), queries)
+        source, affine = self._normed(source)
+        return self.output(self.context(anchored, exploratory, source, key_mask, guide, affine), queries)
+
+    def _normed(self, source: Tensor) -> tuple[Tensor, nn.LayerNorm | None]:
+        """The tokens after their LayerNorm. While its weights learn and the tokens are frozen, its affine part is left
+        to the projections and returned: no gradient then passes through the tokens, the largest tensor of a step.
+        """
+        norm, p = self.norm_source, self.attention
+        if (
+            not isinstance(norm, nn.LayerNorm)
+            or source.requires_grad
+            or not torch.is_grad_enabled()
+            or why_not_plain(nn.LayerNorm, norm=norm)
+            or why_not_plain(query=p.query, key=p.key, value=p.value)
+        ):
+            return norm(source), None
+        with torch.autocast(source.device.type, enabled=False):  # in the tokens' own dtype; statistics are fp32
+            return nn.functional.layer_norm(source, norm.normalized_shape, eps=norm.eps), norm
 
     def over_rows(self, queries: Tensor, rows: Tensor, index: Tensor, key_mask: Tensor) -> Tensor:
-        """One stream of queries [B, N, d] over tokens that are given as distinct rows [U, ds] and an index [B, M]: the
-        products run once per row. → [B, N, d].
+        """The same queries [1, N, d] for every item, over tokens that are given as distinct rows [U, ds] and an index
+        [B, M] into them: products and scores once per row, then one softmax per item. → [B, N, d].
         """
         p = self.attention
         rows = self.norm_source(rows)
-        keys, values = (embedding(index, layer(rows)) for layer in (p.key, p.value))  # [B, M, d]
+        q, k = p.heads(p.query(self.norm(queries))[0]), p.heads(p.key(rows))  # [N, H, dh], [U, H, dh]
+        scores = torch.einsum("nhc,uhc->unh", q, k) * q.shape[-1] ** -0.5
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        scores = embedding(index, scores.flatten(1)).unflatten(2, scores.shape[1:])  # [B, M, N, H]
+        hidden = ~key_mask[:, :, None, None]
+        weights = scores.masked_fill(hidden, torch.finfo(scores.dtype).min).softmax(dim=1).masked_fill(hidden, 0.0)
         # The values carry their bias: softmax weights sum to one, or an item sees nothing.
-        q = p.query(self.norm(queries))
-        result = ops.hybrid_cross_attention(
-            q,
-            q[:, :0],
-            keys,
-            *(None,) * 6,
-            num_heads=p.num_heads,
-            key_mask=key_mask,
-            keys_values=(keys, values),
-        )
-        return self.output(result.anchored, queries)
+        values = p.heads(embedding(index, p.value(rows)))  # [B, M, H, dh]
+        context = torch.einsum("bmnh,bmhc->bnhc", weights.to(values.dtype), values).flatten(2)
+        return self.output(context, queries.expand_as(context))
 
     @torch.no_grad()
     def attention_map(

@@ -216,7 +216,19 @@ def load_efficientnet_lite0() -> nn.Module:
     _fold(model, ("_conv_stem", "_bn0"), ("_conv_head", "_bn1"))
     for block in model._blocks:
         _fold(block, ("_expand_conv", "_bn0"), ("_depthwise_conv", "_bn1"), ("_project_conv", "_bn2"))
+    _spare_copies(model)
     return model.to(memory_format=torch.channels_last)
+
+
+def _spare_copies(model: nn.Module) -> None:
+    """Activations in place, and padding left to the convolutions where it is even: the same bits without copies."""
+    for module in model.modules():
+        if isinstance(module, nn.ReLU6):
+            module.inplace = True  # what it reads is a convolution's own result
+        padding = getattr(getattr(module, "static_padding", None), "padding", None)
+        if isinstance(module, nn.Conv2d) and padding is not None and len(set(padding)) == 1:
+            module.padding = (padding[0], padding[0])
+            module.static_padding = nn.Identity()
 
 
 def _fold(module: nn.Module, *pairs: tuple[str, str]) -> None:

@@ -60,7 +60,9 @@ class DirectReadout(nn.Module):
             [B, D] unit vectors each (shorter where an item has no picture).
         """
         tokens = features.visual_tokens
-        scale = torch.rsqrt(tokens.float().square().mean(dim=-1) + 1e-6)  # [B, L]
+        # The norm in the tokens' own dtype: no fp32 copy of the largest tensor of a step.
+        norm = torch.linalg.vector_norm(tokens, dim=-1).float()
+        scale = torch.rsqrt(norm.square() / tokens.shape[-1] + 1e-6)  # [B, L]
         saliency = (tokens @ self.saliency.to(tokens.dtype)).float() * scale
         alone = self._part(features, saliency)
         guided = alone

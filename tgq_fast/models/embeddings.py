@@ -119,11 +119,11 @@ class MetadataCompression(nn.Module):
     def forward(self, text: Tensor, text_mask: Tensor, index: Tensor | None = None) -> Tensor:
         """[B, M, d], [B, M] bool → [B, Na, d]; with `index` [B, M], `text` is the [U, d] distinct tokens."""
         attention = self.crossattention
-        seeds = self.anchor_tokens.expand(text_mask.shape[0], -1, -1)
         if index is None:
+            seeds = self.anchor_tokens.expand(text_mask.shape[0], -1, -1)
             anchored = attention(seeds, seeds.shape[1], text, text_mask)  # [B, Na, d]
         else:
-            anchored = attention.over_rows(seeds, text, index, text_mask)
+            anchored = attention.over_rows(self.anchor_tokens, text, index, text_mask)
         null = attention.output.LayerNorm(self.null_tokens)
         return torch.where(text_mask.any(dim=1)[:, None, None], anchored, null.to(anchored.dtype))
 
@@ -228,9 +228,10 @@ class AlignmentHead(nn.Module):
         """
         learns = self.training and features.product_share is not None
         with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
-            v = normalize(self.image(features.visual_tokens).float(), dim=-1)  # [B, L, a]
+            v = self.image(features.visual_tokens)  # [B, L, a]
             t = normalize(self.text(features.mean_metadata()).float(), dim=-1)
-            score = 10.0 * (v @ t[..., None]).squeeze(-1)
+            score = 10.0 * (v @ t[..., None].to(v.dtype)).squeeze(-1).float()
+            score = score / torch.linalg.vector_norm(v, dim=-1).float().clamp_min(1e-12)
         return PatchAgreement(score, features)
 
 

@@ -278,11 +278,17 @@ class PackedCrossAttention(PackedLayer, HybridCrossAttention):
         return self._decide(queries, source)
 
     def context(
-        self, anchored: Tensor, exploratory: Tensor, source: Tensor, key_mask: Tensor | None, guide: Guide | None = None
+        self,
+        anchored: Tensor,
+        exploratory: Tensor,
+        source: Tensor,
+        key_mask: Tensor | None,
+        guide: Guide | None = None,
+        affine: nn.LayerNorm | None = None,
     ) -> Tensor:
         queries = torch.cat((anchored, exploratory), dim=1)
-        if not self._decide(queries, source).packed:
-            return super().context(anchored, exploratory, source, key_mask, guide)
+        if affine is not None or not self._decide(queries, source).packed:
+            return super().context(anchored, exploratory, source, key_mask, guide, affine)
         source = source if source.stride(2) == 1 else source.contiguous()
         heads, width = self.attention.num_heads, queries.shape[2]
         step = items_at_once(queries, source, heads)
