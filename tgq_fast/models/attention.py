@@ -237,7 +237,9 @@ class HybridCrossAttention(nn.Module):
         """[B, Na, d], [B, Ne, d], [B, L, dv] → [B, N, d] before the output projection; `affine` is what the source
         still lacks of its LayerNorm."""
         p = self.attention
-        key, value, value_bias = p.key.weight, p.value.weight, p.value.bias
+        key: Tensor = p.key.weight
+        value: Tensor = p.value.weight
+        value_bias: Tensor = p.value.bias
         if affine is not None:  # the shift of the keys adds the same to all scores of a query
             value_bias = value_bias + value @ affine.bias
             key, value = key * affine.weight, value * affine.weight

@@ -88,7 +88,9 @@ class FrozenFeatures:
         if self.visual_mask is None:
             length = self.visual_tokens.shape[1]
             # A product, since mean() makes an fp32 copy of tokens in half precision.
-            return (self.visual_tokens.new_ones(length) @ self.visual_tokens).to(self.global_image.dtype) / max(length, 1)
+            return (self.visual_tokens.new_ones(length) @ self.visual_tokens).to(self.global_image.dtype) / max(
+                length, 1
+            )
         weight = self.visual_mask.to(self.visual_tokens.dtype)[..., None]
         return ((self.visual_tokens * weight).sum(dim=1) / weight.sum(dim=1).clamp_min(1)).to(self.global_image.dtype)
 
