@@ -28,6 +28,7 @@ from tgq_fast.retrieval import ItemPool
 from tgq_fast.serve import ServedPool, Shop, create_app
 from tgq_fast.serve.app import Limits
 from tgq_fast.serve.batching import Batcher, Overloaded
+from tgq_fast.serve.connections import HEAD_BYTES, protocol
 
 WIDTH = 16
 
@@ -124,6 +125,15 @@ def test_picture_query_reaches_the_model_with_its_fields(shop: Shop, client: Tes
     assert [hit["score"] for hit in answer.json()["hits"]] == pytest.approx(want.scores[0].tolist(), abs=1e-5)
     refused = client.post(url.replace("one", "two"), content=png((1, 2, 3)), headers={"content-type": "image/png"})
     assert refused.status_code == 422 and "--model" in refused.json()["error"]
+
+
+def test_uploads_touch_no_disk(shop: Shop, client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    import tempfile
+
+    shop.models["one"] = Painter()  # type: ignore[assignment]
+    monkeypatch.setattr(tempfile, "tempdir", "/nowhere/at/all")
+    answer = client.post("/api/search?pool=one", content=png((9, 9, 9)), headers={"content-type": "image/png"})
+    assert answer.status_code == 200, answer.text
 
 
 def test_browse_finds_words_and_fields(client: TestClient, catalog: Catalog) -> None:
@@ -287,7 +297,7 @@ def test_batcher_joins_what_waits_and_refuses_beyond_its_bound() -> None:
 def running(shop: Shop) -> Any:
     """A real server on a loopback port."""
     listener = socket.create_server(("127.0.0.1", 0))
-    config = uvicorn.Config(create_app(shop, Limits(upload_seconds=0.5)), log_level="error")
+    config = uvicorn.Config(create_app(shop, Limits(upload_seconds=0.5)), log_level="error", http=protocol(1.5))
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
@@ -322,6 +332,53 @@ def test_slow_half_and_vanished_uploads_harm_nobody(running: int) -> None:
     assert b" 413 " in talk(running, lying)
     assert b" 400 " in talk(running, b"\x16\x03\x01 nonsense\r\n\r\n")
     assert b" 200 " in talk(running, b"GET /api/health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+
+
+def test_silent_dripping_and_endless_heads_are_ended(running: int) -> None:
+    """They would hold a connection for ever, or fill the memory."""
+    line = b"GET /api/health HTTP/1.1\r\nHost: localhost\r\n"
+    assert b" 408 " in talk(running, b"")
+    assert b" 408 " in talk(running, line)
+    assert b" 431 " in talk(running, line + b"X-More: " + b"a" * HEAD_BYTES)
+    with socket.create_connection(("127.0.0.1", running), timeout=10) as connection:  # answered, but drips a body
+        connection.sendall(line + b"Content-Length: 100000\r\n\r\n")
+        assert b" 200 " in connection.recv(4096)
+        began = time.monotonic()
+        with pytest.raises(OSError):
+            while time.monotonic() - began < 8:
+                connection.sendall(b".")
+                time.sleep(0.05)
+        assert time.monotonic() - began < 5
+    with socket.create_connection(("127.0.0.1", running), timeout=10) as connection:  # several requests, many bytes
+        for _ in range(3):
+            connection.sendall(line + b"X-More: " + b"a" * (HEAD_BYTES // 2) + b"\r\n\r\n")
+            answer = b""
+            while not answer.endswith(b"}}"):
+                answer += connection.recv(4096)
+            assert b" 200 " in answer
+
+
+def test_server_leaves_a_core_and_what_is_loaded_alone(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it collections walk every loaded module, 0.2 s, and searches take the core that answers."""
+    import gc
+
+    from tgq_fast.serve import serve
+
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    before, seen = torch.get_num_threads(), []
+
+    def announce(address: str) -> None:
+        seen.extend((gc.get_freeze_count(), torch.get_num_threads()))
+        raise KeyboardInterrupt
+
+    try:
+        torch.set_num_threads(2)
+        with pytest.raises(KeyboardInterrupt):
+            serve(shop, port=0, announce=announce)
+    finally:
+        torch.set_num_threads(before)
+    assert seen[0] > 10_000 and seen[1] == 1
+    assert gc.get_freeze_count() < seen[0]
 
 
 def test_many_clients_get_the_answers_of_one(running: int, catalog: Catalog) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +14,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from tgq_fast.data import ImageLimits
 from tgq_fast.data.images import load_image
@@ -26,8 +25,10 @@ try:
     from fastapi.responses import FileResponse, JSONResponse
     from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
     from pydantic import BaseModel
+    from starlette.datastructures import MutableHeaders
     from starlette.middleware.trustedhost import TrustedHostMiddleware
     from starlette.requests import ClientDisconnect
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 except ImportError as error:
     raise DependencyError("the server needs FastAPI and its company: pip install 'tgq-fast[serve]'") from error
 
@@ -36,6 +37,9 @@ from tgq_fast.serve.batching import Batcher, Overloaded
 from tgq_fast.serve.explain import explain
 from tgq_fast.serve.pictures import SIDES, Thumbnails
 from tgq_fast.serve.store import MAX_K, ServedPool, Shop, UnknownItem
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 __all__ = ["DEFAULT", "Limits", "create_app"]
 
@@ -57,6 +61,7 @@ class Limits:
     """What a client may ask of the server.
 
     Attributes:
+        head_seconds: time in which the request line and headers must have arrived.
         upload_bytes: size of an uploaded picture.
         upload_seconds: time in which it must have arrived.
         upload_pixels: width × height of it.
@@ -65,6 +70,7 @@ class Limits:
         reload_seconds: how often the pools' folders are looked at.
     """
 
+    head_seconds: float = 10.0
     upload_bytes: int = 16 << 20
     upload_seconds: float = 15.0
     upload_pixels: int = 40_000_000
@@ -131,6 +137,33 @@ class _Metrics:
             stale.labels(name).set_function(partial(lambda p: float(p.trouble is not None), pool))
 
 
+class _Observer:
+    """Counts answers, adds the headers. Plain ASGI: `app.middleware("http")` runs a task and two queues per request."""
+
+    def __init__(self, app: ASGIApp, metrics: _Metrics) -> None:
+        self.app, self.metrics = app, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        start, status = time.perf_counter(), 500
+
+        async def observed(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message).update(_HEADERS)
+            await send(message)
+
+        try:
+            await self.app(scope, receive, observed)
+        finally:
+            # Not the client's words: they would be labels without end.
+            path = getattr(scope.get("route"), "path", "unknown")
+            self.metrics.requests.labels(path, status).inc()
+            self.metrics.seconds.labels(path).observe(time.perf_counter() - start)
+
+
 def create_app(shop: Shop, limits: Limits = DEFAULT, *, hosts: tuple[str, ...] = ()) -> FastAPI:
     """The ASGI application over an opened shop.
 
@@ -187,17 +220,7 @@ def create_app(shop: Shop, limits: Limits = DEFAULT, *, hosts: tuple[str, ...] =
     )
     allowed = ["localhost", "127.0.0.1", "[::1]", "testserver", *hosts]
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=["*"] if "*" in hosts else allowed)
-
-    @app.middleware("http")
-    async def observe(request: Request, answer: Callable[[Request], Awaitable[Response]]) -> Response:
-        start = time.perf_counter()
-        response = await answer(request)
-        route = request.scope.get("route")
-        path = getattr(route, "path", "unknown")  # not the client's words: they would be labels without end
-        metrics.requests.labels(path, response.status_code).inc()
-        metrics.seconds.labels(path).observe(time.perf_counter() - start)
-        response.headers.update(_HEADERS)
-        return response
+    app.add_middleware(_Observer, metrics=metrics)
 
     @app.exception_handler(UnknownItem)
     async def unknown(request: Request, error: UnknownItem) -> JSONResponse:
@@ -362,9 +385,6 @@ async def _body(request: Request, limits: Limits) -> bytes:
     return bytes(data)
 
 
-def _decode(data: bytes, limits: Limits) -> Any:
-    with tempfile.NamedTemporaryFile(prefix="tgq-upload-") as file:
-        file.write(data)
-        file.flush()
-        checks = ImageLimits(max_pixels=limits.upload_pixels, max_bytes=limits.upload_bytes)
-        return load_image(file.name, "upload", limits=checks)
+def _decode(data: bytes, limits: Limits) -> Image.Image:
+    checks = ImageLimits(max_pixels=limits.upload_pixels, max_bytes=limits.upload_bytes)
+    return load_image(data, "upload", limits=checks)

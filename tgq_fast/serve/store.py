@@ -86,8 +86,7 @@ class ServedPool:
         good = [query for query in queries if query.item is None or known[query.item] >= 0]
         hits: dict[int, list[tuple[str, float]]] = {}
         if good:
-            present = [query.item for query in good if query.item is not None]
-            own = iter(pool.get(present).float() if present else ())
+            own = iter(pool.take(rows[rows >= 0]).float())  # in the order of their queries
             vectors = torch.stack([next(own) if query.vector is None else query.vector for query in good])
             found = pool.search(vectors, max(query.k for query in good), exclude_ids=[query.item for query in good])
             for query, ids, scores in zip(good, found.ids, found.scores.tolist(), strict=True):
