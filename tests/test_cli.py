@@ -540,3 +540,26 @@ def test_exit_codes_are_documented() -> None:
         console.EXIT_INTERRUPTED,
     ):
         assert f"{code} " in text
+
+
+def test_ranks_above_zero_say_nothing_but_errors(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tgq_fast import console
+
+    def say() -> tuple[str, str]:
+        console.note("a note")
+        console.table("title", ("a",), [("b",)])
+        console.print_json({"a": 1})
+        with console.progress("working") as advance:
+            advance(1, 2)
+        return tuple(capsys.readouterr())  # type: ignore[return-value]
+
+    loud = say()
+    assert "a note" in loud[1] and "title" in loud[0] and '"a": 1' in loud[0] and "working" in loud[1]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    assert say()[0] == loud[0]
+    monkeypatch.setenv("RANK", "1")
+    assert say() == ("", "")
+    assert "no such" in call("embed", "/no/where", "--model", "/no/run", "--out", "/no/pool", code=3).stderr

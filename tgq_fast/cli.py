@@ -54,6 +54,13 @@ class ZeroShot(str, Enum):
     whitened = "whitened"
 
 
+class EngineName(str, Enum):
+    """Where embedding runs."""
+
+    local = "local"
+    ray = "ray"
+
+
 class Policy(str, Enum):
     """What to do with an item whose row or picture cannot be used."""
 
@@ -229,8 +236,23 @@ def embed(
         ),
     ] = None,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="Threads that decode pictures. Default: one per processor, 2 to 16.")
+        int | None,
+        typer.Option(min=1, help="Threads that decode pictures, of all workers. Default: one per processor, 2 to 16."),
     ] = None,
+    workers: Annotated[
+        int, typer.Option(min=1, help="Processes on this machine that share the work, or actors with --engine ray.")
+    ] = 1,
+    engine: Annotated[
+        EngineName, typer.Option(help="ray: actors of a Ray cluster; needs pip install ray==2.60.0 (extra ray).")
+    ] = EngineName.local,
+    ray_address: Annotated[
+        str,
+        typer.Option(
+            metavar="ADDRESS", help="local: a cluster of its own; auto: the one that runs here; or HOST:PORT, ray://…"
+        ),
+    ] = "local",
+    cpus: Annotated[float, typer.Option(min=0, help="Processors that Ray reserves for each actor.")] = 1,
+    gpus: Annotated[float, typer.Option(min=0, help="GPUs that Ray reserves for each actor.")] = 0,
     on_error: OnError = Policy.stop,
     as_json: Json = False,
 ) -> None:
@@ -239,6 +261,8 @@ def embed(
     Example: tgq-fast embed shop --model runs/tgq --out pools/tgq --on-error skip
 
     Example: tgq-fast embed shop --zero-shot whitened --out pools/floor
+
+    Example: tgq-fast embed shop --model runs/tgq --out pools/tgq --workers 4
     """
     from tgq_fast.intake import load_catalog
     from tgq_fast.workflow import embed_run, make_config, zero_shot_model
@@ -262,11 +286,21 @@ def embed(
         on_error=on_error.value,
         shadow=shadow,
         threads=threads,
+        crew=_crew(engine, workers, ray_address, cpus, gpus),
     ).to_dict()
     if as_json:
         console.print_json(report)
     else:
         console.table("embedded", ("", "value"), list(report.items()))
+
+
+def _crew(engine: EngineName, workers: int, address: str, cpus: float, gpus: float) -> Any:
+    """The workers asked for; None: this process alone."""
+    from tgq_fast import scale
+
+    if engine is EngineName.ray:
+        return scale.ray_crew(workers, address=address, cpus=cpus, gpus=gpus)
+    return scale.ProcessCrew(workers) if workers > 1 else None
 
 
 cli_pools.register(app)

@@ -6,6 +6,7 @@ import errno
 import functools
 import json
 import math
+import os
 import re
 import sys
 import traceback
@@ -17,8 +18,18 @@ from typing import Any, Protocol, TypeVar
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
+from rich.text import Text
 
 from tgq_fast.errors import CatalogError, ImageError, NonFiniteError, StorageError, TGQError
 
@@ -51,14 +62,19 @@ def printable(text: str) -> str:
     return _CONTROL.sub(lambda m: f"\\x{ord(m[0]):02x}" if ord(m[0]) < 256 else f"\\u{ord(m[0]):04x}", text)
 
 
+def quiet() -> bool:
+    """Whether this is a rank above 0 of `torchrun` or `accelerate launch`: rank 0 says the same."""
+    return os.environ.get("RANK", "0") not in ("", "0") and int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
 def stderr() -> Console:
     """A console on the current stderr."""
-    return Console(stderr=True, highlight=False)
+    return Console(stderr=True, highlight=False, quiet=quiet())
 
 
 def stdout() -> Console:
     """A console on the current stdout."""
-    return Console(highlight=False)
+    return Console(highlight=False, quiet=quiet())
 
 
 def plain(value: Any) -> Any:
@@ -80,6 +96,8 @@ def plain(value: Any) -> Any:
 
 def print_json(document: Any) -> None:
     """One JSON document on stdout and nothing else there."""
+    if quiet():
+        return
     text = json.dumps(plain(document), indent=2, ensure_ascii=False)
     # JSON escapes the ASCII control characters; those above it (C1, bidirectional marks) act on terminals too.
     sys.stdout.write(re.sub("[\x7f-\x9f\u202a-\u202e\u2066-\u2069]", lambda m: f"\\u{ord(m[0]):04x}", text) + "\n")
@@ -100,6 +118,14 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], 
     stdout().print(grid)
 
 
+class _RateColumn(ProgressColumn):
+    """Steps per second of late."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:,.1f}/s" if speed < 100 else f"{speed:,.0f}/s")
+
+
 @contextmanager
 def progress(description: str) -> Iterator[Advance]:
     """A progress bar on stderr, driven by calling the yielded function with (done, total)."""
@@ -107,6 +133,7 @@ def progress(description: str) -> Iterator[Advance]:
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
+        _RateColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
@@ -154,7 +181,7 @@ def guarded(command: F) -> F:
 
 def _tell(error: BaseException, *, as_json: bool) -> int:
     code = exit_code(error)
-    console = stderr()
+    console = Console(stderr=True, highlight=False)  # of any rank: the others may not know
     if State.debug:
         console.print(escape("".join(traceback.format_exception(error))), soft_wrap=True)
     if code == EXIT_INTERRUPTED:

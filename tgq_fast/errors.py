@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 __all__ = [
     "ArgumentError",
@@ -18,11 +19,23 @@ __all__ = [
     "PoolError",
     "StorageError",
     "TGQError",
+    "WorkerError",
 ]
 
 
 class TGQError(Exception):
     """Base class of every error that tgq_fast raises on purpose."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # From worker processes: by its attributes, as the arguments of most are not what the message is.
+        return _restored, (type(self), self.args, self.__dict__)
+
+
+def _restored(kind: type[TGQError], args: tuple[Any, ...], state: dict[str, Any]) -> TGQError:
+    error = kind.__new__(kind, *args)
+    error.args = args
+    error.__dict__.update(state)
+    return error
 
 
 class ArgumentError(TGQError, ValueError):
@@ -119,6 +132,10 @@ class DependencyError(TGQError, ImportError):
 
 class DistributedError(TGQError, RuntimeError):
     """Processes that work together have lost one of them."""
+
+
+class WorkerError(TGQError, RuntimeError):
+    """Workers that embed do not start, or end again and again."""
 
 
 class BackendError(TGQError, RuntimeError):

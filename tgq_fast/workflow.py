@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from tgq_fast.retrieval import EmbedReport, Evaluation
     from tgq_fast.retrieval.embed_parts import Engine
     from tgq_fast.retrieval.embed_plan import Plan
+    from tgq_fast.scale.crew import Crew
 
 Policy = Literal["raise", "skip"]
 FLOOR = "zero-shot image"
@@ -297,7 +298,7 @@ def embed_run(
     on_error: Policy = "raise",
     shadow: bool = True,
     threads: int | None = None,
-    engine: Engine | None = None,
+    crew: Crew | None = None,
 ) -> EmbedReport:
     """Embed a catalogue into a pool folder, or bring the pool up to date; goes on where an interrupted call ended.
 
@@ -307,7 +308,8 @@ def embed_run(
     Args:
         run: its folder, or a model.
         cache: also write the frozen features of a whole catalogue there, for later runs.
-        threads, engine: of :func:`tgq_fast.embed_catalog`.
+        threads: of :func:`tgq_fast.embed_catalog`.
+        crew: workers that embed instead of this process, see :mod:`tgq_fast.scale`.
     """
     from tgq_fast.data import RejectLog
     from tgq_fast.data.files import write_atomic
@@ -317,6 +319,7 @@ def embed_run(
     from tgq_fast.retrieval.item_table import write_items
 
     model = open_run(run) if isinstance(run, Path) else run
+    engine = None if crew is None else parts_engine(out, crew)
     with console.progress("embedding") as advance:
 
         def features(work: Plan) -> FeatureStore | None:
@@ -350,6 +353,13 @@ def embed_run(
     write_atomic(out / CATALOG_NOTE, note.encode())
     write_items(catalog, out)
     return report
+
+
+def parts_engine(out: Path, crew: Crew) -> Engine:
+    """Embeds with several workers; finished parts lie beside the pool until they are committed."""
+    from tgq_fast.scale import PartsEngine
+
+    return PartsEngine(crew, out.with_name(out.name + ".parts"))
 
 
 def catalog_of(pool: Path, digest: str, given: Path | None) -> Catalog | None:

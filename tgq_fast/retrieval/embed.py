@@ -170,7 +170,7 @@ def embed_catalog(
             )
         store = (features(work) if work.todo else None) if callable(features) else features
         stretches = [work.todo[first : first + shard_size] for first in range(0, len(work.todo), shard_size)]
-        options = PartOptions(width, None if fields is None else tuple(fields), batch_size, on_error, threads)
+        options = PartOptions(width, None if fields is None else tuple(fields), batch_size, on_error, threads, digest)
         changed = {catalog.items[row].id for row in work.changed}
         finished: list[str] = []
         seen = 0
@@ -202,8 +202,8 @@ def embed_catalog(
                     writing.result()  # one stretch waits at most
                 writing = writer.submit(write, part, number == len(stretches))
                 finished += part.ids
-            if writing is not None:
-                writing.result()
+                if number == len(stretches):
+                    writing.result()  # whoever made the parts may now forget them
         if not work.todo and not pool.manifest.complete:
             pool.upsert([], torch.empty(0, width), complete=True)
         if pool.manifest.deleted > pool.manifest.rows:

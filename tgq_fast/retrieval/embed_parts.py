@@ -53,6 +53,7 @@ class PartOptions:
         batch_size: items per call of the model.
         on_error: "raise" or "skip".
         threads: that read and decode pictures.
+        model: digest of the model.
     """
 
     width: int
@@ -60,6 +61,7 @@ class PartOptions:
     batch_size: int = 64
     on_error: str = "raise"
     threads: int = 2
+    model: str = ""
 
 
 @dataclass(frozen=True)

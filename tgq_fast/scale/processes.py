@@ -1,0 +1,124 @@
+"""Workers that are processes of this machine, spoken to over their own pipes.
+
+Source: ours.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import queue
+import subprocess
+import sys
+import threading
+from contextlib import suppress
+from typing import Any
+
+import torch
+
+from tgq_fast.errors import ArgumentError, WorkerError
+from tgq_fast.scale.crew import Answer, Job, Lost, Task
+
+__all__ = ["ProcessCrew"]
+
+_STARTS = 3  # of a worker that does not get as far as its first task
+
+
+class ProcessCrew:
+    """`count` processes, each with its share of this process's threads; on a machine with GPUs they take turns at them.
+
+    What goes through the pipes is pickled: both ends are this program, and nobody else has the pipes.
+    """
+
+    def __init__(self, count: int) -> None:
+        if count < 1:
+            raise ArgumentError("workers", count, "at least 1")
+        self.count = count
+        self._job: Job | None = None
+        self._workers: dict[int, _Process] = {}
+        self._answers: queue.Queue[tuple[int, Answer | BaseException]] = queue.Queue()
+
+    def start(self, job: Job) -> None:
+        self._job = job
+
+    def give(self, worker: int, task: Task) -> None:
+        threading.Thread(target=self._ask, args=(worker, task), name=f"tgq-worker-{worker}", daemon=True).start()
+
+    def answer(self) -> tuple[int, Answer]:
+        worker, answer = self._answers.get()
+        if isinstance(answer, WorkerError | KeyboardInterrupt | MemoryError):
+            raise answer
+        return worker, answer  # type: ignore[return-value]
+
+    def close(self) -> None:
+        for worker in self._workers.values():
+            worker.end()
+        self._workers.clear()
+
+    def _ask(self, worker: int, task: Task) -> None:
+        assert self._job is not None
+        try:
+            if worker not in self._workers:
+                self._workers[worker] = _started(worker, self._job)
+            answer: Any = self._workers[worker].ask(task)
+        except _GoneError as gone:
+            self._workers.pop(worker, None)
+            answer = Lost(str(gone))
+        except BaseException as error:
+            answer = error if isinstance(error, WorkerError) else WorkerError(f"worker {worker}: {error!r}")
+        self._answers.put((worker, answer))
+
+
+class _GoneError(Exception):
+    """The process is gone; says how it ended."""
+
+
+def _started(number: int, job: Job) -> _Process:
+    for _ in range(_STARTS):
+        process = _Process(number)
+        try:
+            process.ask(job)
+            return process
+        except _GoneError as gone:
+            reason = str(gone)
+    raise WorkerError(f"worker {number} does not start: {reason}; its own messages are above")
+
+
+class _Process:
+    """One worker process."""
+
+    def __init__(self, number: int) -> None:
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
+        if gpus := torch.cuda.device_count():
+            seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+            names = seen.split(",") if seen else list(map(str, range(gpus)))
+            environment["CUDA_VISIBLE_DEVICES"] = names[number % gpus]
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tgq_fast.scale.process_worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment,
+        )
+
+    def ask(self, message: object) -> Any:
+        """Send something and wait for the answer."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        try:
+            pickle.dump(message, self.process.stdin, pickle.HIGHEST_PROTOCOL)
+            self.process.stdin.flush()
+            return pickle.load(self.process.stdout)
+        except (EOFError, OSError, ValueError, pickle.UnpicklingError):
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(timeout=5)  # its own end, whose code tells why
+            self.end()
+            code = self.process.returncode
+            raise _GoneError(f"signal {-code}" if code < 0 else f"exit code {code}") from None
+
+    def end(self) -> None:
+        """Kill it: it writes nothing that could be left half done."""
+        self.process.kill()
+        self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout):
+            with suppress(OSError, ValueError):
+                if pipe is not None:
+                    pipe.close()

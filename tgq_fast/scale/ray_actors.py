@@ -1,0 +1,113 @@
+"""Workers that are actors of a Ray cluster. The only module that imports Ray.
+
+Plain actors, not Ray Data: parts are few and large, the order of commits is the driver's, and attempts are counted on
+its disk; an actor pool of Ray Data would retry an item that ends its worker without end, and needs processors for reads
+beside the actors'.
+
+Source: ours.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from tgq_fast.errors import ArgumentError, DependencyError, WorkerError
+from tgq_fast.scale.crew import Answer, Job, Lost, Task, Worker
+
+try:
+    ray: Any = import_module("ray")  # Any: its own types say too much about the keywords of init
+    RayError: Any = import_module("ray.exceptions").RayError
+except ImportError as error:
+    raise DependencyError("--engine ray needs Ray: pip install 'tgq-fast[ray]'") from error
+
+__all__ = ["RayCrew"]
+
+_READY_SECONDS = 600
+"""How long all actors together may have no place and give no sign before a run ends."""
+_STARTS = 3
+
+
+class RayCrew:
+    """`count` actors, each with `cpus` processors and `gpus` GPUs.
+
+    Args:
+        address: of the cluster: "local" for one of its own on this machine, "auto" for the one that runs here, or
+            "ray://host:port", "host:port".
+        cpus, gpus: of each actor. A catalogue's pictures, and the package, must be there on every node.
+
+    Raises:
+        WorkerError: no cluster at the address, or one that can never place the actors.
+    """
+
+    def __init__(self, count: int, *, address: str, cpus: float = 1, gpus: float = 0) -> None:
+        if count < 1:
+            raise ArgumentError("workers", count, "at least 1")
+        if not address:
+            raise ArgumentError("address", repr(address), "'local', 'auto' or the address of a cluster")
+        self.count, self._cpus, self._gpus = count, cpus, gpus
+        self._actors: dict[int, tuple[Any, Any]] = {}  # and the promise that it is ready
+        self._asked: dict[Any, int] = {}
+        self._early = 0  # actors that did not start
+        self._started = False
+        self._owner = not ray.is_initialized()
+        if self._owner:
+            try:
+                own = {"include_dashboard": False} if address == "local" else {}
+                ray.init(address=address, log_to_driver=False, **own)
+            except (ConnectionError, RuntimeError, ValueError) as error:
+                raise WorkerError(f"no Ray cluster at {address!r}: {error}") from error
+        whole = ray.cluster_resources()
+        for name, each in (("CPU", cpus), ("GPU", gpus)):
+            if each and whole.get(name, 0) < each:
+                have = f"the cluster at {address!r} has {whole.get(name, 0):g} {name}"
+                self.close()
+                raise WorkerError(f"an actor wants {each:g} {name}, {have}")
+
+    def start(self, job: Job) -> None:
+        self._job = ray.put(job)
+
+    def give(self, worker: int, task: Task) -> None:
+        if worker not in self._actors:
+            remote = ray.remote(num_cpus=self._cpus, num_gpus=self._gpus, max_restarts=0, max_task_retries=0)(Worker)
+            actor = remote.remote(self._job)
+            self._actors[worker] = actor, actor.ready.remote()
+        self._asked[self._actors[worker][0].embed.remote(task)] = worker
+
+    def answer(self) -> tuple[int, Answer]:
+        limit = None if self._started else _READY_SECONDS
+        found, _ = ray.wait(list(self._asked), num_returns=1, timeout=limit)
+        if not found:
+            raise WorkerError(f"no actor was ready within {limit} seconds; is the cluster busy, or too small?")
+        worker = self._asked.pop(found[0])
+        try:
+            answer: Answer = ray.get(found[0])
+            self._started = True
+            return worker, answer
+        except RayError as error:
+            actor, ready = self._actors.pop(worker)
+            self._check_start(worker, ready)
+            ray.kill(actor)
+            return worker, Lost(f"{type(error).__name__}: {_first_line(error)}")
+
+    def _check_start(self, worker: int, ready: Any) -> None:
+        """Tell an actor that did not start from one that was lost with its task."""
+        try:
+            ray.get(ready)
+            self._started = True
+        except RayError as error:
+            self._early += 1
+            if self._early >= _STARTS:
+                raise WorkerError(f"actor {worker} does not start: {_first_line(error)}") from error
+
+    def close(self) -> None:
+        for actor, _ in self._actors.values():
+            ray.kill(actor)
+        self._actors.clear()
+        if self._owner:
+            ray.shutdown()
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else ""
