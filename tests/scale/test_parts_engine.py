@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from tgq_fast.data import Catalog, Item
-from tgq_fast.errors import ImageError, TGQError, WorkerError
+from tgq_fast.errors import DependencyError, ImageError, TGQError, WorkerError
 from tgq_fast.retrieval import ItemPool, embed_catalog
 from tgq_fast.retrieval.embed_parts import EmbeddedPart, PartOptions
-from tgq_fast.scale import PartsEngine, ProcessCrew
+from tgq_fast.scale import PartsEngine, ProcessCrew, ray_crew
 from tgq_fast.scale.crew import Answer, Job, Lost, Task, Worker
 from tgq_fast.scale.parts import cut, is_current, part_path, read_part, write_part
 
@@ -271,6 +271,13 @@ def test_a_killed_driver_leaves_no_workers_and_is_resumed(
     embed(shop, Model(), tmp_path / "one")
     for path in (tmp_path / "one").glob("shard-*"):
         assert path.read_bytes() == (tmp_path / "many" / path.name).read_bytes(), path.name
+
+
+def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "tgq_fast.scale.ray_actors", raising=False)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(DependencyError, match=r"tgq-fast\[ray\]"):
+        ray_crew(2, address="local")
 
 
 def test_errors_can_be_sent_between_processes() -> None:

@@ -34,54 +34,80 @@ class ProcessCrew:
         if count < 1:
             raise ArgumentError("workers", count, "at least 1")
         self.count = count
-        self._job: Job | None = None
-        self._workers: dict[int, _Process] = {}
-        self._answers: queue.Queue[tuple[int, Answer | BaseException]] = queue.Queue()
+        self._run: _Run | None = None
 
     def start(self, job: Job) -> None:
-        self._job = job
+        self._run = _Run(job)
 
     def give(self, worker: int, task: Task) -> None:
-        threading.Thread(target=self._ask, args=(worker, task), name=f"tgq-worker-{worker}", daemon=True).start()
+        assert self._run is not None
+        threading.Thread(target=self._run.ask, args=(worker, task), name=f"tgq-worker-{worker}", daemon=True).start()
 
     def answer(self) -> tuple[int, Answer]:
-        worker, answer = self._answers.get()
-        if isinstance(answer, WorkerError | KeyboardInterrupt | MemoryError):
+        assert self._run is not None
+        worker, answer = self._run.answers.get()
+        if isinstance(answer, WorkerError):
             raise answer
-        return worker, answer  # type: ignore[return-value]
+        return worker, answer
 
     def close(self) -> None:
-        for worker in self._workers.values():
-            worker.end()
-        self._workers.clear()
+        if self._run is not None:
+            self._run.close()
 
-    def _ask(self, worker: int, task: Task) -> None:
-        assert self._job is not None
+
+class _Run:
+    """Processes of one run, and what they answered."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.answers: queue.Queue[tuple[int, Answer]] = queue.Queue()
+        self._lock = threading.Lock()
+        self._workers: dict[int, _Process] = {}
+        self._closed = False
+
+    def ask(self, worker: int, task: Task) -> None:
+        """Have a worker do a task, in a thread of its own; a worker that is not there is started."""
+        answer: Any
         try:
-            if worker not in self._workers:
-                self._workers[worker] = _started(worker, self._job)
-            answer: Any = self._workers[worker].ask(task)
+            answer = self._worker(worker).ask(task)
         except _GoneError as gone:
-            self._workers.pop(worker, None)
+            with self._lock:
+                self._workers.pop(worker, None)
             answer = Lost(str(gone))
-        except BaseException as error:
-            answer = error if isinstance(error, WorkerError) else WorkerError(f"worker {worker}: {error!r}")
-        self._answers.put((worker, answer))
+        except WorkerError as error:
+            answer = error
+        except BaseException as error:  # whoever waits must not wait for ever
+            answer = WorkerError(f"worker {worker}: {error!r}")
+        self.answers.put((worker, answer))
+
+    def _worker(self, number: int) -> _Process:
+        for _ in range(_STARTS):
+            with self._lock:
+                if self._closed:
+                    raise WorkerError("the run has ended")
+                if number in self._workers:
+                    return self._workers[number]
+                process = self._workers[number] = _Process(number)
+            try:
+                process.ask(self.job)
+                return process
+            except _GoneError as gone:
+                reason = str(gone)
+                with self._lock:
+                    self._workers.pop(number, None)
+        raise WorkerError(f"worker {number} does not start: {reason}; its own messages are above")
+
+    def close(self) -> None:
+        """End all processes, those that start just now among them."""
+        with self._lock:
+            self._closed = True
+            for process in self._workers.values():
+                process.end()
+            self._workers.clear()
 
 
 class _GoneError(Exception):
     """The process is gone; says how it ended."""
-
-
-def _started(number: int, job: Job) -> _Process:
-    for _ in range(_STARTS):
-        process = _Process(number)
-        try:
-            process.ask(job)
-            return process
-        except _GoneError as gone:
-            reason = str(gone)
-    raise WorkerError(f"worker {number} does not start: {reason}; its own messages are above")
 
 
 class _Process:
