@@ -27,6 +27,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "tower_attention": ("eager", "sdpa", "flash_attention_2"),  # or None
     "norm": ("post", "pre"),
     "late_fusion": ("none", "readout", "image"),
+    "guide_head": ("alignment", "mask"),
 }
 
 # The parts of the recipe that do not depend on the size of the model; docs/method.md, "The recipe".
@@ -37,6 +38,7 @@ _RECIPE: dict[str, Any] = {
     "text_in_layers": False,
     "guide": True,
     "guide_explore": True,
+    "guide_head": "mask",
     "mask_weight": 0.1,
     "ema": 0.98,
     "view_share": 0.55,
@@ -52,6 +54,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "intermediate_size": 1024,
         "hidden_dropout_prob": 0.0,
         "direct_size": 128,
+        "direct_switch": True,
         "num_anchored_queries": 4,
         "num_exploratory_queries": 4,
         "vision_tower": "efficientnet-lite0",
@@ -103,6 +106,8 @@ LATER_FIELDS = (
     "mask_weight",
     "gate_sees_patches",
     "direct_size",
+    "direct_switch",
+    "guide_head",
     "ema",
     "view_share",
     "wrong_metadata",
@@ -140,10 +145,14 @@ class TGQFormerConfig(PreTrainedConfig):
         guide: whether anchored queries attend with a bias towards the patches that agree with the metadata (tgq).
         guide_init: value at which the learned weight β of that bias starts.
         guide_explore: whether exploratory queries are guided too; they are then no longer free of metadata.
+        guide_head: what scores the patches: "alignment" (the alignment head, trained by telling items apart) or "mask"
+            (a head of its own, trained by the mask loss alone; where there are no views to teach it, "alignment").
         mask_weight: weight of the loss that teaches the patch agreement where the product is, on training views that
             know it.
         direct_size: of the D dimensions of the embedding, how many are a linear map of the pooled visual tokens
             themselves, past connector and reader; 0: none.
+        direct_switch: whether the direct part has two maps, one of the tokens as they are and one of the guided tokens,
+            and a learned switch between them (needs `guide`; without effect on other connectors).
         gate_sees_patches: whether the anchored gate also sees statistics of the patch agreement (needs `guide`).
         stream_mixing: "block" (streams never see each other), "one_way" (A sees E), "full".
         explore_sees_text: whether exploratory queries see metadata tokens.
@@ -211,8 +220,10 @@ class TGQFormerConfig(PreTrainedConfig):
         guide_init: float = 1.0,
         gate_sees_patches: bool = False,
         guide_explore: bool = False,
+        guide_head: str = "alignment",
         mask_weight: float = 0.0,
         direct_size: int = 0,
+        direct_switch: bool = False,
         stream_mixing: str = "block",
         explore_sees_text: bool = False,
         per_stream_ffn: bool = False,
@@ -327,6 +338,11 @@ class TGQFormerConfig(PreTrainedConfig):
     def image_width(self) -> int:
         """Width of the global image that the connector reads: at most k with whitening, else dg."""
         return min(self.whitening, self.global_width) if self.whitening else self.global_width
+
+    @property
+    def guides_by_mask(self) -> bool:
+        """Whether the guide has a head of its own: it is asked for, and training has views that teach it."""
+        return self.guide and self.guide_head == "mask" and self.mask_weight > 0 and self.view_share > 0
 
     @property
     def direct_width(self) -> int:

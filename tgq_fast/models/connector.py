@@ -11,8 +11,10 @@ from tgq_fast.models.attention import exit_norm
 from tgq_fast.models.configuration import TGQFormerConfig
 from tgq_fast.models.embeddings import (
     AlignmentHead,
+    GuideHead,
     MetadataCompression,
     MetadataEmbeddings,
+    PatchAgreement,
     RunningStandardiser,
     prepare_features,
 )
@@ -125,7 +127,9 @@ class TGQFormerConnector(nn.Module):
         self.standardiser = RunningStandardiser() if scored else None
         self.guides = config.guide and num_anchored > 0
         aligned = (scored and config.agreement == "alignment") or self.guides
-        self.alignment = AlignmentHead(config) if aligned else None
+        self.alignment: AlignmentHead | GuideHead | None = None
+        if aligned:
+            self.alignment = GuideHead(config) if self.guides and config.guides_by_mask else AlignmentHead(config)
         initialise_connector(self, config)
 
     def initialise(self, std: float) -> None:
@@ -149,14 +153,18 @@ class TGQFormerConnector(nn.Module):
             parts.append(self.layernorm(self.query_tokens).expand(batch, -1, -1))
         return self.dropout(torch.cat(parts, dim=1)), text
 
-    def agreement_score(self, features: FrozenFeatures) -> tuple[Tensor, Tensor | None]:
+    def agreement_score(self, features: FrozenFeatures, patches: PatchAgreement | None) -> tuple[Tensor, Tensor | None]:
         """Standardised agreement s [B] fp32 and the alignment logits [B, B] of training.
 
         Raises:
             ArgumentError: agreement="dual_encoder" and the features carry none.
         """
         has_metadata = features.has_metadata
-        raw, logits = (None, None) if self.alignment is None else self.alignment(features)
+        raw, logits = None, None
+        if isinstance(self.alignment, AlignmentHead):
+            raw, logits = self.alignment(features)
+        elif patches is not None:
+            raw = patches.statistics[:, 2]  # the mean score of the visual tokens
         if self.standardiser is None:
             return torch.zeros(has_metadata.shape, dtype=torch.float32, device=has_metadata.device), logits
         if self.config.agreement == "dual_encoder":
@@ -175,7 +183,7 @@ class TGQFormerConnector(nn.Module):
         features = prepare_features(features, self.config, next(self.parameters()).dtype)
         num_anchored = self.layout.num_anchored
         queries, text = self.queries(features)
-        guide = statistics = mask_loss = None
+        guide = statistics = mask_loss = patches = None
         if self.guides and self.alignment is not None:
             patches = self.alignment.patch_agreement(features)
             guide, statistics, mask_loss = patches.guide, patches.statistics, patches.mask_loss()
@@ -189,7 +197,7 @@ class TGQFormerConnector(nn.Module):
             return_attention=return_attention,
         )
         anchored, exploratory = queries[:, :num_anchored], queries[:, num_anchored:]
-        agreement, alignment_logits = self.agreement_score(features)
+        agreement, alignment_logits = self.agreement_score(features, patches)
         both = bool(self.layout.num_anchored and self.layout.num_exploratory)
         output = ConnectorOutput(
             tokens=queries,

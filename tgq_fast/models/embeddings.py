@@ -16,6 +16,7 @@ from tgq_fast.models.outputs import FrozenFeatures
 
 __all__ = [
     "AlignmentHead",
+    "GuideHead",
     "MetadataCompression",
     "MetadataEmbeddings",
     "PatchAgreement",
@@ -235,13 +236,53 @@ class AlignmentHead(nn.Module):
         return PatchAgreement(score, features)
 
 
+class GuideHead(nn.Module):
+    """Scores every visual token by what the metadata says and by what it shows itself; the mask loss alone trains it.
+
+    score = (W_i x · W_t t / √a + w · x) / rms(x), with t the mean metadata token. What an item would add to all its
+    tokens alike is left out, since the guide is centred.
+
+    Source: ours. The gain is StyleGAN's learning-rate multiplier: weights are stored divided by it, so that Adam moves
+    them that many times further.
+    """
+
+    GAIN = 3.0
+
+    def __init__(self, config: TGQFormerConfig) -> None:
+        super().__init__()
+        self.image = nn.Linear(config.token_width, config.alignment_size, bias=False)
+        self.alone = nn.Linear(config.token_width, 1, bias=False)
+        self.text = nn.Linear(config.text_width, config.alignment_size)
+
+    def initialise(self, std: float) -> None:
+        for layer in (self.image, self.alone, self.text):
+            layer.weight.data.div_(self.GAIN)
+
+    def score(self, features: FrozenFeatures) -> Tensor:
+        """[B, L] fp32."""
+        x = features.visual_tokens
+        t = self.text(features.mean_metadata()) * (self.GAIN**2 * self.image.out_features**-0.5)  # [B, a]
+        v = self.image(x)
+        agreeing = (v @ t[..., None].to(v.dtype)).squeeze(-1)
+        alone = self.alone(x).squeeze(-1) * self.GAIN
+        norm = torch.linalg.vector_norm(x, dim=-1).float()
+        return (agreeing + alone).float() * torch.rsqrt(norm.square() / x.shape[-1] + 1e-6)
+
+    def patch_agreement(self, features: FrozenFeatures) -> PatchAgreement:
+        """The scores as a guide; with a gradient only in training and where the features know the product's place."""
+        learns = self.training and features.product_share is not None
+        with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
+            return PatchAgreement(self.score(features), features)
+
+
 class PatchAgreement:
     """Agreement of every visual token with the item's metadata.
 
     Attributes:
         guide: [B, L] fp32 the score minus its mean over the real tokens, without gradient; zero for an item without
             metadata.
-        statistics: [B, 3] of it for the gate: its largest value, its deviation, and the mean that was subtracted.
+        statistics: [B, 3] of it for the gate: its largest value, its deviation, and the mean that was subtracted (0
+            without metadata).
     """
 
     def __init__(self, score: Tensor, features: FrozenFeatures) -> None:

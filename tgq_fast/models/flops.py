@@ -114,6 +114,7 @@ def connector_cost(
         macs += _modulation_macs(config)
         if config.guide and layout.num_anchored:
             macs += config.alignment_size * (length * config.token_width + length + config.text_width)
+            macs += length * config.token_width if config.guides_by_mask else 0
     return ConnectorCost(name, count_parameters(config), macs, n)
 
 
@@ -154,6 +155,6 @@ def _modulation_macs(config: TGQFormerConfig) -> int:
     macs = r * (dg + d + out) if config.num_exploratory_queries else 0
     if config.num_anchored_queries:
         macs += r * (2 + dg + 2 * d + out + (3 if config.gate_sees_patches else 0))
-        if config.agreement == "alignment":
+        if config.agreement == "alignment" and not config.guides_by_mask:
             macs += config.alignment_size * (dg + config.text_width)
     return macs

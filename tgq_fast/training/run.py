@@ -154,6 +154,8 @@ def train(
         if store is None:
             towers = towers or _load_towers(config)
             config = config.with_towers(*towers)
+        if views is None and config.view_share:  # what only views teach is then not built
+            config = TGQFormerConfig.from_dict(config.to_dict() | {"view_share": 0.0})
         wanted = config
         manifest = team.lead(lambda: claim(folder, wanted, arguments, catalog, resume))
         if manifest["status"] == "finished":
