@@ -12,7 +12,7 @@ import pytest
 
 from tgq_fast.data import Catalog, Item
 from tgq_fast.errors import ArgumentError
-from tgq_fast.models import TGQFormerConfig
+from tgq_fast.models import TGQFormerConfig, configuration
 from tgq_fast.study.plan import ABLATIONS, Plan, fold_catalog, folds_of
 
 
@@ -98,6 +98,14 @@ def test_a_folder_names_what_decides_the_figures() -> None:
         for change in ({"seed": 2}, {"overrides": {"ema": 0.0}}, {"connector": "tgq"})
     }
     assert len(folders) == 9
+
+
+def test_a_preset_that_says_something_else_is_another_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = plan()
+    (job, *_) = made.finals({c: "default" for c in made.connectors})
+    before = made.folder(job)
+    monkeypatch.setitem(configuration.PRESETS, "tiny", {**configuration.PRESETS["tiny"], "hidden_size": 128})
+    assert made.folder(job) != before
 
 
 def test_a_plan_survives_json(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 
 from tgq_fast.models.configuration import TGQFormerConfig
 from tgq_fast.models.outputs import FrozenFeatures
-from tgq_fast.models.zoo import connector_spec
+from tgq_fast.models.zoo.registry import connector_spec
 
 __all__ = ["DirectReadout"]
 

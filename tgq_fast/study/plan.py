@@ -185,6 +185,9 @@ class Plan:
         facts = {name: value for name, value in asdict(self).items() if name in _DECIDING}
         facts |= {"job": {k: v for k, v in asdict(job).items() if k not in ("name", "recipe")}}
         facts["version"] = package_identity()["version"]
+        # Of the preset, what it says: another state of the package may have other defaults under its name.
+        sizes = TGQFormerConfig.preset(self.preset, **{**job.overrides, "connector": job.connector}).to_dict()
+        facts["sizes"] = {name: value for name, value in sizes.items() if name != "transformers_version"}
         if job.stage != "fold":
             facts.pop("folds")
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:10]

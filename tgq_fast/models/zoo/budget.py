@@ -9,6 +9,7 @@ from torch import nn
 
 from tgq_fast.errors import ArgumentError
 from tgq_fast.models.configuration import TGQFormerConfig
+from tgq_fast.models.direct import DirectReadout
 from tgq_fast.models.readers import LateFusion
 from tgq_fast.models.zoo.registry import connector_spec
 
@@ -31,13 +32,16 @@ def build_connector(config: TGQFormerConfig) -> nn.Module:
 def count_parameters(config: TGQFormerConfig) -> int:
     """Trainable parameters of the connector that `config` describes, without allocating it.
 
-    The late gate of `late_fusion` belongs to the method and counts where its width is known, with the light reader.
+    The direct part belongs to the method and counts. So does the late gate of `late_fusion` where its width is known,
+    with the light reader.
     (With an LLM of width w it adds w (2w + 1), and w dg for late_fusion="image".)
     """
     with torch.device("meta"):
         parts = [build_connector(config)]
         if config.late_fusion != "none" and config.llm is None:
             parts.append(LateFusion(config.hidden_size, config))
+        if config.direct_width:
+            parts.append(DirectReadout(config))
     return sum(p.numel() for part in parts for p in part.parameters() if p.requires_grad)
 
 
