@@ -434,7 +434,10 @@ def test_unexpected_errors_and_interrupts_have_their_codes(world: World, monkeyp
     assert "boom" in result.stderr and "--debug" in result.stderr and "Traceback" not in result.stderr
     assert "Traceback" in call("--debug", "embed", world.catalog, "--model", world.run, "--out", "p", code=1).stderr
     monkeypatch.setattr(intake, "load_catalog", interrupt)
-    assert "interrupted" in call("embed", world.catalog, "--model", world.run, "--out", "p", code=130).stderr
+    told = call("embed", world.catalog, "--model", world.run, "--out", "p", code=130).stderr
+    assert "interrupted" in told and "--resume" not in told
+    told = call("train", world.catalog, "--out", "r", code=130).stderr
+    assert "interrupted" in told and "with --resume" in told  # without it that folder is refused
 
 
 def test_import_turns_a_download_into_a_catalogue(tmp_path: Path) -> None:

@@ -19,7 +19,6 @@ from tgq_fast.study.verb import study
 app = typer.Typer(
     name="tgq-fast",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},

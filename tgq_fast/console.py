@@ -174,18 +174,23 @@ def guarded(command: F) -> F:
         except BrokenPipeError:
             raise typer.Exit(EXIT_OK) from None
         except (KeyboardInterrupt, Exception) as error:
-            raise typer.Exit(_tell(typed(error), as_json=bool(kwargs.get("as_json")))) from None
+            raise typer.Exit(_tell(typed(error), as_json=bool(kwargs.get("as_json")), again=_again(kwargs))) from None
 
     return run  # type: ignore[return-value]
 
 
-def _tell(error: BaseException, *, as_json: bool) -> int:
+def _again(given: Mapping[str, Any]) -> str:
+    """How an interrupted verb goes on: one that has --resume off needs it."""
+    return "the same command with --resume" if given.get("resume") is False else "the same command"
+
+
+def _tell(error: BaseException, *, as_json: bool, again: str) -> int:
     code = exit_code(error)
     console = Console(stderr=True, highlight=False)  # of any rank: the others may not know
     if State.debug:
         console.print(escape("".join(traceback.format_exception(error))), soft_wrap=True)
     if code == EXIT_INTERRUPTED:
-        message = "interrupted; finished parts are kept, the same command goes on from them"
+        message = f"interrupted; finished parts are kept, {again} goes on from them"
     elif code == EXIT_INTERNAL:
         message = f"{type(error).__name__}: {error}"
         message += "" if State.debug else "\nThis was not expected; tgq-fast --debug VERB … shows where it happened."

@@ -30,6 +30,7 @@ from tgq_fast.data.pairs import (
 from tgq_fast.data.parquet_rows import ParquetPictures
 from tgq_fast.data.pictures import Picture, PictureSource, picture_of
 from tgq_fast.data.rows import SUFFIXES, read_rows, table_parts
+from tgq_fast.data.shown import catalog_html
 from tgq_fast.data.validation import ValidationReport
 from tgq_fast.errors import ArgumentError, CatalogError
 
@@ -259,6 +260,9 @@ class Catalog:
     def part(self, items: Sequence[Item]) -> Catalog:
         """A catalogue of some of the items, with the same folder and pictures and without pairs."""
         return Catalog.from_items(items, root=self.root, source=self.source)
+
+    def _repr_html_(self) -> str:
+        return catalog_html(self)
 
     def __len__(self) -> int:
         return len(self.items)

@@ -11,8 +11,13 @@ Symbols: B items, N = Na + Ne queries, M metadata tokens, L visual tokens, H hea
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers.activations import ACT2FN
 
 from tgq_fast.errors import ArgumentError
@@ -161,6 +166,12 @@ class QueryLayer(nn.Module):
         return output(intermediate(self.norm_feed_forward(x)), x)
 
 
+def _run_layer(
+    layer: nn.Module, queries: Tensor, text: Tensor | None, visual: Tensor, guide: Tensor | None, **given: Any
+) -> Any:
+    return layer(queries, text, visual, patch_agreement=guide, **given)
+
+
 class QueryEncoder(nn.Module):
     """The stack of layers, and with norm="pre" the LayerNorm after the last.
 
@@ -179,6 +190,8 @@ class QueryEncoder(nn.Module):
             )
         self.layer = nn.ModuleList(QueryLayer(config, layout, i) for i in range(config.num_hidden_layers))
         self.norm = entrance_norm(config)
+        self.gradient_checkpointing = False  # transformers' switch: gradient_checkpointing_enable() of the model
+        self._gradient_checkpointing_func: Callable[..., Any] = checkpoint
 
     def forward(
         self,
@@ -196,16 +209,18 @@ class QueryEncoder(nn.Module):
         if text is not None and packing is not None:
             text = packing.pack(text)
         last = None
+        # Tensors with gradients by position: what a reentrant checkpoint finds in keywords, it takes for constants.
         for layer in self.layer:
-            queries, text, attention = layer(
-                queries,
-                text,
-                visual,
+            run: Callable[..., Any] = partial(
+                _run_layer,
+                layer,
                 text_mask=text_mask,
                 visual_mask=visual_mask,
-                patch_agreement=patch_agreement,
                 packing=packing,
                 return_attention=return_attention,
             )
+            if self.gradient_checkpointing and self.training:
+                run = partial(self._gradient_checkpointing_func, run)
+            queries, text, attention = run(queries, text, visual, patch_agreement)
             last = attention if attention is not None else last
         return self.norm(queries), last

@@ -42,6 +42,7 @@ __all__ = ["TGQFormerModel"]
 logger = logging.getLogger(__name__)
 
 Encodable = Item | Mapping[str, Any] | Image.Image | str | Path
+_TEXT = "Give metadata as a row, such as {'category': 'Sofas', 'attributes.colour': 'blue'}: an item without a picture."
 _PACK_FROM = 64  # items from which repacking the connector's weights pays
 
 
@@ -63,6 +64,7 @@ class TGQFormerModel(PreTrainedModel):
     base_model_prefix = ""
     main_input_name = "features"
     accepts_loss_kwargs = False
+    supports_gradient_checkpointing = True  # of the layers of tgq and qformer
     _no_split_modules: list[str] = []  # noqa: RUF012 (transformers' own declaration)
 
     def __init__(self, config: TGQFormerConfig) -> None:
@@ -288,8 +290,9 @@ class TGQFormerModel(PreTrainedModel):
 
     def encode(
         self,
-        items: Catalog | Sequence[Encodable] | Encodable,
+        items: Catalog | Sequence[Encodable] | Encodable = (),
         *,
+        text: str | Sequence[str] | None = None,
         batch_size: int = 64,
         show_progress_bar: bool = False,
         fields: Sequence[Mapping[str, object] | None] | Mapping[str, object] | None = None,
@@ -308,6 +311,7 @@ class TGQFormerModel(PreTrainedModel):
         Args:
             items: a catalogue; or a list of catalogue items, of rows as in a metadata file ("file_name"; or "image"
                 with a picture or a path), of pictures or of paths of pictures; or a single one.
+            text: refused: items are embedded, sentences are not. Metadata is given as a row or by `fields`.
             batch_size: items per batch.
             show_progress_bar: draw one on stderr.
             fields: metadata of each picture (name → value, names of `config.fields`), where `items` are pictures or
@@ -328,6 +332,12 @@ class TGQFormerModel(PreTrainedModel):
             ImageError: policy "raise" and an image cannot be used.
             ArgumentError: something is not an item, `fields` names one that does not guide, or `batch_size` < 1.
         """
+        if text is not None:
+            raise ArgumentError(
+                "text", repr(text)[:80], "items: this model has no text encoder into their space", _TEXT
+            )
+        if isinstance(items, str) and not Path(items).suffix and not (Path(root or ".") / items).exists():
+            raise ArgumentError("items", repr(items)[:80], "a picture file, a row or a catalogue", _TEXT)
         if batch_size < 1:
             raise ArgumentError("batch_size", batch_size, "at least 1")
         if on_error not in ("raise", "skip"):

@@ -152,7 +152,10 @@ class LightReader(nn.Module):
         x = torch.cat((starts[:, :1], tokens, text, starts[:, 1:]), dim=1)  # [B, 1 + N + M + 1, d]
         batch, num_visual, num_text = tokens.shape[0], tokens.shape[1], text.shape[1]
         # 0: visual side, 1: metadata, 2: item readout; a row sees columns of its own rank or lower.
-        rank = torch.tensor([0] * (1 + num_visual) + [1] * num_text + [2], device=x.device)
+        one = torch.ones(
+            (), dtype=torch.int64, device=x.device
+        )  # expanded: lengths stay symbols in an exported program
+        rank = torch.cat(((0 * one).expand(1 + num_visual), one.expand(num_text), (2 * one)[None]))
         real = torch.cat((mask.new_ones(batch, 1 + num_visual), mask, mask.new_ones(batch, 1)), dim=1)
         sees = (rank[None, :] <= rank[:, None]) & real[:, None, :]  # [B, S, S]
         ends = slice(None, None, x.shape[1] - 1)  # the two readouts: all that the last layer has to give

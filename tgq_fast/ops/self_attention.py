@@ -48,7 +48,8 @@ def stream_self_attention(
         k, v = k.to(q.dtype), v.to(q.dtype)
         given = (rows, mixing, explore_sees_text, first_text, False)
         return stream_attention(q, k, v, text_mask, None, None, None, *given)[0]
-    if q.device.type == "cpu" and q.numel() and q.shape[1] <= LONGEST:
+    # An exported program is to run where this package is not, on ONNX Runtime too: no operator of its own.
+    if q.device.type == "cpu" and not torch.compiler.is_exporting() and q.numel() and q.shape[1] <= LONGEST:
         return streams_on_cpu(q, k, v, lengths, mixing, explore_sees_text, text_mask)
     return _torch(q, k, v, lengths, mixing, explore_sees_text, text_mask)
 

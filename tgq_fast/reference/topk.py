@@ -19,6 +19,17 @@ class TopK(NamedTuple):
     scores: Tensor
     indices: Tensor
 
+    def _repr_html_(self) -> str:
+        """The first queries as a table, for notebooks."""
+        count, k = self.scores.shape
+        head = "".join(f"<th>{rank + 1}</th>" for rank in range(min(k, 10)))
+        rows = ""
+        for query in range(min(count, 10)):
+            best = zip(self.indices[query, :10].tolist(), self.scores[query, :10].tolist())
+            rows += f"<tr><th>{query}</th>" + "".join(f"<td>{row}<br><small>{s:.4f}</small></td>" for row, s in best)
+            rows += "</tr>"
+        return f"<table><caption>TopK: {count} queries, k = {k}</caption><tr><th></th>{head}</tr>{rows}</table>"
+
 
 def exact_topk(
     queries: Tensor, pool: Tensor, k: int, *, exclude: Tensor | None = None, allowed: Tensor | None = None

@@ -6,6 +6,7 @@ beyond the search depth are ours.
 
 from __future__ import annotations
 
+import html
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -76,6 +77,16 @@ class Evaluation:
         if name not in self.metrics:
             raise ArgumentError("metric", repr(name), "one of " + ", ".join(self.metrics))
         return self.metrics[name].value
+
+    def _repr_html_(self) -> str:
+        """Metrics with their intervals as a table, for notebooks."""
+        rows = "".join(
+            f"<tr><th>{name}</th><td>{m.value:.4f}</td><td>{m.low:.4f} … {m.high:.4f}</td></tr>"
+            for name, m in self.metrics.items()
+        )
+        said = f"{html.escape(self.split)}: {self.queries} queries, pool of {self.pool_size}"
+        head = f"<tr><th></th><th>value</th><th>{self.confidence:.0%} interval</th></tr>"
+        return f"<table><caption>{said}</caption>{head}{rows}</table>"
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready summary; undefined numbers (no test pairs) are null."""
