@@ -268,6 +268,20 @@ def test_evaluate_writes_the_same_numbers_to_file_and_stdout(world: World, tmp_p
     assert f"{metric['value']:.3f}" in shown and "H@5" in shown
 
 
+def test_evaluate_of_a_pool_reads_no_picture(world: World, tmp_path: Path) -> None:
+    """Floors beside a pool need the frozen features of every item: they are there if cached or asked for."""
+    arguments = ("evaluate", world.catalog, "--model", world.run, "--pool", world.pool, "--json", "-")
+    cache = tmp_path / "cache"
+    result = call(*arguments, "--cache", cache)
+    assert not (cache / "features").exists() and "--floor" in result.stderr
+    alone = json.loads(result.stdout)
+    assert workflow.FLOOR not in alone and "tgq" in alone
+    asked = json.loads(call(*arguments, "--cache", cache, "--floor").stdout)
+    assert workflow.FLOOR in asked and asked["tgq"] == alone["tgq"]
+    assert json.loads(call(*arguments, "--cache", cache).stdout) == asked  # cached now
+    assert workflow.FLOOR not in json.loads(call(*arguments, "--cache", cache, "--no-floor").stdout)
+
+
 def test_evaluate_refuses_the_pool_of_another_model(world: World) -> None:
     result = call("evaluate", world.catalog, "--model", world.other, "--pool", world.pool, code=2)
     assert "another model" in result.stderr

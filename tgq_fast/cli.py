@@ -313,7 +313,12 @@ def evaluate(
     pool: Annotated[Path | None, typer.Option(metavar="POOL", help="Pool of this run; default: embed now.")] = None,
     k: Annotated[str, typer.Option("--k", metavar="1,10,100", help="Cut-offs.")] = "1,10,100",
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
-    floor: Annotated[bool, typer.Option("--floor/--no-floor", help="Also the zero-shot image-only floors.")] = True,
+    floor: Annotated[
+        bool | None,
+        typer.Option(
+            "--floor/--no-floor", help="Also the zero-shot image-only floors; default: yes, with --pool if cached."
+        ),
+    ] = None,
     corrupt: Corrupt = None,
     seed: Annotated[int, typer.Option(help="Of the corruptions.")] = 0,
     samples: Annotated[int, typer.Option(min=0, help="Bootstrap draws over groups.")] = 1000,

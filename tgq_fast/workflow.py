@@ -383,7 +383,7 @@ def evaluate_run(
     pool: Path | None = None,
     ks: Sequence[int] = (1, 10, 100),
     split: str = "test",
-    floor: bool = True,
+    floor: bool | None = None,
     corrupt: Sequence[str] = (),
     samples: int = 1000,
     seed: int = 0,
@@ -394,6 +394,8 @@ def evaluate_run(
 
     Args:
         pool: of this run; None embeds now.
+        floor: None: yes, but beside a pool only where the frozen features of this catalogue are cached already, so that
+            a pool is evaluated without reading a picture.
         corrupt: conditions as in `overlay:0.3:both`; each adds an evaluation "name · condition".
         seed: of the corruptions.
 
@@ -402,20 +404,28 @@ def evaluate_run(
         PoolError: the pool was made by another model, or does not hold this catalogue.
     """
     from tgq_fast.data.conditions import CLEAN, parse_conditions
+    from tgq_fast.models import FeatureStore
     from tgq_fast.retrieval import evaluate
     from tgq_fast.study.embeddings import Conditions, evaluate_under, floors, pool_embeddings
 
     asked = [CLEAN, *(condition for condition in parse_conditions(corrupt) if condition != CLEAN)]
     model = open_run(run)
     clean = None if pool is None else pool_embeddings(pool, catalog, model)
+    store = None
     if clean is not None and not floor and len(asked) == 1:
-        return {run.name: evaluate(catalog, clean, ks=ks, split=split, samples=samples)}
-    store = open_store(catalog, model.config, cache=cache, on_error=on_error)
+        if floor is None:
+            store = FeatureStore.find(catalog, *load_towers(model.config), model.config, cache, on_error=on_error)
+        if store is None:
+            if floor is None:
+                console.note("without the zero-shot floors: frozen features are not cached; --floor computes them")
+            return {run.name: evaluate(catalog, clean, ks=ks, split=split, samples=samples)}
+    if store is None:
+        store = open_store(catalog, model.config, cache=cache, on_error=on_error)
     results: dict[str, Evaluation] = {}
     with console.progress("corrupted pictures") as advance:
         conditions = Conditions(catalog, load_towers(model.config), store, cache_dir=cache, seed=seed, progress=advance)
         embedders: dict[str, Any] = {run.name: model}
-        if floor:
+        if floor is not False:
             embedders |= {found.name: found for found in floors(store, model.config, model.whitening)}
         for name, embedder in embedders.items():
             known = clean if name == run.name else None

@@ -121,3 +121,19 @@ def test_a_dataset_of_the_hub(tmp_path: Path) -> None:
     made.add_column("id", [f"i{n}" for n in range(5)]).to_parquet(tmp_path / "hub" / "data" / "train-00000.parquet")
     hub = Catalog.load(tmp_path / "hub")
     assert hub.ids == [f"i{n}" for n in range(5)] and np.array_equal(pixels(hub, 3), np.asarray(gradient(3)))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64", "Float32", "float[pyarrow]", "double[pyarrow]"])
+def test_narrow_numbers_have_the_text_that_a_parquet_file_gives(dtype: str, tmp_path: Path) -> None:
+    pd = pytest.importorskip("pandas")
+    frame = pd.DataFrame({"id": ["a", "b"], "attributes.width": pd.Series([0.1, None], dtype=dtype)})
+    frame.to_parquet(tmp_path / "metadata.parquet")
+    for catalog in (Catalog.from_pandas(frame), Catalog.load(tmp_path)):
+        assert [dict(item.attributes) for item in catalog.items] == [{"width": "0.1"}, {}]
+
+
+def test_narrow_numbers_of_a_dataset() -> None:
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({"id": datasets.Value("string"), "width": datasets.Value("float32")})
+    dataset = datasets.Dataset.from_dict({"id": ["a"], "width": [0.1]}, features=features)
+    assert Catalog.from_dataset(dataset).items[0].attributes == {"width": "0.1"}

@@ -33,6 +33,7 @@ def test_every_gap_of_a_data_frame_is_a_gap(gap: Any) -> None:
 
 
 SAME = [
+    ("1 day, 2:00:00", [datetime.timedelta(1, 7200), pd.Timedelta("1D 2h"), np.timedelta64(26, "h")]),
     ("2012", [2012, 2012.0, np.int16(2012), np.float32(2012), decimal.Decimal("2012.00"), pa.scalar(2012), "2012"]),
     ("0.1", [0.1, np.float32(0.1), np.float16(0.1), np.float64(0.1), decimal.Decimal("0.10"), pa.scalar(0.1)]),
     ("1234567.89", [1234567.89, decimal.Decimal("1234567.890")]),
@@ -105,3 +106,14 @@ def test_different_numbers_have_different_texts(value: float) -> None:
 def test_integers_read_as_floats_of_a_column_with_gaps(value: int) -> None:
     if float(value) == value:
         assert number_text(float(value)) == number_text(value) or abs(value) >= 10**18
+
+
+def test_durations_that_have_no_common_text_keep_their_own() -> None:
+    for value in (np.timedelta64(2, "M"), np.timedelta64(5, "ns"), np.timedelta64(10**18, "D")):
+        assert plain_value(value) == str(value)
+    assert plain_value(pd.Timedelta(5, "ns")) != plain_value(pd.Timedelta(0))
+
+
+def test_a_series_is_a_list() -> None:
+    assert plain_value(pd.Series(["a", None, "b"], index=[7, 8, 9])) == ["a", None, "b"]
+    assert plain_value(pd.Index([1, 2])) == [1, 2]

@@ -15,8 +15,9 @@ from transformers import AutoModel
 from tgq_fast.data.catalog import Catalog
 from tgq_fast.errors import ArgumentError, CheckpointError
 from tgq_fast.models import TGQFormerConfig, TGQFormerModel, load_text_tower, load_vision_tower
+from tgq_fast.models.features import FeatureStore
 from tgq_fast.models.hub import hub_load
-from tgq_fast.retrieval import model_digest
+from tgq_fast.retrieval import ItemPool, embed_catalog, model_digest
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +55,44 @@ def test_default_dtype_changes_nothing(saved: Path, catalog: Catalog, double: No
     assert {p.dtype for p in odd.parameters()} == {torch.float32}
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_towers_are_the_same_whatever_the_default_dtype(vit: Path, llama: Path, dtype: torch.dtype) -> None:
+    keys = load_vision_tower(str(vit)).key, load_text_tower(str(llama)).key
+    torch.set_default_dtype(dtype)
+    try:
+        assert (load_vision_tower(str(vit)).key, load_text_tower(str(llama)).key) == keys
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_default_device_changes_nothing(saved: Path, catalog: Catalog, tmp_path: Path) -> None:
+    """ "meta" stands for any device that is not the CPU: what is made there by accident has no values."""
+    expected = TGQFormerModel.from_pretrained(saved).encode(catalog, root=catalog.root)
+    torch.set_default_device("meta")
+    try:
+        model = TGQFormerModel.from_pretrained(saved)
+        given = model.encode(catalog, root=catalog.root)
+        store = FeatureStore.open_or_build(
+            catalog, model.vision_tower, model.text_tower, model.config, tmp_path / "cache"
+        )
+        cached = model.encode(catalog, features=store)
+        embed_catalog(catalog, model, tmp_path / "pool")
+        with ItemPool.open(tmp_path / "pool") as pool:
+            hits = pool.search(given[:3], 2, exclude_ids=catalog.ids[:3])
+            torch.testing.assert_close(pool.get(catalog.ids[:2]), given[:2])
+        with ItemPool.open(tmp_path / "pool", mode="a") as pool:
+            pool.upsert(catalog.ids[:2], given[:2])
+            pool.delete(catalog.ids[:1])
+            pool.compact()
+            pool.verify()
+            rows = pool.embeddings()
+    finally:
+        torch.set_default_device(None)
+    assert torch.equal(given, expected) and len(rows) == len(expected) - 1
+    torch.testing.assert_close(cached, expected)
+    assert {t.device.type for t in (given, hits.scores, rows)} == {"cpu"}
+
+
 def test_dtype_by_name(saved: Path) -> None:
     for loader in (TGQFormerModel, AutoModel):
         for name in ("bfloat16", "float16"):
@@ -70,6 +109,10 @@ def test_model_that_has_encoded_is_pickled(saved: Path, catalog: Catalog) -> Non
     expected = model.encode(catalog.items[:3], root=catalog.root)
     again = pickle.loads(pickle.dumps(model))
     assert torch.equal(again.encode(catalog.items[:3], root=catalog.root), expected)
+    for part in (model.processor, model.extractor, model.vision_tower, model.text_tower):  # used, so all is loaded
+        assert type(pickle.loads(pickle.dumps(part))) is type(part)
+    with model.encoding():
+        pickle.dumps(model)
 
 
 def test_code_of_a_model_folder_is_never_run(tmp_path: Path) -> None:

@@ -307,6 +307,14 @@ def test_lazily_negated_tensors_are_read_as_they_are() -> None:
     )
 
 
+def test_a_negated_view_is_read_by_the_strides_of_its_values() -> None:
+    torch.manual_seed(0)
+    q, wide = torch.randn(2, 3, 32), torch.randn(2, 5, 96)
+    x = torch._neg_view(wide[:, :, :32])  # carried out, its rows lie closer together
+    got = shared_attention(q.clone(), x, None, 0.2)
+    assert torch.equal(got, shared_attention(q.clone(), (-wide[:, :, :32]).contiguous(), None, 0.2))
+
+
 def test_a_hidden_token_may_hold_anything() -> None:
     torch.manual_seed(0)
     q, x = torch.randn(1, 20, 64), torch.randn(1, 50, 64)

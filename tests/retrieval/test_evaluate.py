@@ -240,3 +240,14 @@ def test_intervals_draw_groups_not_queries() -> None:
     better = evaluate(catalog, centres(60, 12, 0.01), ks=(1,), split="train", samples=400)
     difference = compare(found, better, "HR@1").difference
     assert difference.high < 0 and difference.high - difference.low > 0.7 * expected
+
+
+def test_default_device_changes_nothing() -> None:
+    catalog = make_catalog()
+    vectors = integer_embeddings(len(catalog))
+    expected = evaluate(catalog, vectors, samples=5)
+    torch.set_default_device("meta")
+    try:
+        assert evaluate(catalog, vectors.numpy(), samples=5).metrics == expected.metrics
+    finally:
+        torch.set_default_device(None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -121,3 +122,32 @@ def test_odd_exclusions_are_refused(given: Any) -> None:
 )
 def test_whole_numbers_of_any_kind_exclude(given: Any) -> None:
     assert torch.equal(topk(Q, P, 5, exclude=given).indices, topk(Q, P, 5, exclude=[3] * 4).indices)
+
+
+class TestTensorsWithoutMemory:
+    """Their addresses lead nowhere, or to less than their shape says: refused before any is passed on."""
+
+    def test_wrapped_transformed_and_freed(self) -> None:
+        from torch.masked import masked_tensor
+        from torch.testing._internal.two_tensor import TwoTensor
+
+        queries, pool = torch.randn(3, 16), torch.randn(20, 16)
+        freed, short = pool.clone(), pool.clone()
+        freed.untyped_storage().resize_(0)
+        short.untyped_storage().resize_(20 * 16 * 4 - 4)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            masked = masked_tensor(pool, torch.ones_like(pool, dtype=torch.bool))
+        for odd in (TwoTensor(pool, pool), masked, freed, short):
+            with pytest.raises(ArgumentError, match=r"pool: got a .* do not lie in memory"):
+                topk(queries, odd, 3)
+            with pytest.raises(ArgumentError, match="queries: got a"):
+                topk(odd, pool, 3)
+        with pytest.raises(ArgumentError, match="function transforms"):
+            torch.func.vmap(lambda row: topk(row[None], pool, 3).scores)(queries)
+
+    def test_views_to_the_last_element_are_taken(self) -> None:
+        base = torch.randn(20, 33)
+        for view in (base[:, :16], base[:, 17:], base[::2, 1:17], base[3:4, 17:].expand(20, 16), base[:0, :16]):
+            expected = topk(torch.ones(1, 16), view.clone(), 2)
+            assert torch.equal(topk(torch.ones(1, 16), view, 2).indices, expected.indices)

@@ -16,7 +16,7 @@ from tgq_fast.data.images import load_image
 from tgq_fast.data.importers.folders import label_names
 from tgq_fast.data.importers.table import is_attribute
 from tgq_fast.data.items import KNOWN_KEYS
-from tgq_fast.data.parquet_rows import EmbeddedPicture, looks_like_picture
+from tgq_fast.data.parquet_rows import EmbeddedPicture, looks_like_picture, python_rows
 from tgq_fast.data.pictures import MemoryPictures
 from tgq_fast.data.validation import ValidationReport
 from tgq_fast.data.values import RowError
@@ -65,7 +65,19 @@ def from_pandas(frame: Any, **options: Any) -> Catalog:
     if frame.index.name is not None and frame.index.name not in frame.columns:
         frame = frame.reset_index()
     names = list(frame.columns)
-    return from_records((dict(zip(names, row)) for row in frame.itertuples(index=False, name=None)), **options)
+    columns = [_column(frame.iloc[:, place]) for place in range(len(names))]
+    rows = zip(*columns) if columns else iter(())
+    return from_records((dict(zip(names, row)) for row in rows), **options)
+
+
+def _column(series: Any) -> Iterable[Any]:
+    """Values of one column; those of float16 and float32, which pandas hands out as Python's floats, as numpy's, whose
+    shortest text is what a Parquet file of the frame would give."""
+    kind = str(series.dtype).lower()
+    width = np.float32 if kind in ("float32", "float[pyarrow]") else np.float16
+    if kind not in ("float32", "float16", "float[pyarrow]", "halffloat[pyarrow]"):
+        return list(series)
+    return [None if gap else width(value) for value, gap in zip(series, series.isna())]
 
 
 def from_dataset(dataset: Any, **options: Any) -> Catalog:
@@ -82,7 +94,7 @@ def from_dataset(dataset: Any, **options: Any) -> Catalog:
         for name, part in parts.items():
             # Arrow tables hold pictures as they are stored; the default format would decode each of them.
             for table in part.with_format("arrow").iter(batch_size=256):
-                for row in table.to_pylist():
+                for row in python_rows(table):
                     yield row if name is None else {"attributes.split": name, **row}
 
     return from_records(records(), labels=labels, **options)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 __all__ = ["EmbeddedPicture", "ParquetPictures", "looks_like_picture", "parquet_rows", "picture_columns"]
+__all__ += ["python_rows"]
 
 _BATCH = 1024
 _SNIFFED = 256  # rows in which a picture column must show its first picture
@@ -111,12 +112,19 @@ def _plain_rows(file: Any, columns: list[str] | None, narrow: set[str]) -> Itera
             yield [{} for _ in range(min(_BATCH, file.metadata.num_rows - start))]
         return
     for batch in file.iter_batches(batch_size=_BATCH, columns=columns, use_threads=False):
-        yield _python_rows(batch, narrow)
+        yield python_rows(batch, narrow)
 
 
-def _python_rows(batch: pa.RecordBatch, narrow: set[str]) -> list[dict[str, Any]]:
+def python_rows(batch: pa.RecordBatch, narrow: set[str] | None = None) -> list[dict[str, Any]]:
+    """Rows of an Arrow table or batch as Python values.
+
+    Args:
+        narrow: columns that hold float32 or float16; None looks.
+    """
     columns: list[list[Any]] = []
     names = batch.schema.names
+    if narrow is None:
+        narrow = {field.name for field in batch.schema if _has_narrow_float(field.type)}
     for name, column in zip(names, batch.columns, strict=True):
         try:
             values = column.to_pylist()

@@ -82,6 +82,10 @@ def plain_value(value: Any, *, depth: int = 0) -> Any:
         return value.date().isoformat() if midnight else value.isoformat(sep=" ")
     if isinstance(value, (datetime.date, datetime.time)):
         return value.isoformat()
+    if isinstance(value, datetime.timedelta) and not getattr(value, "nanoseconds", 0):  # pandas' too
+        return str(datetime.timedelta(value.days, value.seconds, value.microseconds))
+    if type(value).__name__ in ("Series", "Index") and hasattr(value, "tolist"):
+        return plain_value(value.tolist(), depth=depth + 1)
     if type(value).__module__ in ("datetime", "uuid", "pathlib") or type(value).__module__.startswith("pandas"):
         return str(value)
     return value
@@ -89,7 +93,12 @@ def plain_value(value: Any, *, depth: int = 0) -> Any:
 
 def _numpy_value(value: np.generic) -> Any:
     if isinstance(value, np.timedelta64):  # numpy counts it among its integers
-        return None if np.isnat(value) else str(value)
+        if np.isnat(value):
+            return None
+        if np.datetime_data(value.dtype)[0] in ("Y", "M", "generic"):  # of no fixed length
+            return str(value)
+        exact = value.astype("timedelta64[us]")
+        return str(exact.astype(object) if exact.astype(value.dtype) == value else value)
     if isinstance(value, np.bool_):
         return bool(value)
     if isinstance(value, np.integer):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import gelu
 
 from tgq_fast import ops, reference
 from tgq_fast.errors import ArgumentError
@@ -20,6 +21,8 @@ from tgq_fast.models.embeddings import (
 )
 from tgq_fast.models.layers import QueryEncoder, initialise_connector, stream_layout
 from tgq_fast.models.outputs import ConnectorOutput, FrozenFeatures
+from tgq_fast.ops.dispatch import requested_backend
+from tgq_fast.ops.plain import why_not_plain
 from tgq_fast.reference import GateParameters, ModulationOutput
 
 __all__ = ["DualGatedModulation", "TGQFormerConnector"]
@@ -36,6 +39,10 @@ class GateMLP(nn.Module):
     def initialise(self, std: float) -> None:
         nn.init.zeros_(self.up.weight)
         nn.init.zeros_(self.up.bias)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """[B, input width] → [B, g] by the layers' own forward."""
+        return self.up(gelu(self.down(x)))
 
     def parameters_of_op(self) -> GateParameters:
         return GateParameters(self.down.weight, self.down.bias, self.up.weight, self.up.bias)
@@ -76,19 +83,46 @@ class DualGatedModulation(nn.Module):
 
         `statistics` [B, 3] of the patch agreement, where the anchored gate sees them.
         """
-        gates = (self.anchored, self.exploratory)
-        parameters = [
-            gate.parameters_of_op() if gate is not None else self._no_gate(width, anchored)
-            for gate, width in zip(gates, self.in_widths, strict=True)
-        ]
-        # The fused operators want both streams; a single stream is an ablation and takes the definition.
-        modulate = reference.dual_gated_modulation if None in gates else ops.dual_gated_modulation
         inputs = (anchored, exploratory, agreement, has_metadata, global_image)
-        if not self.num_statistics or statistics is None:
-            return modulate(*inputs, parameters[0], parameters[1], alpha=self.alpha)
-        return reference.dual_gated_modulation(
-            *inputs, parameters[0], parameters[1], alpha=self.alpha, statistics=statistics
+        if not self._beyond_operator(statistics):
+            return ops.dual_gated_modulation(*inputs, *self._operator_gates(), alpha=self.alpha)
+        gates = (
+            self._no_gate(width, anchored) if gate is None else gate
+            for gate, width in zip((self.anchored, self.exploratory), self.in_widths, strict=True)
         )
+        more = statistics if self.num_statistics else None
+        return reference.dual_gated_modulation(*inputs, *gates, alpha=self.alpha, statistics=more)
+
+    def decide(
+        self,
+        anchored: Tensor,
+        exploratory: Tensor,
+        agreement: Tensor,
+        has_metadata: Tensor,
+        global_image: Tensor,
+        statistics: Tensor | None = None,
+    ) -> ops.Decision:
+        """What :func:`tgq_fast.explain` says about a call."""
+        inputs = (anchored, exploratory, agreement, has_metadata, global_image)
+        if not (why := self._beyond_operator(statistics)):
+            return ops.explain(ops.dual_gated_modulation, *inputs, *self._operator_gates(), alpha=self.alpha)
+        return ops.Decision("dual_gated_modulation", requested_backend(None), "torch", None, {"triton": (why,)})
+
+    def _operator_gates(self) -> tuple[GateParameters, GateParameters]:
+        assert self.anchored is not None and self.exploratory is not None
+        return self.anchored.parameters_of_op(), self.exploratory.parameters_of_op()
+
+    def _beyond_operator(self, statistics: Tensor | None) -> str:
+        """Why the fused operator cannot take the gates, and the definition runs over their layers; empty if it can."""
+        if self.anchored is None or self.exploratory is None:
+            return "a stream is left out"
+        if self.num_statistics and statistics is not None:
+            return "the anchored gate sees statistics of the patches"
+        gates = {"anchored": self.anchored, "exploratory": self.exploratory}
+        why = why_not_plain(
+            **{f"{name}.{half}": layer for name, g in gates.items() for half, layer in g.named_children()}
+        )
+        return f"the gates' layers run as they are: {why}" if why else ""
 
     def _no_gate(self, width: int, like: Tensor) -> GateParameters:
         return GateParameters(

@@ -26,6 +26,7 @@ from tgq_fast.data.files import open_regular
 from tgq_fast.data.images import load_image
 from tgq_fast.data.items import Item
 from tgq_fast.data.rejects import RejectLog
+from tgq_fast.defaults import plain_defaults
 from tgq_fast.errors import ArgumentError, ImageError, NonFiniteError
 from tgq_fast.models.backbones import cache_root
 from tgq_fast.models.configuration import TGQFormerConfig
@@ -145,6 +146,7 @@ class FeatureStore:
         return valid
 
     @classmethod
+    @plain_defaults()
     def open_or_build(
         cls,
         catalog: Catalog,
@@ -228,6 +230,7 @@ class FeatureStore:
         """[count, F] bool: which fields survive field dropout (each goes with `config.field_dropout`)."""
         return rng.random((count, len(self.config.fields))) >= self.config.field_dropout
 
+    @plain_defaults()
     def batch(
         self,
         indices: Sequence[int] | NDArray[np.integer[Any]] | Tensor,

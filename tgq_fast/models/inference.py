@@ -53,7 +53,7 @@ def _packed_kind(module: nn.Module) -> type[PackedLayer] | None:
         kind = IN_ONEDNN.get(type(module))
     else:
         return None
-    return kind if kind is not None and kind.fits(module) else None
+    return kind if kind is not None and kind.packs_all_of(module) else None
 
 
 _open: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()

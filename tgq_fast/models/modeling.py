@@ -19,11 +19,12 @@ from tgq_fast.data.catalog import Catalog
 from tgq_fast.data.images import PictureLike
 from tgq_fast.data.items import Item
 from tgq_fast.data.rejects import RejectLog
+from tgq_fast.defaults import plain_defaults, single_precision
 from tgq_fast.errors import ArgumentError, CheckpointError
 from tgq_fast.models import checkpoint
 from tgq_fast.models.configuration import TGQFormerConfig, tower_digests
 from tgq_fast.models.direct import DirectReadout
-from tgq_fast.models.dtypes import as_dtype, single_precision
+from tgq_fast.models.dtypes import as_dtype
 from tgq_fast.models.encoding import FeatureExtractor, as_examples, progress_bar, stored_batches
 from tgq_fast.models.features import FeatureStore
 from tgq_fast.models.inference import in_run, packed_weights, running
@@ -288,6 +289,7 @@ class TGQFormerModel(PreTrainedModel):
         """See :meth:`FeatureExtractor.preparation`; :meth:`encode` takes the results as `pixels`."""
         return self.extractor.preparation()
 
+    @plain_defaults()
     def encode(
         self,
         items: Catalog | Sequence[Encodable] | Encodable = (),
@@ -422,7 +424,9 @@ class TGQFormerModel(PreTrainedModel):
     def from_pretrained(  # type: ignore[override]
         cls, pretrained_model_name_or_path: str | Path, *_: Any, config: TGQFormerConfig | None = None, **kwargs: Any
     ) -> TGQFormerModel:
-        """Load a model that :meth:`save_pretrained` wrote, in eval mode. Nothing is executed on load.
+        """Load a model that :meth:`save_pretrained` wrote, in eval mode, on the CPU or PyTorch's default device.
+
+        Nothing is executed on load.
 
         Args:
             pretrained_model_name_or_path: local folder.
@@ -438,9 +442,13 @@ class TGQFormerModel(PreTrainedModel):
         for name, value in kwargs.items():
             if name in config.to_dict() and name not in ("dtype", "torch_dtype"):
                 setattr(config, name, value)
-        state = checkpoint.load_state(folder)
-        model = cls(config)
-        checkpoint.load_into(model, state, wanted=set(model.saved_state()), folder=folder)
+        device = torch.get_default_device()
+        with plain_defaults():
+            state = checkpoint.load_state(folder)
+            model = cls(config)
+            checkpoint.load_into(model, state, wanted=set(model.saved_state()), folder=folder)
+        if device.type not in ("cpu", "meta"):
+            nn.Module.to(model, device)
         if (dtype := as_dtype(kwargs.get("dtype", kwargs.get("torch_dtype")))) is not None:
             nn.Module.to(model, dtype=dtype)
         model.name_or_path = str(folder)

@@ -15,12 +15,19 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from tgq_fast.models.attention import Guide, HybridCrossAttention, ResidualOutput, StreamSelfAttention, TextPacking
+from tgq_fast.models.attention import (
+    AttentionProjections,
+    Guide,
+    HybridCrossAttention,
+    ResidualOutput,
+    StreamSelfAttention,
+    TextPacking,
+)
 from tgq_fast.models.layers import Intermediate, QueryLayer
 from tgq_fast.ops.cross_attention_torch import absorbs, items_at_once
 from tgq_fast.ops.dispatch import Decision, decide_packed, requested_backend
 from tgq_fast.ops.matrix_unit import PackedLinear, shared_attention, stream_attention
-from tgq_fast.ops.plain import why_not_plain
+from tgq_fast.ops.plain import why_not_as_made, why_not_plain
 
 __all__ = ["IN_ONEDNN", "ON_MATRIX_UNIT", "PackedLayer", "shallow"]
 
@@ -62,6 +69,12 @@ class PackedLayer(nn.Module):
         return twin
 
     @classmethod
+    def packs_all_of(cls, plain: nn.Module) -> bool:
+        """Whether nothing of the layer is lost: parts that it covers are not called, so they must be as made."""
+        parts = [part for name in cls.covered if (part := plain._modules.get(name)) is not None]
+        return cls.fits(plain) and not any(why_not_as_made(part, _PARTS) for part in parts)
+
+    @classmethod
     def fits(cls, plain: Any) -> bool:
         """Whether a layer's shapes and parts can be packed."""
         return True
@@ -101,6 +114,15 @@ def _norm(layer: ResidualOutput) -> nn.LayerNorm | None:
     return layer.LayerNorm if isinstance(layer.LayerNorm, nn.LayerNorm) else None
 
 
+def _scales_and_shifts(layer: ResidualOutput) -> bool:
+    """Whether the LayerNorm, where there is one, is the one that is packed."""
+    norm = _norm(layer)
+    return norm is None or (norm.weight is not None and norm.bias is not None)
+
+
+_PARTS = (AttentionProjections, Intermediate, ResidualOutput, nn.Dropout, nn.Identity, type(ACT2FN["gelu"]))
+
+
 class PackedDense(PackedLayer, nn.Linear):
     operator = "linear"
     packs = nn.Linear
@@ -123,11 +145,11 @@ class PackedResidual(PackedLayer, ResidualOutput):
     """Product, residual sum and, after BERT, LayerNorm in one call."""
 
     operator = "residual_output"
-    covered = ("dense", "LayerNorm")
+    covered = ("dense", "LayerNorm", "dropout")
 
     @classmethod
     def fits(cls, plain: ResidualOutput) -> bool:
-        return not why_not_plain(dense=plain.dense)
+        return _scales_and_shifts(plain) and not why_not_plain(dense=plain.dense)
 
     def pack(self) -> None:
         self.packed = PackedLinear(self.dense.weight, self.dense.bias, _norm(self))
@@ -155,7 +177,8 @@ class PackedQueryLayer(PackedLayer, QueryLayer):
     @classmethod
     def fits(cls, plain: QueryLayer) -> bool:
         return all(
-            _exact_gelu(up) and not why_not_plain(first=up.dense, second=down.dense) for up, down in cls._pairs(plain)
+            _exact_gelu(up) and _scales_and_shifts(down) and not why_not_plain(first=up.dense, second=down.dense)
+            for up, down in cls._pairs(plain)
         )
 
     def pack(self) -> None:
@@ -350,7 +373,7 @@ class OneDNNDense(_OneDNN, nn.Linear):
 
 class OneDNNIntermediate(_OneDNN, Intermediate):
     operator = "intermediate"
-    covered = ("dense",)
+    covered = ("dense", "activation")
 
     @classmethod
     def fits(cls, plain: Intermediate) -> bool:

@@ -17,6 +17,7 @@ from tgq_fast.models.configuration import ZERO_SHOT, TGQFormerConfig
 from tgq_fast.models.hub import hub_model
 from tgq_fast.models.outputs import FrozenFeatures
 from tgq_fast.models.processing import PromptInputs
+from tgq_fast.ops.plain import why_not_plain
 
 __all__ = ["ImageReader", "LLMReader", "LateFusion", "LightReader", "ReaderOutput", "build_reader", "merged_adapters"]
 
@@ -102,9 +103,14 @@ class ReaderLayer(nn.Module):
         """x [B, S, d], mask [B, S, S] bool (True: the row sees the column) → [B, S', d], the chosen rows only."""
         batch, width = x.shape[0], x.shape[2]
         normed, x = self.norm_attention(x), x[:, rows]
-        weight, bias = self.qkv.weight, self.qkv.bias
-        q = F.linear(normed[:, rows], weight[:width], bias[:width]).view(batch, x.shape[1], 1, self.heads, -1)
-        kv = F.linear(normed, weight[width:], bias[width:]).view(batch, normed.shape[1], 2, self.heads, -1)
+        if why_not_plain(qkv=self.qkv):  # adapters, hooks: the layer runs as it is
+            q, kv = self.qkv(normed).split((width, 2 * width), dim=2)
+            q = q[:, rows]
+        else:
+            weight, bias = self.qkv.weight, self.qkv.bias
+            q = F.linear(normed[:, rows], weight[:width], bias[:width])
+            kv = F.linear(normed, weight[width:], bias[width:])
+        q, kv = q.reshape(batch, -1, 1, self.heads, width // self.heads), kv.unflatten(2, (2, self.heads, -1))
         (q,), (k, v) = q.permute(2, 0, 3, 1, 4), kv.permute(2, 0, 3, 1, 4)  # [B, H, S, d/H]
         seen = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, rows])
         x = x + self.drop(self.out(seen.transpose(1, 2).reshape(batch, -1, width)))
@@ -173,7 +179,8 @@ class LightReader(nn.Module):
         fields = mask.new_zeros(mask.shape[0], self.field_embeddings.num_embeddings)
         fields = fields.scatter_add_(1, features.field_ids, share)  # [B, F + 1] share of each field
         has = features.has_metadata[:, None]
-        mapped = self.metadata(features.mean_metadata().to(dtype)) + fields @ self.field_embeddings.weight
+        every = torch.arange(self.field_embeddings.num_embeddings, device=mask.device)
+        mapped = self.metadata(features.mean_metadata().to(dtype)) + fields @ self.field_embeddings(every)
         return mapped * has
 
 
@@ -259,7 +266,7 @@ def merged_adapters(module: nn.Module) -> Iterator[None]:
     try:
         for layer in layers:
             weight, names = layer.get_base_layer().weight, [n for n in layer.active_adapters if n in layer.lora_A]
-            if layer.merged_adapters or not names:
+            if layer.merged_adapters or not names or not _is_sum(layer, names, weight):
                 continue
             kept.append((layer, weight, weight.data))
             with torch.no_grad():
@@ -270,6 +277,14 @@ def merged_adapters(module: nn.Module) -> Iterator[None]:
         for layer, weight, data in kept:
             weight.data = data
             layer.merged_adapters.clear()
+
+
+def _is_sum(layer: Any, names: list[str], weight: Tensor) -> bool:
+    """Whether a layer with these adapters is W + ΔW and no more: not switched off, no variant such as DoRA, no bias of
+    an adapter, a weight that can be added to."""
+    odd = layer.disable_adapters or any(layer.use_dora.get(n) or layer.lora_bias.get(n) for n in names)
+    odd = odd or any(n in getattr(layer, "lora_variant", {}) for n in names)
+    return not odd and type(weight) is nn.Parameter and weight.is_floating_point()
 
 
 def _truncate(llm: Any, layers: int) -> None:

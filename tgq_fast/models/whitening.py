@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from tgq_fast.data import Catalog
+from tgq_fast.defaults import plain_defaults
 from tgq_fast.errors import ArgumentError
 from tgq_fast.models.backbones import cache_root
 from tgq_fast.models.configuration import TGQFormerConfig
@@ -108,6 +109,7 @@ def whitening_rows(catalog: Catalog, valid: NDArray[np.bool_], components: int) 
     return alone if len(alone) >= 2 * components else np.flatnonzero(usable & ~held_out)
 
 
+@plain_defaults()
 def fit_whitening(
     source: PictureFeatures,
     rows: Sequence[int] | NDArray[np.integer[Any]],

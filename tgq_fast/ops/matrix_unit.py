@@ -198,9 +198,9 @@ def shared_attention(
         given = f"{q.dtype} {tuple(q.shape)} and {x.dtype} {tuple(x.shape)}, strides {x.stride()}"
         raise ArgumentError("q, x", given, "contiguous [B, R, dv] and [B, L, dv] with values of a token side by side")
     batch, rows, width = q.shape
+    x = _plain(x)  # before its strides are asked for: what is carried out lies elsewhere
     sizes, strides = (batch, rows, x.shape[1], width), (q.stride(0), x.stride(0), x.stride(1))
-    mask = None if visible is None else visible.contiguous()
-    x = _plain(x)
+    mask = None if visible is None else _values(visible)
     address = 0 if mask is None else mask.data_ptr()
     steer: tuple[int, int, int] = (0, 0, 0)
     if guide is not None and strength is not None:

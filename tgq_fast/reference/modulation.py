@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -12,6 +12,13 @@ from torch.nn.functional import gelu, linear
 def centred_sigmoid(z: Tensor) -> Tensor:
     """cσ(z) = 2σ(z) − 1 = tanh(z / 2), in (−1, 1) and zero at zero (the factor 2 is our reading)."""
     return torch.tanh(z * 0.5)
+
+
+class Gate(Protocol):
+    """What makes the logits of one gate."""
+
+    def logits(self, x: Tensor) -> Tensor:
+        """[B, input width] → [B, g]."""
 
 
 class GateParameters(NamedTuple):
@@ -52,8 +59,8 @@ def dual_gated_modulation(
     agreement: Tensor,
     has_metadata: Tensor,
     global_image: Tensor,
-    anchored_parameters: GateParameters,
-    exploratory_parameters: GateParameters,
+    anchored_parameters: Gate,
+    exploratory_parameters: Gate,
     *,
     alpha: float = 1.0,
     statistics: Tensor | None = None,
@@ -68,7 +75,7 @@ def dual_gated_modulation(
         agreement: [B] standardised image–metadata agreement s.
         has_metadata: [B], 1 where the item has metadata, else 0 (bool or floating).
         global_image: [B, dg] pooled image feature v_g.
-        anchored_parameters: gate MLP with input width 2 + dg + 2d.
+        anchored_parameters: gate MLP with input width 2 + dg + 2d, as :class:`GateParameters` or by its logits.
         exploratory_parameters: gate MLP with input width dg + d.
         alpha: residual scale α.
         statistics: [B, c] further inputs of the anchored gate, after ē; None: none. Only this definition takes them.

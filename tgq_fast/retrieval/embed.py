@@ -19,6 +19,7 @@ from torch import Tensor
 
 from tgq_fast import _native
 from tgq_fast.data import Catalog
+from tgq_fast.defaults import plain_defaults
 from tgq_fast.errors import ArgumentError, PoolError
 from tgq_fast.retrieval._identity import canonical_json
 from tgq_fast.retrieval.embed_parts import EmbeddedPart, Encoder, Engine, PartEncoder, PartOptions, default_threads
@@ -91,6 +92,7 @@ def model_digest(model: torch.nn.Module) -> str:
     return state.hexdigest()
 
 
+@plain_defaults()
 def embed_catalog(
     catalog: Catalog,
     model: Encoder,
@@ -269,6 +271,7 @@ def _open(out: Path, wanted: Manifest, *, resume: bool) -> ItemPool:
     return pool
 
 
+@plain_defaults()
 def zero_shot_embeddings(catalog: Catalog, store: FeatureStore) -> Tensor:
     """[n, dg] fp32 L2-normalised pooled image features: the floor that needs no training.
 

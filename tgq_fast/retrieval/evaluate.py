@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from tgq_fast.data.files import write_atomic
+from tgq_fast.defaults import plain_defaults
 from tgq_fast.errors import ArgumentError, NonFiniteError
 from tgq_fast.retrieval.metrics import (
     ABSENT,
@@ -214,6 +215,7 @@ def positive_ranks(
     return ranks, hits
 
 
+@plain_defaults()
 def evaluate(
     catalog: Catalog,
     embedded: ItemPool | Tensor | np.ndarray,

@@ -227,7 +227,7 @@ class ItemPool:
         parts = [tensor for _, tensor in self.shards()]
         if len(parts) == 1:
             return parts[0]
-        return torch.cat(parts) if parts else torch.empty(0, self.dims, dtype=self.dtype)
+        return torch.cat(parts) if parts else torch.empty(0, self.dims, dtype=self.dtype, device="cpu")
 
     def rows(self, ids: Sequence[str], *, missing: Literal["raise", "mark"] = "raise") -> np.ndarray:
         """[n] int64 pool rows of ids; unknown ids raise ArgumentError, or give -1 with missing="mark"."""

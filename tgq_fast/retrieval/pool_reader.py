@@ -187,7 +187,7 @@ class PoolReader:
 
     def take(self, rows: np.ndarray) -> Tensor:
         """[n, D] embeddings of pool rows, copied. Reads the shards that are named only."""
-        out = torch.empty(len(rows), self.files.dims, dtype=self.files.dtype)
+        out = torch.empty(len(rows), self.files.dims, dtype=self.files.dtype, device="cpu")
         shard_of, position = self.locate(rows)
         for number, here in self._by_shard(shard_of):
             out[here] = self.files.tensor(self.manifest.shards[number])[position[here]]

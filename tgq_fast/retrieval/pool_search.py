@@ -153,7 +153,8 @@ class PoolSearch:
                 del loaded  # before the next but one is read
         if best is None:  # nothing to search
             nothing = (len(queries), k)
-            best = TopK(torch.full(nothing, float("-inf")), torch.full(nothing, -1, dtype=torch.int64))
+            low = torch.full(nothing, float("-inf"), dtype=torch.float32, device="cpu")
+            best = TopK(low, torch.full(nothing, -1, dtype=torch.int64, device="cpu"))
         return best
 
     @property
@@ -215,7 +216,7 @@ class PoolSearch:
             return None
         rows = iter(self._reader.rows(names, missing="mark").tolist())
         table = [[next(rows) for _ in entry] + [-1] * (width - len(entry)) for entry in lists]
-        return torch.tensor(table, dtype=torch.int64)
+        return torch.tensor(table, dtype=torch.int64, device="cpu")
 
 
 def _search(
@@ -234,8 +235,8 @@ def _search(
         return topk(queries, rows, k, exclude=excluded, progress=report, shadow=shadow, allowed=allowed)
     chosen = torch.from_numpy(np.flatnonzero(allowed))
     if excluded is not None:
-        place = torch.full((len(rows),), -1, dtype=torch.int64)
-        place[chosen] = torch.arange(len(chosen))
+        place = torch.full((len(rows),), -1, dtype=torch.int64, device="cpu")
+        place[chosen] = torch.arange(len(chosen), device="cpu")
         excluded = torch.where(excluded < 0, -1, place[excluded.clamp(min=0)])
     found = topk(queries, rows[chosen], k, exclude=excluded, progress=report)
     return TopK(found.scores, torch.where(found.indices < 0, -1, chosen[found.indices.clamp(min=0)]))

@@ -34,8 +34,14 @@ def as_tensor(name: str, value: Any) -> Tensor:
         if value.is_nested or value.layout != torch.strided:
             kind = "a nested tensor" if value.is_nested else f"layout {value.layout}"
             raise ArgumentError(name, kind, "a dense (strided) tensor")
-        value = value.detach()
-        return (value.clone() if value._is_zerotensor() else value).resolve_conj().resolve_neg()
+        plain = value.detach()
+        plain = (plain.clone() if plain._is_zerotensor() else plain).resolve_conj().resolve_neg()
+        if not _in_memory(plain):
+            raise ArgumentError(
+                name, f"a {type(value).__name__} whose values do not lie in memory", "a plain tensor",
+                "Tensors of function transforms, of tracing, wrapped and sharded ones must be made plain first.",
+            )  # fmt: skip
+        return plain
     if isinstance(value, np.ndarray):
         return _from_numpy(name, value)
     if hasattr(value, "__dlpack__"):
@@ -44,6 +50,18 @@ def as_tensor(name: str, value: Any) -> Tensor:
         except (BufferError, RuntimeError, TypeError, ValueError, AttributeError) as error:
             raise ArgumentError(name, type(value).__name__, "memory that DLPack can share", str(error)) from error
     raise ArgumentError(name, type(value).__name__, "a torch tensor, a numpy array or an object with __dlpack__")
+
+
+def _in_memory(tensor: Tensor) -> bool:
+    """Whether the address of a dense tensor leads to all of its values, as it must before it is passed on."""
+    if tensor.device.type == "meta" or not tensor.numel():
+        return True
+    try:
+        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
+        needed = (tensor.storage_offset() + last + 1) * tensor.element_size()
+        return needed <= tensor.untyped_storage().nbytes() and tensor.data_ptr() != 0
+    except (RuntimeError, NotImplementedError, AttributeError):
+        return False
 
 
 def _from_numpy(name: str, array: np.ndarray) -> Tensor:

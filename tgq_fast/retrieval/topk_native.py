@@ -61,8 +61,8 @@ def build_shadow(pool: Tensor, threads: int | None = None) -> Shadow:
         got = f"{pool.dtype} {list(pool.shape)} on {pool.device}"
         raise ArgumentError("pool", got, "[N, D] float32, float16 or bfloat16 on the CPU")
     rows = pool.shape[0]
-    codes = torch.empty((rows, shadow_width(pool.shape[1])), dtype=torch.uint8)
-    scale, norm, error = (torch.empty(rows) for _ in range(3))
+    codes = torch.empty((rows, shadow_width(pool.shape[1])), dtype=torch.uint8, device="cpu")
+    scale, norm, error = (torch.empty(rows, dtype=torch.float32, device="cpu") for _ in range(3))
     addresses = [tensor.data_ptr() for tensor in (codes, scale, norm, error)]
     status = module.build_shadow(_matrix(pool), *addresses, threads or torch.get_num_threads())
     _raise_for(status, "build_shadow", "out of memory")
@@ -108,8 +108,16 @@ def search(
     if shadow is not None:
         shadow.check(pool)
     # The core writes dense rows; a strided output is filled afterwards.
-    scores = out.scores if out.scores.is_contiguous() else torch.empty(out.scores.shape, dtype=torch.float32)
-    rows = out.indices if out.indices.is_contiguous() else torch.empty(out.indices.shape, dtype=torch.int64)
+    scores = (
+        out.scores
+        if out.scores.is_contiguous()
+        else torch.empty_like(out.scores, memory_format=torch.contiguous_format)
+    )
+    rows = (
+        out.indices
+        if out.indices.is_contiguous()
+        else torch.empty_like(out.indices, memory_format=torch.contiguous_format)
+    )
     status = module.search_cpu(
         _matrix(queries),
         _matrix(pool),

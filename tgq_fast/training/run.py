@@ -13,6 +13,7 @@ from filelock import FileLock, Timeout
 from transformers import TrainingArguments, set_seed
 
 from tgq_fast.data import Catalog, RejectLog
+from tgq_fast.defaults import plain_defaults
 from tgq_fast.errors import ArgumentError, CheckpointError
 from tgq_fast.models.configuration import TGQFormerConfig
 from tgq_fast.models.features import FeatureStore
@@ -49,6 +50,7 @@ logger = logging.getLogger(__name__)
 _VALIDATIONS = 6  # of a long run
 
 
+@plain_defaults()
 def train(
     catalog: Catalog,
     config: TGQFormerConfig,
