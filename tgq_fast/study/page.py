@@ -17,6 +17,10 @@ __all__ = ["text_table", "verdict", "write_page"]
 Study = Mapping[str, Any]
 
 
+def _p(value: float) -> str:
+    return "p < 0.001" if value < 0.001 else f"p = {value:.3f}"
+
+
 def headline(study: Study) -> str:
     """The metric that a study speaks of first: H@100, or the H@K of its largest K."""
     names = [name for name in study["metrics"] if name.startswith("H@")]
@@ -39,7 +43,7 @@ def verdict(study: Study) -> list[str]:
         word = {"win": "is better than", "tie": "cannot be told from", "loss": "is worse than"}[cell["verdict"]]
         lines.append(
             f"{main} {word} the best of the others, {best}, {where}: {metric} {mine:.3f} against {theirs:.3f}, "
-            f"{cell['relative']:+.1%} [{cell['relative_low']:+.1%}, {cell['relative_high']:+.1%}], p = {cell['p']:.3f}."
+            f"{cell['relative']:+.1%} [{cell['relative_low']:+.1%}, {cell['relative_high']:+.1%}], {_p(cell['p'])}."
         )
     losses = [
         f"{name} {place} {m} ({cell['difference']:+.3f})"
