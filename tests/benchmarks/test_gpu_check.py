@@ -52,7 +52,12 @@ def test_a_step_that_does_not_listen_is_ended_with_its_children() -> None:
     step = run_step("deaf", [sys.executable, "-c", code], limit_s=1.5)
     child = Path("/proc") / step["tail"].split()[0] / "stat"
     assert step["status"] == "timeout"
-    assert not child.exists() or child.read_text().rsplit(")", 1)[1].split()[0] == "Z"
+    for _ in range(100):  # the signal is sent; a busy machine takes it a moment later
+        if not child.exists() or child.read_text().rsplit(")", 1)[1].split()[0] == "Z":
+            break
+        time.sleep(0.1)
+    else:
+        pytest.fail("the child lives on")
 
 
 def test_the_build_wants_cuda_where_there_is_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
