@@ -73,10 +73,7 @@ class DirectReadout(nn.Module):
             [B, D] unit vectors each (shorter where an item has no picture).
         """
         tokens = features.visual_tokens
-        # The norm in the tokens' own dtype: no fp32 copy of the largest tensor of a step.
-        norm = torch.linalg.vector_norm(tokens, dim=-1).float()
-        scale = torch.rsqrt(norm.square() / tokens.shape[-1] + 1e-6)  # [B, L]
-        saliency = (tokens @ self.saliency.to(tokens.dtype)).float() * scale
+        saliency = (tokens @ self.saliency.to(tokens.dtype)).float() * features.token_scales()
         alone = self._part(features, saliency, self.projection if self.plain is None else self.plain)
         guided = alone
         if self.sharpness is not None and agreement is not None:

@@ -265,8 +265,7 @@ class GuideHead(nn.Module):
         v = self.image(x)
         agreeing = (v @ t[..., None].to(v.dtype)).squeeze(-1)
         alone = self.alone(x).squeeze(-1) * self.GAIN
-        norm = torch.linalg.vector_norm(x, dim=-1).float()
-        return (agreeing + alone).float() * torch.rsqrt(norm.square() / x.shape[-1] + 1e-6)
+        return (agreeing + alone).float() * features.token_scales()
 
     def patch_agreement(self, features: FrozenFeatures) -> PatchAgreement:
         """The scores as a guide; with a gradient only in training and where the features know the product's place."""

@@ -83,6 +83,12 @@ class FrozenFeatures:
         weight = self.metadata_mask.to(self.metadata_tokens.dtype)[..., None]
         return (self.metadata_tokens * weight).sum(dim=1) / weight.sum(dim=1).clamp_min(1)
 
+    def token_scales(self) -> Tensor:
+        """[B, L] fp32 one over the root mean square of each visual token."""
+        # The norm in the tokens' own dtype: no fp32 copy of the largest tensor of a step.
+        norm = torch.linalg.vector_norm(self.visual_tokens, dim=-1).float()
+        return torch.rsqrt(norm.square() / self.visual_tokens.shape[-1] + 1e-6)
+
     def mean_tokens(self) -> Tensor:
         """[B, dv] mean visual token over the real ones; zero for an item without any."""
         if self.visual_mask is None:

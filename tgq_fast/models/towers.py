@@ -36,7 +36,9 @@ ImageProcessor = Callable[[Sequence[Image.Image]], Tensor]  # RGB images -> pixe
 # and deviation of the other EfficientNets.
 _LITE = ((127 / 255,) * 3, (128 / 255,) * 3)
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-_AT_A_TIME = 16  # pictures in a CPU's caches: more at a time cost a quarter more, fewer can have other bits
+# Pictures that a CPU takes at a time: more leave its caches and cost a quarter more; fewer can have other bits. Of
+# EfficientNet's activations, 6 MB a picture at the widest, four fit.
+_AT_A_TIME, _AT_A_TIME_EFFICIENTNET = 16, 4
 
 
 class _Frozen(nn.Module):
@@ -70,6 +72,7 @@ class VisionTower(_Frozen):
         run: (model, pixel values) → (visual tokens [B, L, dv], global image [B, dg]).
         preprocessing: JSON-able description of the image processor, part of the key.
         dual_encoder: whether the model has a text half that shares the space of the global image.
+        at_a_time: pictures that a CPU takes at a time.
 
     Attributes:
         key: digest of weights and preprocessing.
@@ -85,8 +88,10 @@ class VisionTower(_Frozen):
         preprocessing: object,
         *,
         dual_encoder: bool = False,
+        at_a_time: int = _AT_A_TIME,
     ) -> None:
         super().__init__()
+        self.at_a_time = at_a_time
         self.name, self.model, self.image_processor, self._run = name, model, image_processor, run
         self.dual_encoder = dual_encoder
         self.freeze()
@@ -100,16 +105,16 @@ class VisionTower(_Frozen):
 
         Args:
             fill: on a CPU, run always on as many pictures, so that a picture's bits do not depend on how many come with
-                it. Costs up to 15 pictures.
+                it. Costs up to `at_a_time` - 1 pictures.
         """
         pixels = pixel_values.to(self.device, self.dtype)
-        if pixels.device.type != "cpu" or (len(pixels) <= _AT_A_TIME and not fill):
+        if pixels.device.type != "cpu" or (len(pixels) <= self.at_a_time and not fill):
             return self._run(self.model, pixels)
         parts = []
-        for part in pixels.split(_AT_A_TIME):
+        for part in pixels.split(self.at_a_time):
             count = len(part)
-            if fill and count < _AT_A_TIME:
-                part = torch.cat((part, part[:1].expand(_AT_A_TIME - count, -1, -1, -1)))
+            if fill and count < self.at_a_time:
+                part = torch.cat((part, part[:1].expand(self.at_a_time - count, -1, -1, -1)))
             tokens, pooled = self._run(self.model, part)
             parts.append((tokens[:count], pooled[:count]))
         return torch.cat([tokens for tokens, _ in parts]), torch.cat([pooled for _, pooled in parts])
@@ -158,10 +163,7 @@ class _HubProcessor:
 
 
 def _run_efficientnet(model: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    pixels = pixels.contiguous(memory_format=torch.channels_last)
-    # On a CPU few images at a time: their activations (6 MB an image at the widest) then stay in the cache.
-    parts = pixels.split(4) if pixels.device.type == "cpu" and len(pixels) else (pixels,)
-    grid = torch.cat([model.extract_features(part) for part in parts])  # [B, 1280, 7, 7]
+    grid = model.extract_features(pixels.contiguous(memory_format=torch.channels_last))  # [B, 1280, 7, 7]
     return grid.flatten(2).transpose(1, 2), grid.mean(dim=(2, 3))
 
 
@@ -226,7 +228,9 @@ def load_vision_tower(
         model, pooler = hub_model(AutoModel, name, "vision tower", dtype, attention)
         dual = hasattr(config, "vision_config") and hasattr(model, "get_text_features")
         run = _run_dual_encoder if dual else _run_vision_model if pooler else _run_without_pooler
-    return VisionTower(name, model.to(dtype), process, run, described, dual_encoder=dual).to(device or default_device())
+    few = _AT_A_TIME_EFFICIENTNET if run is _run_efficientnet else _AT_A_TIME
+    tower = VisionTower(name, model.to(dtype), process, run, described, dual_encoder=dual, at_a_time=few)
+    return tower.to(device or default_device())
 
 
 def load_image_processor(name: str) -> tuple[ImageProcessor, object]:
