@@ -20,7 +20,17 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from tgq_fast.kernels import absorbed, contrastive, fused, modulation, redundancy, softmax, streams
+from tgq_fast.kernels import (
+    absorbed,
+    absorbed_backward,
+    contrastive,
+    fused,
+    modulation,
+    redundancy,
+    softmax,
+    streams,
+    streams_backward,
+)
 from tgq_fast.kernels.tiling import FOLDER
 
 # Bytes of shared memory that one block may use.
@@ -76,12 +86,12 @@ KERNELS: dict[str, Kernel] = {
         floats="scale", flags=(("HAS_MASK", True), ("HAS_GROUP", True), ("HAS_GUIDE", True), ("WANT_ENTROPY", True)),
     ),
     "absorbed_backward_rows": Kernel(
-        absorbed.absorbed_backward_rows, "q x d_out d_q", "lse delta guide guide_scale d_guide_scale", "key_mask",
-        floats="scale", flags=(("HAS_MASK", True), ("HAS_GUIDE", True), ("ACCUMULATE", False)),
+        absorbed_backward.absorbed_backward_rows, "q x d_out d_q", "lse delta guide guide_scale d_guide_scale",
+        "key_mask", floats="scale", flags=(("HAS_MASK", True), ("HAS_GUIDE", True), ("ACCUMULATE", False)),
     ),
     "absorbed_backward_tokens": Kernel(
-        absorbed.absorbed_backward_tokens, "q x d_out d_x", "lse delta guide guide_scale", "key_mask", floats="scale",
-        flags=(("HAS_MASK", True), ("HAS_GUIDE", True), ("ACCUMULATE", False)),
+        absorbed_backward.absorbed_backward_tokens, "q x d_out d_x", "lse delta guide guide_scale", "key_mask",
+        floats="scale", flags=(("HAS_MASK", True), ("HAS_GUIDE", True), ("ACCUMULATE", False)),
     ),
     "fused_forward": Kernel(
         fused.fused_forward, "q x wk wv bias out", "lse entropy mass guide guide_scale", "key_mask key_group",
@@ -104,16 +114,18 @@ KERNELS: dict[str, Kernel] = {
         flags=(*_ALL, ("HAS_GROUP", True), ("WANT_ENTROPY", True)), width=_HEAD, tile="stream_forward",
     ),
     "stream_backward_rows": Kernel(
-        streams.stream_backward_rows, *_ROWS, floats="scale", flags=_BLOCK, width=_HEAD,
+        streams_backward.stream_backward_rows, *_ROWS, floats="scale", flags=_BLOCK, width=_HEAD,
     ),
     "projected_backward_rows": Kernel(
-        streams.stream_backward_rows, *_ROWS, floats="scale", flags=_ALL, width=_HEAD, tile="stream_backward_rows",
+        streams_backward.stream_backward_rows, *_ROWS, floats="scale", flags=_ALL, width=_HEAD,
+        tile="stream_backward_rows",
     ),
     "stream_backward_keys": Kernel(
-        streams.stream_backward_keys, *_KEYS, floats="scale", flags=_BLOCK, width=_HEAD,
+        streams_backward.stream_backward_keys, *_KEYS, floats="scale", flags=_BLOCK, width=_HEAD,
     ),
     "projected_backward_keys": Kernel(
-        streams.stream_backward_keys, *_KEYS, floats="scale", flags=_ALL, width=_HEAD, tile="stream_backward_keys",
+        streams_backward.stream_backward_keys, *_KEYS, floats="scale", flags=_ALL, width=_HEAD,
+        tile="stream_backward_keys",
     ),
     "modulation_forward": Kernel(
         modulation.modulation_forward,

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from tgq_fast.errors import ArgumentError, BackendError
-from tgq_fast.kernels import absorbed, fused, modulation, streams, tiling
+from tgq_fast.kernels import absorbed, absorbed_backward, fused, modulation, streams, tiling
 
 logger = logging.getLogger("tgq_fast.kernels.tune")
 
@@ -51,7 +51,7 @@ def cases(device: torch.device, dtype: torch.dtype, batch: int = 256) -> Iterato
             absorbed.forward(q, x, *(None,) * 4, 0.1, out, stats)
 
         def backward(q=q, x=x, out=out, stats=stats):  # type: ignore[no-untyped-def]
-            absorbed.backward_rows(q, x, *(None,) * 3, q, stats, stats, 0.1, out)
+            absorbed_backward.backward_rows(q, x, *(None,) * 3, q, stats, stats, 0.1, out)
 
         yield "absorbed_forward", sizes, forward
         yield "absorbed_backward_rows", sizes, backward

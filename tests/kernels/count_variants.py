@@ -14,7 +14,18 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from tgq_fast.kernels import absorbed, contrastive, fused, modulation, redundancy, softmax, streams, tiling
+from tgq_fast.kernels import (
+    absorbed,
+    absorbed_backward,
+    contrastive,
+    fused,
+    modulation,
+    redundancy,
+    softmax,
+    streams,
+    streams_backward,
+    tiling,
+)
 
 
 class Driver:
@@ -51,8 +62,8 @@ def main() -> None:
         guide = torch.zeros(3, length)[1:], torch.zeros(3, 2)
         out = torch.empty_like(q)
         absorbed.forward(q, x, mask, None, *guide, 1.0, out, stats)
-        absorbed.backward_rows(q, x, mask, *guide, q, stats, stats, 1.0, out, torch.empty(3, 3, 2, 3)[1:])
-        absorbed.backward_tokens(q, x, mask, *guide, q, stats, stats, 1.0)
+        absorbed_backward.backward_rows(q, x, mask, *guide, q, stats, stats, 1.0, out, torch.empty(3, 3, 2, 3)[1:])
+        absorbed_backward.backward_tokens(q, x, mask, *guide, q, stats, stats, 1.0)
         queries, weight = torch.empty(2, 4, 2, 16).half(), torch.empty(32, 32).half()
         fused.forward(queries, x, weight, weight, weight[0], mask, None, *guide, 1.0, False)
         parts = torch.empty(length, *q.shape), torch.empty(length, *stats.shape), None, None
@@ -63,7 +74,7 @@ def main() -> None:
             first = sum(lengths) - length
             given = (lengths, mode, False, text, first)
             out, lse, *_ = streams.forward(heads, heads, heads, *given, None, None, None, 1.0, False)
-            streams.backward(out, heads, heads, heads, out, lse, *given, None, None, 1.0)
+            streams_backward.backward(out, heads, heads, heads, out, lse, *given, None, None, 1.0)
         tokens = torch.empty(length, 8, 32).half()
         gates = [
             modulation.Gate(*(torch.empty(*s).half() for s in ((16, n), (16,), (32, 16), (32,)))) for n in (82, 48)

@@ -87,14 +87,19 @@ FAULTS: dict[str, tuple[str, str, str, Callable[[], None]]] = {
         "for start in range(0, width - BLOCK_C, BLOCK_C):",
         absorbed,
     ),
-    "delta dropped": ("absorbed", "p * (d_p - dot_out[:, None])", "p * d_p", absorbed),
+    "delta dropped": ("absorbed_backward", "p * (d_p - dot_out[:, None])", "p * d_p", absorbed),
     "token gradient without values": (
-        "absorbed",
+        "absorbed_backward",
         "weights = weights + (p.to(x.dtype.element_ty),)  # noqa: RUF005\n        gradients",
         "weights = weights + ((p * 0).to(x.dtype.element_ty),)\n        gradients",
         absorbed,
     ),
-    "groups of keys not accumulated": ("absorbed", "ACCUMULATE=first > 0", "ACCUMULATE=False", lambda: absorbed(37)),
+    "groups of keys not accumulated": (
+        "absorbed_backward",
+        "ACCUMULATE=first > 0",
+        "ACCUMULATE=False",
+        lambda: absorbed(37),
+    ),
     "parts of the keys weighed alike": ("softmax", "tl.exp2(log_sum - shift)", "1.0", lambda: fused(37)),
     "last group of keys lost": (
         "softmax",
@@ -113,19 +118,19 @@ FAULTS: dict[str, tuple[str, str, str, Callable[[], None]]] = {
         lambda: check_cross("absorbed", F32, sizes=CROSS, guided=True),
     ),
     "guide missing in the backward of the rows": (
-        "absorbed",
+        "absorbed_backward",
         "s += guide_bias(guided[:, None], strength[:, None], value[None, :])",
         "s += 0.0 * guide_bias(guided[:, None], strength[:, None], value[None, :])",
         steered,
     ),
     "guide missing in the backward of the tokens": (
-        "absorbed",
+        "absorbed_backward",
         "s += guide_bias(guided[None, :]",
         "s += 0.0 * guide_bias(guided[None, :]",
         steered,
     ),
     "scale of the guide without the groups before": (
-        "absorbed",
+        "absorbed_backward",
         "steered += tl.load(sums",
         "steered += 0.0 * tl.load(sums",
         steered,
@@ -144,13 +149,13 @@ FAULTS: dict[str, tuple[str, str, str, Callable[[], None]]] = {
         lambda: projected(guided=True),
     ),
     "guide missing in the backward of projected rows": (
-        "streams",
+        "streams_backward",
         "visible, guide_l)\n            s += guide_bias(",
         "visible, guide_l)\n            s += 0.0 * guide_bias(",
         lambda: projected(guided=True),
     ),
     "guide missing in the backward of projected keys": (
-        "streams",
+        "streams_backward",
         "s += guide_bias(guided[None, :]",
         "s += 0.0 * guide_bias(guided[None, :]",
         lambda: projected(guided=True),
@@ -162,7 +167,7 @@ FAULTS: dict[str, tuple[str, str, str, Callable[[], None]]] = {
         lambda: projected(guided=True),
     ),
     "gradient of the scale unweighted": (
-        "streams",
+        "streams_backward",
         "steered += tl.sum(d_scores * value[None, :], 1)",
         "steered += tl.sum(d_scores, 1)",
         lambda: projected(guided=True),
@@ -183,7 +188,7 @@ FAULTS: dict[str, tuple[str, str, str, Callable[[], None]]] = {
     ),
     "dropped text mask": ("streams", "    if HAS_MASK:\n        masked", "    if False:\n        masked", streams),
     "wrong keys gather rows": (
-        "streams",
+        "streams_backward",
         "start1 = n_a + n_e\n            size1 = n_t\n            if SEES",
         "start1 = n_a\n            size1 = n_t\n            if SEES",
         streams,
@@ -224,6 +229,8 @@ FAULTS: dict[str, tuple[str, str, str, Callable[[], None]]] = {
     ),
 }
 
+USERS_OF_SOFTMAX = ("absorbed", "absorbed_backward", "fused", "streams", "streams_backward")
+
 
 def load(path: Path, name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, path)
@@ -244,7 +251,7 @@ def test_fault_is_caught(fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
     mutant = load(path, path.stem)
     monkeypatch.setattr(kernels, name, mutant)
     if name == "softmax":  # the kernels that import from it are loaded again
-        users = [importlib.import_module(f"tgq_fast.kernels.{user}") for user in ("absorbed", "fused", "streams")]
+        users = [importlib.import_module(f"tgq_fast.kernels.{user}") for user in USERS_OF_SOFTMAX]
         monkeypatch.setitem(sys.modules, original.__name__, mutant)
         for user in users:
             short = user.__name__.rpartition(".")[2]

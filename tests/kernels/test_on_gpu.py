@@ -13,7 +13,7 @@ from torch import Tensor
 sys.path.append(str(Path(__file__).parents[1] / "ops"))
 from op_checks import DTYPES, check_cross, check_modulation, check_redundancy, check_streams
 
-from tgq_fast.kernels import absorbed, fused, modulation, streams
+from tgq_fast.kernels import absorbed, absorbed_backward, fused, modulation, streams, streams_backward
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -86,8 +86,8 @@ def test_large_absorbed() -> None:
         out, lse, d_q = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32), torch.empty_like(q)
         absorbed.forward(q, x, *(None,) * 4, 0.03, out, lse)
         delta = torch.ones_like(lse)
-        absorbed.backward_rows(q, x, *(None,) * 3, q, lse, delta, 0.03, d_q)
-        return out, lse, d_q, absorbed.backward_tokens(q, x, None, q, lse, delta, 0.03)
+        absorbed_backward.backward_rows(q, x, *(None,) * 3, q, lse, delta, 0.03, d_q)
+        return out, lse, d_q, absorbed_backward.backward_tokens(q, x, None, q, lse, delta, 0.03)
 
     assert_same_ends(run, q, x)
 
@@ -107,7 +107,7 @@ def test_large_streams() -> None:
 
     def run(q: Tensor) -> tuple[Tensor, ...]:
         out, lse, *_ = streams.forward(q, q, q, lengths, "block", True, None, 32, *(None,) * 3, 0.125, False)
-        return out, lse, *streams.backward(q, q, q, q, out, lse, lengths, "block", True, None, 32, 0.125)
+        return out, lse, *streams_backward.backward(q, q, q, q, out, lse, lengths, "block", True, None, 32, 0.125)
 
     assert_same_ends(run, q)
 

@@ -148,7 +148,7 @@ def absorbed_attention_backward(
 
     Sums over chunks run in order, in fp32.
     """
-    from tgq_fast.kernels import absorbed
+    from tgq_fast.kernels import absorbed, absorbed_backward
 
     batch, queries, width = q.shape
     head, visual_width = width // num_heads, visual.shape[2]
@@ -180,9 +180,9 @@ def absorbed_attention_backward(
         product = d_context[items].float() * context[items].float()
         delta = product.unflatten(-1, (num_heads, head)).sum(-1).transpose(1, 2).contiguous()
         given = (item_q, tokens, mask, *steer, item_pooled, item_lse, delta, scale)
-        absorbed.backward_rows(*given, item_d, d_scale[items])
+        absorbed_backward.backward_rows(*given, item_d, d_scale[items])
         if need_visual:
-            d_visual[items] = absorbed.backward_tokens(*given)
+            d_visual[items] = absorbed_backward.backward_tokens(*given)
         torch.bmm(d_absorbed, wk.transpose(1, 2), out=_per_head(d_q, num_heads)[:, rows])
         if need_k_weight:
             d_wk += torch.bmm(q_heads.transpose(1, 2), d_absorbed)
@@ -286,11 +286,11 @@ def stream_attention_backward(
     mask_first: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and guide_scale."""
-    from tgq_fast.kernels import streams
+    from tgq_fast.kernels import streams_backward
 
     a, e, t = lengths
     scale = q.shape[3] ** -0.5
-    *grads, d_scale = streams.backward(
+    *grads, d_scale = streams_backward.backward(
         d_out, q, k, v, out, lse, (a, e, t), mode, sees_text, key_mask, mask_first, guide, guide_scale, scale
     )
     return (*grads, d_scale.sum(0).t().contiguous())
