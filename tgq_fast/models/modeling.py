@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -20,18 +19,19 @@ from tgq_fast.data.images import PictureLike
 from tgq_fast.data.items import Item
 from tgq_fast.data.rejects import RejectLog
 from tgq_fast.defaults import plain_defaults, single_precision
-from tgq_fast.errors import ArgumentError, CheckpointError
+from tgq_fast.errors import ArgumentError
 from tgq_fast.models import checkpoint
-from tgq_fast.models.configuration import TGQFormerConfig, tower_digests
+from tgq_fast.models.configuration import TGQFormerConfig
 from tgq_fast.models.direct import DirectReadout
 from tgq_fast.models.dtypes import as_dtype
-from tgq_fast.models.encoding import FeatureExtractor, as_examples, progress_bar, stored_batches
+from tgq_fast.models.encoding import as_examples, progress_bar, stored_batches
 from tgq_fast.models.features import FeatureStore
 from tgq_fast.models.inference import in_run, packed_weights, running
 from tgq_fast.models.objective import weighted_losses
 from tgq_fast.models.outputs import ConnectorOutput, FrozenFeatures, TGQFormerOutput
 from tgq_fast.models.processing import PromptInputs, TGQFormerProcessor
 from tgq_fast.models.readers import ImageReader, LightReader, LLMReader, ReaderOutput, build_reader, merged_adapters
+from tgq_fast.models.tower_holder import TowerHolder
 from tgq_fast.models.towers import TextTower, VisionTower, load_text_tower, load_vision_tower
 from tgq_fast.models.whitening import Whitening
 from tgq_fast.models.zoo import connector_spec
@@ -40,14 +40,12 @@ from tgq_fast.ops.dispatch import requested_backend
 
 __all__ = ["TGQFormerModel"]
 
-logger = logging.getLogger(__name__)
-
 Encodable = Item | Mapping[str, Any] | Image.Image | str | Path
 _TEXT = "Give metadata as a row, such as {'category': 'Sofas', 'attributes.colour': 'blue'}: an item without a picture."
 _PACK_FROM = 64  # items from which repacking the connector's weights pays
 
 
-class TGQFormerModel(PreTrainedModel):
+class TGQFormerModel(TowerHolder, PreTrainedModel):
     """Items → embeddings.
 
     The frozen towers are no submodules: they are loaded by name on first use, never trained and never saved. A model
@@ -81,8 +79,6 @@ class TGQFormerModel(PreTrainedModel):
         self.reader: LightReader | LLMReader | ImageReader = build_reader(config)
         self.direct = DirectReadout(config) if config.direct_width else None
         self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init)))
-        self._extractor: FeatureExtractor | None = None
-        self._towers: tuple[VisionTower | None, TextTower | None] = (None, None)
 
     def _init_weights(self, module: nn.Module) -> None:
         """Nothing: every part initialises itself."""
@@ -126,73 +122,6 @@ class TGQFormerModel(PreTrainedModel):
         if whitening is not None and model.whitening is not None:
             model.whitening.load_state_dict(whitening.state_dict())
         return model.eval()
-
-    def set_towers(self, vision: VisionTower, text: TextTower) -> None:
-        """Use these loaded towers.
-
-        Raises:
-            ArgumentError: their widths are not the configuration's.
-            CheckpointError: the model was made with towers of other weights.
-        """
-        given = {
-            "visual_width": vision.width,
-            "global_width": vision.global_width,
-            "text_width": text.width,
-        }
-        for name, value in given.items():
-            if getattr(self.config, name) != value:
-                raise ArgumentError(name, value, f"{getattr(self.config, name)}, as in the model's configuration")
-        known = self.config.tower_digests or {}
-        for name, digest in tower_digests(vision, text).items():
-            held, dtype = known.get(name, digest), digest.split(":")[0]
-            if held == digest:
-                continue
-            if held.split(":")[0] != dtype:  # the same weights in another dtype have another digest, too
-                logger.warning("%s tower: %s weights cannot be told from the model's %s ones", name, dtype, held)
-                continue
-            raise CheckpointError(
-                f"{name} tower {getattr(self.config, f'{name}_tower')!r}: its weights or preprocessing are not those "
-                f"that this model was made with (digest {digest[:20]}…, expected {held[:20]}…); embeddings would "
-                "differ. Use the same files, or load the model with tower_digests=None to take these all the same"
-            )
-        self._towers, self._extractor = (vision, text), None
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Loaded towers hold functions and belong to this process; the copy loads them again on first use.
-        return {**self.__dict__, "_towers": (None, None), "_extractor": None}
-
-    @property
-    def vision_tower(self) -> VisionTower:
-        """The frozen vision tower, loaded on first use."""
-        return self._loaded_towers()[0]
-
-    @property
-    def text_tower(self) -> TextTower:
-        """The frozen text tower, loaded on first use."""
-        return self._loaded_towers()[1]
-
-    def _loaded_towers(self) -> tuple[VisionTower, TextTower]:
-        vision, text = self._towers
-        if vision is None or text is None:
-            config = self.config
-            vision = vision or load_vision_tower(config.vision_tower, attention=config.tower_attention)
-            text = text or load_text_tower(
-                config.text_tower, vision=vision, llm=config.llm, max_field_tokens=config.max_field_tokens
-            )
-            self.set_towers(vision, text)
-        return vision, text
-
-    @property
-    def processor(self) -> TGQFormerProcessor:
-        """A processor of this configuration."""
-        return self.extractor.processor
-
-    @property
-    def extractor(self) -> FeatureExtractor:
-        """Items → frozen features."""
-        if self._extractor is None:
-            self._extractor = FeatureExtractor(self.config, self._loaded_towers)
-        return self._extractor
 
     # ------------------------------------------------------------------ parameters
 
