@@ -1,0 +1,89 @@
+"""Configurations of runs from a preset, a catalogue and overrides."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from tgq_fast.errors import ArgumentError
+from tgq_fast.workflow.opening import load_towers
+
+if TYPE_CHECKING:
+    from tgq_fast.data import Catalog
+    from tgq_fast.models import TGQFormerConfig
+
+
+def make_config(
+    catalog: Catalog,
+    *,
+    preset: str,
+    connector: str = "tgq",
+    fields: Sequence[str] | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    match: bool = True,
+) -> TGQFormerConfig:
+    """Configuration of a run with the widths of its towers filled in.
+
+    Args:
+        catalog: fields are checked against it, and chosen from it when `fields` is None.
+        preset: "tiny", "paper" or "large".
+        connector: which connector; with `match` it gets as many trainable parameters as tgq would have.
+        overrides: further configuration fields.
+
+    Raises:
+        ArgumentError: unknown field, preset, connector or configuration field.
+    """
+    from tgq_fast.data.guides import suggest_fields
+    from tgq_fast.models import CONNECTORS, TGQFormerConfig, match_budget
+
+    known = catalog.field_names()
+    chosen = suggest_fields(catalog) if fields is None else list(fields)
+    unknown = [name for name in chosen if name not in known]
+    if unknown:
+        raise ArgumentError("--fields", ", ".join(unknown), "fields of this catalogue: " + ", ".join(known))
+    if connector not in CONNECTORS:
+        raise ArgumentError("--connector", repr(connector), "one of " + ", ".join(CONNECTORS))
+    defaults = TGQFormerConfig.preset(preset)
+    extra = dict(overrides or {})
+    wrong = [name for name in extra if name not in defaults.to_dict() or name in ("connector", "fields", "model_type")]
+    if wrong:
+        raise ArgumentError("--set", ", ".join(wrong), "fields of TGQFormerConfig; fields and connector have options")
+    config = TGQFormerConfig.preset(preset, **(extra | {"fields": chosen}))
+    config = config.with_towers(*load_towers(config))
+    if connector == "tgq":
+        return config
+    if match and "intermediate_size" not in extra:
+        return match_budget(config, connector)
+    return config.with_connector(connector)
+
+
+def connector_table(preset: str, overrides: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
+    """Per connector, at the budget of the preset's tgq: what it does, its source, tokens, trainable parameters and
+    multiply-accumulates per item. No tower is loaded: widths and L are the configuration's.
+
+    Raises:
+        ArgumentError: an unknown configuration field, or a connector that cannot have these sizes.
+    """
+    from tgq_fast.models import CONNECTORS, TGQFormerConfig, match_budget
+    from tgq_fast.models.flops import connector_cost
+
+    config = TGQFormerConfig.preset(preset)
+    extra = dict(overrides or {})
+    if wrong := [name for name in extra if name not in config.to_dict() or name in ("connector", "model_type")]:
+        raise ArgumentError("--set", ", ".join(wrong), "fields of TGQFormerConfig")
+    config = TGQFormerConfig.preset(preset, **extra)
+    rows = []
+    for name, spec in CONNECTORS.items():
+        cost = connector_cost(match_budget(config, name))
+        rows.append(
+            {
+                "connector": name,
+                "what it does": spec.summary,
+                "source": spec.source,
+                "reader sees metadata": spec.reader_sees_metadata,
+                "tokens": spec.tokens(config),
+                "parameters": cost.parameters,
+                "macs": cost.macs,
+            }
+        )
+    return rows

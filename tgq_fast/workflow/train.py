@@ -1,0 +1,122 @@
+"""Train a run folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from tgq_fast import console
+from tgq_fast.workflow.opening import REFUSED_ROWS, Policy, load_towers
+
+if TYPE_CHECKING:
+    from tgq_fast.data import Catalog
+    from tgq_fast.models import TGQFormerConfig
+
+DEFAULT_VIEWS = 4
+"""Corrupted views of each training picture."""
+
+
+def steps_per_epoch(catalog: Catalog, batch_size: int) -> int:
+    """Optimiser steps in one pass over the items that have a training pair."""
+    import numpy as np
+
+    pairs = catalog.split_pairs("train")
+    return max(1, len(np.union1d(pairs.query, pairs.target)) // batch_size)
+
+
+def default_epochs(catalog: Catalog, batch_size: int) -> int:
+    """As many epochs as make about 300 steps, but at least 4 and at most 40."""
+    return min(40, max(4, round(300 / steps_per_epoch(catalog, batch_size))))
+
+
+def train_run(
+    catalog: Catalog,
+    config: TGQFormerConfig,
+    out: Path,
+    *,
+    epochs: int | None = None,
+    seed: int,
+    batch_size: int,
+    lr: float,
+    bf16: bool | None = None,
+    resume: bool = False,
+    views: int = DEFAULT_VIEWS,
+    keep: Literal["best", "trained"] = "best",
+    cache: Path | None = None,
+    on_error: Policy = "raise",
+) -> dict[str, Any]:
+    """Train a run folder; returns its summary. Without `epochs`, see :func:`default_epochs`.
+
+    Args:
+        keep: "trained" keeps the trained model where the frozen feature is better on validation, too.
+        views: corrupted views of each training picture, which training draws from; 0: none.
+    """
+    from tgq_fast.data import RejectLog
+    from tgq_fast.training import train
+
+    epochs = epochs or default_epochs(catalog, batch_size)
+    with console.progress("training") as advance:
+        steps = 0
+
+        def on_event(event: Mapping[str, Any]) -> None:
+            nonlocal steps
+            kind = event["event"]
+            if kind == "start":
+                steps = int(event["steps"])
+            elif kind == "features":
+                advance(event["done"], event["total"], "frozen features")
+            if kind in ("start", "step", "checkpoint"):
+                advance(event["step"], steps, "training")
+            if kind == "floor":
+                console.note(f"{event['name']} (no training): validation HR@10 {event['HR@10']:.3f}")
+            if kind == "evaluation":
+                found = {n: v for n, v in event.items() if isinstance(v, float) and n.endswith("/HR@10")}
+                for name, value in found.items():
+                    console.note(f"step {event['step']}: {name} {value:.3f}")
+
+        corrupted = None
+        if views and config.view_share:
+            from tgq_fast.models.views import ViewRecipe, training_views
+
+            corrupted = training_views(
+                catalog,
+                load_towers(config)[0],
+                ViewRecipe(per_item=views),
+                cache_dir=cache,
+                progress=lambda done, total: advance(done, total, "training views"),
+            )
+        result = train(
+            catalog,
+            config,
+            out=out,
+            epochs=epochs,
+            seed=seed,
+            batch_size=batch_size,
+            lr=lr,
+            bf16=bf16,
+            keep=keep,
+            resume=resume,
+            log_steps=2 if steps_per_epoch(catalog, batch_size) < 20 else 10,
+            on_error=on_error,
+            cache_dir=cache,
+            towers=load_towers(config),
+            views=corrupted,
+            on_event=on_event,
+        )
+    if catalog.report.rejected:
+        RejectLog(out / REFUSED_ROWS).add_report(catalog.report)
+    summary = {
+        "run": str(result.path),
+        "connector": config.connector,
+        "fields": list(config.fields),
+        "epochs": epochs,
+        "steps": result.steps,
+        "best_step": result.best_step,
+        "validation_HR@10": result.best_metric,
+        "verdict": (result.manifest["result"].get("verdict") or {}).get("words"),
+        "resumed_from": result.resumed_from,
+        "trainable_parameters": result.manifest["result"]["trainable_parameters"],
+        "seed": seed,
+    }
+    return summary
