@@ -164,3 +164,8 @@ def tiny_config(vision: Path, text: Path | str, **overrides: object) -> TGQForme
         "field_dropout": 0.5,
     }
     return TGQFormerConfig(**{**values, **overrides})  # type: ignore[arg-type]
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Every file of a cache by relative path; the location-free name of the cache is its key."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
