@@ -24,11 +24,27 @@ tgq::Matrix matrix(const py::tuple& fields) {
           static_cast<tgq::DType>(fields[5].cast<int>())};
 }
 
-// A shadow as topk_native.py passes it: (codes, width, scale, norm, error), addresses but for the width.
-tgq::Shadow shadow_of(const py::tuple& fields) {
-  const auto values = [&](int i) { return reinterpret_cast<const float*>(fields[i].cast<std::uintptr_t>()); };
-  return {reinterpret_cast<const std::uint8_t*>(fields[0].cast<std::uintptr_t>()), fields[1].cast<std::int64_t>(), values(2),
-          values(3), values(4)};
+// Codes as topk_native.py passes them: (bytes, plane stride, first lines, lines, scale, rest, mean, rotation, defect, steps, norms,
+// second level), the arrays by address.
+tgq::Codes codes_of(const py::tuple& fields) {
+  const auto values = [](const py::handle& at) { return reinterpret_cast<const float*>(at.cast<std::uintptr_t>()); };
+  tgq::Codes codes;
+  codes.bytes = reinterpret_cast<const std::uint8_t*>(fields[0].cast<std::uintptr_t>());
+  codes.plane_stride = fields[1].cast<std::int64_t>();
+  codes.first_lines = fields[2].cast<int>();
+  codes.lines = fields[3].cast<int>();
+  codes.scale = values(fields[4]);
+  const auto steps = fields[9].cast<py::tuple>(), norms = fields[10].cast<py::tuple>();
+  for (std::size_t level = 0; level < steps.size(); ++level) {
+    codes.step[level] = steps[level].cast<float>();
+    codes.norm[level] = norms[level].cast<float>();
+  }
+  codes.rest = values(fields[5]);
+  codes.mean = values(fields[6]);
+  codes.rotation = values(fields[7]);
+  codes.defect = fields[8].cast<float>();
+  codes.second = reinterpret_cast<const std::uint16_t*>(fields[11].cast<std::uintptr_t>());
+  return codes;
 }
 
 tgq::Tuning tuning_of(const py::dict& options) {
@@ -36,6 +52,7 @@ tgq::Tuning tuning_of(const py::dict& options) {
   for (const auto& [key, value] : options) {
     const std::string name = py::str(key);
     if (name == "use_filter") tuning.use_filter = value.cast<int>();
+    else if (name == "use_codes") tuning.use_codes = value.cast<int>();
     else if (name == "sample_stride") tuning.sample_stride = value.cast<int>();
     else if (name == "use_self_join") tuning.use_self_join = value.cast<int>();
     else if (name == "query_tile") tuning.query_tile = value.cast<std::int64_t>();
@@ -55,7 +72,7 @@ tgq::Tuning tuning_of(const py::dict& options) {
 int search_cpu(const py::tuple& queries, const py::tuple& pool, std::uint32_t k, std::uintptr_t exclude,
                std::int64_t exclude_width, std::uintptr_t scores, std::uintptr_t rows, int threads, bool self_join,
                const py::object& progress, const py::object& isa, const py::dict& tuning, const py::object& counters,
-               const py::object& shadow, std::uintptr_t allowed) {
+               const py::object& codes, std::uintptr_t allowed) {
   tgq::Request request;
   request.queries = matrix(queries);
   request.pool = matrix(pool);
@@ -67,7 +84,7 @@ int search_cpu(const py::tuple& queries, const py::tuple& pool, std::uint32_t k,
   request.rows = reinterpret_cast<std::int64_t*>(rows);
   request.threads = threads;
   request.self_join = self_join;
-  if (!shadow.is_none()) request.shadow = shadow_of(shadow.cast<py::tuple>());
+  if (!codes.is_none()) request.codes = codes_of(codes.cast<py::tuple>());
   const std::string isa_name = isa.is_none() ? std::string() : isa.cast<std::string>();
   request.isa = isa.is_none() ? nullptr : isa_name.c_str();
   request.tuning = tuning_of(tuning);
@@ -101,12 +118,27 @@ int search_cpu(const py::tuple& queries, const py::tuple& pool, std::uint32_t k,
   return static_cast<int>(status);
 }
 
-int build_shadow(const py::tuple& pool, std::uintptr_t codes, std::uintptr_t scale, std::uintptr_t norm, std::uintptr_t error,
-                 int threads) {
-  const tgq::Matrix rows = matrix(pool);
-  const py::gil_scoped_release unlocked;
-  return static_cast<int>(tgq::build_shadow(rows, reinterpret_cast<std::uint8_t*>(codes), reinterpret_cast<float*>(scale),
-                                            reinterpret_cast<float*>(norm), reinterpret_cast<float*>(error), threads));
+// Rows as tgq_fast/retrieval/codes.py passes them. Returns (step, norm, energy in the first level, energy).
+py::tuple encode_codes(std::uintptr_t turned, std::uintptr_t coded, std::int64_t count, std::int64_t first_row, const py::tuple& lines,
+                       double spread, const py::tuple& arrays) {
+  tgq::EncodeRequest request{};
+  request.turned = reinterpret_cast<const double*>(turned);
+  request.coded = reinterpret_cast<const std::uint8_t*>(coded);
+  request.count = count;
+  request.first_row = first_row;
+  request.first_lines = lines[0].cast<int>();
+  request.lines = lines[1].cast<int>();
+  request.bytes = reinterpret_cast<std::uint8_t*>(arrays[0].cast<std::uintptr_t>());
+  request.plane_stride = arrays[1].cast<std::int64_t>();
+  request.scale = reinterpret_cast<float*>(arrays[2].cast<std::uintptr_t>());
+  request.rest = reinterpret_cast<float*>(arrays[3].cast<std::uintptr_t>());
+  request.spread = spread;
+  tgq::EncodedFacts facts;
+  {
+    const py::gil_scoped_release unlocked;
+    tgq::encode_codes(request, facts);
+  }
+  return py::make_tuple(facts.step, facts.norm, facts.inside, facts.energy);
 }
 
 // ---- inference: called by tgq_fast/ops/matrix_unit.py, which checks shapes -------------------------------------------------
@@ -251,9 +283,8 @@ PYBIND11_MODULE(_C, module) {
   module.def("search_cpu", &search_cpu, py::arg("queries"), py::arg("pool"), py::arg("k"), py::arg("exclude"),
              py::arg("exclude_width"), py::arg("scores"), py::arg("rows"), py::arg("threads"), py::arg("self_join"),
              py::arg("progress"), py::arg("isa"), py::arg("tuning"), py::arg("counters"),
-             py::arg("shadow") = py::none(), py::arg("allowed") = 0);
-  module.def("build_shadow", &build_shadow, py::arg("pool"), py::arg("codes"), py::arg("scale"), py::arg("norm"),
-             py::arg("error"), py::arg("threads"));
+             py::arg("codes") = py::none(), py::arg("allowed") = 0);
+  module.def("encode_codes", &encode_codes);
   module.def("has_matrix_unit", &tgq::has_matrix_unit);
   module.def("packed_bytes", [](const py::tuple& shape) { return tgq::packed_bytes(packed_shape(shape)); });
   module.def("pack_weights", &pack_weights);

@@ -16,7 +16,7 @@ from torch import Tensor
 from benchmarks.cases.faiss_process import Avx2Process
 from benchmarks.registry import Call, Setting, UnavailableError, Variant
 from tgq_fast.errors import ArgumentError, BackendError
-from tgq_fast.retrieval import TopK, build_shadow, topk, topk_cuda
+from tgq_fast.retrieval import TopK, build_codes, topk, topk_cuda
 
 _TILE_ROWS = 65536
 _WHOLE_BYTES = {"cpu": 4 << 30, "cuda": 24 << 30}  # a score matrix above this is not tried
@@ -69,7 +69,7 @@ def variants(problem: Problem, setting: Setting) -> list[Variant]:
         if problem.pool.dtype is torch.float32:
             found.append(Variant("faiss-gpu flat", "peer", lambda: _faiss_gpu(problem)))
         return found
-    found.append(Variant("tgq_fast, stored shadow", "ours", lambda: _ours_shadow(problem)))
+    found.append(Variant("tgq_fast, stored codes", "ours", lambda: _ours_codes(problem)))
     if problem.queries[0] is problem.pool:
         found.append(Variant("tgq_fast, not as a self-join", "ours", lambda: _ours_square(problem)))
     found.append(Variant("tgq_fast, AVX2 forced", "ours", lambda: _ours_isa(problem, "avx2")))
@@ -91,16 +91,16 @@ def _ours(problem: Problem, backend: str = "auto") -> Call:
     return call
 
 
-def _ours_shadow(problem: Problem) -> Call:
-    """With the byte codes of the pool made beforehand, as an item pool keeps them on disk."""
+def _ours_codes(problem: Problem) -> Call:
+    """With the codes of the pool made beforehand, as an item pool keeps them on disk."""
     try:
-        shadow = build_shadow(problem.pool, problem.threads)
+        codes = build_codes(problem.pool)
     except BackendError as error:
         raise UnavailableError(str(error)) from error
 
     def call(i: int) -> Tensor:
         queries, threads = problem.queries[i], problem.threads
-        return topk(queries, problem.pool, problem.k, num_threads=threads, shadow=shadow).indices
+        return topk(queries, problem.pool, problem.k, num_threads=threads, codes=codes).indices
 
     return call
 

@@ -3,6 +3,8 @@
 #include <cstring>
 #include <iterator>
 
+#include "cpu/codes.h"
+#include "cpu/cost.h"
 #include "cpu/kernels.h"
 #include "tgq/search.h"
 
@@ -19,13 +21,22 @@ namespace {
 
 constexpr int kMaxIsas = 6;
 
+//                              exact    pair  column  bound  line  panel
+constexpr Costs kScalar{         8.0,     0.0,  0.0,    20.0,  60.0, 1};
+#if defined(TGQ_X86)
+constexpr Costs kAvx2{           0.03,    0.4,  0.014,   1.0,  1.5,  1};
+constexpr Costs kAvx2Vnni{       0.03,    0.4,  0.010,   0.9,  1.0,  1};
+constexpr Costs kAvx512Vnni{     0.02,    0.2,  0.0078,  0.5,  0.67, 1};
+constexpr Costs kAmx{            0.02,    0.1,  0.0017,  0.1,  0.125, 16};
+#endif
+
 struct Registry {
   Isa isas[kMaxIsas];
   const char* names[kMaxIsas + 1] = {};
   int count = 0;
 
-  void add(const char* name, const Kernels& kernels, const Filter* filter, const Filter* byte_filter) {
-    isas[count] = {name, &kernels, filter, byte_filter};
+  void add(const char* name, const Kernels& kernels, const Filter* filter, const CodeKernels& codes, const Costs& costs) {
+    isas[count] = {name, &kernels, filter, &codes, &costs};
     names[count++] = name;
   }
 };
@@ -55,19 +66,19 @@ bool amx_permitted() {
 const Registry& registry() {
   static const Registry found = [] {
     Registry r;
-    r.add("scalar", scalar_kernels(), nullptr, nullptr);
+    r.add("scalar", scalar_kernels(), nullptr, scalar_code_kernels(), kScalar);
 #if defined(TGQ_X86)
     __builtin_cpu_init();
     if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return r;
-    r.add("avx2", avx2_kernels(), &avx2_filter(), &avx2_filter());
-    if (feature(7, 1, Register::eax, 4)) r.add("avx2vnni", avx2_kernels(), &avx2vnni_filter(), &avx2vnni_filter());
+    r.add("avx2", avx2_kernels(), &avx2_filter(), avx2_code_kernels(), kAvx2);
+    if (feature(7, 1, Register::eax, 4)) r.add("avx2vnni", avx2_kernels(), &avx2vnni_filter(), avx2vnni_code_kernels(), kAvx2Vnni);
     if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512dq") ||
         !__builtin_cpu_supports("avx512vl"))
       return r;
-    r.add("avx512", avx512_kernels(), &avx2_filter(), &avx2_filter());
+    r.add("avx512", avx512_kernels(), &avx2_filter(), avx2_code_kernels(), kAvx2);
     if (!__builtin_cpu_supports("avx512vnni")) return r;
-    r.add("avx512vnni", avx512_kernels(), &avx512vnni_filter(), &avx512vnni_filter());
-    if (amx_permitted()) r.add("amx", avx512_kernels(), &amx_filter(), &amx_byte_filter());
+    r.add("avx512vnni", avx512_kernels(), &avx512vnni_filter(), avx512vnni_code_kernels(), kAvx512Vnni);
+    if (amx_permitted()) r.add("amx", avx512_kernels(), &amx_filter(), amx_code_kernels(), kAmx);
 #endif
     return r;
   }();

@@ -158,15 +158,18 @@ const Filter& avx2_filter();
 const Filter& avx2vnni_filter();
 const Filter& avx512vnni_filter();
 const Filter& amx_filter();
-const Filter& amx_byte_filter();
 #endif
+
+struct CodeKernels;
+struct Costs;
 
 // What a search runs with.
 struct Isa {
   const char* name;
   const Kernels* kernels;
-  const Filter* filter;       // null: none that pays
-  const Filter* byte_filter;  // reads a stored shadow; null: none that pays
+  const Filter* filter;  // null: none that pays
+  const CodeKernels* code_kernels;
+  const Costs* costs;
 };
 
 // Null when the name is unknown or the machine cannot run it. A null name asks for TGQ_ISA, else the best.

@@ -252,12 +252,5 @@ const Filter& amx_filter() {
   return filter;
 }
 
-const Filter& amx_byte_filter() {
-  const Filter& vector = avx512vnni_filter();  // part of every processor with this unit
-  static const Filter filter{"amx bytes",        1,     vector.encode_rows, vector.encode_queries, nullptr, filter_block<true>,
-                             raise_maxima<true>, begin, end};
-  return filter;
-}
-
 }  // namespace tgq
 #endif

@@ -2,6 +2,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "cpu/half.h"
 #include "cpu/kernels.h"
 #include "tgq/search.h"
 #include "tgq/selection.h"
@@ -40,17 +41,6 @@ int collect(const float* scores, int count, float floor, const float* floors, ui
   for (int i = 0; i < count; ++i)
     if (scores[i] >= floor || (floors != nullptr && scores[i] >= floors[i])) positions[found++] = static_cast<uint32_t>(i);
   return found;
-}
-
-float half_value(uint16_t half) {
-  const uint32_t sign = static_cast<uint32_t>(half & 0x8000u) << 16;
-  const uint32_t exponent = (half >> 10) & 31u, fraction = half & 0x3ffu;
-  if (exponent == 31) return bits_float(sign | 0x7f800000u | (fraction << 13));
-  if (exponent == 0) {
-    const float magnitude = static_cast<float>(fraction) * 0x1p-24f;
-    return sign ? -magnitude : magnitude;
-  }
-  return bits_float(sign | ((exponent + 112) << 23) | (fraction << 13));
 }
 
 void half_to_float(const uint16_t* from, int64_t count, float* to) {

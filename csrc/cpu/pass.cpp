@@ -4,6 +4,7 @@
 #include <functional>
 #include <thread>
 
+#include "cpu/code_scanner.h"
 #include "cpu/columns.h"
 #include "cpu/settle.h"
 
@@ -34,11 +35,14 @@ Pass::Pass(const ScanPlan& plan, std::int64_t num_queries, const Cut& cut, Progr
 }
 
 void Pass::work(int index) {
-  Scanner scanner(plan_);
+  const std::unique_ptr<Scanner> own = plan_.codes == nullptr ? std::make_unique<Scanner>(plan_) : std::make_unique<CodeScanner>(plan_);
+  Scanner& scanner = *own;
   if (plan_.filter != nullptr) plan_.filter->begin();
+  if (plan_.codes != nullptr) plan_.code_kernels->begin();
   const std::size_t start = num_tiles_ * static_cast<std::size_t>(index) / static_cast<std::size_t>(cut_.threads);
   for (std::size_t i = 0; i < num_tiles_ && !progress_.stop; ++i) join(tiles_[(start + i) % num_tiles_], scanner);
   if (plan_.filter != nullptr) plan_.filter->end();
+  if (plan_.codes != nullptr) plan_.code_kernels->end();
   // Whoever finds no more rows to scan waits for those that still do, and helps to merge.
   for (std::size_t i = 0; i < num_tiles_ && columns_ == nullptr; ++i) {
     while (!tiles_[i].ready.load(std::memory_order_acquire) && !progress_.stop) std::this_thread::yield();
@@ -107,7 +111,6 @@ void Pass::leave(Tile& tile, Scanner& scanner) {
     share.keys_end.push_back(share.keys.size());
     share.pending.insert(share.pending.end(), scanner.pending(q), scanner.pending(q) + scanner.pending_count(q));
     share.pending_end.push_back(share.pending.size());
-    share.margin.push_back(scanner.largest_margin(q));
   }
   if (columns_ != nullptr) return;
   {
@@ -138,17 +141,15 @@ void Pass::merge(Tile& tile) {
       Candidates best{keys.data(), plan_.capacity, plan_.k, 0, plan_.floors == nullptr ? kNoKey : plan_.floors[position]};
       if (tile.nan[at]) best.floor = ~kNoKey;  // all its scores are NaN
       pending.clear();
-      float margin = 0;
       for (const Share& share : tile.shares) {
         for (std::size_t i = q == 0 ? 0 : share.keys_end[at - 1]; i < share.keys_end[at]; ++i) best.push(share.keys[i]);
         const auto from = share.pending.begin();
         pending.insert(pending.end(), from + static_cast<std::ptrdiff_t>(q == 0 ? 0 : share.pending_end[at - 1]),
                        from + static_cast<std::ptrdiff_t>(share.pending_end[at]));
-        margin = share.margin[at] <= margin ? margin : share.margin[at];  // NaN stays
       }
       if (!pending.empty()) {
         reader.read_row(plan_.query_id(position), query.data());
-        rescored += settler.settle(query.data(), plan_.query_id(position), margin, pending.data(),
+        rescored += settler.settle(query.data(), plan_.query_id(position), pending.data(),
                                    static_cast<std::uint32_t>(pending.size()), best);
       }
       best.compact();

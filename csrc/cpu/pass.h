@@ -34,7 +34,6 @@ struct Share {
   std::vector<Key> keys;
   std::vector<Pending> pending;
   std::vector<std::size_t> keys_end, pending_end;  // [queries]
-  std::vector<float> margin;                       // [queries]
 };
 
 // A tile of queries that several threads may scan together, each other rows.
@@ -49,7 +48,7 @@ struct Tile {
   std::vector<unsigned char> nan;       // [count]
   std::atomic<bool> ready{false};       // all shares are there
   std::atomic<std::int64_t> next_query{0}, finished{0};
-  std::vector<float> maxima, mean_margin;  // of a sample: the largest of all threads
+  std::vector<float> maxima, mean_margin, fine_margin;  // of a sample: the largest of all threads
 };
 
 // Threads claim ranges of rows of a tile from a common counter; each keeps its own buffers. When all rows of a tile are scanned,

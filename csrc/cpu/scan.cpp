@@ -44,7 +44,7 @@ Scanner::Scanner(const ScanPlan& plan)
       hits_(plan.filter == nullptr
                 ? 0
                 : static_cast<std::size_t>(plan.block_rows / kPanel * kDense + kPanel * kPanel)),
-      pending_(plan.filter == nullptr ? 0 : static_cast<std::size_t>(plan.max_tile) * plan.pending),
+      pending_(static_cast<std::size_t>(plan.max_tile) * plan.pending),
       pending_count_(static_cast<std::size_t>(plan.max_tile)) {
   maxima_.resize(static_cast<std::size_t>(padded_tile_ * plan.slots));
   stored_codes_ = plan.filter != nullptr && plan.filter->measure_rows != nullptr && plan.row_ids == nullptr && plan.pool.dtype == DType::bf16 &&
@@ -52,7 +52,6 @@ Scanner::Scanner(const ScanPlan& plan)
   for (std::size_t q = 0; q < candidates_.size(); ++q)
     candidates_[q] = {keys_.data() + q * plan.capacity, plan.capacity, plan.k, 0, kNoKey};
   if (plan.filter == nullptr) return;
-  if (plan.pending > 0) settler_ = std::make_unique<Settler>(plan);
   offset_.resize(static_cast<std::size_t>(padded_tile_));
   for (auto* values : {&unit_, &slope_, &lift_}) values->resize(static_cast<std::size_t>(padded_tile_));
   for (auto* values : {&scale_, &norm_, &error_}) values->resize(static_cast<std::size_t>(std::max(plan.block_rows, kPanel)));
@@ -68,7 +67,6 @@ void Scanner::load_queries(std::int64_t begin, std::int64_t count) {
   scanned_ = 0;
   direct_blocks_ = 0;
   std::fill(pending_count_.begin(), pending_count_.end(), 0);
-  largest_norm_ = largest_error_ = 0;
   std::fill(maxima_.begin(), maxima_.end(), -std::numeric_limits<float>::infinity());
   norm_sum_ = error_sum_ = 0;
   groups_ = 0;
@@ -226,39 +224,19 @@ void Scanner::read_rows(std::int64_t first, int count) {
 
 void Scanner::encode(std::int64_t first, int count) {
   const int padded = static_cast<int>(pad(count, kPanel));
-  const bool own = plan_.shadow.codes == nullptr && !stored_codes_;
   block_.codes = codes_.data();
   block_.stride = plan_.row_bytes;
-  if (own) {
+  if (!stored_codes_) {
     if (rows_ == nullptr) read_rows(first, count);
     plan_.filter->encode_rows(rows_, row_stride_, count, plan_.width, plan_.row_bytes, codes_.data(), scale_.data(),
                               norm_.data(), error_.data());
   } else {
-    const std::uint8_t* codes = nullptr;
-    std::int64_t stride = 0;
-    if (stored_codes_) {
-      const std::uint16_t* stored = pool_.halves(first);
-      plan_.filter->measure_rows(stored, plan_.pool.row_stride, count, plan_.pool.cols, norm_.data(), error_.data());
-      codes = reinterpret_cast<const std::uint8_t*>(stored);
-      stride = plan_.pool.row_stride * 2;
-    } else {
-      const std::int64_t step = plan_.shadow_step;
-      for (int r = 0; r < count; ++r) {
-        const auto to = static_cast<std::size_t>(r);
-        const std::int64_t from = plan_.row_ids == nullptr ? (first + r) * step : plan_.row_ids[first + r];
-        scale_[to] = plan_.shadow.scale[from];
-        norm_[to] = plan_.shadow.norm[from];
-        error_[to] = plan_.shadow.error[from];
-      }
-      codes = plan_.shadow.codes + first * step * plan_.shadow.width;
-      stride = step * plan_.shadow.width;
-    }
+    const std::uint16_t* stored = pool_.halves(first);
+    plan_.filter->measure_rows(stored, plan_.pool.row_stride, count, plan_.pool.cols, norm_.data(), error_.data());
+    const auto* codes = reinterpret_cast<const std::uint8_t*>(stored);
+    const std::int64_t stride = plan_.pool.row_stride * 2;
     for (auto* values : {&scale_, &norm_, &error_}) std::fill(values->begin() + count, values->begin() + padded, 0.0f);
-    if (plan_.row_ids != nullptr) {
-      for (int r = 0; r < padded; ++r)
-        std::memcpy(codes_.data() + r * plan_.row_bytes, plan_.shadow.codes + plan_.row_ids[first + std::min(r, count - 1)] * plan_.shadow.width,
-                    static_cast<std::size_t>(plan_.row_bytes));
-    } else if (count == padded) {
+    if (count == padded) {
       block_.codes = codes;
       block_.stride = stride;
     } else {  // the filter reads whole groups: not beyond the end of the memory
@@ -273,8 +251,6 @@ void Scanner::encode(std::int64_t first, int count) {
     const auto at = static_cast<std::size_t>(g);
     group_norm_[at] = *std::max_element(norm_.begin() + g * kPanel, norm_.begin() + (g + 1) * kPanel);
     group_error_[at] = *std::max_element(error_.begin() + g * kPanel, error_.begin() + (g + 1) * kPanel);
-    largest_norm_ = std::max(largest_norm_, group_norm_[at]);
-    largest_error_ = std::max(largest_error_, group_error_[at]);
   }
   block_.scale = scale_.data();
   block_.group_norm = group_norm_.data();
@@ -283,10 +259,7 @@ void Scanner::encode(std::int64_t first, int count) {
 }
 
 Ahead Scanner::memory_ahead(std::int64_t first, std::int64_t count) const {
-  if (plan_.row_ids != nullptr) return {};
-  if (plan_.shadow.codes == nullptr) return pool_.memory(first, count);
-  const std::int64_t stride = plan_.shadow.width * plan_.shadow_step;
-  return {reinterpret_cast<const char*>(plan_.shadow.codes) + first * stride, stride, plan_.shadow.width, count};
+  return plan_.row_ids == nullptr ? pool_.memory(first, count) : Ahead{};
 }
 
 // Each panel fetches its share of the rows to come.
@@ -308,11 +281,13 @@ void Scanner::scan_filtered(std::int64_t first, int count, std::int64_t ahead, C
   for (std::int64_t p = 0; p < num_queries_; p += kPanel) {
     block_.ahead = share_ahead(first + count, ahead, p);
     const int hits = plan_.filter->filter_block(block_, panel(p), hits_.data(), dense_.data());
-    if (hits > 0 && plan_.pending > 0) put_off(p, hits, first, count);
-    else if (hits > 0) rescore(p, hits, first, count, columns);
+    for (int h = 0; h < hits; ++h) {
+      const FilterHit& hit = hits_[static_cast<std::size_t>(h)];
+      rescore(p + hit.query, hit.row, first, count, columns);
+    }
     for (int g = 0; g < block_.groups; ++g) {
       if (!dense_[static_cast<std::size_t>(g)]) continue;
-      score_dense(p, g, first, count, columns);
+      score_dense(p, g * kPanel, std::min(kPanel, count - g * kPanel), first, columns);
       ++dense_tiles;
     }
     tiles += block_.groups;
@@ -364,38 +339,10 @@ float Scanner::mean_margin(std::int64_t q) const {
   return static_cast<float>((slope_[i] * norm_sum_ + lift_[i] * error_sum_) / static_cast<double>(groups_));
 }
 
-float Scanner::largest_margin(std::int64_t q) const {
-  const auto i = static_cast<std::size_t>(q);
-  return plan_.filter == nullptr ? 0.0f : slope_[i] * largest_norm_ + lift_[i] * largest_error_ + margin_.absolute;
-}
-
-void Scanner::put_off(std::int64_t panel, int hits, std::int64_t first, int count) {
-  for (int h = 0; h < hits; ++h) {
-    const FilterHit& hit = hits_[static_cast<std::size_t>(h)];
-    const std::int64_t q = panel + hit.query;
-    if (hit.row >= count || q >= num_queries_ || !plan_.is_allowed(first + hit.row)) continue;  // padding, or never a hit
-    std::uint32_t& at = pending_count_[static_cast<std::size_t>(q)];
-    if (at == plan_.pending) settle(q);
-    pending_[static_cast<std::size_t>(q * plan_.pending + at++)] = {hit.score, static_cast<std::uint32_t>(first + hit.row)};
-  }
-}
-
-void Scanner::settle(std::int64_t q) {
-  Candidates& best = candidates_[static_cast<std::size_t>(q)];
-  std::uint32_t& count = pending_count_[static_cast<std::size_t>(q)];
-  counters_.rescored += settler_->settle(queries_.data() + q * plan_.width, plan_.query_id(begin_ + q), largest_margin(q),
-                                         pending_.data() + q * plan_.pending, count, best);
-  count = 0;
-  risen_.push_back(q);
-}
-
-void Scanner::rescore(std::int64_t panel, int hits, std::int64_t first, int count, Columns* columns) {
-  for (int h = 0; h < hits; ++h) {
-    const FilterHit& hit = hits_[static_cast<std::size_t>(h)];
-    if (hit.row >= count || panel + hit.query >= num_queries_) continue;  // padding
-    batch_.push_back({panel + hit.query, hit.row});
-    if (batch_.size() == kBatch) score_batch(first, columns);
-  }
+void Scanner::rescore(std::int64_t q, int row, std::int64_t first, int count, Columns* columns) {
+  if (row >= count || q >= num_queries_) return;  // padding
+  batch_.push_back({q, row});
+  if (batch_.size() == kBatch) score_batch(first, columns);
 }
 
 void Scanner::score_batch(std::int64_t first, Columns* columns) {
@@ -415,7 +362,7 @@ void Scanner::score_batch(std::int64_t first, Columns* columns) {
 const float* Scanner::row(std::int64_t first, int at, int slot) {
   if (rows_ != nullptr) {
     const float* found = rows_ + at * row_stride_;
-    if (plan_.shadow.codes != nullptr)  // nobody has read it yet
+    if (plan_.codes != nullptr)  // nobody has read it yet
       for (std::int64_t d = 0; d < plan_.width; d += 16) __builtin_prefetch(found + d, 0, 2);
     return found;
   }
@@ -424,8 +371,7 @@ const float* Scanner::row(std::int64_t first, int at, int slot) {
   return to;
 }
 
-void Scanner::score_dense(std::int64_t panel, int group, std::int64_t first, int count, Columns* columns) {
-  const int begin = group * kPanel, part = std::min(kPanel, count - begin);
+void Scanner::score_dense(std::int64_t panel, int begin, int part, std::int64_t first, Columns* columns) {
   const int queries = static_cast<int>(std::min<std::int64_t>(kPanel, num_queries_ - panel));
   std::int64_t stride = row_stride_;
   const float* rows = rows_ != nullptr ? rows_ + begin * stride : pool_.read(first + begin, part, row_scratch_.data(), &stride);

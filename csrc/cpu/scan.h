@@ -52,12 +52,14 @@ class RowReader {
   bool in_place_;
 };
 
-// A hit of the filter whose exact score is not known yet.
+// A hit of the code filter whose exact score is not known yet.
 struct Pending {
-  float score;  // the filter's
+  float bound;  // not below the exact score
   std::uint32_t row;
 };
 
+struct CodeKernels;
+class PreparedQueries;
 class Settler;
 
 // What all threads of one pass over the pool share.
@@ -77,8 +79,11 @@ struct ScanPlan {
   int run = 0;               // Maxima::run
   const Kernels* kernels = nullptr;
   const Filter* filter = nullptr;  // null: score everything exactly
-  Shadow shadow;                   // codes of the pool for a byte filter; no codes: the filter encodes rows as it goes
-  std::int64_t shadow_step = 1;    // row i of the pool is row i * shadow_step of the shadow
+  const Codes* codes = nullptr;    // of the pool; then `filter` is null
+  const CodeKernels* code_kernels = nullptr;
+  const PreparedQueries* prepared = nullptr;
+  std::int64_t group_step = 1;     // a sample of codes: group g is group g * group_step of the pool
+  const float* bias = nullptr;     // a sample of codes: per pool row, -infinity where it is not allowed
   std::int64_t width = 0;          // D padded to kLanes
   std::int64_t row_bytes = 0;      // of a row of codes
   int block_rows = 0;              // multiple of kPanel
@@ -133,10 +138,10 @@ class Columns;
 class Scanner {
  public:
   explicit Scanner(const ScanPlan& plan);
-  ~Scanner();
+  virtual ~Scanner();
 
   // Takes the queries at positions [begin, begin + count) of the plan's list.
-  void load_queries(std::int64_t begin, std::int64_t count);
+  virtual void load_queries(std::int64_t begin, std::int64_t count);
   // Takes over the floors that the queries reached as rows of a self-join.
   void raise_floors(const Columns& columns);
   // Exchanges with the other threads what is known of the k-th best. `thread` is this one's number among them; one
@@ -146,22 +151,23 @@ class Scanner {
   int next_rows() const;
   // Scans pool rows [first, first + count), count <= next_rows(). Calls must come in rising order of rows; those of the next
   // one follow, `ahead` of them. With `columns` the rows are queries too, and the scores count for both sides.
-  void scan_block(std::int64_t first, int count, std::int64_t ahead, Columns* columns);
+  virtual void scan_block(std::int64_t first, int count, std::int64_t ahead, Columns* columns);
 
   std::int64_t num_queries() const { return num_queries_; }
   Candidates& candidates(std::int64_t q) { return candidates_[static_cast<std::size_t>(q)]; }
-  // Hits not scored yet, and what bounds the error of their scores.
+  // Hits not scored yet.
   const Pending* pending(std::int64_t q) const { return pending_.data() + q * plan_.pending; }
   std::uint32_t pending_count(std::int64_t q) const { return pending_count_[static_cast<std::size_t>(q)]; }
-  float largest_margin(std::int64_t q) const;
-  // Of a sample: [padded queries / kPanel][slots][kPanel]
+  // Of a sample: [padded queries / kPanel][slots][kPanel], with codes [padded queries][slots]
   const std::vector<float>& maxima() const { return maxima_; }
   // Of a sample: the margin of the query's filter scores, for rows of the average norm.
-  float mean_margin(std::int64_t q) const;
+  virtual float mean_margin(std::int64_t q) const;
+  // Likewise of what stored codes know best.
+  virtual float fine_margin(std::int64_t q) const { return mean_margin(q); }
   bool has_nan(std::int64_t q) const { return nan_[static_cast<std::size_t>(q)] != 0; }
   const Counters& counters() const { return counters_; }
 
- private:
+ protected:
   bool cold() const;
   void scan_direct(std::int64_t first, int count, Columns* columns);
   void scan_filtered(std::int64_t first, int count, std::int64_t ahead, Columns* columns);
@@ -174,11 +180,10 @@ class Scanner {
   Ahead memory_ahead(std::int64_t first, std::int64_t count) const;
   Ahead share_ahead(std::int64_t first, std::int64_t count, std::int64_t panel) const;
   const float* row(std::int64_t first, int at, int slot);
-  void score_dense(std::int64_t panel, int group, std::int64_t first, int count, Columns* columns);
-  void put_off(std::int64_t panel, int hits, std::int64_t first, int count);
-  void settle(std::int64_t q);
+  // Rows [begin, begin + part) of the block, against the panel's queries.
+  void score_dense(std::int64_t panel, int begin, int part, std::int64_t first, Columns* columns);
   // Scores hits exactly, a batch of a block's panels together.
-  void rescore(std::int64_t panel, int hits, std::int64_t first, int count, Columns* columns);
+  void rescore(std::int64_t q, int row, std::int64_t first, int count, Columns* columns);
   void score_batch(std::int64_t first, Columns* columns);
   void offer(std::int64_t q, std::int64_t row, float score, Columns* columns);
   void load_row_floors(const Columns& columns, std::int64_t first, int count);
@@ -219,10 +224,8 @@ class Scanner {
   };
   std::vector<Pair> batch_;
   std::vector<std::uint8_t> dense_;
-  float largest_norm_ = 0, largest_error_ = 0;  // of the groups since load_queries
   Buffer<Pending> pending_;                     // [tile, pending]
   std::vector<std::uint32_t> pending_count_;
-  std::unique_ptr<Settler> settler_;
   std::vector<float> maxima_;
   double norm_sum_ = 0, error_sum_ = 0;  // of the sample's groups
   std::int64_t groups_ = 0;

@@ -1,7 +1,6 @@
 // The CPU search: sampled floors, one pass over the pool shared by all threads, exact merge, rescan of what failed.
 #include <algorithm>
 #include <atomic>
-#include <cfloat>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -9,8 +8,12 @@
 #include <new>
 #include <vector>
 
+#include "cpu/code_queries.h"
+#include "cpu/codes.h"
 #include "cpu/columns.h"
+#include "cpu/cost.h"
 #include "cpu/pass.h"
+#include "cpu/sample.h"
 #include "cpu/team.h"
 
 namespace tgq {
@@ -21,58 +24,15 @@ constexpr std::int64_t kSmallQueries = 12;    // from so many on, rounding the p
 constexpr std::int64_t kMaxFilterDepth = 1 << 16;  // the margin's proof covers D up to here
 constexpr std::int64_t kBlockBytes = 256 * 1024;  // fp32 rows of a block: a quarter of a small second-level cache
 constexpr std::int64_t kCodeBytes = 32 * 1024;    // codes of a block: most of a small first-level cache
+constexpr std::int64_t kStoredBytes = 64 * 1024;  // of a block of stored codes, which several panels of queries go through
+constexpr std::int64_t kCodeRows = 512;           // rows of such a block at most
 constexpr std::int64_t kMaxChunk = 1 << 16;       // rows that threads may wait for at the end
 constexpr std::int64_t kMinRowsToSample = 4096;
 constexpr std::int64_t kMinSelfJoin = 2048;
 constexpr int kSampleStride = 16;
-constexpr float kSampleMargin = 0.125f;  // of the proved margin: about three standard deviations of the filter's error
+constexpr std::int64_t kProbe = 64;               // queries that say whether stored codes pay
 constexpr int kSlotsPerRank = 8;         // few enough of the best scores meet in one slot
 constexpr int kMinSlots = 256;
-
-// The pass over the sample: a score near its `rank`-th best becomes the floor.
-class SamplePass : public Pass {
- public:
-  SamplePass(const ScanPlan& plan, std::int64_t num_queries, const Cut& cut, Progress& progress, int rank, std::vector<Key>& floors)
-      : Pass(plan, num_queries, cut, progress), rank_(rank), floors_(floors) {}
-
- private:
-  void finish(std::int64_t, const Key*, std::uint32_t, bool) override {}
-
-  void leave(Tile& tile, Scanner& scanner) override {
-    {
-      const std::lock_guard<std::mutex> lock(tile.mutex);
-      raise(tile.maxima, scanner.maxima());
-      std::vector<float> margin(static_cast<std::size_t>(tile.count));
-      for (std::int64_t q = 0; q < tile.count; ++q) margin[static_cast<std::size_t>(q)] = scanner.mean_margin(q);
-      raise(tile.mean_margin, margin);
-      if (--tile.joined > 0 || tile.next_row < plan_.pool.rows || progress_.stop) return;
-    }
-    tile.ready.store(true, std::memory_order_release);
-    merge(tile);
-  }
-
-  void merge(Tile& tile) override {
-    std::vector<float> best(static_cast<std::size_t>(plan_.slots));
-    for (std::int64_t first = tile.next_query.fetch_add(kPanel); first < tile.count; first = tile.next_query.fetch_add(kPanel))
-      for (std::int64_t q = first; q < std::min(first + kPanel, tile.count); ++q) {
-        const float* from = tile.maxima.data() + first * plan_.slots + q - first;
-        for (int s = 0; s < plan_.slots; ++s) best[static_cast<std::size_t>(s)] = from[s * kPanel];
-        std::nth_element(best.begin(), best.begin() + rank_ - 1, best.end(), std::greater<float>());
-        // Scores that differ by less than the filter's usual error are in no order: where many rows are as good as the k-th
-        // best, the floor must not be above all of them.
-        const float score = best[static_cast<std::size_t>(rank_) - 1] - kSampleMargin * tile.mean_margin[static_cast<std::size_t>(q)];
-        if (score >= -FLT_MAX) floors_[static_cast<std::size_t>(tile.begin + q)] = floor_at(score);
-      }
-  }
-
-  static void raise(std::vector<float>& to, const std::vector<float>& from) {
-    if (to.empty()) to = from;
-    for (std::size_t i = 0; i < to.size(); ++i) to[i] = from[i] > to[i] ? from[i] : to[i];
-  }
-
-  int rank_;
-  std::vector<Key>& floors_;
-};
 
 // The pass over the pool: writes answers, and lists the queries whose floor was too high.
 class SearchPass : public Pass {
@@ -139,24 +99,24 @@ class Search {
     plan_.allowed = request.allowed;
     plan_.kernels = isa.kernels;
     plan_.width = round_up(request.pool.cols, kLanes);
-    plan_.filter = isa.filter;
-    if (request.shadow.codes != nullptr && isa.byte_filter != nullptr) {
-      plan_.filter = isa.byte_filter;
-      plan_.shadow = request.shadow;
+    isa_ = &isa;
+    if (request.codes.bytes != nullptr && tuning_.use_codes != 0 && request.pool.cols <= kMaxFilterDepth) {
+      plan_.codes = &request.codes;
+      plan_.code_kernels = isa.code_kernels;
+      const std::int64_t fit = kStoredBytes / (request.codes.first_lines * kCodeLine) / kPanel * kPanel;
+      plan_.block_rows = static_cast<int>(std::clamp<std::int64_t>(fit, 2 * kPanel, kCodeRows));
+    } else {
+      choose_filter();
     }
-    const bool few = request.queries.rows < kSmallQueries && plan_.shadow.codes == nullptr;
-    if (tuning_.use_filter == 0 || (tuning_.use_filter < 0 && few)) plan_.filter = nullptr;
-    if (tuning_.use_filter > 0 && plan_.filter == nullptr) plan_.filter = &scalar_filter();
-    if (request.pool.cols > kMaxFilterDepth || request.pool.cols == 0) plan_.filter = nullptr;
-    if (plan_.filter == nullptr) plan_.shadow = Shadow();
-    else plan_.row_bytes = round_up(request.pool.cols * plan_.filter->code_bytes, kCodeLine);
-    plan_.block_rows = static_cast<int>(pick_block_rows(plan_.width, plan_.filter == nullptr ? 0 : plan_.row_bytes));
     progress_.total = std::max<std::int64_t>(1, request.queries.rows * request.pool.rows);
   }
 
   Status run() {
     if (request_.pool.rows == 0) return pad();
-    Status status = sample();
+    Status status = Status::ok;
+    if (undecided() && request_.queries.rows > 2 * kProbe) status = probe();
+    if (status == Status::ok) status = prepare();
+    if (status == Status::ok) status = sample();
     if (status != Status::ok) return status;
     std::vector<std::int64_t> failed;
     plan_.floors = floors_.empty() ? nullptr : floors_.data();
@@ -171,6 +131,39 @@ class Search {
   }
 
  private:
+  // For rows that are scored as they are stored.
+  void choose_filter() {
+    plan_.codes = nullptr;
+    plan_.filter = isa_->filter;
+    const bool few = request_.queries.rows < kSmallQueries;
+    if (tuning_.use_filter == 0 || (tuning_.use_filter < 0 && few)) plan_.filter = nullptr;
+    if (tuning_.use_filter > 0 && plan_.filter == nullptr) plan_.filter = &scalar_filter();
+    if (request_.pool.cols > kMaxFilterDepth || request_.pool.cols == 0) plan_.filter = nullptr;
+    if (plan_.filter != nullptr) plan_.row_bytes = round_up(request_.pool.cols * plan_.filter->code_bytes, kCodeLine);
+    plan_.block_rows = static_cast<int>(pick_block_rows(plan_.width, plan_.filter == nullptr ? 0 : plan_.row_bytes));
+  }
+
+  // Whether it is open if stored codes pay.
+  bool undecided() const { return plan_.codes != nullptr && tuning_.use_codes < 0 && !weighed_; }
+
+  // Asks a sample of the queries.
+  Status probe() {
+    plan_.queries.rows = kProbe;
+    plan_.queries.row_stride *= request_.queries.rows / kProbe;
+    Status status = prepare();
+    if (status == Status::ok) status = sample();
+    plan_.queries = request_.queries;
+    floors_.clear();
+    return status;
+  }
+
+  Status prepare() {
+    if (plan_.codes == nullptr) return Status::ok;
+    prepared_ = std::make_unique<PreparedQueries>(plan_, *plan_.codes, plan_.code_kernels->narrow);
+    plan_.prepared = prepared_.get();
+    return prepared_->prepare(threads_for(plan_.queries.rows, request_.pool.cols));
+  }
+
   // Below that the triangle saves less than its shared buffers cost.
   bool self_join() const {
     return request_.self_join && (tuning_.use_self_join > 0 || (tuning_.use_self_join < 0 && request_.pool.rows >= kMinSelfJoin));
@@ -204,9 +197,21 @@ class Search {
     return ids;
   }
 
+  // What hides rows that are not allowed from a sample of one group in `stride`, and how many it leaves.
+  std::vector<float> sample_bias(int stride, std::int64_t* counted) const {
+    std::vector<float> bias(static_cast<std::size_t>(round_up(request_.pool.rows, kGroup)), bits_float(0xff800000u));
+    *counted = 0;
+    for (std::int64_t row = 0; row < request_.pool.rows; ++row) {
+      if (request_.allowed[row] == 0) continue;
+      bias[static_cast<std::size_t>(row)] = 0.0f;
+      if (row / kGroup % stride == 0) ++*counted;
+    }
+    return bias;
+  }
+
   // Floors from one row in `stride`, or from the caller of a test.
   Status sample() {
-    const std::int64_t queries = request_.queries.rows;
+    const std::int64_t queries = plan_.queries.rows;
     if (tuning_.has_forced_floor) {
       floors_.assign(static_cast<std::size_t>(queries), floor_at(tuning_.forced_floor));
       return Status::ok;
@@ -214,28 +219,40 @@ class Search {
     const int stride = tuning_.sample_stride < 0 ? kSampleStride : tuning_.sample_stride;
     if (stride == 0) return Status::ok;
     const auto rank = static_cast<int>(sample_rank(request_.k, static_cast<std::uint32_t>(stride)));
-    const std::vector<std::uint32_t> ids = sample_ids(stride);
-    const std::int64_t rows = (request_.allowed == nullptr ? request_.pool.rows / stride : static_cast<std::int64_t>(ids.size())) / kPanel * kPanel;
-    if (rows < rank ||
-        (tuning_.sample_stride < 0 && (request_.pool.rows < kMinRowsToSample || queries < kSmallQueries || rows < 4 * rank)))
-      return Status::ok;
-    floors_.assign(static_cast<std::size_t>(queries), kNoKey);
     ScanPlan plan = plan_;
-    plan.pool.rows = rows;
-    if (request_.allowed == nullptr) {
-      plan.pool.row_stride *= stride;
-      plan.shadow_step = stride;
-    } else {
+    std::vector<std::uint32_t> ids;
+    std::vector<float> bias;
+    std::int64_t rows = request_.pool.rows / stride / kPanel * kPanel, counted = rows;
+    if (plan.codes != nullptr) {
+      if (request_.allowed != nullptr) bias = sample_bias(stride, &counted);
+      plan.group_step = stride;
+      plan.bias = bias.empty() ? nullptr : bias.data();
+    } else if (request_.allowed != nullptr) {
+      ids = sample_ids(stride);
       plan.row_ids = ids.data();
+      counted = rows = static_cast<std::int64_t>(ids.size()) / kPanel * kPanel;
+    } else {
+      plan.pool.row_stride *= stride;
     }
+    const bool few = plan.codes == nullptr && queries < kSmallQueries;
+    if (counted < rank || (tuning_.sample_stride < 0 && (request_.pool.rows < kMinRowsToSample || few || counted < 4 * rank))) {
+      if (undecided() && tuning_.sample_stride < 0) choose_filter();  // a pool too small to bother
+      return Status::ok;
+    }
+    floors_.assign(static_cast<std::size_t>(queries), kNoKey);
+    plan.pool.rows = rows;
     plan.exclude = nullptr;
     plan.allowed = nullptr;
     plan.k = 1;
     plan.capacity = 2;
-    plan.run = kPanel;
     plan.slots = std::max(kMinSlots, kSlotsPerRank * rank);
-    while (plan.run > 1 && rows / plan.run < plan.slots) plan.run /= 2;
-    plan.slots = static_cast<int>(std::min<std::int64_t>(plan.slots, rows / plan.run));
+    if (plan.codes != nullptr) {  // a slot for every row of some groups
+      plan.slots = static_cast<int>(std::min(round_up(plan.slots, kGroup), rows / kGroup * kGroup));
+    } else {
+      plan.run = kPanel;
+      while (plan.run > 1 && rows / plan.run < plan.slots) plan.run /= 2;
+      plan.slots = static_cast<int>(std::min<std::int64_t>(plan.slots, rows / plan.run));
+    }
     const int threads = threads_for(queries, rows);
     const std::int64_t limit = tuning_.query_tile > 0 ? tuning_.query_tile : kMaxTile;
     const Cut cut{threads, std::min(limit, queries), pick_chunk(rows, plan.block_rows, threads)};
@@ -243,7 +260,28 @@ class Search {
     progress_.total += queries * rows;
     const Status status = run_team(threads, [&](int i) { pass.work(i); }, progress_, poll_for(queries, rows));
     count(pass.counters);
+    const auto all = static_cast<double>(queries);
+    if (status == Status::ok && undecided()) weigh(pass.left / all, pass.fine / all, static_cast<double>(request_.k) / (stride * rank));
     return status;
+  }
+
+  // Leaves stored codes aside where the rows themselves are the quicker way. Of the rows, `left` and `fine` have bounds that reach the
+  // sampled floor; the floor rises until `risen` of those that reach it remain.
+  void weigh(double left, double fine, double risen) {
+    weighed_ = true;
+    Call call{};
+    call.queries = static_cast<double>(request_.queries.rows);
+    call.rows = static_cast<double>(request_.pool.rows);
+    call.dims = static_cast<double>(request_.pool.cols);
+    call.item_bytes = request_.pool.dtype == DType::f32 ? 4 : 2;
+    call.hits = request_.k;
+    call.triangle = self_join();
+    call.lines = plan_.codes->first_lines;
+    call.second = plan_.codes->second != nullptr;
+    call.left = std::min(1.0, left);
+    call.rescored = std::max(request_.k / call.rows, std::min(1.0, 1.4 * risen * fine));
+    call.few = request_.queries.rows < kSmallQueries;
+    if (cost_with_codes(*isa_->costs, call) > cost_without(*isa_->costs, call)) choose_filter();
   }
 
   Status pass(std::int64_t queries, bool self_join, std::vector<std::int64_t>* failed) {
@@ -252,13 +290,14 @@ class Search {
     plan.k = request_.k;
     const std::int64_t spare = tuning_.spare_candidates > 0 ? tuning_.spare_candidates : std::max<std::int64_t>(request_.k, 256);
     plan.capacity = static_cast<std::uint32_t>(request_.k + spare);
-    // With a shadow nobody has read the rows, so it pays to read few: those that are left at the end. Hits of a self-join raise
+    // With codes nobody has read the rows, so it pays to read few: those that are left at the end. Hits of a self-join raise
     // the floors of other queries: their scores are wanted at once.
-    if (!self_join && plan.shadow.codes != nullptr) plan.pending = static_cast<std::uint32_t>(tuning_.spare_candidates > 0 ? spare : 2 * request_.k + 448);
+    if (!self_join && plan.codes != nullptr) plan.pending = static_cast<std::uint32_t>(tuning_.spare_candidates > 0 ? spare : 2 * request_.k + 448);
     const int threads = threads_for(queries, rows);
     std::int64_t limit = tuning_.query_tile > 0 ? tuning_.query_tile : kMaxTile;
     if (self_join && tuning_.query_tile == 0) limit = std::min(limit, round_up(ceil_div(queries, 16), kPanel));
-    const std::int64_t chunk = tuning_.row_chunk > 0 ? tuning_.row_chunk : pick_chunk(rows, plan.block_rows, threads);
+    std::int64_t chunk = tuning_.row_chunk > 0 ? tuning_.row_chunk : pick_chunk(rows, plan.block_rows, threads);
+    if (plan.codes != nullptr) chunk = round_up(chunk, kPanel);
     std::unique_ptr<Columns> columns;
     if (self_join) {
       // As large as half of the answer, not more: every query has a buffer at the same time.
@@ -285,22 +324,31 @@ class Search {
 
   const Request& request_;
   const Tuning& tuning_;
+  const Isa* isa_ = nullptr;
+  bool weighed_ = false;
   ScanPlan plan_;
+  std::unique_ptr<PreparedQueries> prepared_;
   Progress progress_;
   std::vector<Key> floors_;
 };
+
+// Codes that are not there are fine. A rotation further from orthogonal than that would make bounds useless, not wrong.
+bool valid(const Codes& codes, std::int64_t cols) {
+  return codes.bytes == nullptr ||
+         (codes.lines == ceil_div(cols, kCodeLine) && codes.first_lines > 0 && codes.first_lines <= codes.lines && codes.scale != nullptr &&
+          codes.rest != nullptr && codes.mean != nullptr && codes.rotation != nullptr &&
+          codes.defect >= 0.0f && codes.defect < 0x1p-10f);
+}
 
 }  // namespace
 
 Status search_cpu(const Request& request) {
   const Matrix &queries = request.queries, &pool = request.pool;
-  const Shadow& shadow = request.shadow;
   if (!valid(queries) || !valid(pool) || queries.cols != pool.cols || request.k < 1 || request.k > kMaxK ||
       pool.rows > 0xffffffffLL || request.threads < 1 || (queries.rows > 0 && request.exclude_width > 0 && request.exclude == nullptr) ||
       (request.self_join && (queries.data != pool.data || queries.rows != pool.rows || queries.dtype != pool.dtype ||
                              queries.row_stride != pool.row_stride || queries.col_stride != pool.col_stride)) ||
-      (shadow.codes != nullptr && (shadow.width != shadow_width(pool.cols) || shadow.scale == nullptr || shadow.norm == nullptr ||
-                                   shadow.error == nullptr)) ||
+      !valid(request.codes, pool.cols) ||
       (queries.rows > 0 && (request.scores == nullptr || request.rows == nullptr)))
     return Status::bad_argument;
   const Isa* isa = find_isa(request.isa);

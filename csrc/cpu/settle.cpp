@@ -21,12 +21,11 @@ bool is_excluded(const ScanPlan& plan, std::int64_t id, std::int64_t row) {
 Settler::Settler(const ScanPlan& plan)
     : plan_(plan), pool_(plan.pool, *plan.kernels, plan.width), scratch_(static_cast<std::size_t>(kBatch * plan.width)) {}
 
-std::int64_t Settler::settle(const float* query, std::int64_t id, float margin, Pending* pending, std::uint32_t count,
-                             Candidates& best) {
-  // NaN, the score of a pair that only an exact score can judge, comes first.
+std::int64_t Settler::settle(const float* query, std::int64_t id, Pending* pending, std::uint32_t count, Candidates& best) {
+  // NaN, the bound of a pair that only an exact score can judge, comes first.
   for (std::uint32_t i = 0; i < count; ++i)
-    if (is_nan(pending[i].score)) pending[i].score = std::numeric_limits<float>::infinity();
-  const auto higher = [](const Pending& a, const Pending& b) { return a.score > b.score; };
+    if (is_nan(pending[i].bound)) pending[i].bound = std::numeric_limits<float>::infinity();
+  const auto higher = [](const Pending& a, const Pending& b) { return a.bound > b.bound; };
   std::uint32_t first = 0;
   do {  // again where rows among them are excluded or have no score
     const std::uint32_t missing = first == 0 ? best.k : std::max(best.k - best.count, kAgain);
@@ -36,8 +35,8 @@ std::int64_t Settler::settle(const float* query, std::int64_t id, float margin, 
     first = end;
   } while (best.count < best.k && first < count);
   if (best.count >= best.k) best.compact();
-  const float floor = filter_floor(floor_score(best.floor, 0), margin);
-  const auto below = [floor](const Pending& p) { return p.score < floor; };
+  const float floor = floor_score(best.floor, 0);
+  const auto below = [floor](const Pending& p) { return p.bound < floor; };
   const auto rest = static_cast<std::uint32_t>(std::remove_if(pending + first, pending + count, below) - (pending + first));
   score(query, id, pending + first, rest, best);
   return first + rest;

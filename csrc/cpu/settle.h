@@ -9,15 +9,14 @@
 
 namespace tgq {
 
-// Scores the rows that one query has pending. The best by the filter's scores come first: their exact scores raise the floor,
-// and most of the others are then below it by more than the margin and need not be read.
+// Scores the rows that one query has pending. Those with the highest bounds come first: their exact scores raise the floor,
+// and the bounds of most others are then below it, so that they need not be read.
 class Settler {
  public:
   explicit Settler(const ScanPlan& plan);
 
-  // `query` has the kernels' width, `id` is its row in the query matrix; `margin` bounds the error of every pending score.
-  // What may be among the k best goes to `best`. `pending` is reordered. Returns the rows scored.
-  std::int64_t settle(const float* query, std::int64_t id, float margin, Pending* pending, std::uint32_t count, Candidates& best);
+  // `query` has the kernels' width, `id` is its row in the query matrix. What may be among the k best goes to `best`. `pending` is reordered. Returns the rows scored.
+  std::int64_t settle(const float* query, std::int64_t id, Pending* pending, std::uint32_t count, Candidates& best);
 
  private:
   void score(const float* query, std::int64_t id, const Pending* pending, std::uint32_t count, Candidates& best);

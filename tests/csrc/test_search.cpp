@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "check.h"
+#include "own_codes.h"
 #include "tgq/search.h"
 #include "tgq/selection.h"
 
@@ -86,20 +87,8 @@ Answer define(const Problem& p, std::uint32_t k) {
   return a;
 }
 
-// A pool's shadow and the memory it lies in.
-struct OwnShadow {
-  std::vector<std::uint8_t> codes;
-  std::vector<float> scale, norm, error;
-  explicit OwnShadow(const Problem& p, int threads = 2)
-      : codes(p.rows * shadow_width(p.width)), scale(p.rows), norm(p.rows), error(p.rows) {
-    const Matrix pool{p.x.data(), p.rows, p.width, p.width, 1, DType::f32};
-    CHECK(build_shadow(pool, codes.data(), scale.data(), norm.data(), error.data(), threads) == Status::ok);
-  }
-  Shadow get(const Problem& p) const { return {codes.data(), shadow_width(p.width), scale.data(), norm.data(), error.data()}; }
-};
-
 Answer run(const Problem& p, std::uint32_t k, int threads, const char* isa, const Tuning& tuning,
-           const OwnShadow* shadow = nullptr) {
+           const OwnCodes* codes = nullptr) {
   Answer a{std::vector<float>(p.queries * k, 7.0f), std::vector<std::int64_t>(p.queries * k, -7), {}, Status::ok};
   Request r;
   r.queries = {p.q.data(), p.queries, p.width, p.width, 1, DType::f32};
@@ -114,7 +103,7 @@ Answer run(const Problem& p, std::uint32_t k, int threads, const char* isa, cons
   r.isa = isa;
   r.tuning = tuning;
   r.counters = &a.counters;
-  if (shadow != nullptr) r.shadow = shadow->get(p);
+  if (codes != nullptr) r.codes = codes->get(), r.tuning.use_codes = 1;
   a.status = search_cpu(r);
   CHECK(a.status == Status::ok);
   return a;
@@ -135,9 +124,9 @@ std::vector<Tuning> tunings() {
 void test_everything() {
   unsigned seed = 0;
   for (int kind = 0; kind <= 5; ++kind)
-    for (auto [queries, rows, width] : {std::tuple<int, int, int>{1, 40, 5}, {37, 700 / kShrink, 20}, {70, 1500 / kShrink, 33}}) {
+    for (auto [queries, rows, width] : {std::tuple<int, int, int>{1, 40, 5}, {37, 700 / kShrink, 20}, {70, 1500 / kShrink, 70}}) {
       const Problem p = make(queries, rows, width, kind, ++seed);
-      const OwnShadow shadow(p);
+      const OwnCodes coded[] = {OwnCodes(p.x, p.width), OwnCodes(p.x, p.width, 1, false), OwnCodes(p.x, p.width, 99)};
       for (std::uint32_t k : {1u, 12u, 200u}) {
         const Answer expected = define(p, k);
         for (const char* const* isa = available_isas(); *isa != nullptr; ++isa) {
@@ -149,8 +138,8 @@ void test_everything() {
               CHECK_NOTE(found == expected, "kind %d, %d x %d x %d, k %u, %s, tuning %d, threads %d", kind, queries, rows,
                          width, k, *isa, which, threads);
               if (which % kShrink == 0)
-                CHECK_NOTE(run(p, k, threads, *isa, tuning, &shadow) == expected,
-                           "with a shadow: kind %d, %d x %d x %d, k %u, %s, tuning %d", kind, queries, rows, width, k, *isa,
+                CHECK_NOTE(run(p, k, threads, *isa, tuning, &coded[which % 3]) == expected,
+                           "with codes: kind %d, %d x %d x %d, k %u, %s, tuning %d", kind, queries, rows, width, k, *isa,
                            which);
               if (which == 4) CHECK(kind == 4 || found.counters.rescanned == queries);
             }
@@ -185,11 +174,11 @@ void test_allowed() {
   for (int r = 9000; r < 21000; ++r) p.allowed[r] = r % 2;
   for (int r = 0; r < 9000; ++r)
     for (int d = 0; d < 64; ++d) p.x[r * 64 + d] = 5.0f * p.q[r % 64 * 64 + d];  // far better, and not allowed
-  const OwnShadow shadow(p);
+  const OwnCodes own(p.x, p.width);
   const Answer expected = define(p, 10);
   for (const char* const* isa = available_isas(); *isa != nullptr; ++isa)
     for (int filter : {0, 1})
-      for (const OwnShadow* codes : {static_cast<const OwnShadow*>(nullptr), &shadow}) {
+      for (const OwnCodes* codes : {static_cast<const OwnCodes*>(nullptr), &own}) {
         Tuning tuning;
         tuning.use_filter = filter;
         const Answer found = run(p, 10, 2, *isa, tuning, filter == 1 ? codes : nullptr);
@@ -200,25 +189,19 @@ void test_allowed() {
       }
 }
 
-// With a shadow even one query is filtered, and few rows are read.
-void test_shadow() {
-  const Problem p = make(3, 30000, 64, 0, 2);
-  const OwnShadow shadow(p);
-  for (std::int64_t r = 0; r < 100; ++r) {
-    double lost = 0;
-    for (int d = 0; d < 64; ++d) {
-      const double gap = p.x[r * 64 + d] - static_cast<double>(shadow.scale[r]) * (shadow.codes[r * 64 + d] - 128);
-      lost += gap * gap;
+// With codes even one query is filtered, and few rows are read.
+void test_codes() {
+  Problem p = make(3, 30000, 130, 0, 2);
+  for (std::int64_t r = 0; r < p.rows; ++r)  // energy falls fast
+    for (int d = 0; d < 130; ++d) p.x[r * 130 + d] *= d < 40 ? 1.0f : 0.05f;
+  for (const OwnCodes& codes : {OwnCodes(p.x, p.width), OwnCodes(p.x, p.width, 1, false), OwnCodes(p.x, p.width, 2), OwnCodes(p.x, p.width, 3)})
+    for (const char* const* isa = available_isas(); *isa != nullptr; ++isa) {
+      const Answer found = run(p, 10, 2, *isa, Tuning(), &codes);
+      CHECK(found == run(p, 10, 1, *isa, Tuning()));
+      if (codes.first_lines == 3)
+        CHECK_NOTE(found.counters.direct < 3 * 4000 && found.counters.rescored < 3 * 3000, "%s: %lld %lld", *isa,
+                   static_cast<long long>(found.counters.direct), static_cast<long long>(found.counters.rescored));
     }
-    CHECK(std::sqrt(lost) <= shadow.error[r] && std::sqrt(lost) > 0.5 * shadow.error[r]);
-  }
-  for (const char* const* isa = available_isas(); *isa != nullptr; ++isa) {
-    const Answer found = run(p, 10, 2, *isa, Tuning(), &shadow);
-    CHECK(found == run(p, 10, 1, *isa, Tuning()));
-    if (std::string(*isa) != "scalar")
-      CHECK_NOTE(found.counters.direct < 3 * 4000 && found.counters.rescored < 3 * 3000, "%s: %lld %lld", *isa,
-                 static_cast<long long>(found.counters.direct), static_cast<long long>(found.counters.rescored));
-  }
 }
 
 // Coding errors that all point one way, of the rows and then of the queries: without its part of the margin a filter would
@@ -231,20 +214,20 @@ void test_aligned_errors() {
       for (int d = 0; d < 64; ++d) p.x[r * 64 + d] = !of_rows ? 1.0f + 0.01f * rise : d == 0 ? 127.0f : 10.0f + 0.4f * rise;
     }
     for (std::int64_t i = 0; i < 16 * 64; ++i) p.q[i] = of_rows ? 1.0f : i % 64 == 0 ? 127.0f : 10.4f;
-    const OwnShadow shadow(p);
+    const OwnCodes codes(p.x, p.width);
     Tuning exact, filter;
     exact.use_filter = 0;
     filter.use_filter = 1, filter.sample_stride = 0;
     const Answer expected = run(p, 5, 1, nullptr, exact);
     for (const char* const* isa = available_isas(); *isa != nullptr; ++isa) {
       CHECK_NOTE(run(p, 5, 1, *isa, filter) == expected, "%s, errors of rows: %d", *isa, of_rows);
-      CHECK_NOTE(run(p, 5, 1, *isa, filter, &shadow) == expected, "%s with a shadow, errors of rows: %d", *isa, of_rows);
+      CHECK_NOTE(run(p, 5, 1, *isa, filter, &codes) == expected, "%s with codes, errors of rows: %d", *isa, of_rows);
     }
   }
-  // The sample goes through the shadow in strides: from the first rows alone would come a floor that everything passes.
+  // The sample goes through the codes in strides: from the first rows alone would come a floor that everything passes.
   const Problem rising = make(40, 30000, 64, 3, 2);
-  const OwnShadow shadow(rising);
-  const Answer found = run(rising, 10, 1, nullptr, Tuning(), &shadow);
+  const OwnCodes codes(rising.x, rising.width);
+  const Answer found = run(rising, 10, 1, nullptr, Tuning(), &codes);
   CHECK_NOTE(found.counters.rescored + found.counters.direct < 40 * 3000, "%lld %lld",
              static_cast<long long>(found.counters.rescored), static_cast<long long>(found.counters.direct));
 }
@@ -256,6 +239,7 @@ void test_self_join() {
     for (auto [rows, width] : {std::pair<int, int>{5, 3}, {150 / kShrink, 20}, {500 / kShrink, 33}}) {
       Problem p = make(rows, rows, width, kind, ++seed);
       p.q = p.x;
+      const OwnCodes codes(p.x, p.width);
       for (std::uint32_t k : {12u, 200u}) {
         Tuning square;
         square.use_self_join = 0;
@@ -277,6 +261,7 @@ void test_self_join() {
             r.isa = *isa;
             r.self_join = true;
             r.tuning = tuning;
+            if (which % 2 == 1) r.codes = codes.get(), r.tuning.use_codes = 1;
             r.counters = &found.counters;
             CHECK(search_cpu(r) == Status::ok);
             CHECK_NOTE(found == expected, "kind %d, %d x %d, k %u, %s, tuning %d", kind, rows, width, k, *isa, which);
@@ -336,12 +321,12 @@ void test_bad_arguments() {
   CHECK(refused([](Request& r) { r.scores = nullptr; }) == Status::bad_argument);
   CHECK(refused([](Request& r) { r.exclude_width = 1; }) == Status::bad_argument);
   CHECK(refused([](Request& r) { r.pool.dtype = static_cast<DType>(9); }) == Status::bad_argument);
-  const OwnShadow shadow(p, 1);
-  const Shadow whole = shadow.get(p);
-  CHECK(refused([&](Request& r) { r.shadow = whole; }) == Status::ok);
-  CHECK(refused([&](Request& r) { r.shadow = whole, r.shadow.width = 128; }) == Status::bad_argument);
-  CHECK(refused([&](Request& r) { r.shadow = whole, r.shadow.norm = nullptr; }) == Status::bad_argument);
-  CHECK(build_shadow(good.pool, nullptr, nullptr, nullptr, nullptr, 1) == Status::bad_argument);
+  const OwnCodes own(p.x, p.width);
+  const Codes whole = own.get();
+  CHECK(refused([&](Request& r) { r.codes = whole; }) == Status::ok);
+  CHECK(refused([&](Request& r) { r.codes = whole, r.codes.lines = 2; }) == Status::bad_argument);
+  CHECK(refused([&](Request& r) { r.codes = whole, r.codes.rest = nullptr; }) == Status::bad_argument);
+  CHECK(refused([&](Request& r) { r.codes = whole, r.codes.defect = 0.1f; }) == Status::bad_argument);
   CHECK(refused([](Request& r) { r.self_join = true; }) == Status::bad_argument);
   CHECK(refused([](Request& r) { r.isa = "sse9"; }) == Status::unsupported);
 }
@@ -368,7 +353,7 @@ int main() {
   test_everything();
   test_paths();
   test_allowed();
-  test_shadow();
+  test_codes();
   test_aligned_errors();
   test_self_join();
   test_cancel();

@@ -12,7 +12,7 @@ import torch
 
 from tgq_fast import _native
 from tgq_fast.errors import ArgumentError
-from tgq_fast.retrieval import build_shadow, topk
+from tgq_fast.retrieval import build_codes, topk
 
 needs_extension = pytest.mark.skipif(not _native.available(), reason=_native.why_missing())
 Q, P = torch.randn(4, 16, generator=torch.Generator().manual_seed(0)), torch.randn(50, 16)
@@ -35,8 +35,8 @@ def test_lazily_negated_tensors_mean_their_values() -> None:
 
 @needs_extension
 def test_codes_of_a_lazily_negated_pool() -> None:
-    assert torch.equal(build_shadow(negated(P)).codes, build_shadow(P).codes)
-    assert torch.equal(topk(Q, P, 5, shadow=build_shadow(negated(P))).indices, topk(Q, P, 5).indices)
+    assert torch.equal(build_codes(negated(P)).codes, build_codes(P).codes)
+    assert torch.equal(topk(Q, P, 5, codes=build_codes(negated(P))).indices, topk(Q, P, 5).indices)
 
 
 def test_a_lazily_negated_output_is_refused() -> None:

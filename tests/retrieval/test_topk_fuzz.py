@@ -15,8 +15,8 @@ import torch
 
 from tgq_fast import _native
 from tgq_fast.reference import TopK, exact_topk
+from tgq_fast.retrieval.codes import encode_rows, fit_basis
 from tgq_fast.retrieval.topk import merge_topk, topk
-from tgq_fast.retrieval.topk_native import build_shadow
 
 ROWS = int(os.environ.get("TGQ_FUZZ_ROWS", 150_000))  # pool rows searched, all problems together
 FIRST = int(os.environ.get("TGQ_FUZZ_FIRST", 0))
@@ -75,12 +75,15 @@ def answers(problem: Problem, choose: random.Random) -> dict[str, TopK]:
         topk(queries[part], pool, k, exclude=None if exclude is None else exclude[part], num_threads=threads)
         for part in (slice(0, split), slice(split, None))
     ]
+    levels = (64 * choose.randint(1, -(-pool.shape[1] // 64)), choose.random() < 0.5)
+    coded = encode_rows(pool, fit_basis(pool, levels=choose.choice((None, levels))))
     return {
         "topk": topk(queries, pool, k, exclude=exclude, num_threads=threads),
         f"{isa} {tuning}": native.search(queries, pool, k, exclude=exclude, threads=threads, isa=isa, tuning=tuning),
-        f"shadow, {isa}": native.search(
-            queries, pool, k, exclude=exclude, threads=threads, isa=isa, shadow=build_shadow(pool)
+        f"codes, {isa}": native.search(
+            queries, pool, k, exclude=exclude, threads=threads, isa=isa, codes=coded, tuning={"use_codes": 1}
         ),
+        "codes where they pay": topk(queries, pool, k, exclude=exclude, num_threads=threads, codes=coded),
         f"parts at {cuts}": merge_topk(parts, k, offsets=cuts),
         "halves of the queries": TopK(*(torch.cat(both) for both in zip(*halves, strict=True))),
     }

@@ -1,7 +1,7 @@
 """Planted faults in the Python side of the search: each is caught by a check that the unchanged code passes.
 
 A fault is one edit of a function's source. Only a failed assertion counts as caught. Faults of the compiled core are
-planted in its inputs: a shadow whose proved bounds are too small is a margin that is too small.
+planted in its inputs: codes whose proved bounds are too small are a margin that is too small.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import torch
 
 from tgq_fast import _native
 from tgq_fast.reference import TopK, exact_topk
-from tgq_fast.retrieval import blocks, pool_search, topk_torch
+from tgq_fast.retrieval import blocks, pool_search, topk_native, topk_torch
+from tgq_fast.retrieval.codes import Codes, encode_rows, fit_basis
 from tgq_fast.retrieval.pool import ItemPool
 from tgq_fast.retrieval.topk import topk
-from tgq_fast.retrieval.topk_native import Shadow, build_shadow
 
 needs_extension = pytest.mark.skipif(not _native.available(), reason=_native.why_missing() or "built")
 TOPK = sys.modules["tgq_fast.retrieval.topk"]
@@ -176,8 +176,8 @@ FAULTS: dict[str, tuple[object, str, str, str, Callable[[Path], None]]] = {
     "tail of a large shard lost": (
         pool_search,
         "cut_blocks",
-        "range(0, size, most)",
-        "range(0, size - most, most)",
+        "range(0, size, step)",
+        "range(0, size - step, step)",
         DISK,
     ),
     "blocks start too early": (pool_search, "cut_blocks", "joined, start = [], end", "joined = []", DISK),
@@ -238,37 +238,52 @@ def test_planted_faults_are_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         check(tmp_path / "pool")
 
 
-def shadow_problem() -> tuple[torch.Tensor, torch.Tensor]:
-    """Scores so close to one another that rounding to bytes changes their order."""
+def coded_problem() -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores so close that rounding to bytes, or what lies beyond the first level, changes their order."""
     generator = torch.Generator().manual_seed(3)
-    pool = torch.randn(1, 64, generator=generator) + 0.1 * torch.randn(20_000, 64, generator=generator)
-    return torch.randn(40, 64, generator=generator), pool
+    spread = torch.cat((torch.full((64,), 0.1), torch.full((64,), 0.01)))
+    pool = torch.randn(1, 128, generator=generator) + spread * torch.randn(20_000, 128, generator=generator)
+    return torch.randn(40, 128, generator=generator), pool
 
 
-def check_shadow(shadow: Shadow) -> None:
-    queries, pool = shadow_problem()
-    same(topk(queries, pool, 20, shadow=shadow), topk(queries, pool, 20))
+LAYOUTS = [(64, False), (64, True), (128, False)]  # columns of the first level, and whether there is a second
 
 
-SHADOW_FAULTS: dict[str, Callable[[Shadow], Shadow]] = {
-    "no margin": lambda s: replace(s, error=s.error * 0, norm=s.norm * 0),
-    "margin too small": lambda s: replace(s, error=s.error * 0.03, norm=s.norm * 0.03),
-    "rows out of step": lambda s: replace(s, codes=s.codes.roll(1, 0)),
-    "scale slip": lambda s: replace(s, scale=s.scale * 0.9),
-    "last rows encoded as zero": lambda s: replace(
-        s, codes=torch.cat((s.codes[:-9000], torch.full_like(s.codes[-9000:], 128)))
+def coded(pool: torch.Tensor, layout: tuple[int, bool]) -> Codes:
+    return encode_rows(pool, fit_basis(pool, levels=layout))
+
+
+def check_codes(codes: Codes) -> None:
+    queries, pool = coded_problem()
+    found = TopK(torch.empty(len(queries), 20), torch.empty(len(queries), 20, dtype=torch.int64))
+    topk_native.search(queries, pool, 20, None, found, 2, None, codes=codes, tuning={"use_codes": 1})
+    same(found, topk(queries, pool, 20))
+
+
+CODE_FAULTS: dict[str, Callable[[Codes], Codes]] = {
+    "no rounding errors": lambda c: replace(c, step=(0.0,) * len(c.step), norm=(0.0,) * len(c.norm)),
+    "nothing beyond the first level": lambda c: replace(c, rest=c.rest * 0),
+    "rows out of step": lambda c: replace(c, codes=c.codes.roll(1, 1)),
+    "scale slip of odd rows": lambda c: replace(c, scale=c.scale * torch.tensor([1.0, 0.9]).repeat(len(c.scale) // 2)),
+    "another mean": lambda c: replace(c, basis=replace(c.basis, mean=c.basis.mean * 0.9)),
+    "another rotation": lambda c: replace(c, basis=replace(c.basis, rotation=c.basis.rotation.roll(1, 0))),
+    "last rows encoded as zero": lambda c: replace(
+        c, codes=torch.cat((c.codes[:, :-500], torch.full_like(c.codes[:, -500:], 128)), dim=1)
     ),
 }
 
 
 @needs_extension
-def test_the_true_shadow_passes() -> None:
-    check_shadow(build_shadow(shadow_problem()[1]))
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_true_codes_pass(layout: tuple[int, bool]) -> None:
+    check_codes(coded(coded_problem()[1], layout))
 
 
 @needs_extension
-@pytest.mark.skipif(_native.build_info().get("isa") == "scalar", reason="plain C++ does not use a shadow")
-@pytest.mark.parametrize("fault", SHADOW_FAULTS)
-def test_a_shadow_with_wrong_bounds_is_caught(fault: str) -> None:
+@pytest.mark.parametrize("fault", CODE_FAULTS)
+def test_codes_with_wrong_bounds_are_caught(fault: str) -> None:
+    # What lies beyond a first level hides small errors, and there is nothing beyond 128 columns.
+    layouts = {"no rounding errors": (128, False), "scale slip of odd rows": (128, True)}
+    layout = layouts.get(fault, (64, True))
     with pytest.raises(AssertionError):
-        check_shadow(SHADOW_FAULTS[fault](build_shadow(shadow_problem()[1])))
+        check_codes(CODE_FAULTS[fault](coded(coded_problem()[1], layout)))

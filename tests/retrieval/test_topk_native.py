@@ -26,6 +26,7 @@ from tgq_fast import _native
 from tgq_fast.errors import ArgumentError, TGQError
 from tgq_fast.reference import TopK, exact_topk
 from tgq_fast.retrieval import topk_native
+from tgq_fast.retrieval.codes import build_codes
 from tgq_fast.retrieval.topk import topk
 
 pytestmark = pytest.mark.skipif(not _native.available(), reason=_native.why_missing() or "built")
@@ -93,7 +94,7 @@ KINDS = ["random", "clustered", "ascending", "exponents", "denormal", "halfway",
 )
 def test_same_bits_from_every_instruction_set_path_and_thread_count(kind: str, dtype: torch.dtype, width: int) -> None:
     queries, pool = dataset(kind, 45, width).to(dtype), dataset(kind, 1300, width).to(dtype)
-    shadow = topk_native.build_shadow(pool)
+    codes = build_codes(pool)
     exclude = torch.randint(-1, 1300, (45, 2))
     expected = oracle(queries, pool, 30, exclude)
     for isa in ISAS:
@@ -101,8 +102,9 @@ def test_same_bits_from_every_instruction_set_path_and_thread_count(kind: str, d
             threads = 1 + number % 3
             found = search(queries, pool, 30, exclude=exclude, threads=threads, isa=isa, tuning=tuning)
             assert_same(found, expected, (isa, tuning, threads))
-            options = {"exclude": exclude, "threads": threads, "isa": isa, "tuning": tuning, "shadow": shadow}
-            assert_same(search(queries, pool, 30, **options), expected, ("with a shadow", isa, tuning, threads))
+            options = {"exclude": exclude, "threads": threads, "isa": isa, "tuning": {**tuning, "use_codes": 1}}
+            options["codes"] = codes
+            assert_same(search(queries, pool, 30, **options), expected, ("with codes", isa, tuning, threads))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -129,10 +131,11 @@ def test_rows_that_are_not_allowed_do_not_count(kind: str) -> None:
             expected = TopK(kept.scores, torch.where(kept.indices < 0, -1, rows[kept.indices.clamp(min=0)]))
         else:
             expected = TopK(torch.full((60, 20), -torch.inf), torch.full((60, 20), -1))
-        shadow = topk_native.build_shadow(pool)
+        stored = build_codes(pool)
         for number, tuning in enumerate(TUNINGS):
-            for codes in (None, shadow):
-                options = {"threads": 1 + number % 3, "tuning": tuning, "shadow": codes, "allowed": allowed}
+            for codes in (None, stored):
+                options = {"threads": 1 + number % 3, "tuning": {**tuning, "use_codes": 1}, "codes": codes}
+                options["allowed"] = allowed
                 assert_same(search(pool[:60], pool, 20, **options), expected, (share, tuning, codes is not None))
         joined = search(pool, pool, 20, threads=2, allowed=allowed, tuning={"use_self_join": 1})
         assert_same(TopK(joined.scores[:60], joined.indices[:60]), expected, ("self-join", share))
@@ -171,37 +174,35 @@ def test_the_filter_thins_out_and_failed_samples_rescan(isa: str) -> None:
     assert counters["rescanned"] == 64
 
 
-def test_with_a_shadow_few_rows_are_read() -> None:
-    pool = torch.randn(20000, 96).half()[::2]  # strided
-    shadow = topk_native.build_shadow(pool, threads=2)
-    values = shadow.scale[:, None] * (shadow.codes[:, :96].float() - 128)
-    lost = (values - pool.float()).norm(dim=1)
-    assert bool((lost <= shadow.error).all()) and bool((lost > 0.9 * shadow.error).all())
-    assert bool((values.norm(dim=1) <= shadow.norm).all())
+def test_with_codes_few_rows_are_read() -> None:
+    pool = (torch.randn(20000, 96) * torch.exp(-torch.arange(96) / 8)).half()[::2]  # strided
+    codes = build_codes(pool)
     for count in (1, 5, 40):
         counters: dict[str, int] = {}
-        queries = torch.randn(count, 96)
-        found = search(queries, pool, 20, shadow=shadow, counters=counters, threads=2)
+        queries = pool[torch.randint(0, 10000, (count,))].float()
+        found = search(queries, pool, 20, codes=codes, counters=counters, threads=2)
         assert_same(found, oracle(queries, pool, 20))
         assert counters["rescored"] + counters["direct"] < 0.2 * count * 10000
 
 
-def test_a_shadow_that_cannot_be_the_pools_is_refused() -> None:
+def test_codes_that_cannot_be_the_pools_are_refused() -> None:
     pool = torch.randn(50, 40)
-    shadow = topk_native.build_shadow(pool)
-    assert shadow.codes.shape == (50, 64) and shadow.codes.dtype == torch.uint8
+    codes = build_codes(pool)
+    assert codes.codes.shape == (1, 4, 16, 16, 4) and codes.codes.dtype == torch.uint8
     for name, wrong in {
-        "codes": shadow.codes[:49],
-        "scale": shadow.scale.double(),
-        "norm": shadow.norm[::2],
-        "error": shadow.error.repeat(2)[::2],
+        "codes": codes.codes[:, :3],
+        "scale": codes.scale.double(),
+        "rest": codes.rest.repeat(2)[::2],
+        "second": codes.second[:9],
     }.items():
-        with pytest.raises(ArgumentError, match=f"shadow.{name}: got .* expected torch"):
-            search(pool[:2], pool, 3, shadow=dataclasses.replace(shadow, **{name: wrong}))
-    with pytest.raises(ArgumentError, match=r"pool: got .* expected"):
-        topk_native.build_shadow(pool.double())
-    empty = topk_native.build_shadow(pool[:0])
-    assert search(pool[:2], pool[:0], 3, shadow=empty).indices.tolist() == [[-1] * 3] * 2
+        with pytest.raises(ArgumentError, match=rf"codes\.{name}: got .* expected torch"):
+            search(pool[:2], pool, 3, codes=dataclasses.replace(codes, **{name: wrong}))
+    with pytest.raises(ArgumentError, match=r"codes: got 49 rows"):
+        search(pool[:2], pool, 3, codes=dataclasses.replace(codes, rows=49))
+    with pytest.raises(ArgumentError, match=r"rows: got .* expected"):
+        build_codes(pool.double())
+    empty = build_codes(pool[:0])
+    assert search(pool[:2], pool[:0], 3, codes=empty).indices.tolist() == [[-1] * 3] * 2
 
 
 def test_a_periodic_pool_defeats_the_sample_and_not_the_answer() -> None:

@@ -57,7 +57,7 @@ class Model(torch.nn.Module):
 
 
 def embed(catalog: Catalog, model: torch.nn.Module, out: Path, engine: PartsEngine | None = None, **options: Any):  # type: ignore[no-untyped-def]
-    given = {"dims": 3, "batch_size": 2, "shard_size": 15, "on_error": "skip", "shadow": False, "digest": "m"}
+    given = {"dims": 3, "batch_size": 2, "shard_size": 15, "on_error": "skip", "codes": False, "digest": "m"}
     return embed_catalog(catalog, model, out, engine=engine, **{**given, **options})  # type: ignore[arg-type]
 
 

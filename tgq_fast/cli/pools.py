@@ -53,9 +53,7 @@ def embed(
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
     shard_size: Annotated[int, typer.Option(min=1, help="Items per file: what an interruption can cost.")] = 4096,
     resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Go on with an unfinished pool.")] = True,
-    shadow: Annotated[
-        bool, typer.Option("--shadow/--no-shadow", help="Also write what makes searching faster.")
-    ] = True,
+    codes: Annotated[bool, typer.Option("--codes/--no-codes", help="Also write what makes searching faster.")] = True,
     cache: Annotated[
         Path | None,
         typer.Option(
@@ -111,7 +109,7 @@ def embed(
         resume=resume,
         cache=cache,
         on_error=on_error.value,
-        shadow=shadow,
+        codes=codes,
         threads=threads,
         crew=_crew(engine, workers, ray_address, cpus, gpus),
     ).to_dict()

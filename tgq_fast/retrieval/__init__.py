@@ -3,6 +3,7 @@
 `topk` and `evaluate` are functions here, and modules of the same names hold them.
 """
 
+from tgq_fast.retrieval.codes import Codes, build_codes
 from tgq_fast.retrieval.distributed import group_topk
 from tgq_fast.retrieval.embed import EmbedReport, embed_catalog, model_digest, open_embedded, zero_shot_embeddings
 from tgq_fast.retrieval.evaluate import Comparison, Evaluation, compare, evaluate, format_table
@@ -11,9 +12,9 @@ from tgq_fast.retrieval.pool import ItemPool, PoolHits
 from tgq_fast.retrieval.pool_duplicates import Duplicate, duplicates
 from tgq_fast.retrieval.pool_neighbours import NeighbourReport, neighbours
 from tgq_fast.retrieval.topk import TopK, merge_topk, topk
-from tgq_fast.retrieval.topk_native import Shadow, build_shadow
 
 __all__ = [
+    "Codes",
     "Comparison",
     "Duplicate",
     "EmbedReport",
@@ -22,9 +23,8 @@ __all__ = [
     "ItemPool",
     "NeighbourReport",
     "PoolHits",
-    "Shadow",
     "TopK",
-    "build_shadow",
+    "build_codes",
     "compare",
     "duplicates",
     "embed_catalog",

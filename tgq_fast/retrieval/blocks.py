@@ -55,6 +55,7 @@ def cut_blocks(sizes: Sequence[int], row_bytes: int, shards: range) -> list[Bloc
         shards: the shards to cover.
     """
     most = max(1, BLOCK_BYTES // max(1, row_bytes))
+    step = most // 16 * 16 or most  # codes lie in groups of 16 rows
     blocks: list[Block] = []
     joined: list[Part] = []
     start = end = sum(sizes[: shards.start])
@@ -64,8 +65,8 @@ def cut_blocks(sizes: Sequence[int], row_bytes: int, shards: range) -> list[Bloc
             blocks.append(Block(start, tuple(joined)))
             joined, start = [], end
         if size > most:
-            for first in range(0, size, most):
-                blocks.append(Block(end + first, (Part(shard, first, min(first + most, size)),)))
+            for first in range(0, size, step):
+                blocks.append(Block(end + first, (Part(shard, first, min(first + step, size)),)))
             start = end + size
         elif size:
             joined.append(Part(shard, 0, size))

@@ -106,7 +106,7 @@ def embed_catalog(
     resume: bool = True,
     on_error: Literal["raise", "skip"] = "raise",
     features: FeatureStore | Callable[[Plan], FeatureStore | None] | None = None,
-    shadow: bool = True,
+    codes: bool = True,
     progress: Callable[[int, int], None] | None = None,
     threads: int | None = None,
     engine: Engine | None = None,
@@ -133,7 +133,7 @@ def embed_catalog(
             the pool's `rejects.jsonl`. They are tried again by the next call.
         features: cached features of the catalogue, to read instead of the pictures; or a function that opens them,
             called with the :class:`~tgq_fast.retrieval.embed_plan.Plan` when there is something to embed.
-        shadow: at the end write what makes searching faster (:meth:`ItemPool.build_shadow`, with the compiled core).
+        codes: at the end write what makes searching faster (:meth:`ItemPool.build_codes`, with the compiled core).
         progress: called with (items done, items to embed) after each batch.
         threads: that read and decode pictures; None: one per processor, 2 to 16.
         engine: embeds the stretches instead of this process, see :mod:`tgq_fast.scale`; not together with `features`.
@@ -210,8 +210,8 @@ def embed_catalog(
             pool.upsert([], torch.empty(0, width), complete=True)
         if pool.manifest.deleted > pool.manifest.rows:
             pool.compact()
-        if shadow and _native.available():
-            pool.build_shadow()
+        if codes and _native.available():
+            pool.build_codes()
         manifest = pool.manifest
         return EmbedReport(
             path=str(out),

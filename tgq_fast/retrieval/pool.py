@@ -7,7 +7,7 @@ A pool is a folder::
     shard-000000.safetensors      tensor "embeddings" [n, D]
     shard-000000.ids.parquet      string column "id" [n], and "content": a key of what was embedded, where known
     shard-000000.index.safetensors   finds ids without reading them all
-    shard-000000.shadow.safetensors  what makes searching faster; derived, so not in the manifest (see shadow_files)
+    shard-000000.codes.safetensors  what makes searching faster; derived, so not in the manifest (see code_files)
     rejects.jsonl                 items that could not be embedded (only when there are any)
 
 Every change is one commit: seen whole or not at all, by readers and after a crash. New rows go to new shards; replaced
@@ -374,8 +374,8 @@ class ItemPool:
             self._show(writer.manifest)
             writer.sweep(at_open=False)
 
-    def build_shadow(self, progress: Callable[[int, int], None] | None = None) -> int:
-        """Write the shadow of every shard that has none, or a stale or damaged one; returns how many were written.
+    def build_codes(self, progress: Callable[[int, int], None] | None = None) -> int:
+        """Write the codes of every shard that has none, or a stale or damaged one; returns how many were written.
 
         Searches on the CPU use it without being asked and read a quarter of an fp32 pool; answers are the same bit for
         bit. Rows so narrow that it would be no smaller get none. A killed call leaves whole files only; call it again.
@@ -384,9 +384,9 @@ class ItemPool:
         Raises:
             PoolError: opened for reading, or a shard is damaged.
         """
-        writer = self._writing("build its shadow")
-        written = writer.build_shadow(progress)
-        self._show(writer.manifest)  # what was joined without a shadow is forgotten
+        writer = self._writing("build its codes")
+        written = writer.build_codes(progress)
+        self._show(writer.manifest)  # what was joined without codes is forgotten
         return written
 
     # ---------------------------------------------------------------- export

@@ -25,10 +25,10 @@ from torch import Tensor
 from tgq_fast import _native
 from tgq_fast.errors import PoolError
 from tgq_fast.retrieval._identity import sha256_file
+from tgq_fast.retrieval.code_files import SUFFIX, read_codes
+from tgq_fast.retrieval.codes import Codes
 from tgq_fast.retrieval.manifest import FileRecord, ShardRecord
 from tgq_fast.retrieval.pool_ids import IdIndex, build_index
-from tgq_fast.retrieval.shadow_files import SUFFIX, read_shadow
-from tgq_fast.retrieval.topk_native import Shadow
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ class PoolFiles:
         self._verified: dict[str, Stamp] = {}  # files whose SHA-256 was right, and when
         self._mapped: dict[str, int] = {}  # bytes of the embeddings that are kept, oldest first
         self._id_bytes = 0
-        self._refused: set[str] = set()  # shards with a shadow that does not fit
+        self._refused: set[str] = set()  # shards with codes that do not fit
 
     def clear(self) -> None:
         """Drop all memory maps."""
@@ -85,7 +85,7 @@ class PoolFiles:
     def forget(self, shard: ShardRecord) -> None:
         """Drop the maps of one shard."""
         with self._lock:
-            for name in (shard.embeddings.name, self.shadow_path(shard).name):
+            for name in (shard.embeddings.name, self.codes_path(shard).name):
                 self._kept.pop(name, None)
                 self._mapped.pop(name, None)
             self._refused.discard(shard.name)
@@ -218,13 +218,13 @@ class PoolFiles:
         except (SafetensorError, OSError) as error:
             raise PoolError(f"{path}: not a readable safetensors file ({error})") from None
 
-    def shadow_path(self, shard: ShardRecord) -> Path:
-        """Where a shard's shadow lies, if it has one."""
+    def codes_path(self, shard: ShardRecord) -> Path:
+        """Where a shard's codes lie, if it has any."""
         return self.folder / f"{shard.name}{SUFFIX}"
 
-    def shadow(self, shard: ShardRecord, stop: threading.Event | None = None) -> Shadow | None:
-        """Memory-mapped shadow of one shard, if it has one that fits; one that does not is said once and left alone."""
-        path = self.shadow_path(shard)
+    def codes(self, shard: ShardRecord, stop: threading.Event | None = None) -> Codes | None:
+        """Memory-mapped codes of one shard, if it has some that fit; those that do not are said once and left alone."""
+        path = self.codes_path(shard)
         if shard.name in self._refused or not _native.available():
             return None
         try:
@@ -234,18 +234,18 @@ class PoolFiles:
         stamp = found.st_size, found.st_mtime_ns, found.st_ino
         kept = self._kept.get(path.name)
         if kept is not None and kept[0] == stamp:
-            shadow: Shadow = kept[1]
-            return shadow
+            codes: Codes = kept[1]
+            return codes
         try:
             source = shard.embeddings.sha256
-            shadow = read_shadow(path, self.tensor(shard, stop), source, verify=self.verify, stop=stop)
+            codes = read_codes(path, self.tensor(shard, stop), source, verify=self.verify, stop=stop)
         except PoolError as error:
             with self._lock:
                 said = shard.name in self._refused
                 self._refused.add(shard.name)
             if not said:
-                logger.warning("%s; searching without it, build_shadow makes it again", error)
+                logger.warning("%s; searching without them, build_codes makes them again", error)
             return None
         with self._lock:
-            self._kept[path.name] = stamp, shadow
-        return shadow
+            self._kept[path.name] = stamp, codes
+        return codes

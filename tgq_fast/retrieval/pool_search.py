@@ -17,12 +17,11 @@ from torch import Tensor
 from tgq_fast.errors import ArgumentError, NonFiniteError
 from tgq_fast.reference import TopK
 from tgq_fast.retrieval.blocks import Block, Part, cut_blocks, one_ahead, read_ahead
+from tgq_fast.retrieval.codes import Codes, join_codes
 from tgq_fast.retrieval.distributed import Ranks, agree
 from tgq_fast.retrieval.pool_reader import PoolReader
-from tgq_fast.retrieval.shadow_files import join_shadows, rows_of
 from tgq_fast.retrieval.topk import merge_topk, topk
 from tgq_fast.retrieval.topk_arguments import check_k, floating_rows
-from tgq_fast.retrieval.topk_native import Shadow
 
 KEPT_BYTES = 512 << 20  # of joined small shards, kept for the next search
 
@@ -46,7 +45,7 @@ class PoolHits(NamedTuple):
 
 class _Loaded(NamedTuple):
     tensor: Tensor
-    shadow: Shadow | None
+    codes: Codes | None
 
 
 class PoolSearch:
@@ -162,10 +161,10 @@ class PoolSearch:
         return self._reader.files.dims * self._reader.files.dtype.itemsize
 
     def _load(self, block: Block, stop: threading.Event) -> _Loaded:
-        """[n, D] of a block and its shadow: views of a shard's maps; or joined in memory, without deleted rows."""
+        """[n, D] of a block and their codes: views of a shard's maps; or joined in memory, without deleted rows."""
         reader = self._reader
         kept = self._joined.get(block)
-        views, shadows, copied = [], [], len(block.parts) > 1
+        views, coded, copied = [], [], len(block.parts) > 1
         for part in block.parts:
             shard = reader.manifest.shards[part.shard]
             tensor = reader.files.tensor(shard, stop)  # also says if what was joined before has changed since
@@ -176,14 +175,14 @@ class PoolSearch:
             if kept is not None:
                 continue
             views.append(tensor[rows])
-            shadow = reader.files.shadow(shard, stop)
-            if shadow is not None:
-                shadows.append(rows_of(shadow, rows))
-            elif alive is None:  # with a shadow few rows are read
+            codes = reader.files.codes(shard, stop)
+            if codes is not None:
+                coded.append(codes.part(part.first, part.stop) if isinstance(rows, slice) else codes.take(rows))
+            elif alive is None:  # with codes few rows are read
                 self._read_ahead(part)
         if kept is not None:
             return kept
-        joined = join_shadows(shadows) if len(shadows) == len(views) else None
+        joined = join_codes(coded) if len(coded) == len(views) else None
         loaded = _Loaded(views[0] if len(views) == 1 else torch.cat(views), joined)
         with self._lock:
             held = sum(one.tensor.nbytes for one in self._joined.values())
@@ -228,11 +227,11 @@ def _search(
     report: Callable[[float], None] | None,
 ) -> TopK:
     """Best rows of a block. Few allowed rows are searched by themselves, many with a mask."""
-    rows, shadow = loaded
+    rows, codes = loaded
     if allowed is None or allowed.all():
-        return topk(queries, rows, k, exclude=excluded, progress=report, shadow=shadow)
+        return topk(queries, rows, k, exclude=excluded, progress=report, codes=codes)
     if allowed.mean() > GATHER_BELOW:
-        return topk(queries, rows, k, exclude=excluded, progress=report, shadow=shadow, allowed=allowed)
+        return topk(queries, rows, k, exclude=excluded, progress=report, codes=codes, allowed=allowed)
     chosen = torch.from_numpy(np.flatnonzero(allowed))
     if excluded is not None:
         place = torch.full((len(rows),), -1, dtype=torch.int64, device="cpu")

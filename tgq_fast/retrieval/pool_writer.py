@@ -31,22 +31,22 @@ from tgq_fast import _native
 from tgq_fast.data.files import fsync_folder
 from tgq_fast.errors import ArgumentError, NonFiniteError, PoolError
 from tgq_fast.retrieval._identity import package_identity, sha256_file
+from tgq_fast.retrieval.code_files import codes_source, write_codes
+from tgq_fast.retrieval.codes import FIT_ROWS, Basis, Codes, encode_rows, fit_basis, fits
 from tgq_fast.retrieval.manifest import DTYPES, Change, FileRecord, Manifest, ShardRecord
 from tgq_fast.retrieval.pool_files import REJECTS_NAME, PoolFiles
 from tgq_fast.retrieval.pool_ids import HashLevels, build_index, check_ids, hash_ids, index_bytes
 from tgq_fast.retrieval.pool_log import MANIFEST_NAME, PoolLog
 from tgq_fast.retrieval.pool_pins import PINS_NAME, unpinned
 from tgq_fast.retrieval.pool_reader import PoolReader
-from tgq_fast.retrieval.shadow_files import shadow_source, write_shadow
 from tgq_fast.retrieval.topk_arguments import floating_rows
-from tgq_fast.retrieval.topk_native import build_shadow, shadow_width
 
 logger = logging.getLogger(__name__)
 
 LOCK_NAME = ".lock"
 COMPACT_SHARDS = 8  # shards that compacting writes per commit, so that little of it is done twice and on disk twice
 _FILE = (
-    r"(shard-\d{6,}\.(safetensors|ids\.parquet|index\.safetensors|shadow\.safetensors)"
+    r"(shard-\d{6,}\.(safetensors|ids\.parquet|index\.safetensors|codes\.safetensors|shadow\.safetensors)"
     r"|commit-\d{8,}\.json|rejects\.jsonl|manifest\.json)"
 )
 _LEFTOVER = re.compile(rf"{_FILE}|\.{_FILE}\.\w+\.tmp")  # a file of a pool, or one that a killed writer left half done
@@ -117,7 +117,8 @@ class PoolWriter:
         self.lock = threading.RLock()  # of this object's methods
         self._known: HashLevels | None = None  # of all ids that ever were in the pool; built by the first append
         self.sweep(at_open=True)
-        self._shadows = any(self._has_shadow(shard) for shard in manifest.shards)
+        self._basis: Basis | None = None  # of the codes; read or fitted when first needed
+        self._coded = any(self._has_codes(shard) for shard in manifest.shards)
         log.fold(manifest)
 
     @property
@@ -139,12 +140,12 @@ class PoolWriter:
         manifest = self.log.commit(self.manifest, replace(change, facts=facts))
         self.reader = PoolReader(self.files, manifest)  # only now: a failed commit leaves this object as it was
         self.log.fold(manifest)
-        if self._shadows:
+        if self._coded:
             try:
                 for shard in change.add:
-                    self._write_shadow(shard)
-            except OSError as error:  # the commit stands; a shadow is only for speed
-                logger.warning("%s: no shadow of the new shards (%s); build_shadow makes it", self.folder, error)
+                    self._write_codes(shard)
+            except OSError as error:  # the commit stands; codes are only for speed
+                logger.warning("%s: no codes of the new shards (%s); build_codes makes them", self.folder, error)
 
     # ----------------------------------------------------------------- write
 
@@ -315,7 +316,7 @@ class PoolWriter:
                 run, rows = [*run, shard], rows + live
 
     def sweep(self, *, at_open: bool) -> None:
-        """Remove what no commit names: leavings of a killed writer, replaced files, shadows of what is not there.
+        """Remove what no commit names: leavings of a killed writer, replaced files, codes of what is not there.
 
         What a reader of an older version may still open stays until a later sweep.
         """
@@ -323,7 +324,7 @@ class PoolWriter:
         if not unpinned(self.folder, manifest.version, unknown=at_open):
             return
         named = {record.name for record in manifest.files} | {MANIFEST_NAME}
-        named |= {self.files.shadow_path(shard).name for shard in manifest.shards if self._has_shadow(shard)}
+        named |= {self.files.codes_path(shard).name for shard in manifest.shards if self._has_codes(shard)}
         for name in os.listdir(self.folder):
             kept = name in named or (name.startswith("commit-") and not self.log.stale(name, manifest))
             if _LEFTOVER.fullmatch(name) and not kept:
@@ -332,35 +333,60 @@ class PoolWriter:
         if rejects is not None and (self.folder / rejects.name).stat().st_size > rejects.bytes:
             os.truncate(self.folder / rejects.name, rejects.bytes)
 
-    # ---------------------------------------------------------------- shadow
+    # ---------------------------------------------------------------- codes
 
-    def build_shadow(self, progress: Callable[[int, int], None] | None = None) -> int:
-        """Write the shadow of every shard that has none, or a stale or damaged one; returns how many were written."""
+    def build_codes(self, progress: Callable[[int, int], None] | None = None) -> int:
+        """Write the codes of every shard that has none, or stale or damaged ones; returns how many were written.
+
+        All of a pool share one mean and rotation. They are fitted again, and all shards encoded again, once rows that
+        came later lie too far from them.
+        """
         with self.lock:
             written, shards = 0, self.manifest.shards
+            known = [codes for shard in shards if (codes := self._codes_of(shard)) is not None]
+            rows = sum(codes.rows for codes in known)
+            explained = sum(codes.explained * codes.rows for codes in known) / max(1, rows)
+            self._basis = known[0].basis if known and fits(known[0].basis, explained) else None
+            again = self._basis is None
+            del known
             for number, shard in enumerate(shards):
-                written += self._write_shadow(shard)
+                written += self._write_codes(shard, again=again)
                 if progress is not None:
                     progress(number + 1, len(shards))
-            self._shadows = True
+            self._coded = True
             return written
 
-    def _write_shadow(self, shard: ShardRecord) -> bool:
-        if not _native.available():
+    def _codes_of(self, shard: ShardRecord) -> Codes | None:
+        return self.files.codes(shard) if _native.available() and self._has_codes(shard) else None
+
+    def _fit(self) -> Basis:
+        """A basis for rows of all shards."""
+        total = sum(shard.rows for shard in self.manifest.shards)
+        step = max(1, total // FIT_ROWS)
+        return fit_basis(torch.cat([self.files.tensor(shard)[::step] for shard in self.manifest.shards]), total)
+
+    def _write_codes(self, shard: ShardRecord, *, again: bool = False) -> bool:
+        if not _native.available() or not shard.rows:
             return False
         self.files.forget(shard)
-        small = shadow_width(self.files.dims) < self.files.dims * self.files.dtype.itemsize
-        wanted = shard.rows > 0 and small and (not self._has_shadow(shard) or self.files.shadow(shard) is None)
+        if self._basis is None and not again:
+            stored = (codes.basis for other in self.manifest.shards if (codes := self._codes_of(other)) is not None)
+            self._basis = next(stored, None)
+        self._basis = self._basis or self._fit()
+        before = self._codes_of(shard)
+        # Narrow rows have codes as long as themselves, which nobody would gain by.
+        narrow = self._basis.first >= self.files.dims * self.files.dtype.itemsize
+        wanted = not narrow and (before is None or not self._basis.same(before.basis))
         if wanted:
-            shadow = build_shadow(self.files.tensor(shard))
-            write_shadow(self.files.shadow_path(shard), shadow, shard.embeddings.sha256)
+            codes = encode_rows(self.files.tensor(shard), self._basis)
+            write_codes(self.files.codes_path(shard), codes, shard.embeddings.sha256)
         self.files.forget(shard)  # one shard in memory at a time
         return wanted
 
-    def _has_shadow(self, shard: ShardRecord) -> bool:
-        """Whether there is a file that claims to be this shard's shadow."""
-        path = self.files.shadow_path(shard)
-        return path.is_file() and shadow_source(path) == shard.embeddings.sha256
+    def _has_codes(self, shard: ShardRecord) -> bool:
+        """Whether there is a file that claims to be this shard's codes."""
+        path = self.files.codes_path(shard)
+        return path.is_file() and codes_source(path) == shard.embeddings.sha256
 
 
 def _check_content(content: Sequence[bytes | None] | None, count: int) -> pa.Array | None:

@@ -15,6 +15,7 @@ from tgq_fast.errors import ArgumentError, BackendError
 from tgq_fast.reference import TopK
 from tgq_fast.retrieval import topk_arguments as arguments
 from tgq_fast.retrieval import topk_cuda, topk_native, topk_stream
+from tgq_fast.retrieval.codes import Codes
 from tgq_fast.retrieval.topk_torch import topk_torch
 
 __all__ = ["TopK", "merge_topk", "topk"]
@@ -34,7 +35,7 @@ def topk(
     num_threads: int | None = None,
     out: Any = None,
     progress: Callable[[float], None] | None = None,
-    shadow: topk_native.Shadow | None = None,
+    codes: Codes | None = None,
 ) -> TopK:
     """The k pool rows with the largest inner product for every query, exactly.
 
@@ -58,8 +59,8 @@ def topk(
         num_threads: worker threads on the CPU; default: as many as torch uses.
         out: a pair (scores [Q, k] float32, indices [Q, k] int64) to write to.
         progress: called now and then with the share done, 0 … 1; what it raises ends the search.
-        shadow: what :func:`tgq_fast.retrieval.build_shadow` made of this pool, for searching it again and again on the
-            CPU: most rows are then not read. Answers are the same; other backends do not use it.
+        codes: what :func:`tgq_fast.retrieval.build_codes` made of this pool, for searching it again and again on the
+            CPU: most rows are then not read. Answers are the same; other backends do not use them.
 
     Returns:
         TopK of tensors on the queries' device: scores [Q, k] float32 and indices [Q, k] int64.
@@ -90,7 +91,7 @@ def topk(
         reasons = compiled.why_not(q)
         if not reasons:
             if q.device.type == "cpu":
-                return topk_native.search(q, p, k, excluded, result, threads, progress, allowed=mask, shadow=shadow)
+                return topk_native.search(q, p, k, excluded, result, threads, progress, allowed=mask, codes=codes)
             search = topk_cuda.search if q.device == p.device else topk_stream.search
             if mask is None:
                 return search(q, p, k, excluded, result, threads, progress)

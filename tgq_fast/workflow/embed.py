@@ -32,7 +32,7 @@ def embed_run(
     resume: bool = True,
     cache: Path | None = None,
     on_error: Policy = "raise",
-    shadow: bool = True,
+    codes: bool = True,
     threads: int | None = None,
     crew: Crew | None = None,
 ) -> EmbedReport:
@@ -78,7 +78,7 @@ def embed_run(
             resume=resume,
             on_error=on_error,
             features=features,
-            shadow=shadow,
+            codes=codes,
             progress=lambda done, total: advance(done, total, "embedding"),
             threads=threads,
             engine=engine,

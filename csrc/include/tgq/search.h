@@ -18,14 +18,19 @@ struct Matrix {
   DType dtype;
 };
 
-// Codes of every pool row, made once by build_shadow and kept beside the pool: a search that has them reads the pool itself
-// only where a row may be an answer. docs/topk.md describes the layout. Not owned; no codes: no shadow.
-struct Shadow {
-  const std::uint8_t* codes = nullptr;  // [N, width]
-  std::int64_t width = 0;               // shadow_width(D)
-  const float* scale = nullptr;         // [N]
-  const float* norm = nullptr;          // [N] upper bound of the norm of the coded row
-  const float* error = nullptr;         // [N] upper bound of the norm of the coding error
+// Codes of every pool row, made once and kept beside the pool: a search that has them reads the pool itself only where a row
+// may be an answer. docs/topk.md describes the layout. Not owned; no bytes: no codes.
+struct Codes {
+  const std::uint8_t* bytes = nullptr;   // first level [first_lines, groups of 16 rows, 16 words, 16 rows, 4 columns]
+  std::int64_t plane_stride = 0;         // bytes from one line of 64 columns to the next
+  int first_lines = 0, lines = 0;        // of the first level; of all, D / 64 rounded up
+  const std::uint16_t* second = nullptr;  // second level: those columns in half precision, in units of `scale`, per row; null: there is none
+  const float* scale = nullptr;          // per row, padded to whole groups of rows, as `second` and `rest`
+  const float* rest = nullptr;           // per row, upper bound of the norm beyond the first level
+  const float* mean = nullptr;           // [D]
+  const float* rotation = nullptr;       // [D, D]
+  float defect = 0;                      // upper bound of the norm of RᵀR - I
+  float step[2] = {}, norm[2] = {};      // per level, upper bounds of the norms of rounding errors and of codes, in units of `scale`
 };
 
 enum class Status : int { ok = 0, bad_argument = 1, out_of_memory = 2, cancelled = 3, unsupported = 4 };
@@ -33,6 +38,7 @@ enum class Status : int { ok = 0, bad_argument = 1, out_of_memory = 2, cancelled
 // Switches for tests and measurements; the defaults are right everywhere else. Answers never depend on them.
 struct Tuning {
   int use_filter = -1;              // certified low-precision filter: 1 on, 0 off, -1 where it pays
+  int use_codes = -1;               // stored codes: 1 on, 0 off, -1 where they pay
   int sample_stride = -1;           // one row in so many is sampled for a first floor; 0 off, -1 where it pays
   float forced_floor = 0.0f;        // with has_forced_floor: taken instead of the sampled floor (a failed sample)
   bool has_forced_floor = false;
@@ -53,7 +59,7 @@ struct Counters {
 struct Request {
   Matrix queries;               // [Q, D]
   Matrix pool;                  // [N, D], N < 2^32
-  Shadow shadow;                // of the pool
+  Codes codes;                  // of the pool
   std::uint32_t k = 0;          // 1 … 2048
   const std::int64_t* exclude = nullptr;  // [Q, exclude_width], rows < 0 mean none
   std::int64_t exclude_width = 0;
@@ -71,11 +77,27 @@ struct Request {
 
 Status search_cpu(const Request& request);
 
-// Bytes of one row of codes: D padded to a multiple of 64.
-std::int64_t shadow_width(std::int64_t cols);
+// Rows to encode in the first level, and the arrays of Codes to write to.
+struct EncodeRequest {
+  const double* turned;       // [count, 64 lines] centred and rotated, zeros where a row is not coded
+  const std::uint8_t* coded;  // [count]
+  std::int64_t count;
+  std::int64_t first_row;     // where they go, a multiple of 16
+  int first_lines, lines;
+  double spread;              // norm of a row's codes above which the row gets coarser ones
+  std::uint8_t* bytes;
+  std::int64_t plane_stride;
+  float* scale;
+  float* rest;
+};
 
-// Fills a shadow of the pool: codes [N, shadow_width(D)], scale, norm and error [N].
-Status build_shadow(const Matrix& pool, std::uint8_t* codes, float* scale, float* norm, float* error, int threads);
+// What holds for all rows encoded so far.
+struct EncodedFacts {
+  double step = 0, norm = 0;      // upper bounds of the norms of rounding errors and of codes, in codes
+  double inside = 0, energy = 0;  // sums of squares in the first level, and in all
+};
+
+void encode_codes(const EncodeRequest& request, EncodedFacts& facts);
 
 // Fixed-order fp32 inner product of two vectors, the one number that every path of the CPU search returns for a pair:
 // sixteen partial sums by fused multiply-add (element i goes to sum i mod 16, in rising order of i), added as a binary

@@ -1,4 +1,4 @@
-"""The shadow beside a pool: same answers with and without, never trusted when it does not fit, whole or not there."""
+"""The codes beside a pool: same answers with and without, never trusted when they do not fit, whole or not there."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from safetensors.torch import save_file
 from tgq_fast import _native
 from tgq_fast.errors import PoolError
 from tgq_fast.retrieval import blocks, pool_search
+from tgq_fast.retrieval.code_files import read_codes, write_codes
+from tgq_fast.retrieval.codes import build_codes, encode_rows
 from tgq_fast.retrieval.pool import ItemPool, PoolHits
-from tgq_fast.retrieval.shadow_files import read_shadow, write_shadow
 from tgq_fast.retrieval.topk import topk
-from tgq_fast.retrieval.topk_native import build_shadow
 
 pytestmark = pytest.mark.skipif(not _native.available(), reason=_native.why_missing() or "built")
 
@@ -40,15 +40,15 @@ def rows(kind: str = "random") -> torch.Tensor:
     return values
 
 
-def make(folder: Path, kind: str = "random", dtype: str = "float32", shadow: bool = True) -> Path:
+def make(folder: Path, kind: str = "random", dtype: str = "float32", codes: bool = True) -> Path:
     with ItemPool.create(folder, dims=WIDTH, dtype=dtype, shard_size=SHARD) as pool:
         pool.append([f"item-{i}" for i in range(ROWS)], rows(kind))
-        assert not shadow or pool.build_shadow() == 5
+        assert not codes or pool.build_codes() == 5
     return folder
 
 
-def shadows(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.shadow.safetensors"))
+def code_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.codes.safetensors"))
 
 
 def facts_of(path: Path) -> dict[str, str]:
@@ -68,10 +68,10 @@ def same(found: PoolHits, expected: PoolHits) -> None:
 @pytest.mark.parametrize("kind", ["random", "clustered", "ties"])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_same_answers_with_and_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, dtype: str) -> None:
-    folder = make(tmp_path / "pool", kind, dtype, shadow=False)
+    folder = make(tmp_path / "pool", kind, dtype, codes=False)
     expected = ask(folder)
     with ItemPool.open(folder, mode="a") as pool:
-        assert pool.build_shadow() == 5 and pool.build_shadow() == 0
+        assert pool.build_codes() == 5 and pool.build_codes() == 0
     for most in (700, 3000, 10_000):  # parts of a shard, two shards, all of them
         monkeypatch.setattr(blocks, "BLOCK_BYTES", most * WIDTH * 4)
         same(ask(folder), expected)
@@ -79,17 +79,18 @@ def test_same_answers_with_and_without(tmp_path: Path, monkeypatch: pytest.Monke
         same(ask(folder, verify=False), expected)
 
 
-def test_a_search_reads_the_shadow(tmp_path: Path) -> None:
+def test_a_search_believes_the_codes(tmp_path: Path) -> None:
     folder = make(tmp_path / "pool")
     expected = ask(folder)
-    for path, (_, tensor) in zip(shadows(folder), ItemPool.open(folder).shards(), strict=True):
+    for path, (_, tensor) in zip(code_files(folder), ItemPool.open(folder).shards(), strict=True):
         source = facts_of(path)["source"]
-        true = build_shadow(tensor)
-        # Codes of nothing, and bounds that deny it: only a search that believes them goes wrong.
-        lie = replace(true, codes=torch.full_like(true.codes, 128), error=true.error * 0, norm=true.norm * 0)
-        write_shadow(path, lie, source)
+        true = encode_rows(tensor, read_codes(path, tensor, source, verify=True).basis)
+        # Codes of other rows, and bounds that deny it: only a search that believes them goes wrong.
+        none = (0.0,) * len(true.step)
+        lie = replace(true, codes=true.codes.roll(1, dims=1), step=none, norm=none, rest=true.rest * 0)
+        write_codes(path, lie, source)
     assert not torch.equal(ask(folder).indices, expected.indices)
-    for path in shadows(folder):
+    for path in code_files(folder):
         path.unlink()
     same(ask(folder), expected)
 
@@ -107,11 +108,11 @@ def _alter(path: Path, **facts: str) -> None:
 
 
 def _other_shard(path: Path) -> None:
-    path.write_bytes(shadows(path.parent)[0].read_bytes())
+    path.write_bytes(code_files(path.parent)[0].read_bytes())
 
 
 def _other_sizes(path: Path) -> None:
-    write_shadow(path, build_shadow(rows()[:7]), facts_of(path)["source"])
+    write_codes(path, build_codes(rows()[:7]), facts_of(path)["source"])
 
 
 DAMAGE: dict[str, Callable[[Path], None]] = {
@@ -132,57 +133,57 @@ DAMAGE: dict[str, Callable[[Path], None]] = {
 def test_what_does_not_fit_is_ignored_and_made_again(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
 ) -> None:
-    folder = make(tmp_path / "pool", shadow=False)
+    folder = make(tmp_path / "pool", codes=False)
     expected = ask(folder)
     with ItemPool.open(folder, mode="a") as pool:
-        pool.build_shadow()
-    whole = [path.read_bytes() for path in shadows(folder)]
-    DAMAGE[damage](shadows(folder)[2])
+        pool.build_codes()
+    whole = [path.read_bytes() for path in code_files(folder)]
+    DAMAGE[damage](code_files(folder)[2])
     with caplog.at_level(logging.WARNING), ItemPool.open(folder) as pool:
         for _ in range(2):
             same(pool.search(rows()[:20], 15, exclude_ids=[f"item-{i}" for i in range(20)]), expected)
         assert [record.name for record in caplog.records] == ["tgq_fast.retrieval.pool_files"]  # said once
-        assert "shard-000002.shadow.safetensors" in caplog.text
+        assert "shard-000002.codes.safetensors" in caplog.text
     with ItemPool.open(folder, mode="a") as pool:
-        assert pool.build_shadow() == 1
-    assert [path.read_bytes() for path in shadows(folder)] == whole
+        assert pool.build_codes() == 1
+    assert [path.read_bytes() for path in code_files(folder)] == whole
     caplog.clear()
     same(ask(folder), expected)
     assert not caplog.records
 
 
-def test_a_shadow_cut_off_between_searches(tmp_path: Path) -> None:
+def test_codes_cut_off_between_searches(tmp_path: Path) -> None:
     folder = make(tmp_path / "pool")
     with ItemPool.open(folder) as pool:
         expected = pool.search(rows()[:9], 5)
         pool._state[1]._joined.clear()
-        os.truncate(shadows(folder)[1], 100)
+        os.truncate(code_files(folder)[1], 100)
         same(pool.search(rows()[:9], 5), expected)
 
 
 def test_writers_sweep_what_belongs_to_no_shard(tmp_path: Path) -> None:
     folder = make(tmp_path / "pool")
-    kept = shadows(folder)
-    (folder / "shard-000077.shadow.safetensors").write_bytes(kept[0].read_bytes())
-    (folder / ".shard-000001.shadow.safetensors.123.tmp").write_bytes(b"half")
+    kept = code_files(folder)
+    (folder / "shard-000077.codes.safetensors").write_bytes(kept[0].read_bytes())
+    (folder / ".shard-000001.codes.safetensors.123.tmp").write_bytes(b"half")
     _alter(kept[3], source="0" * 64)
     ItemPool.open(folder).verify()
     with ItemPool.open(folder, mode="a") as pool:
-        assert shadows(folder) == [*kept[:3], kept[4]] and not list(folder.glob(".*tmp"))
+        assert code_files(folder) == [*kept[:3], kept[4]] and not list(folder.glob(".*tmp"))
         pool.append(["late"], torch.ones(1, WIDTH))  # gets its own at once
-        assert pool.build_shadow() == 1
-    assert len(shadows(folder)) == 6
+        assert pool.build_codes() == 1
+    assert len(code_files(folder)) == 6
 
 
 def test_refusals(tmp_path: Path) -> None:
     folder = make(tmp_path / "pool")
-    with pytest.raises(PoolError, match="mode='a' to build its shadow"):
-        ItemPool.open(folder).build_shadow()
-    with pytest.raises(PoolError, match="not a readable shadow"):
-        read_shadow(folder / "manifest.json", rows(), "", verify=True)
+    with pytest.raises(PoolError, match="mode='a' to build its codes"):
+        ItemPool.open(folder).build_codes()
+    with pytest.raises(PoolError, match="no readable codes"):
+        read_codes(folder / "manifest.json", rows(), "", verify=True)
     with ItemPool.create(tmp_path / "narrow", dims=8) as pool:  # the codes of a row would be longer than the row
         pool.append(["one"], torch.ones(1, 8))
-        assert pool.build_shadow() == 0 and not shadows(tmp_path / "narrow")
+        assert pool.build_codes() == 0 and not code_files(tmp_path / "narrow")
 
 
 # Forks a writer per line "folder moment n"; the writer kills itself around its n-th rename.
@@ -204,7 +205,7 @@ def write(folder, moment, n):
             os.kill(os.getpid(), signal.SIGKILL)
     files.os.replace = patched
     with ItemPool.open(folder, mode="a") as pool:
-        pool.build_shadow()
+        pool.build_codes()
 
 for line in sys.stdin:
     folder, moment, n = line.split()
@@ -220,8 +221,8 @@ for line in sys.stdin:
 def test_killed_at_any_point(tmp_path: Path) -> None:
     points = [(moment, n) for n in (1, 2, 5) for moment in ("before", "torn", "after")]
     for moment, n in points:
-        make(tmp_path / f"{moment}{n}", shadow=False)
-    whole = [path.read_bytes() for path in shadows(make(tmp_path / "whole"))]
+        make(tmp_path / f"{moment}{n}", codes=False)
+    whole = [path.read_bytes() for path in code_files(make(tmp_path / "whole"))]
     lines = "\n".join(f"{tmp_path}/{moment}{n} {moment} {n}" for moment, n in points)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     ran = subprocess.run(
@@ -232,16 +233,16 @@ def test_killed_at_any_point(tmp_path: Path) -> None:
     for moment, n in points:
         folder = tmp_path / f"{moment}{n}"
         done = n if moment == "after" else n - 1
-        assert [path.read_bytes() for path in shadows(folder)] == whole[:done]
+        assert [path.read_bytes() for path in code_files(folder)] == whole[:done]
         same(ask(folder), expected)
         with ItemPool.open(folder, mode="a") as pool:
-            assert pool.build_shadow() == 5 - done
-        assert [path.read_bytes() for path in shadows(folder)] == whole and not list(folder.glob(".*tmp"))
+            assert pool.build_codes() == 5 - done
+        assert [path.read_bytes() for path in code_files(folder)] == whole and not list(folder.glob(".*tmp"))
 
 
-def test_topk_takes_a_shadow(tmp_path: Path) -> None:
+def test_topk_takes_codes(tmp_path: Path) -> None:
     pool = rows()
     expected = topk(pool[:9], pool, 7)
-    found = topk(pool[:9], pool, 7, shadow=build_shadow(pool))
+    found = topk(pool[:9], pool, 7, codes=build_codes(pool))
     assert torch.equal(found.indices, expected.indices) and torch.equal(found.scores, expected.scores)
-    assert torch.equal(topk(pool[:9], pool, 7, shadow=build_shadow(pool), backend="torch").indices, expected.indices)
+    assert torch.equal(topk(pool[:9], pool, 7, codes=build_codes(pool), backend="torch").indices, expected.indices)

@@ -1,8 +1,9 @@
-"""The low-precision shadow of a shard, kept beside it: a quarter of the bytes that most of a search reads.
+"""The quantised codes of a shard, kept beside it: what most of a search reads instead of the rows.
 
-`shard-000000.shadow.safetensors` holds the tensors of a :class:`~tgq_fast.retrieval.topk_native.Shadow` and, as
-metadata, the format version, the SHA-256 of the shard that it was made from and that of its own tensors. It is derived
-data: not in the manifest, never trusted unless everything fits, and made again by :meth:`ItemPool.build_shadow`.
+`shard-000000.codes.safetensors` holds the tensors of a :class:`~tgq_fast.retrieval.codes.Codes`, their basis and, as
+metadata, their numbers, the format version, the SHA-256 of the shard that they were made from and that of the tensors.
+They are derived data: not in the manifest, never trusted unless everything fits, and made again by
+:meth:`ItemPool.build_codes`.
 
 Source: ours.
 """
@@ -23,32 +24,42 @@ from torch import Tensor
 from tgq_fast.data.files import write_atomic
 from tgq_fast.errors import ArgumentError, PoolError
 from tgq_fast.retrieval._identity import canonical_json
-from tgq_fast.retrieval.topk_native import Shadow
+from tgq_fast.retrieval.codes import Basis, Codes
 
-__all__ = ["SUFFIX", "join_shadows", "read_shadow", "rows_of", "shadow_source", "write_shadow"]
+__all__ = ["SUFFIX", "codes_source", "read_codes", "write_codes"]
 
-FORMAT = "tgq-fast shadow"
+FORMAT = "tgq-fast codes"
 FORMAT_VERSION = "1"
-SUFFIX = ".shadow.safetensors"
-TENSORS = ("codes", "scale", "norm", "error")
+SUFFIX = ".codes.safetensors"
+TENSORS = ("codes", "second", "scale", "rest")
+BASIS = ("mean", "rotation")
 _KEY = "tgq_fast"
 _PIECE = 1 << 20
 
 
-def write_shadow(path: Path, shadow: Shadow, source: str) -> None:
+def write_codes(path: Path, codes: Codes, source: str) -> None:
     """Write atomically.
 
     Args:
         source: SHA-256 of the shard's file.
     """
-    tensors = {name: getattr(shadow, name) for name in TENSORS}
-    facts = {"format": FORMAT, "format_version": FORMAT_VERSION, "source": source, "checksum": _checksum(tensors, None)}
+    basis = codes.basis
+    tensors = {name: getattr(codes, name) for name in TENSORS} | {name: getattr(basis, name) for name in BASIS}
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    facts = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "source": source,
+        "checksum": _checksum(tensors, None),
+        "basis": [basis.first, basis.second, basis.spread, basis.defect, basis.explained],
+        "codes": [codes.rows, codes.step, codes.norm, codes.explained],
+    }
     # One entry: safetensors writes several in an arbitrary order, and the same work should give the same bytes.
     write_atomic(path, save(tensors, metadata={_KEY: canonical_json(facts)}))
 
 
-def shadow_source(path: Path) -> str | None:
-    """SHA-256 of the shard that a shadow was made from; None if it cannot be read or is of another format version."""
+def codes_source(path: Path) -> str | None:
+    """SHA-256 of the shard that codes were made from; None if it cannot be read or is of another format version."""
     try:
         with safe_open(path, framework="pt") as handle:
             return _source(_facts(handle))
@@ -69,8 +80,8 @@ def _source(facts: dict[str, Any]) -> str | None:
     return facts.get("source") if current else None
 
 
-def read_shadow(path: Path, pool: Tensor, source: str, *, verify: bool, stop: threading.Event | None = None) -> Shadow:
-    """Memory-mapped shadow of the rows of a shard.
+def read_codes(path: Path, pool: Tensor, source: str, *, verify: bool, stop: threading.Event | None = None) -> Codes:
+    """Memory-mapped codes of the rows of a shard.
 
     Args:
         pool: [n, D] the shard's rows.
@@ -84,39 +95,32 @@ def read_shadow(path: Path, pool: Tensor, source: str, *, verify: bool, stop: th
     try:
         with safe_open(path, framework="pt") as handle:
             facts = _facts(handle)
-            tensors = {name: handle.get_tensor(name) for name in TENSORS}
+            names = set(handle.keys())
+            tensors = {name: handle.get_tensor(name) for name in (*TENSORS, *BASIS) if name in names}
     except (SafetensorError, OSError) as error:
-        raise PoolError(f"{path}: not a readable shadow ({error})") from None
+        raise PoolError(f"{path}: no readable codes ({error})") from None
     if _source(facts) != source:
         raise PoolError(f"{path}: made from another shard or by another release")
-    shadow = Shadow(**tensors)
-    try:
-        shadow.check(pool)
-    except ArgumentError as error:
-        raise PoolError(f"{path}: {error}") from None
     if verify and _checksum(tensors, stop) != facts.get("checksum"):
         raise PoolError(f"{path}: SHA-256 differs; corrupt")
-    return shadow
-
-
-def rows_of(shadow: Shadow, rows: slice | Tensor) -> Shadow:
-    """The shadow of some rows: a slice of it, or a copy of the rows that a tensor names."""
-    return Shadow(*(getattr(shadow, name)[rows] for name in TENSORS))
-
-
-def join_shadows(parts: list[Shadow]) -> Shadow:
-    """The shadow of several pools one after another."""
-    return parts[0] if len(parts) == 1 else Shadow(*(torch.cat([getattr(p, name) for p in parts]) for name in TENSORS))
+    try:
+        basis = Basis(tensors["mean"], tensors["rotation"], *facts["basis"])
+        rows, step, norm, share = facts["codes"]
+        first, second, scale, rest = (tensors[name] for name in TENSORS)
+        codes = Codes(basis, first, second, scale, rest, rows, tuple(step), tuple(norm), share)
+        codes.check(pool)
+    except (ArgumentError, KeyError, TypeError, ValueError, IndexError) as error:
+        raise PoolError(f"{path}: {error}") from None
+    return codes
 
 
 def _checksum(tensors: dict[str, Tensor], stop: threading.Event | None) -> str:
     digest = hashlib.sha256()
-    for name in TENSORS:
-        tensor = tensors[name]
+    for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
         data = tensor.contiguous().view(-1).view(torch.uint8).numpy().data
         for start in range(0, len(data), _PIECE):
             digest.update(data[start : start + _PIECE])
             if stop is not None and stop.is_set():
-                raise InterruptedError("reading a shadow was called off")
+                raise InterruptedError("reading codes was called off")
     return digest.hexdigest()

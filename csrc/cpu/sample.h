@@ -1,0 +1,30 @@
+// The pass over a sample of the pool: a first floor for every query, and what stored codes leave of the rows.
+#pragma once
+
+#include <vector>
+
+#include "cpu/pass.h"
+
+namespace tgq {
+
+// A score near the `rank`-th best of the sample becomes the floor.
+class SamplePass : public Pass {
+ public:
+  SamplePass(const ScanPlan& plan, std::int64_t num_queries, const Cut& cut, Progress& progress, int rank, std::vector<Key>& floors)
+      : Pass(plan, num_queries, cut, progress), rank_(rank), floors_(floors) {}
+
+  // With codes: shares of the rows whose bound from the first level, whose best bound reaches the floor, of all queries together.
+  double left = 0, fine = 0;
+
+ private:
+  void finish(std::int64_t, const Key*, std::uint32_t, bool) override {}
+  void leave(Tile& tile, Scanner& scanner) override;
+  void merge(Tile& tile) override;
+  // Share of the sample's rows that are not below `score`, from the largest of each of its sets.
+  double share(const std::vector<float>& best, float score) const;
+
+  int rank_;
+  std::vector<Key>& floors_;
+};
+
+}  // namespace tgq
