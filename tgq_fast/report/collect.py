@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -106,6 +108,12 @@ def write_report(
     notes = ([reason] if reason else []) + pictures.notes()
     if main_store.invalid:
         notes.append(f"{len(main_store.invalid)} item(s) have no usable picture and are no candidates.")
+    given = [("--model", path) for path in runs] + [("--pool", path) for path in pools or ()] + [("--out", out)]
+    given += [("--k", ",".join(map(str, ks))), ("--split", split), *(("--corrupt", str(c)) for c in asked)]
+    given += [("--examples", examples), ("--seed", seed)]
+    command = shlex.join(
+        ["tgq-fast", "report", str(catalog.report.path), *(str(part) for pair in given for part in pair)]
+    )
     content = ReportContent(
         title=f"{main.name} on {Path(catalog.root).resolve().name}, {split} split",
         facts={
@@ -127,7 +135,7 @@ def write_report(
         gates=study,
         catalogue=_catalogue_facts(catalog),
         notes=notes,
-        made_by=f"Written by tgq_fast {__version__}: tgq-fast report … --split {split} --seed {seed}",
+        made_by=f"Written by tgq_fast {__version__} on {date.today().isoformat()}: {command}",
     )
     page = render(content).encode("utf-8")
     write_atomic(out, page)

@@ -77,33 +77,33 @@ def _svg(figure: Figure, label: str) -> str:
     return re.sub(r'xlink:href="#([^"]+)"', rf'xlink:href="#{prefix}\1"', text)
 
 
-def metric_dots(runs: Sequence[RunResult], names: Sequence[str]) -> str:
-    """Dot plot of metrics with intervals, one row per run and metric."""
-    names = [name for name in names if any(name in run.metrics for run in runs)]
+def metric_dots(runs: Sequence[RunResult], names: Sequence[str]) -> list[str]:
+    """A dot plot of each metric, with intervals, one row per run."""
+    return [_dots(runs, name) for name in names if any(name in run.metrics for run in runs)]
+
+
+def _dots(runs: Sequence[RunResult], name: str) -> str:
     with rc_context(_STYLE):
-        rows = len(names) * (len(runs) + 0.9)
-        figure = Figure(figsize=(7.2, max(1.6, 0.24 * rows + 0.5)))
+        figure = Figure(figsize=(3.7, 0.26 * len(runs) + 0.7), layout="constrained")
         axes = figure.subplots()
-        ticks, labels, y = [], [], 0.0
-        for name in names:
-            first = y
-            for number, run in enumerate(runs):
-                metric = run.metrics.get(name)
-                if metric is not None:
-                    colour = _SERIES[number % len(_SERIES)]
-                    axes.plot([metric.low, metric.high], [y, y], color=colour, linewidth=2.2, solid_capstyle="round")
-                    axes.plot(metric.value, y, marker="o", color=colour, markersize=6)
-                    axes.text(metric.high + 0.012, y, f"{metric.value:.3f}", va="center", fontsize=8.5)
-                y += 1
-            ticks.append((first + y - 1) / 2)
-            labels.append(name)
-            y += 0.9
-        axes.set_yticks(ticks, labels)
-        axes.set_xlim(0, 1.08)
-        axes.set_xticks(np.linspace(0, 1, 6))
-        axes.invert_yaxis()
+        for y, run in enumerate(runs):
+            metric = run.metrics.get(name)
+            if metric is not None:
+                colour = _SERIES[y % len(_SERIES)]
+                axes.plot([metric.low, metric.high], [y, y], color=colour, linewidth=2.2, solid_capstyle="round")
+                axes.plot(metric.value, y, marker="o", color=colour, markersize=6)
+                axes.text(metric.high + 0.04, y, f"{metric.value:.3f}", va="center", fontsize=8.5)
+        axes.set_title(name)
+        axes.set_yticks(range(len(runs)), [_short(run.name) for run in runs])
+        axes.set_xlim(0, 1.2)
+        axes.set_xticks((0, 0.25, 0.5, 0.75, 1), ("0", "", "0.5", "", "1"))
+        axes.set_ylim(len(runs) - 0.5, -0.5)
         axes.grid(axis="y", visible=False)
-        return _svg(figure, "Metrics with intervals: " + ", ".join(names) + " for " + ", ".join(r.name for r in runs))
+        return _svg(figure, f"{name} with intervals for " + ", ".join(run.name for run in runs))
+
+
+def _short(name: str, length: int = 24) -> str:
+    return name if len(name) <= length else name[: length - 1] + "…"
 
 
 def curves(runs: Sequence[RunResult], name: str, title: str) -> str | None:
@@ -142,12 +142,9 @@ def _smooth(values: Sequence[float]) -> np.ndarray:
 _LEAST_GATE = 0.25  # half of the range that gate plots show at least: automatic limits make noise look like a reaction
 
 
-def gates_by_agreement(study: GateStudy) -> str | None:
-    """Histograms of per item mean gates by third of agreement, one panel per stream."""
-    panels = [("anchored gate", study.anchored, ANCHORED), ("exploratory gate", study.exploratory, EXPLORATORY)]
-    drawn = [(title, values, colour) for title, values, colour in panels if values is not None]
-    if not drawn:
-        return None
+def gates_by_agreement(study: GateStudy) -> list[str]:
+    """A histogram of per item mean gates by third of agreement for each stream that has gates."""
+    panels = [("anchored", study.anchored, ANCHORED), ("exploratory", study.exploratory, EXPLORATORY)]
     known = np.isfinite(study.agreement)
     varied = bool(known.any()) and float(np.ptp(study.agreement[known])) > 1e-6
     groups: list[tuple[str, np.ndarray]] = [("all items", np.ones(len(study.agreement), bool))]
@@ -158,77 +155,80 @@ def gates_by_agreement(study: GateStudy) -> str | None:
             ("middle", known & (study.agreement > low) & (study.agreement <= high)),
             ("high agreement", known & (study.agreement > high)),
         ]
+    return [_histogram(stream, values, colour, groups) for stream, values, colour in panels if values is not None]
+
+
+def _histogram(stream: str, values: np.ndarray, colour: str, groups: Sequence[tuple[str, np.ndarray]]) -> str:
     with rc_context(_STYLE):
-        figure = Figure(figsize=(4.6 * len(drawn), 2.8))
-        for axes, (title, values, colour) in zip(np.atleast_1d(figure.subplots(1, len(drawn))), drawn):
-            reach = max(_LEAST_GATE, 1.05 * float(np.abs(values).max()))
-            bins = np.linspace(-reach, reach, 41)
-            for alpha, style, (label, mask) in zip((1.0, 0.75, 0.5), ("-", "--", ":"), groups):
-                if mask.any():
-                    axes.hist(
-                        values[mask],
-                        bins=bins,
-                        histtype="step",
-                        color=colour,
-                        alpha=alpha,
-                        linestyle=style,
-                        linewidth=1.7,
-                        label=f"{label} (n={int(mask.sum())})",
-                    )
-            axes.axvline(0, color=_INK, linewidth=0.8)
-            axes.xaxis.set_major_locator(MaxNLocator(5))
-            axes.set_title(f"{title}, mean over channels")
-            axes.set_xlabel("closed ← gate → amplified")
-            axes.set_ylabel("items")
-            axes.legend(fontsize=8)
-        figure.tight_layout()
-        return _svg(figure, "Histograms of the mean gates by agreement")
+        figure = Figure(figsize=(4.6, 2.8))
+        axes = figure.subplots()
+        reach = max(_LEAST_GATE, 1.05 * float(np.abs(values).max()))
+        bins = np.linspace(-reach, reach, 41)
+        for alpha, style, (label, mask) in zip((1.0, 0.75, 0.5), ("-", "--", ":"), groups):
+            if mask.any():
+                axes.hist(
+                    values[mask],
+                    bins=bins,
+                    histtype="step",
+                    color=colour,
+                    alpha=alpha,
+                    linestyle=style,
+                    linewidth=1.7,
+                    label=f"{label} (n={int(mask.sum())})",
+                )
+        axes.axvline(0, color=_INK, linewidth=0.8)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.set_title(f"{stream} gate, mean over channels")
+        axes.set_xlabel("closed ← gate → amplified")
+        axes.set_ylabel("items")
+        axes.legend(fontsize=8)
+        return _svg(figure, f"Histogram of the mean {stream} gate by agreement")
 
 
-def gates_by_condition(study: GateStudy) -> str | None:
-    """Mean gates against overlay level and against true, missing or wrong metadata; None when neither was measured."""
-    panels = [kind for kind in ("overlay", "metadata") if getattr(study, kind)]
-    if not panels:
-        return None
+def gates_by_condition(study: GateStudy) -> list[str]:
+    """Mean gates against overlay level, and against true, missing or wrong metadata, as far as they were measured."""
+    drawn = []
+    if study.overlay:
+        ticks = [f"{level:.0%}" for level in study.overlay_levels]
+        drawn.append(_condition("overlay on the picture", "share of the picture covered", ticks, study.overlay))
+    if study.metadata:
+        ticks = list(next(iter(study.metadata.values())))
+        groups = {stream: [values[name] for name in ticks] for stream, values in study.metadata.items()}
+        drawn.append(_condition("metadata of the item", "", ticks, groups))
+    return drawn
+
+
+def _condition(title: str, axis: str, ticks: Sequence[str], groups: Mapping[str, Sequence[np.ndarray]]) -> str:
     colours = {"anchored": ANCHORED, "exploratory": EXPLORATORY}
     with rc_context(_STYLE):
-        figure = Figure(figsize=(4.6 * len(panels), 2.7))
-        for axes, kind in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels):
-            if kind == "overlay":
-                ticks = [f"{level:.0%}" for level in study.overlay_levels]
-                groups: Mapping[str, Sequence[np.ndarray]] = study.overlay
-                axes.set_title("overlay on the picture")
-                axes.set_xlabel("share of the picture covered")
-            else:
-                conditions = list(next(iter(study.metadata.values())))
-                ticks = conditions
-                groups = {stream: [values[c] for c in conditions] for stream, values in study.metadata.items()}
-                axes.set_title("metadata of the item")
-            for shift, (stream, values) in zip((-0.09, 0.09), groups.items()):
-                x = np.arange(len(values)) + shift
-                middle = np.array([np.median(v) for v in values])
-                low = np.array([np.quantile(v, 0.1) for v in values])
-                high = np.array([np.quantile(v, 0.9) for v in values])
-                axes.errorbar(
-                    x,
-                    middle,
-                    yerr=[middle - low, high - middle],
-                    color=colours[stream],
-                    marker="o",
-                    markersize=5,
-                    linewidth=1.6 if kind == "overlay" else 0,
-                    elinewidth=1.2,
-                    capsize=3,
-                    label=f"{stream} gate",
-                )
-            axes.axhline(0, color=_INK, linewidth=0.8)
-            reach = max(_LEAST_GATE, *(1.05 * float(np.abs(v).max()) for values in groups.values() for v in values))
-            axes.set_ylim(-reach, reach)
-            axes.set_xticks(np.arange(len(ticks)), ticks)
-            axes.set_ylabel("mean gate (median, 10–90 %)")
-            axes.legend(fontsize=8)
-        figure.tight_layout()
-        return _svg(figure, "Mean gates under overlays and under missing or wrong metadata")
+        figure = Figure(figsize=(4.6, 2.8))
+        axes = figure.subplots()
+        for shift, (stream, values) in zip((-0.09, 0.09), groups.items()):
+            x = np.arange(len(values)) + shift
+            middle = np.array([np.median(v) for v in values])
+            low = np.array([np.quantile(v, 0.1) for v in values])
+            high = np.array([np.quantile(v, 0.9) for v in values])
+            axes.errorbar(
+                x,
+                middle,
+                yerr=[middle - low, high - middle],
+                color=colours[stream],
+                marker="o",
+                markersize=5,
+                linewidth=1.6 if axis else 0,  # a line only along a scale
+                elinewidth=1.2,
+                capsize=3,
+                label=f"{stream} gate",
+            )
+        axes.axhline(0, color=_INK, linewidth=0.8)
+        reach = max(_LEAST_GATE, *(1.05 * float(np.abs(v).max()) for values in groups.values() for v in values))
+        axes.set_ylim(-reach, reach)
+        axes.set_xticks(np.arange(len(ticks)), ticks)
+        axes.set_title(title)
+        axes.set_xlabel(axis)
+        axes.set_ylabel("mean gate (median, 10–90 %)")
+        axes.legend(fontsize=8)
+        return _svg(figure, f"Mean gates by {title}")
 
 
 def data_uri(image: Image.Image, *, side: int = 176, quality: int = 82) -> str:

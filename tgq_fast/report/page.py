@@ -42,14 +42,12 @@ def render(content: ReportContent) -> str:
         metric_names=names,
         best={name: _sole_winner(content.runs, name) for name in names},
         style=Markup(source("page.css")),
-        dots=Markup(figures.metric_dots(content.runs, _plotted(names))) if names else "",
+        dots=[Markup(figure) for figure in figures.metric_dots(content.runs, _plotted(names))],
         curves=[Markup(figure) for figure in drawn if figure],
         gate_figures=[
             Markup(figure)
-            for figure in (
-                (figures.gates_by_agreement(gates), figures.gates_by_condition(gates)) if gates is not None else ()
-            )
-            if figure
+            for draw in (figures.gates_by_agreement, figures.gates_by_condition)
+            for figure in (draw(gates) if gates is not None else ())
         ],
     )
 
@@ -60,17 +58,16 @@ def _sole_winner(runs: Sequence[RunResult], name: str) -> str | None:
 
 
 def _shown(runs: Sequence[RunResult]) -> list[str]:
-    """Metrics of the table, families together; recall is left out where it is H@K anyway (one positive per query)."""
+    """Metrics of the table, families together, without those that say in every row what an earlier one says: recall is
+    H@K where queries have one positive, and at the first place hit rate, NDCG and 1-NN are one."""
     names = list(dict.fromkeys(name for run in runs for name in run.metrics))
-    shown = []
+    shown: dict[tuple[float | None, ...], str] = {}
     for family in ("HR@", "H@", "Recall@", "MRR", "NDCG@", "1-NN"):
         for name in names:
-            twin = name.replace("Recall", "H")
-            if name.startswith(family) and not (
-                family == "Recall@" and all(run.metrics.get(name) == run.metrics.get(twin) for run in runs)
-            ):
-                shown.append(name)
-    return shown
+            if name.startswith(family):
+                values = (run.metrics.get(name) for run in runs)
+                shown.setdefault(tuple(None if m is None else round(m.value, 9) for m in values), name)
+    return list(shown.values())
 
 
 def _plotted(names: list[str]) -> list[str]:
