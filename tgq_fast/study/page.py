@@ -60,10 +60,13 @@ def verdict(study: Study) -> list[str]:
 
 
 def text_table(study: Study, metric: str | None = None) -> tuple[list[str], list[list[str]]]:
-    """Columns (conditions) and rows of one metric, value and interval; a star where the main row wins, a minus where it
-    loses."""
+    """Columns and rows of one metric, clean and averaged over conditions: what a terminal has room for.
+
+    Single conditions and intervals are in study.json and on the page. A star where the main row wins beyond the paired
+    interval, a minus where it loses.
+    """
     metric = metric or headline(study)
-    places = [*study["conditions"], *study["pooled"]]
+    places = ["clean", *study["pooled"]] if study["pooled"] else list(study["conditions"])
     rows = []
     for name, row in study["rows"].items():
         cells = []
@@ -74,7 +77,7 @@ def text_table(study: Study, metric: str | None = None) -> tuple[list[str], list
                 if "against" in row
                 else ""
             )
-            cells.append(f"{found['value']:.3f} [{found['low']:.3f}, {found['high']:.3f}]{mark}")
+            cells.append(f"{found['value']:.3f}{mark}")
         rows.append([name, *cells])
     return [metric, *places], rows
 
