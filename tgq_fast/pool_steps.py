@@ -105,8 +105,7 @@ def facts_of(pool: Path, ids: set[str], catalog: Path | None) -> dict[str, dict[
     """Title, brand, category and file of some items, read from the table beside the pool, or else row by row from a
     catalogue (the one given, or the one that was embedded if it is still there) until all are found.
     """
-    from tgq_fast.data.catalog import metadata_file, stream_items
-    from tgq_fast.data.validation import ValidationReport
+    from tgq_fast.data.loading import metadata_file, stream_items
     from tgq_fast.retrieval.item_table import facts_of as read
 
     if catalog is None:
@@ -120,8 +119,8 @@ def facts_of(pool: Path, ids: set[str], catalog: Path | None) -> dict[str, dict[
     found = {}
     try:
         metadata = metadata_file(catalog)
-        for item in stream_items(metadata, ValidationReport(str(metadata))):
-            if item.id in ids:
+        for item in stream_items(metadata):
+            if item.id in ids and item.id not in found:
                 file = None if item.file_name is None else str(metadata.parent / item.file_name)
                 facts = {"title": item.title, "brand": item.brand, "category": item.category, "file": file}
                 found[item.id] = facts

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
-from tgq_fast.data.columns import PICTURE_COLUMNS, Columns
-from tgq_fast.data.items import COLUMNS, Item, RowError, parse_item, read_identifier
+from tgq_fast.data.item_table import ItemTable
+from tgq_fast.data.items import Item
+from tgq_fast.data.loading import (
+    catalog_root,
+    embedded_pictures,
+    find_table,
+    load_pairs,
+    metadata_file,
+    read_metadata,
+    repeated,
+)
 from tgq_fast.data.pairs import (
     SPLITS,
     UNSPLIT,
@@ -22,118 +31,17 @@ from tgq_fast.data.pairs import (
     PairSet,
     components,
     group_pairs,
-    make_pairs,
-    read_pairs,
     split_code,
     split_of_components,
 )
-from tgq_fast.data.parquet_rows import ParquetPictures
 from tgq_fast.data.pictures import Picture, PictureSource, picture_of
-from tgq_fast.data.rows import SUFFIXES, read_rows, table_parts
 from tgq_fast.data.shown import catalog_html
 from tgq_fast.data.validation import ValidationReport
 from tgq_fast.errors import ArgumentError, CatalogError
 
-__all__ = ["Catalog", "Policy", "stream_items"]
+__all__ = ["Catalog", "Policy"]
 
 Policy = Literal["raise", "skip"]
-
-
-def find_table(folder: Path, stem: str) -> Path | None:
-    """`<folder>/<stem>.jsonl|csv|parquet` (or .gz), or a folder `<stem>` of parts; None if there is none.
-
-    Raises:
-        CatalogError: there are several.
-    """
-    found = [path for suffix in SUFFIXES if (path := folder / f"{stem}{suffix}").exists()]
-    if (parts := folder / stem).is_dir() and table_parts(parts):
-        found.append(parts)
-    if len(found) > 1:
-        raise CatalogError(folder, [f"several {stem} files: {', '.join(p.name for p in found)}"], "Keep one of them.")
-    return found[0] if found else None
-
-
-def metadata_file(path: str | Path) -> Path:
-    """The metadata that `path` means: a catalogue folder, its metadata file, or a folder of Parquet parts.
-
-    Raises:
-        CatalogError: there is none.
-    """
-    path = Path(path)
-    if path.is_dir():
-        found = find_table(path, "metadata")
-        for folder in (path, path / "data"):  # parts as `datasets` and the hub write them
-            if found is None and folder.is_dir() and any(part.suffix == ".parquet" for part in table_parts(folder)):
-                found = folder
-        if found is None:
-            names = ", ".join(f"metadata{suffix}" for suffix in SUFFIXES)
-            hint = "`tgq-fast import` converts a shop's export, a table, a folder of pictures or a public data set."
-            raise CatalogError(path, [f"no {names} in the folder"], hint)
-        return found
-    if not path.exists():
-        raise CatalogError(path, ["no such file or folder"])
-    return path
-
-
-def catalog_root(metadata: Path, given: Path) -> Path:
-    """The folder that file names are relative to."""
-    if metadata.is_dir() and metadata == given:
-        return metadata
-    return metadata.parent
-
-
-def stream_items(path: str | Path, report: ValidationReport) -> Iterator[Item]:
-    """Read a metadata file row by row; refused rows and warnings go to `report`. Memory holds the ids, not the rows.
-
-    Raises:
-        CatalogError: the file is unreadable, or holds pictures in a column of which no item's picture is read.
-    """
-    yield from items_of_rows(read_rows(Path(path), required=("id", *PICTURE_COLUMNS)), path, report)
-
-
-def items_of_rows(
-    rows: Iterable[tuple[int, Mapping[Any, Any] | RowError]], path: str | Path, report: ValidationReport
-) -> Iterator[Item]:
-    """:func:`stream_items` of rows from anywhere."""
-    first_row: dict[str, int] = {}
-    columns = Columns()
-    pictures = False
-    for number, raw in rows:
-        report.rows += 1
-        if isinstance(raw, RowError):
-            report.reject("metadata", number, None, raw.messages)
-            continue
-        row = columns.read(raw)
-        try:
-            item, notes = parse_item(row, number)
-        except RowError as error:
-            report.reject("metadata", number, read_identifier("id", row.get("id"), []), error.messages)
-            continue
-        seen = first_row.setdefault(item.id, number)
-        if seen != number:
-            report.reject("metadata", number, item.id, [f"id {item.id!r} was already used in row {seen}"])
-            continue
-        for note in notes:
-            report.warn(f"row {number}: {note}")
-        report.items += 1
-        pictures |= item.file_name is not None
-        yield item
-    _report_columns(columns, pictures, path, report)
-
-
-def _report_columns(columns: Columns, pictures: bool, path: str | Path, report: ValidationReport) -> None:
-    held = ", ".join(sorted(columns.pictures)[:20])
-    if held and not pictures and report.items:
-        hint = "Call the column file_name, or `tgq-fast import table --map file_name=<column>`."
-        raise CatalogError(path, [f"column(s) {held} hold pictures, but no item has a file_name"], hint)
-    extra = sorted(columns.unknown)
-    if extra:
-        names = ", ".join(extra[:20]) + (f" and {len(extra) - 20} more" if len(extra) > 20 else "")
-        report.warn(f"column(s) {names} are not part of the schema and are ignored; name one attributes.… to keep it")
-    if held and pictures:
-        report.warn(f"column(s) {held} hold pictures that are not used: an item has one picture, its file_name")
-    if columns.more:
-        report.warn(f"{columns.more} row(s) name several pictures: the first is used")
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,19 +50,22 @@ class Catalog:
 
     Attributes:
         root: folder that `file_name` is relative to.
-        items: every usable row, in file order; an item's position is its index everywhere else.
+        items: every usable row, in file order; an item's position is its index everywhere else. An :class:`Item` is
+            made when it is asked for: of many items, read a column.
         source: where pictures lie that are no files of their own, or None.
         pairs: the pairs file, or None when there is none.
         report: what was refused, altered or is missing.
     """
 
     root: Path
-    items: tuple[Item, ...]
+    items: ItemTable
     pairs: Pairs | None
     report: ValidationReport
     source: PictureSource | None = field(repr=False, default=None)
-    _index: dict[str, int] = field(repr=False, default_factory=dict)
-    _cache: dict[str, NDArray[np.int64] | NDArray[np.int8]] = field(repr=False, default_factory=dict)
+    _cache: dict[str, Any] = field(repr=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "items", ItemTable.of(self.items))
 
     @classmethod
     def load(cls, path: str | Path, *, policy: Policy = "raise", pairs_policy: Policy | None = None) -> Catalog:
@@ -175,20 +86,20 @@ class Catalog:
         metadata = metadata_file(path)
         root = catalog_root(metadata, Path(path))
         report = ValidationReport(str(metadata))
-        items = list(stream_items(metadata, report))
-        index = {item.id: i for i, item in enumerate(items)}
+        items = read_metadata(metadata, report)
         pairs_file = find_table(root, "pairs")
-        pairs = None
+        pairs, cache = None, {}
         if pairs_file is not None:
+            index = cache["index"] = {item_id: row for row, item_id in enumerate(items.text("id").to_pylist())}
             rejected = frozenset(r.id for r in report.rejected if r.id is not None and r.id not in index)
-            pairs = _load_pairs(pairs_file, index, rejected, report)
+            pairs = load_pairs(pairs_file, index, rejected, report)
         stops = {"metadata": policy, "pairs": pairs_policy or policy}
         if any(stops[rejected.file] == "raise" for rejected in report.rejected):
             hint = "Mend the rows, or load with policy 'skip' to leave them out."
             raise CatalogError(metadata, report.problems, hint)
         if not items:
             raise CatalogError(metadata, report.problems or ["no rows"])
-        catalog = cls(root, tuple(items), pairs, report, _tables_of(metadata), index)
+        catalog = cls(root, items, pairs, report, embedded_pictures(metadata), cache)
         catalog._count()
         return catalog
 
@@ -202,12 +113,13 @@ class Catalog:
         report: ValidationReport | None = None,
     ) -> Catalog:
         """A catalogue of items in memory (no pairs file); CatalogError for duplicate ids."""
-        report = ValidationReport("<memory>", rows=len(items), items=len(items)) if report is None else report
-        index = {item.id: i for i, item in enumerate(items)}
-        if len(index) != len(items):
-            twice = [item_id for item_id, count in Counter(item.id for item in items).items() if count > 1]
+        table = ItemTable.of(items)
+        report = ValidationReport("<memory>", rows=len(table), items=len(table)) if report is None else report
+        again, _ = repeated(table.text("id"))
+        if len(again):
+            twice = table.text("id").take(pa.array(again)).unique().to_pylist()
             raise CatalogError("<memory>", [f"id {item_id!r} appears more than once" for item_id in twice])
-        catalog = cls(Path(root), tuple(items), None, report, source, index)
+        catalog = cls(Path(root), table, None, report, source)
         catalog._count()
         return catalog
 
@@ -268,17 +180,24 @@ class Catalog:
         return len(self.items)
 
     def __contains__(self, item_id: object) -> bool:
-        return item_id in self._index
+        return item_id in self._index()
 
     @property
     def ids(self) -> list[str]:
         """Item ids in index order."""
-        return [item.id for item in self.items]
+        ids: list[str] = self.items.text("id").to_pylist()
+        return ids
+
+    def _index(self) -> dict[str, int]:
+        if "index" not in self._cache:
+            self._cache["index"] = {item_id: row for row, item_id in enumerate(self.ids)}
+        index: dict[str, int] = self._cache["index"]
+        return index
 
     def index(self, item_id: str) -> int:
         """Position of an item; ArgumentError if there is no such id."""
         try:
-            return self._index[item_id]
+            return self._index()[item_id]
         except KeyError:
             raise ArgumentError(
                 "item_id", repr(item_id), f"an id of the {len(self.items)} items in {self.root}"
@@ -296,17 +215,16 @@ class Catalog:
 
     def field_names(self) -> list[str]:
         """Metadata fields that at least one item has: columns first, then attributes by name."""
-        names = [name for name in COLUMNS if any(item.field(name) is not None for item in self.items)]
-        attributes = {name for item in self.items for name in item.attributes} - set(COLUMNS)
-        return names + sorted(attributes)
+        return self.items.field_names()
 
     def components(self) -> NDArray[np.int64]:
         """[n] int64 connected component of each item over group ids and pairs; an item with neither is alone."""
         if "components" not in self._cache:
             none = np.empty(0, np.int64)
             query, target = (none, none) if self.pairs is None else (self.pairs.query, self.pairs.target)
-            self._cache["components"] = components(len(self.items), [i.group_id for i in self.items], query, target)
-        return self._cache["components"].astype(np.int64, copy=True)
+            self._cache["components"] = components(self.items.groups(), query, target)
+        labels: NDArray[np.int64] = self._cache["components"].copy()
+        return labels
 
     def split_pairs(self, split: str, *, every: bool = False) -> PairSet:
         """Positive pairs of "train", "validation" or "test".
@@ -324,9 +242,9 @@ class Catalog:
 
     def digest(self) -> str:
         """sha256 of the rows and pairs in canonical form; independent of the file format, not of the order."""
-        state = hashlib.sha256()
+        state, encode = hashlib.sha256(), json.JSONEncoder(sort_keys=True).encode
         for item in self.items:
-            state.update(json.dumps(item.to_dict(), sort_keys=True, ensure_ascii=True).encode() + b"\n")
+            state.update(encode(item.to_dict()).encode() + b"\n")
         if self.pairs is not None:
             for name in ("query", "target", "split", "weight"):
                 array = getattr(self.pairs, name)
@@ -337,7 +255,7 @@ class Catalog:
         if self.pairs is not None:
             pairs = self.pairs
         else:
-            query, target = group_pairs([item.group_id for item in self.items], every=every)
+            query, target = group_pairs(self.items.groups(), every=every)
             pairs = Pairs(query, target, np.ones(len(query), np.float32), np.full(len(query), UNSPLIT, np.int8))
         if not (pairs.split == UNSPLIT).any():
             return pairs
@@ -349,10 +267,7 @@ class Catalog:
     def _count(self) -> None:
         """Fill the report's counts: missing fields, splits, leakage."""
         report, n = self.report, len(self.items)
-        present: Counter[str] = Counter(name for item in self.items for name in item.attributes)
-        for name in ("file_name", "group_id", *COLUMNS):
-            present[name] = sum(getattr(item, name) is not None for item in self.items)
-        report.missing = {name: n - count for name, count in sorted(present.items())}
+        report.missing = self.items.missing()
         pairs = self._all_pairs()
         report.pairs = len(pairs)
         in_split = np.zeros((len(SPLITS), n), bool)
@@ -362,41 +277,13 @@ class Catalog:
             queries = len(np.unique(chosen.query))
             report.splits[name] = {"pairs": len(chosen), "queries": queries, "items": int(in_split[code].sum())}
         items = int((in_split.sum(0) > 1).sum())
-        seen: dict[str, set[int]] = {}
-        for code, i in zip(*np.nonzero(in_split), strict=True):
-            group = self.items[i].group_id
-            if group is not None:
-                seen.setdefault(group, set()).add(int(code))
-        groups = sum(len(codes) > 1 for codes in seen.values())
+        codes = self.items.groups()
+        seen = np.zeros((len(SPLITS), int(codes.max(initial=-1)) + 1), bool)
+        for code in range(len(SPLITS)):
+            seen[code, codes[in_split[code] & (codes >= 0)]] = True
+        groups = int((seen.sum(0) > 1).sum())
         report.leakage = {"items_in_several_splits": items, "groups_in_several_splits": groups}
         if items:
             report.warn(f"{items} item(s) occur in pairs of several splits: test figures will be too good")
         if groups:
             report.warn(f"{groups} group(s) have items in several splits: test products are seen in training")
-
-
-def _tables_of(metadata: Path) -> PictureSource | None:
-    """Pictures that lie in the metadata's own Parquet files."""
-    parts = table_parts(metadata) if metadata.is_dir() else [metadata]
-    if not parts or parts[0].suffix.lower() != ".parquet":
-        return None
-    return ParquetPictures({f"{metadata.name}/{p.name}" if metadata.is_dir() else p.name: p for p in parts})
-
-
-def _load_pairs(path: Path, index: dict[str, int], rejected: frozenset[str], report: ValidationReport) -> Pairs:
-    rows: dict[tuple[int, int, int], tuple[int, int, float, int]] = {}
-    repeated = dropped = 0
-    for number, row in read_pairs(path, index, rejected):
-        if isinstance(row, RowError):
-            report.reject("pairs", number, None, row.messages)
-        elif row is None:
-            dropped += 1
-        else:
-            key = (row[0], row[1], row[3])
-            repeated += key in rows
-            rows.setdefault(key, row)
-    if repeated:
-        report.warn(f"{repeated} pair(s) repeat an earlier one and were left out")
-    if dropped:
-        report.warn(f"{dropped} pair(s) name an item whose row was refused and were left out")
-    return make_pairs(list(rows.values()))

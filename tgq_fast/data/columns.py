@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 from tgq_fast.data.items import KNOWN_KEYS
 from tgq_fast.data.parquet_rows import EmbeddedPicture, looks_like_picture
@@ -55,22 +55,23 @@ class Columns:
         self.unknown: Counter[str] = Counter()
         self.pictures: Counter[str] = Counter()
         self.more = 0
-        self._plans: dict[tuple[Any, ...], dict[Any, str]] = {}
+        self._plans: dict[tuple[Any, ...], _Plan] = {}
 
     def read(self, raw: Mapping[Any, Any]) -> dict[str, Any]:
-        """A row with canonical names, whose `file_name` is its first picture."""
+        """A row with canonical names, whose `file_name` is its first picture: a new one, or `raw` where that is one."""
         names = tuple(raw)
         plan = self._plans.get(names)
         if plan is None:
             plan = self._plans[names] = _plan(names)
             if len(self._plans) > 1000:  # JSON lines may have as many shapes as rows
-                self._plans.clear()
-        row = {plan[name]: value for name, value in raw.items() if name in plan}
+                self._plans = {names: plan}
+        if plan.plain and type(raw["file_name"]) is str and raw["file_name"]:
+            return cast("dict[str, Any]", raw)
+        row = {target: raw[name] for name, target in plan.names.items()}
         used = None
-        for column in PICTURE_COLUMNS:
-            if column not in row:
-                continue
-            picture, more = first_picture(row[column])
+        for column in plan.pictures:
+            value = row[column]
+            picture, more = (value, 0) if type(value) is str and value else first_picture(value)
             if picture is not None:
                 used = column
                 row["file_name"] = picture.address if isinstance(picture, EmbeddedPicture) else picture
@@ -78,9 +79,8 @@ class Columns:
                 break
         if used is None and "file_name" in row:
             row["file_name"] = None
-        for name in raw:
-            column = plan.get(name, str(name))
-            if (column in KNOWN_KEYS and name in plan) or column == used or column.startswith("attributes."):
+        for name, column in plan.spare:
+            if column == used:
                 continue
             self.unknown[str(name)] += 1
             if self.unknown[str(name)] <= 100 and _is_picture(raw[name]):
@@ -88,8 +88,24 @@ class Columns:
         return row
 
 
-def _plan(names: tuple[Any, ...]) -> dict[Any, str]:
-    """Raw name → name in the schema; a spelling that is exact goes before one that differs in case."""
+class _Plan(NamedTuple):
+    """How rows with the same names are read.
+
+    Attributes:
+        names: raw name → name in the schema.
+        plain: whether these are names of the schema alone, `file_name` among them: a row that has one stays as it is.
+        pictures: those of `PICTURE_COLUMNS` that are there, in their order.
+        spare: (raw name, name in the schema) of columns that are unused unless the picture is read from them.
+    """
+
+    names: dict[Any, str]
+    plain: bool
+    pictures: tuple[str, ...]
+    spare: tuple[tuple[Any, str], ...]
+
+
+def _plan(names: tuple[Any, ...]) -> _Plan:
+    """A spelling that is exact goes before one that differs in case."""
     plan: dict[Any, str] = {name: name for name in names if isinstance(name, str) and name in KNOWN_KEYS}
     for name in names:
         if name in plan:
@@ -102,7 +118,15 @@ def _plan(names: tuple[Any, ...]) -> dict[Any, str]:
                 plan[name] = canonical
         else:
             plan[name] = str(name)
-    return plan
+    spare = []
+    for name in names:
+        column = plan.get(name, str(name))
+        if not ((column in KNOWN_KEYS and name in plan) or column.startswith("attributes.")):
+            spare.append((name, column))
+    pictures = tuple(column for column in PICTURE_COLUMNS if column in plan.values())
+    plain = "file_name" in names and KNOWN_KEYS.issuperset(names)
+    ordered = {name: plan[name] for name in names if name in plan}  # as they stand in the row
+    return _Plan(ordered, plain, pictures, tuple(spare))
 
 
 def _is_picture(value: object) -> bool:

@@ -178,7 +178,8 @@ def _liar(item: Item, name: str, donors: Sequence[Item], rng: np.random.Generato
         if (value := donors[int(i)].field(name)) is not None and value != truth:
             return donors[int(i)]
     start = int(rng.integers(len(donors)))
-    for donor in (*donors[start:], *donors[:start]):
+    for i in range(start, start + len(donors)):
+        donor = donors[i % len(donors)]
         if (value := donor.field(name)) is not None and value != truth:
             return donor
     return None

@@ -93,7 +93,7 @@ def csv_rows(
             fields = next(csv.reader([line], delimiter=delimiter), [])
         except csv.Error:
             return False
-        if len(fields) != len(columns):
+        if not fields or len(fields) != len(columns):
             return False
         names = [fields[key].strip() for key in keys] or [fields[0].strip()]
         return any(names) and not any(" " in name or '"' in name for name in names)

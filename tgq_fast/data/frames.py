@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from tgq_fast.data.catalog import Catalog, Policy, items_of_rows
+from tgq_fast.data.catalog import Catalog, Policy
 from tgq_fast.data.columns import PICTURE_COLUMNS, canonical_name, listed_pictures
 from tgq_fast.data.images import load_image
 from tgq_fast.data.importers.folders import label_names
 from tgq_fast.data.importers.table import is_attribute
 from tgq_fast.data.items import KNOWN_KEYS
+from tgq_fast.data.loading import load_items
 from tgq_fast.data.parquet_rows import EmbeddedPicture, looks_like_picture, python_rows
 from tgq_fast.data.pictures import MemoryPictures
 from tgq_fast.data.validation import ValidationReport
@@ -50,7 +51,7 @@ def from_records(
                 yield number, error
 
     report = ValidationReport("<memory>")
-    items = list(items_of_rows(rows(), "<memory>", report))
+    items = load_items(rows(), "<memory>", report)
     if report.problem_count and policy == "raise":
         raise CatalogError("<memory>", report.problems, "Mend the rows, or use policy 'skip' to leave them out.")
     if not items:

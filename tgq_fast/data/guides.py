@@ -60,7 +60,7 @@ def field_facts(catalog: Catalog) -> list[FieldFacts]:
     kept: list[list[str | None]] = []
     facts = []
     for name in names:
-        column = [item.field(name) for item in catalog.items]
+        column = catalog.items.field(name)
         counts = Counter(value for value in column if value is not None)
         present = sum(counts.values()) / max(1, len(column))
         agreement = _agreement(column, pairs.query, pairs.target)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
+from functools import lru_cache
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -25,6 +27,7 @@ KNOWN_KEYS = frozenset(("id", "file_name", "title", "brand", "category", "attrib
 MAX_TITLE = 2_000
 MAX_TEXT = 500
 MAX_ID = 256
+MAX_PATH = 1024
 MAX_ATTRIBUTES = 200
 _LARGE = 2**53  # integers below it are floats exactly
 
@@ -34,6 +37,7 @@ _INVISIBLE = re.compile("[\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _SPACE = re.compile(r"\s+")
+_DOUBTFUL_PATH = re.compile(r"[:\\]|\.\.|^/")  # what every path that leaves its folder has, and every web address
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,10 +90,9 @@ class Item:
 
 def clean_text(text: str) -> str:
     """NFC, one line, no control or invisible characters, single spaces; lone surrogates become U+FFFD."""
-    if text.isascii():
-        if text.isprintable() and "  " not in text:
-            return text.strip(" ")
-    else:
+    if text.isprintable() and "  " not in text:  # nothing in it to take out: no space but " ", no format character
+        return (text if text.isascii() else unicodedata.normalize("NFC", text)).strip(" ")
+    if not text.isascii():
         text = _SURROGATE.sub("\ufffd", text)
         text = unicodedata.normalize("NFC", _INVISIBLE.sub("", text))
     return _SPACE.sub(" ", _CONTROL.sub(" ", text)).strip()
@@ -110,23 +113,22 @@ def parse_item(raw: Mapping[str, Any], row: int = 0) -> tuple[Item, list[str]]:
     """
     problems: list[str] = []
     notes: list[str] = []
-    file_name = _file_name(raw.get("file_name"), problems)
+    file_name = read_file_name(raw.get("file_name"), problems)
     # The imagefolder convention knows only file_name: it then names the item.
     identifier = read_identifier("id", raw.get("id"), problems)
     if identifier is None and not problems:
         identifier = file_name
     if identifier is None and not problems:
         problems.append("id and file_name are both missing; give at least one")
-    texts = {name: _text(name, raw.get(name), problems, notes) for name in ("title", "brand", "category")}
+    title = read_text("title", raw.get("title"), problems, notes, MAX_TITLE)
+    brand = read_text("brand", raw.get("brand"), problems, notes)
+    category = read_text("category", raw.get("category"), problems, notes)
     attributes = _attributes(raw, problems, notes)
-    price = _price(raw.get("price"), problems)
+    price = read_price(raw.get("price"), problems)
     group_id = read_identifier("group_id", raw.get("group_id"), problems)
     if problems or identifier is None:
         raise RowError(problems)
-    item = Item(
-        identifier, file_name, texts["title"], texts["brand"], texts["category"], attributes, price, group_id, row
-    )
-    return item, notes
+    return Item(identifier, file_name, title, brand, category, attributes, price, group_id, row), notes
 
 
 def parse_fields(raw: Mapping[str, Any], names: Sequence[str]) -> dict[str, str]:
@@ -148,12 +150,12 @@ def parse_fields(raw: Mapping[str, Any], names: Sequence[str]) -> dict[str, str]
     for name in names:
         value = keys.get(name)
         if name == "price":
-            price = _price(value, problems)
+            price = read_price(value, problems)
             text = None if price is None else price_text(price)
         elif name in COLUMNS:
-            text = _text(name, value, problems, notes)
+            text = read_text(name, value, problems, notes, MAX_TITLE if name == "title" else MAX_TEXT)
         else:
-            text = _attribute(name, value, problems, notes) or nested.get(name)
+            text = read_attribute(name, value, problems, notes) or nested.get(name)
         if text is not None:
             found[name] = text
     if problems:
@@ -174,6 +176,8 @@ def _plain(name: str, value: object, problems: list[str]) -> Any:
 
 def read_identifier(name: str, value: object, problems: list[str]) -> str | None:
     """An id as text: a string or an integer (also as an integral float); None for a gap. Problems are appended."""
+    if type(value) is str and len(value) <= MAX_ID and value.isascii() and value.isprintable():
+        return value.strip(" ") or None
     value = _plain(name, value, problems)
     if value is None:
         return None
@@ -200,7 +204,9 @@ def read_identifier(name: str, value: object, problems: list[str]) -> str | None
     return value
 
 
-def _file_name(value: object, problems: list[str]) -> str | None:
+def read_file_name(value: object, problems: list[str]) -> str | None:
+    if type(value) is str and len(value) <= MAX_PATH and value.isprintable() and not _DOUBTFUL_PATH.search(value):
+        return value if value.strip(" ") else None
     value = _plain("file_name", value, problems)
     if value is None:
         return None
@@ -209,8 +215,10 @@ def _file_name(value: object, problems: list[str]) -> str | None:
         return None
     if not value.strip():
         return None
-    if _CONTROL.search(value) or _SURROGATE.search(value) or len(value) > 1024:
-        problems.append(f"file_name {value[:40]!r} holds control characters or broken Unicode, or is longer than 1024")
+    if _CONTROL.search(value) or _SURROGATE.search(value) or len(value) > MAX_PATH:
+        problems.append(
+            f"file_name {value[:40]!r} holds control characters or broken Unicode, or is longer than {MAX_PATH}"
+        )
         return None
     if "://" in value:
         problems.append(f"file_name {value[:80]!r} is a web address; `tgq-fast import table` fetches pictures")
@@ -229,18 +237,23 @@ def _cut(name: str, text: str, limit: int, notes: list[str]) -> str:
     return text[:limit].rstrip()
 
 
-def _text(name: str, value: object, problems: list[str], notes: list[str]) -> str | None:
+def read_text(name: str, value: object, problems: list[str], notes: list[str], limit: int = MAX_TEXT) -> str | None:
+    if value is None:
+        return None
     try:
-        text = scalar_text(_plain(name, value, problems))
+        text = value if type(value) is str else scalar_text(_plain(name, value, problems))
     except RowError as error:
         problems.append(f"{name} is {error}")
         return None
     if text is None:
         return None
-    return _cut(name, clean_text(text), MAX_TITLE if name == "title" else MAX_TEXT, notes) or None
+    text = clean_text(text)
+    return (text if len(text) <= limit else _cut(name, text, limit, notes)) or None
 
 
-def _price(value: object, problems: list[str]) -> float | None:
+def read_price(value: object, problems: list[str]) -> float | None:
+    if type(value) is float and 0 <= value < math.inf:
+        return value
     try:
         return amount(value)
     except RowError as error:
@@ -248,23 +261,38 @@ def _price(value: object, problems: list[str]) -> float | None:
         return None
 
 
-def _attribute(name: str, value: object, problems: list[str], notes: list[str]) -> str | None:
+def read_attribute(name: str, value: object, problems: list[str], notes: list[str]) -> str | None:
     """Text of one attribute; the entries of a list are joined by commas."""
+    if type(value) is str and len(text := clean_text(value)) <= MAX_TEXT:
+        return text or None
     value = _plain(f"attribute {name!r}", value, problems)
-    texts = []
+    texts: list[str] = []
     for part in value if isinstance(value, list) else [value]:
         try:
-            text = scalar_text(part)
+            entry = scalar_text(part)
         except RowError as error:
             problems.append(f"attribute {name!r} is {error}, or a list of them")
         else:
-            texts.append("" if text is None else clean_text(text))
+            texts.append("" if entry is None else clean_text(entry))
     return _cut(f"attribute {name!r}", ", ".join(filter(None, texts)), MAX_TEXT, notes) or None
 
 
-def _attributes(raw: Mapping[str, Any], problems: list[str], notes: list[str]) -> dict[str, str]:
-    given = raw.get("attributes")
-    if not isinstance(given, (str, list, Mapping)):
+@lru_cache(maxsize=4096)
+def attribute_name(key: str) -> str:
+    return clean_text(key)[:100]
+
+
+@lru_cache(maxsize=256)
+def attribute_columns(names: tuple[Any, ...]) -> tuple[tuple[Any, str], ...]:
+    """(column, attribute) of the columns that are called attributes.<name>."""
+    return tuple((name, str(name)[11:]) for name in names if str(name).startswith("attributes."))
+
+
+def given_attributes(given: Any, problems: list[str]) -> Mapping[Any, Any] | None:
+    """The column `attributes` as a mapping; None with a problem."""
+    if given is None:
+        return {}
+    if not isinstance(given, (str, list, dict, Mapping)):
         given = _plain("attributes", given, problems)
     if isinstance(given, str):  # CSV carries them as a JSON object
         if not given.strip():
@@ -274,24 +302,33 @@ def _attributes(raw: Mapping[str, Any], problems: list[str], notes: list[str]) -
                 given = json.loads(given)
             except (ValueError, RecursionError):
                 problems.append(f"attributes {given[:40]!r} is not a JSON object")
-                return {}
+                return None
     if isinstance(given, list) and all(isinstance(pair, tuple) and len(pair) == 2 for pair in given):
         given = dict(given)  # a Parquet map column
     if given is not None and not isinstance(given, Mapping):
         problems.append(f"attributes is {kind_of(given)}, expected an object")
+        return None
+    return given or {}
+
+
+def _attributes(raw: Mapping[str, Any], problems: list[str], notes: list[str]) -> dict[str, str]:
+    given = given_attributes(raw.get("attributes"), problems)
+    if given is None:
         return {}
-    named = {str(key): value for key, value in (given or {}).items()}
-    named.update({str(key)[11:]: value for key, value in raw.items() if str(key).startswith("attributes.")})
+    columns = attribute_columns(tuple(raw))
+    named: Mapping[Any, Any] = given
+    if columns or set(map(type, given)) - {str}:
+        named = {str(key): value for key, value in given.items()} | {name: raw[column] for column, name in columns}
     if len(named) > MAX_ATTRIBUTES:
         problems.append(f"{len(named)} attributes, at most {MAX_ATTRIBUTES} are allowed")
         return {}
     attributes: dict[str, str] = {}
     for key, value in named.items():
-        name = clean_text(key)[:100]
+        name = attribute_name(key)
         if not name:
             problems.append("an attribute has a blank name")
             continue
-        text = _attribute(name, value, problems, notes)
+        text = read_attribute(name, value, problems, notes)
         if text is None:
             continue
         if name in COLUMNS:

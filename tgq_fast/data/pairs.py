@@ -149,64 +149,60 @@ def _parse_weight(value: object, problems: list[str]) -> float:
     return weight
 
 
-def components(
-    n: int, groups: Sequence[str | None], query: NDArray[np.int64], target: NDArray[np.int64]
-) -> NDArray[np.int64]:
-    """Connected components of n items over shared group ids and pairs.
+def components(groups: NDArray[np.int64], query: NDArray[np.int64], target: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Connected components of n items over shared groups and pairs.
+
+    Args:
+        groups: [n] int64 number of each item's group, -1 for none.
+        query, target: [P] int64 items that belong together.
 
     Returns:
         [n] int64 labels, numbered by first appearance; an item with neither group nor pair is alone.
     """
-    parent = list(range(n))
-
-    def root(i: int) -> int:
-        while parent[i] != i:
-            parent[i] = parent[parent[i]]
-            i = parent[i]
-        return i
-
-    def join(i: int, j: int) -> None:
-        i, j = root(i), root(j)
-        if i != j:  # the smaller index stays root, so that a root is its component's first item
-            parent[max(i, j)] = min(i, j)
-
-    first: dict[str, int] = {}
-    for i, group in enumerate(groups):
-        if group is not None:
-            join(i, first.setdefault(group, i))
-    for i, j in zip(query.tolist(), target.tolist(), strict=True):
-        join(i, j)
-    labels: dict[int, int] = {}
-    return np.fromiter((labels.setdefault(root(i), len(labels)) for i in range(n)), np.int64, n)
+    root = np.arange(len(groups), dtype=np.int64)  # always an item of the component that comes first so far
+    grouped = np.flatnonzero(groups >= 0)
+    _, first, place = np.unique(groups[grouped], return_index=True, return_inverse=True)
+    root[grouped] = grouped[first][place]
+    while True:  # every two rounds at least halve the components that can be joined
+        one, other = root[query], root[target]
+        apart = one != other
+        if not apart.any():
+            break
+        query, target, one, other = query[apart], target[apart], one[apart], other[apart]
+        np.minimum.at(root, np.maximum(one, other), np.minimum(one, other))
+        while not np.array_equal(root, further := root[root]):
+            root = further
+    labels: NDArray[np.int64] = np.unique(root, return_inverse=True)[1].astype(np.int64).reshape(-1)
+    return labels
 
 
-def group_pairs(groups: Sequence[str | None], *, every: bool = False) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Ordered pairs of the items that share a group id: (query [P], target [P]).
+def group_pairs(groups: NDArray[np.int64], *, every: bool = False) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Ordered pairs of the items that share a group: (query [P], target [P]), group by group as they first appear.
 
     Args:
-        groups: [n] group id of each item, None for none.
+        groups: [n] int64 number of each item's group in order of first appearance, -1 for none.
         every: all mates of a query, which is what a ranking must know; a group of more than `MAX_GROUP_PAIRS` pairs
             then has as many evenly chosen queries as stay below. Without it, each query's next `MAX_TARGETS` mates.
     """
-    members: dict[str, list[int]] = {}
-    for i, group in enumerate(groups):
-        if group is not None:
-            members.setdefault(group, []).append(i)
-    empty = np.empty(0, np.int64)
-    query, target = [empty], [empty]
-    for indices in members.values():
-        size = len(indices)
-        mates = size - 1 if every else min(size - 1, MAX_TARGETS)
-        if not mates:
-            continue
-        chosen = np.arange(size)
-        if every and size * mates > MAX_GROUP_PAIRS:
-            chosen = np.linspace(0, size - 1, max(1, MAX_GROUP_PAIRS // mates)).astype(np.int64)
-        places = (chosen[:, None] + np.arange(1, mates + 1)) % size  # [queries, mates]
-        rows = np.asarray(indices, np.int64)
-        query.append(np.repeat(rows[chosen], mates))
-        target.append(rows[places].reshape(-1))
-    return np.concatenate(query), np.concatenate(target)
+    grouped = np.flatnonzero(groups >= 0)
+    members = grouped[np.argsort(groups[grouped], kind="stable")]  # [m] group after group
+    sizes = np.bincount(groups[grouped])
+    starts = np.cumsum(sizes) - sizes
+    own = groups[members]
+    place, size = np.arange(len(members)) - starts[own], sizes[own]
+    mates = size - 1 if every else np.minimum(size - 1, MAX_TARGETS)
+    if every:
+        chosen = np.ones(len(members), bool)
+        for group in np.flatnonzero(sizes * (sizes - 1) > MAX_GROUP_PAIRS).tolist():
+            count = int(sizes[group])
+            kept = np.linspace(0, count - 1, max(1, MAX_GROUP_PAIRS // (count - 1))).astype(np.int64)
+            chosen[starts[group] : starts[group] + count] = False
+            chosen[starts[group] + kept] = True
+        mates = np.where(chosen, mates, 0)
+    query = np.repeat(np.arange(len(members)), mates)
+    step = np.arange(len(query)) - np.repeat(np.cumsum(mates) - mates, mates) + 1
+    target = starts[own][query] + (place[query] + step) % size[query]
+    return members[query], members[target]
 
 
 def split_of_components(labels: NDArray[np.int64], ids: Sequence[str]) -> NDArray[np.int8]:

@@ -24,6 +24,7 @@ __all__ = ["MAX_ROW_BYTES", "SUFFIXES", "check_header", "read_json_lines", "read
 SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".csv.gz", ".parquet")
 
 Row = tuple[int, "dict[str, Any] | RowError"]
+_decode = json.JSONDecoder().raw_decode
 _DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile)
 
 
@@ -116,7 +117,7 @@ def read_json_lines(file: BinaryIO) -> Iterator[Row]:
             if not line.strip():
                 continue
             try:
-                value = json.loads(line.decode("utf-8"))
+                value = _json_of(line.decode("utf-8"))
             except UnicodeDecodeError:
                 yield number, RowError(["not valid UTF-8"])
             except (ValueError, RecursionError) as error:
@@ -127,6 +128,15 @@ def read_json_lines(file: BinaryIO) -> Iterator[Row]:
                 yield number, value
     except _DAMAGED as error:
         yield number + 1, RowError([f"the gzip stream is damaged from here on: {error}"])
+
+
+def _json_of(text: str) -> Any:
+    """`json.loads`, faster for a line that is one object and nothing else."""
+    if text.startswith("{"):
+        value, end = _decode(text)
+        if not text[end:].strip(" \t\n\r"):
+            return value
+    return json.loads(text)
 
 
 def _read_csv(path: Path, file: BinaryIO, required: tuple[str, ...]) -> Iterator[Row]:

@@ -23,6 +23,11 @@ class RejectedRow:
     id: str | None
     reason: str
 
+    @property
+    def problem(self) -> str:
+        """The row and the reason, for people."""
+        return f"{'' if self.file == 'metadata' else self.file + ' '}row {self.row}: {self.reason}"
+
 
 @dataclass
 class ValidationReport:
@@ -63,12 +68,16 @@ class ValidationReport:
 
     def reject(self, file: str, row: int, item_id: str | None, messages: Iterable[str]) -> None:
         """Record a refused row."""
-        prefix = f"row {row}" if file == "metadata" else f"{file} row {row}"
-        reason = "; ".join(messages)
+        rejected = RejectedRow(file, row, item_id, "; ".join(messages))
         self.problem_count += 1
         if len(self.problems) < KEPT_MESSAGES:
-            self.problems.append(f"{prefix}: {reason}")
-        self.rejected.append(RejectedRow(file, row, item_id, reason))
+            self.problems.append(rejected.problem)
+        self.rejected.append(rejected)
+
+    def sort_rows(self) -> None:
+        """Bring the refused rows into the order of the file, where they were not found in it."""
+        self.rejected.sort(key=lambda rejected: rejected.row)
+        self.problems = [rejected.problem for rejected in self.rejected[:KEPT_MESSAGES]]
 
     def warn(self, message: str) -> None:
         """Record a warning."""

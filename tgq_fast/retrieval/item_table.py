@@ -8,7 +8,6 @@ pool: a shop whose prices change by the hour gives its own table instead.
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,20 +26,27 @@ __all__ = ["ITEMS_NAME", "ItemColumns", "facts_of", "read_items", "table_of", "w
 ITEMS_NAME = "items.parquet"
 MAX_ATTRIBUTES = 500  # columns; of more attributes the most frequent are kept
 _ATTRIBUTE = "attributes."
+_NARROW = 1 << 19  # rows of at most 2,000 characters of 4 bytes
 
 
 def table_of(catalog: Catalog) -> pa.Table:
     """The table of a catalogue."""
-    items = catalog.items
-    counts = Counter(name for item in items for name in item.attributes)
-    files = [None if item.file_name is None else os.path.abspath(catalog.image_path(item)) for item in items]
-    columns: dict[str, Any] = {"id": [item.id for item in items], "file": files}
+    items, root = catalog.items, os.path.abspath(catalog.root)
+    names = items.text("file_name").to_pylist()
+    files = [None if name is None else os.path.normpath(os.path.join(root, name)) for name in names]
+    columns: dict[str, Any] = {"id": _narrow(items.text("id")), "file": pa.array(files, type=pa.string())}
     for name in ("title", "brand", "category", "group_id"):
-        columns[name] = pa.array([getattr(item, name) for item in items], type=pa.string())
-    columns["price"] = pa.array([item.price for item in items], type=pa.float64())
-    for name, _ in counts.most_common(MAX_ATTRIBUTES):
-        columns[_ATTRIBUTE + name] = pa.array([item.attributes.get(name) for item in items], type=pa.string())
+        columns[name] = _narrow(items.text(name))
+    columns["price"] = items.prices()
+    for name, _ in items.attribute_counts().most_common(MAX_ATTRIBUTES):
+        columns[_ATTRIBUTE + name] = _narrow(items.attribute(name))
     return pa.table(columns)
+
+
+def _narrow(texts: pa.LargeStringArray) -> pa.ChunkedArray:
+    """The same as strings of 32-bit offsets, in chunks that these can hold."""
+    parts = [texts[start : start + _NARROW].cast(pa.string()) for start in range(0, len(texts), _NARROW)]
+    return pa.chunked_array(parts, pa.string())
 
 
 def write_items(catalog: Catalog, folder: Path) -> None:

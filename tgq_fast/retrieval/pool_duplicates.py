@@ -69,7 +69,7 @@ def duplicates(
         if progress is not None:
             progress(start + len(own), total)
     none = np.empty(0, np.int64)
-    label = components(total, [None] * total, np.concatenate([none, *query]), np.concatenate([none, *target]))
+    label = components(np.full(total, -1, np.int64), np.concatenate([none, *query]), np.concatenate([none, *target]))
     members = np.flatnonzero(best[0] >= 0)
     names, nearest = reader.names(members), reader.names(best[0, members].astype(np.int64))
     _, first = np.unique(label[members], return_index=True)

@@ -20,6 +20,7 @@ from torch.nn.functional import normalize
 
 from tgq_fast.data import Catalog, corrupt_metadata, item_seed
 from tgq_fast.data.conditions import CLEAN, Condition
+from tgq_fast.data.item_table import ItemTable
 from tgq_fast.models.features import FeatureStore, Progress
 from tgq_fast.models.pictures import PictureFeatures
 from tgq_fast.models.towers import TextTower, VisionTower
@@ -121,7 +122,7 @@ class Conditions:
             if np.random.default_rng([item_seed(self.seed, item.id), _DAMAGE]).random() < share:
                 kind: Any = damage
                 items[row] = corrupt_metadata(item, kind, seed=self.seed, donors=self.catalog.items)
-        changed = replace(self.catalog, items=tuple(items))
+        changed = replace(self.catalog, items=ItemTable.of(items))
         vision, text = self.towers
         store = FeatureStore.open_or_build(
             changed, vision, text, self.clean.config, self.cache_dir, on_error="skip", verify=False

@@ -1,0 +1,190 @@
+"""Reads a catalogue's metadata and pairs files into typed rows; what it refuses goes to the report with its row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from tgq_fast.data.columns import PICTURE_COLUMNS, Columns
+from tgq_fast.data.item_table import ItemTable, ItemTableBuilder
+from tgq_fast.data.items import Item, RowError, parse_item, read_identifier
+from tgq_fast.data.pairs import Pairs, make_pairs, read_pairs
+from tgq_fast.data.parquet_rows import ParquetPictures
+from tgq_fast.data.pictures import PictureSource
+from tgq_fast.data.row_blocks import read_block
+from tgq_fast.data.rows import SUFFIXES, read_rows, table_parts
+from tgq_fast.data.validation import ValidationReport
+from tgq_fast.errors import CatalogError
+
+__all__ = ["catalog_root", "embedded_pictures", "find_table", "load_items", "load_pairs", "metadata_file"]
+__all__ += ["read_metadata", "repeated", "stream_items"]
+
+
+Row = tuple[int, "Mapping[Any, Any] | RowError"]
+_BLOCK = 256  # rows that are Python objects at a time
+_REQUIRED = ("id", *PICTURE_COLUMNS)
+
+
+def find_table(folder: Path, stem: str) -> Path | None:
+    """`<folder>/<stem>.jsonl|csv|parquet` (or .gz), or a folder `<stem>` of parts; None if there is none.
+
+    Raises:
+        CatalogError: there are several.
+    """
+    found = [path for suffix in SUFFIXES if (path := folder / f"{stem}{suffix}").exists()]
+    if (parts := folder / stem).is_dir() and table_parts(parts):
+        found.append(parts)
+    if len(found) > 1:
+        raise CatalogError(folder, [f"several {stem} files: {', '.join(p.name for p in found)}"], "Keep one of them.")
+    return found[0] if found else None
+
+
+def metadata_file(path: str | Path) -> Path:
+    """The metadata that `path` means: a catalogue folder, its metadata file, or a folder of Parquet parts.
+
+    Raises:
+        CatalogError: there is none.
+    """
+    path = Path(path)
+    if path.is_dir():
+        found = find_table(path, "metadata")
+        for folder in (path, path / "data"):  # parts as `datasets` and the hub write them
+            if found is None and folder.is_dir() and any(part.suffix == ".parquet" for part in table_parts(folder)):
+                found = folder
+        if found is None:
+            names = ", ".join(f"metadata{suffix}" for suffix in SUFFIXES)
+            hint = "`tgq-fast import` converts a shop's export, a table, a folder of pictures or a public data set."
+            raise CatalogError(path, [f"no {names} in the folder"], hint)
+        return found
+    if not path.exists():
+        raise CatalogError(path, ["no such file or folder"])
+    return path
+
+
+def catalog_root(metadata: Path, given: Path) -> Path:
+    """The folder that file names are relative to."""
+    if metadata.is_dir() and metadata == given:
+        return metadata
+    return metadata.parent
+
+
+def stream_items(path: str | Path) -> Iterator[Item]:
+    """The usable rows of a metadata file, one by one; an id that is used again is not left out.
+
+    Raises:
+        CatalogError: the file is unreadable.
+    """
+    columns = Columns()
+    for number, raw in read_rows(Path(path), required=_REQUIRED):
+        if not isinstance(raw, RowError):
+            with suppress(RowError):
+                yield parse_item(columns.read(raw), number)[0]
+
+
+def read_metadata(path: str | Path, report: ValidationReport) -> ItemTable:
+    """:func:`load_items` of a metadata file; CatalogError also where it is unreadable."""
+    return load_items(read_rows(Path(path), required=_REQUIRED), path, report)
+
+
+def load_items(rows: Iterable[Row], path: str | Path, report: ValidationReport) -> ItemTable:
+    """The usable rows; refused rows and warnings go to `report`, in order of the rows.
+
+    Raises:
+        CatalogError: pictures lie in a column of which no item's picture is read.
+    """
+    columns, builder = Columns(), ItemTableBuilder()
+    altered: list[tuple[int, str]] = []
+
+    def refuse(number: int, row: Mapping[str, Any], error: RowError) -> None:
+        report.reject("metadata", number, read_identifier("id", row.get("id"), []), error.messages)
+
+    for block in _blocks(rows):
+        read, numbers = [], []
+        for number, raw in block:
+            if isinstance(raw, RowError):
+                report.reject("metadata", number, None, raw.messages)
+            else:
+                read.append(columns.read(raw))
+                numbers.append(number)
+        report.rows += len(block)
+        builder.extend(read_block(read, numbers, refuse, lambda number, note: altered.append((number, note))))
+    items = builder.build()
+    again, first = repeated(items.text("id"))
+    if len(again):
+        places, ids = items.numbers, items.text("id").take(pa.array(again)).to_pylist()
+        for number, item_id, seen in zip(places[again].tolist(), ids, places[first].tolist()):
+            report.reject("metadata", number, item_id, [f"id {item_id!r} was already used in row {seen}"])
+        gone = set(places[again].tolist())
+        altered = [(number, note) for number, note in altered if number not in gone]
+        items = items.take(np.delete(np.arange(len(items)), again))
+    report.sort_rows()
+    for number, note in altered:
+        report.warn(f"row {number}: {note}")
+    report.items += len(items)
+    _report_columns(columns, items.text("file_name").null_count < len(items), path, report)
+    return items
+
+
+def _blocks(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    rows = iter(rows)
+    while block := list(islice(rows, _BLOCK)):
+        yield block
+
+
+def repeated(ids: pa.LargeStringArray) -> tuple[np.ndarray, np.ndarray]:
+    """Places [r] of ids that stand further up already, ascending, and the places where those stand first."""
+    coded = ids.dictionary_encode()
+    if len(coded.dictionary) == len(ids):
+        return np.empty(0, np.int64), np.empty(0, np.int64)
+    codes = coded.indices.to_numpy()
+    _, first = np.unique(codes, return_index=True)
+    again = np.delete(np.arange(len(ids)), first)
+    return again, first[codes[again]]
+
+
+def _report_columns(columns: Columns, pictures: bool, path: str | Path, report: ValidationReport) -> None:
+    held = ", ".join(sorted(columns.pictures)[:20])
+    if held and not pictures and report.items:
+        hint = "Call the column file_name, or `tgq-fast import table --map file_name=<column>`."
+        raise CatalogError(path, [f"column(s) {held} hold pictures, but no item has a file_name"], hint)
+    extra = sorted(columns.unknown)
+    if extra:
+        names = ", ".join(extra[:20]) + (f" and {len(extra) - 20} more" if len(extra) > 20 else "")
+        report.warn(f"column(s) {names} are not part of the schema and are ignored; name one attributes.… to keep it")
+    if held and pictures:
+        report.warn(f"column(s) {held} hold pictures that are not used: an item has one picture, its file_name")
+    if columns.more:
+        report.warn(f"{columns.more} row(s) name several pictures: the first is used")
+
+
+def embedded_pictures(metadata: Path) -> PictureSource | None:
+    """Pictures that lie in the metadata's own Parquet files."""
+    parts = table_parts(metadata) if metadata.is_dir() else [metadata]
+    if not parts or parts[0].suffix.lower() != ".parquet":
+        return None
+    return ParquetPictures({f"{metadata.name}/{p.name}" if metadata.is_dir() else p.name: p for p in parts})
+
+
+def load_pairs(path: Path, index: dict[str, int], rejected: frozenset[str], report: ValidationReport) -> Pairs:
+    rows: dict[tuple[int, int, int], tuple[int, int, float, int]] = {}
+    repeated = dropped = 0
+    for number, row in read_pairs(path, index, rejected):
+        if isinstance(row, RowError):
+            report.reject("pairs", number, None, row.messages)
+        elif row is None:
+            dropped += 1
+        else:
+            key = (row[0], row[1], row[3])
+            repeated += key in rows
+            rows.setdefault(key, row)
+    if repeated:
+        report.warn(f"{repeated} pair(s) repeat an earlier one and were left out")
+    if dropped:
+        report.warn(f"{dropped} pair(s) name an item whose row was refused and were left out")
+    return make_pairs(list(rows.values()))
