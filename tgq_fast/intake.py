@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import shlex
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,7 +20,15 @@ if TYPE_CHECKING:
     from tgq_fast.data import Catalog, ValidationReport
     from tgq_fast.data.importers import ShopOptions
 
-__all__ = ["Validation", "import_source", "load_catalog", "next_steps", "require_pairs", "validate_catalog"]
+__all__ = [
+    "Validation",
+    "after_import",
+    "import_source",
+    "load_catalog",
+    "next_steps",
+    "require_pairs",
+    "validate_catalog",
+]
 
 Policy = Literal["raise", "skip"]
 
@@ -101,6 +110,17 @@ def next_steps(path: Path, found: Validation, groups: int) -> list[str]:
         said.append("no test pairs: evaluate has nothing to measure; more groups, or a split in pairs.jsonl, give some")
     skip = "" if report.ok else " --on-error skip"
     said.append(f"next: tgq-fast train {shlex.quote(str(path))} --out runs/first{skip}")
+    return said
+
+
+def after_import(out: Path, result: Mapping[str, Any]) -> list[str]:
+    """What can be done with a catalogue that was just imported, as commands."""
+    shop = shlex.quote(str(out))
+    if not result["items"]:
+        return ["nothing was imported: the reasons stand under skipped"]
+    said = [f"next, neighbours without training: tgq-fast embed {shop} --zero-shot whitened --out pools/first"]
+    if result.get("pairs") or result.get("groups"):
+        said.append(f"or check it and train on its groups: tgq-fast validate {shop}")
     return said
 
 

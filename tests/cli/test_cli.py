@@ -102,6 +102,11 @@ def test_every_verb_has_help_with_an_example() -> None:
         assert f"tgq-fast {verb}" in " ".join(call(verb, "--help").stdout.split())
 
 
+def test_version_needs_no_verb() -> None:
+    """It was printed only before a verb, and "Missing command" otherwise."""
+    assert call("--version").stdout.startswith("tgq-fast ")
+
+
 def test_help_loads_neither_torch_nor_transformers() -> None:
     code = "import sys; from tgq_fast import cli; print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

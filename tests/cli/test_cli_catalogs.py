@@ -59,6 +59,10 @@ def test_import_of_a_table_by_map(tmp_path: Path) -> None:
     assert found["items"] == 4 and "cp1252 text parted by semicolons" in " ".join(found["notes"])
     item = Catalog.load(tmp_path / "out").items[3]
     assert (item.id, item.title, item.price) == ("3", "N3", 1039.5)
+    table = call("import", "table", tmp_path / "t.csv", "--out", tmp_path / "again", *options)
+    assert "skipped" not in table.stdout and "items" in table.stdout  # nothing is said about nothing
+    assert f"tgq-fast embed {tmp_path / 'again'} --zero-shot whitened" in table.stderr.replace("\n", "")
+    assert "train on its groups" not in table.stderr
     for wrong in (("--pictures", "some"), ("--delimiter", "ab"), ("--map", "id")):
         call("import", "table", tmp_path / "t.csv", "--out", tmp_path / "no", *wrong, code=2)
     call("import", "grocery", tmp_path, "--out", tmp_path / "no", "--map", "id=a", code=2)

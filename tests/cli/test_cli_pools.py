@@ -31,6 +31,8 @@ def test_embed_without_training_makes_a_pool_to_search(world: World, tmp_path: P
         catalog = Catalog.load(world.catalog)
         found = json.loads(call("search", tmp_path / kind, "--item", catalog.ids[0], "-k", 3, "--json").stdout)
         assert len(found["hits"]) == 3
+    again = call("embed", world.catalog, "--zero-shot", "raw", "--vision", clip, "--out", tmp_path / "raw")
+    assert f"tgq-fast serve {tmp_path / 'raw'}" in again.stderr.replace("\n", "")
     pools = [ItemPool.open(tmp_path / kind) for kind in ("raw", "whitened")]
     assert pools[0].manifest.model != pools[1].manifest.model
     for arguments in ((), ("--zero-shot", "raw", "--model", world.run)):

@@ -44,6 +44,9 @@ def test_evaluate_writes_the_same_numbers_to_file_and_stdout(world: World, tmp_p
     filed = json.loads((tmp_path / "e.json").read_text())
     printed = json.loads(call(*arguments, "-").stdout)
     assert filed == printed
+    assert (
+        json.loads(call(*arguments, "--no-floor", "--samples", 10).stdout)["tgq"]["queries"] == filed["tgq"]["queries"]
+    )
     assert set(filed) == {"catalogue", "model", "tgq", workflow.FLOOR, f"{workflow.FLOOR}, whitened"}
     metric = filed["tgq"]["metrics"]["H@5"]
     assert 0 <= metric["low"] <= metric["value"] <= metric["high"] <= 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -175,20 +174,6 @@ def test_the_whole_model_compiles_without_graph_breaks(model: TGQFormerModel) ->
         expected = model(given).embedding
         found = torch.compile(model, fullgraph=True, backend="aot_eager")(given).embedding
     torch.testing.assert_close(found, expected, atol=2e-6, rtol=0)
-
-
-def test_auto_classes_need_the_import_and_then_give_the_same(run: Path, model: TGQFormerModel) -> None:
-    """Without the import transformers does not know the type: the README says which line is needed."""
-    code = (
-        "import sys; from transformers import AutoModel, AutoProcessor\n"
-        "try: AutoModel.from_pretrained(sys.argv[1])\n"
-        "except ValueError as error: print('tgq_former' in str(error))\n"
-        "import tgq_fast.models\n"
-        "print(type(AutoModel.from_pretrained(sys.argv[1])).__name__,"
-        " type(AutoProcessor.from_pretrained(sys.argv[1])).__name__)"
-    )
-    out = subprocess.run([sys.executable, "-c", code, str(run)], capture_output=True, text=True, check=True).stdout
-    assert out.split() == ["True", "TGQFormerModel", "TGQFormerProcessor"]
 
 
 def test_text_is_no_path_and_no_query(model: TGQFormerModel) -> None:

@@ -56,6 +56,7 @@ def test_run_learns_and_leaves_a_complete_folder(tmp_path: Path) -> None:
         "model.safetensors",
         "processor_config.json",
         "run.json",
+        "tgq_former.py",
         "training_log.jsonl",
     }
     manifest = json.loads((result.path / "run.json").read_text())

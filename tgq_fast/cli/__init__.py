@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from tgq_fast.cli import catalogs, machine, pools, runs
+from tgq_fast.cli.options import JsonAlone
 from tgq_fast.console import State, guarded
 from tgq_fast.study.verb import study
 
@@ -29,18 +30,23 @@ app = typer.Typer(
 )
 
 
-@app.callback()
-def options(
-    debug: Annotated[bool, typer.Option("--debug", envvar="TGQ_DEBUG", help="Show tracebacks.")] = False,
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
-) -> None:
-    """Options before the verb."""
-    State.debug = debug
-    if version:
+def _version(asked: bool) -> None:
+    if asked:  # before a verb is missed
         from tgq_fast import __version__
 
         typer.echo(f"tgq-fast {__version__}")
         raise typer.Exit
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", envvar="TGQ_DEBUG", help="Show tracebacks.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_version)
+    ] = False,
+) -> None:
+    """Options before the verb."""
+    State.debug = debug
 
 
 _VERBS: dict[str, Callable[..., None]] = {
@@ -61,7 +67,7 @@ _VERBS: dict[str, Callable[..., None]] = {
     "doctor": machine.doctor,
 }
 for name, verb in _VERBS.items():
-    app.command(name)(guarded(verb))
+    app.command(name, cls=JsonAlone if verb is runs.evaluate else None)(guarded(verb))
 
 
 def main() -> None:

@@ -79,7 +79,7 @@ def import_(
     Example: tgq-fast import grocery ~/GroceryStoreDataset --out groceries
     """
     from tgq_fast.data.importers import PUBLIC, DownloadLimits, ShopOptions
-    from tgq_fast.intake import import_source
+    from tgq_fast.intake import after_import, import_source
 
     columns = assignments([part for entry in map_ or () for part in names(entry) or ()], "--map")
     if pictures not in ("first", "all"):
@@ -101,4 +101,7 @@ def import_(
     if as_json:
         console.print_json(result)
     else:
-        console.table(f"imported {source}", ("", "value"), [(name, short(value)) for name, value in result.items()])
+        shown = [(name, short(value)) for name, value in result.items() if value or name == "items"]
+        console.table(f"imported {source}", ("", "value"), shown)
+        for line in after_import(out, result):
+            console.note(line)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from tgq_fast.errors import ArgumentError
 
@@ -37,6 +38,18 @@ Cache = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, everything else on stderr.")]
 PoolPath = Annotated[Path, typer.Argument(help="Folder that embed wrote.", show_default=False)]
+
+
+class JsonAlone(TyperCommand):
+    """A verb whose --json may be given without a file, which means stdout; Typer has no options of that kind."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        given = []
+        for argument, following in zip(args, [*args[1:], "--"], strict=True):
+            given.append(argument)
+            if argument == "--json" and following.startswith("-") and following != "-":
+                given.append("-")
+        return super().parse_args(ctx, given)
 
 
 def assignments(values: Sequence[str] | None, option: str, *, parse: bool = False) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -117,6 +118,8 @@ def embed(
         console.print_json(report)
     else:
         console.table("embedded", ("", "value"), list(report.items()))
+        made_by = "" if model is None else f" --model {shlex.quote(str(model))}"
+        console.note(f"look at it: tgq-fast serve {shlex.quote(str(out))}{made_by}")
 
 
 def _crew(engine: EngineName, workers: int, address: str, cpus: float, gpus: float) -> Any:

@@ -45,7 +45,9 @@ def train(
     catalog: CatalogPath,
     out: Annotated[Path, typer.Option("--out", metavar="RUN", help="Folder of the run.", show_default=False)],
     preset: Annotated[Preset, typer.Option(help="Sizes and towers.")] = Preset.tiny,
-    connector: Annotated[str, typer.Option(metavar="NAME", help="A name that tgq-fast connectors lists.")] = "tgq",
+    connector: Annotated[
+        str | None, typer.Option(metavar="NAME", help="A name that tgq-fast connectors lists; default: tgq.")
+    ] = None,
     fields: Annotated[
         str | None,
         typer.Option(metavar="a,b,c", help="Metadata that may guide. Default: chosen by rule and printed."),
@@ -75,6 +77,13 @@ def train(
         Keep, typer.Option(help="best: the frozen feature where it wins on validation; trained: the model anyway.")
     ] = Keep.best,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in RUN.")] = False,
+    init_from: Annotated[
+        Path | None,
+        typer.Option(metavar="RUN", help="Start from this run's trained weights; sizes, fields, towers are its own."),
+    ] = None,
+    report_to: Annotated[
+        str | None, typer.Option(metavar="a,b", help="tensorboard, wandb: also log there; needs their extras.")
+    ] = None,
     cache: Cache = None,
     on_error: OnError = Policy.stop,
     as_json: Json = False,
@@ -84,20 +93,26 @@ def train(
     Example: tgq-fast train shop --out runs/tgq --fields category,gender --epochs 5
 
     Example: tgq-fast train shop --out runs/qf --connector qformer --set num_hidden_layers=4
+
+    Example: tgq-fast train shop --out runs/longer --init-from runs/tgq --epochs 10 --lr 3e-4
     """
     from tgq_fast.intake import load_catalog, require_pairs
-    from tgq_fast.workflow import make_config, train_run
+    from tgq_fast.workflow import continued_config, make_config, train_run
 
     loaded = load_catalog(catalog, on_error.value)
     require_pairs(loaded)
-    config = make_config(
-        loaded,
-        preset=preset.value,
-        connector=connector,
-        fields=names(fields),
-        overrides=assignments(set_, "--set", parse=True) | tower_options(vision, text, llm),
-        match=match_budget,
-    )
+    overrides = assignments(set_, "--set", parse=True) | tower_options(vision, text, llm)
+    if init_from is not None:
+        config = continued_config(init_from, connector=connector, fields=names(fields), overrides=overrides)
+    else:
+        config = make_config(
+            loaded,
+            preset=preset.value,
+            connector=connector or "tgq",
+            fields=names(fields),
+            overrides=overrides,
+            match=match_budget,
+        )
     console.note("guiding fields: " + (", ".join(config.fields) or "none"))
     summary = train_run(
         loaded,
@@ -109,6 +124,8 @@ def train(
         lr=lr,
         bf16=bf16,
         resume=resume,
+        init_from=init_from,
+        report_to=names(report_to) or (),
         views=views,
         keep=keep.value,
         cache=cache,
@@ -139,7 +156,11 @@ def evaluate(
     on_error: OnError = Policy.stop,
     as_json: Annotated[
         Path | None,
-        typer.Option("--json", metavar="FILE", help="Write the result as JSON to FILE; - for stdout, without table."),
+        typer.Option(
+            "--json",
+            metavar="[FILE]",
+            help="The result as one JSON document on stdout, or written to FILE beside the table.",
+        ),
     ] = None,
 ) -> None:
     """Hit rate, recall, MRR and NDCG over the full pool, with bootstrap intervals.

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tgq_fast.data.files import write_atomic
 from tgq_fast.errors import CheckpointError, TGQError
+from tgq_fast.models.auto_file import AUTO_CODE, AUTO_FILE, auto_map
 from tgq_fast.models.configuration import TGQFormerConfig
 
 __all__ = ["load_config", "load_into", "load_state", "save_model", "state_digest"]
@@ -33,12 +34,13 @@ def state_digest(state: Mapping[str, Tensor]) -> str:
 
 
 def save_model(folder: Path, config: TGQFormerConfig, state: Mapping[str, Tensor], *, architecture: str) -> None:
-    """Write the weights, then the configuration."""
+    """Write the weights, then the configuration and the file that it names for the Auto classes."""
     folder.mkdir(parents=True, exist_ok=True)
     plain = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
     # One entry only: safetensors writes several in any order, and equal models shall be equal files.
     write_atomic(folder / WEIGHTS, save(plain, {_DIGEST: state_digest(plain)}))
-    values: dict[str, Any] = {**config.to_diff_dict(), "architectures": [architecture]}
+    write_atomic(folder / AUTO_FILE, AUTO_CODE.encode())
+    values: dict[str, Any] = {**config.to_diff_dict(), "architectures": [architecture], "auto_map": auto_map()}
     write_atomic(folder / CONFIG, (json.dumps(values, indent=2, sort_keys=True) + "\n").encode())
 
 

@@ -281,6 +281,7 @@ class TGQFormerConfig(PreTrainedConfig):
             for name, value in CONNECTORS[connector].settings.items():
                 setattr(self, name, value)
         self._check()
+        kwargs.pop("auto_map", None)  # of the file, not of the model: see auto_file.py
         super().__init__(**kwargs)
 
     def _check(self) -> None:

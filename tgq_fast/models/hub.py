@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from torch import nn
 
 from tgq_fast.errors import BackendError, CheckpointError, TGQError
 from tgq_fast.models import backbones
+from tgq_fast.models.auto_file import AUTO_FILE
 from tgq_fast.ops.dispatch import flash_attn_importable
 
-__all__ = ["FLASH", "hub_load", "hub_model", "module_digest"]
+__all__ = ["FILES", "FLASH", "hub_load", "hub_model", "local_folder", "module_digest"]
 
 
 def module_digest(module: nn.Module, *facts: object) -> str:
@@ -50,6 +52,36 @@ def hub_load(loader: Callable[..., Any], name: str, what: str, **kwargs: Any) ->
             ) from error
         where = "local folder" if Path(name).exists() else "hub name (is the hub reachable, or should this be a path?)"
         raise CheckpointError(f"{what} {name!r}: cannot load this {where}: {type(error).__name__}: {reason}") from error
+
+
+_REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
+FILES = ("config.json", "model.safetensors", "processor_config.json", AUTO_FILE)
+
+
+def local_folder(name: str | Path, options: Mapping[str, Any] | None = None) -> Path:
+    """A local folder as it is; a name "owner/model" that no folder has is fetched from the hub.
+
+    Args:
+        name: path or name.
+        options: of `from_pretrained`; those that say how to fetch are read.
+
+    Raises:
+        CheckpointError: the hub does not give it.
+    """
+    path = Path(name)
+    if path.exists() or not _REPO.fullmatch(str(name)):
+        return path
+    from huggingface_hub import snapshot_download
+
+    given = {key: value for key, value in (options or {}).items() if key in _OPTIONS and value is not None}
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=[*FILES], **given))
+    except Exception as error:  # one type for each of the many ways in which a download fails
+        reason = str(error).strip().split("\n")[0][:300]
+        raise CheckpointError(
+            f"{name}: no such folder, and the hub does not give a model of this name: {type(error).__name__}: {reason}"
+        ) from error
 
 
 FLASH = "flash_attention_2"

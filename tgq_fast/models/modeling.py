@@ -26,10 +26,12 @@ from tgq_fast.models.direct import DirectReadout
 from tgq_fast.models.dtypes import as_dtype
 from tgq_fast.models.encoding import as_examples, progress_bar, stored_batches
 from tgq_fast.models.features import FeatureStore
+from tgq_fast.models.hub import local_folder
 from tgq_fast.models.inference import in_run, packed_weights, running
 from tgq_fast.models.objective import weighted_losses
 from tgq_fast.models.outputs import ConnectorOutput, FrozenFeatures, TGQFormerOutput
-from tgq_fast.models.processing import PromptInputs, TGQFormerProcessor
+from tgq_fast.models.processing import ProcessedItems, PromptInputs, TGQFormerProcessor
+from tgq_fast.models.publishing import Publishing
 from tgq_fast.models.readers import ImageReader, LightReader, LLMReader, ReaderOutput, build_reader, merged_adapters
 from tgq_fast.models.tower_holder import TowerHolder
 from tgq_fast.models.towers import TextTower, VisionTower, load_text_tower, load_vision_tower
@@ -45,7 +47,7 @@ _TEXT = "Give metadata as a row, such as {'category': 'Sofas', 'attributes.colou
 _PACK_FROM = 64  # items from which repacking the connector's weights pays
 
 
-class TGQFormerModel(TowerHolder, PreTrainedModel):
+class TGQFormerModel(TowerHolder, Publishing, PreTrainedModel):
     """Items → embeddings.
 
     The frozen towers are no submodules: they are loaded by name on first use, never trained and never saved. A model
@@ -150,12 +152,12 @@ class TGQFormerModel(TowerHolder, PreTrainedModel):
         groups: Tensor | None = None,
         return_attention: bool = False,
         return_dict: bool = True,
-        **fields: Tensor,
+        **inputs: Any,
     ) -> TGQFormerOutput | tuple[Any, ...]:
         """Embed M items, and with `positives` compute the training loss.
 
         Args:
-            features: of M items; or give its fields as keywords.
+            features: of M items; or as keywords its fields, or what the processor returned: `model(**processor(…))`.
             prompt: LLM prompts, needed with an LLM.
             positives: [M] row of each item's positive in this batch, -1 for an item that is no anchor.
             groups: [M] labels of known co-positives (negative: none), left out of the denominator.
@@ -166,9 +168,12 @@ class TGQFormerModel(TowerHolder, PreTrainedModel):
             :class:`TGQFormerOutput`; embeddings are fp32 and L2-normalised.
         """
         if features is None:
-            if not fields:
+            if not inputs:
                 raise ArgumentError("features", None, "a FrozenFeatures")
-            features = FrozenFeatures(**fields)  # type: ignore[arg-type]
+            if "pixel_values" in inputs:
+                features = self.extractor.features(ProcessedItems(prompt=prompt, **inputs))
+            else:
+                features = FrozenFeatures(**inputs)
         device = self.logit_scale.device
         features = self._control(features.to(device))
         if self.whitening is not None:
@@ -332,22 +337,23 @@ class TGQFormerModel(TowerHolder, PreTrainedModel):
         is_main_process: bool = True,
         state_dict: Mapping[str, Tensor] | None = None,
         push_to_hub: bool = False,
-        **_: Any,
+        **options: Any,
     ) -> None:
-        """Write config.json, model.safetensors and processor_config.json; frozen weights are left out.
+        """Write config.json, model.safetensors, processor_config.json and tgq_former.py (which tells transformers' Auto
+        classes where the code is); frozen weights are left out.
 
-        Each file appears atomically; the weights carry a digest that :meth:`from_pretrained` checks. Other arguments of
-        transformers' save_pretrained are accepted and have no effect.
+        Each file appears atomically; the weights carry a digest that :meth:`from_pretrained` checks.
 
-        Raises:
-            ArgumentError: `push_to_hub` is asked for.
+        Args:
+            push_to_hub: also upload them as :meth:`push_to_hub` does, with its options; `repo_id` defaults to the name
+                of the folder. Other arguments of transformers' save_pretrained are accepted and have no effect.
         """
-        if push_to_hub:
-            raise ArgumentError("push_to_hub", True, "False", "Save to a folder and upload that with huggingface_hub.")
         if is_main_process:
             folder = Path(save_directory)
             checkpoint.save_model(folder, self.config, self.saved_state(state_dict), architecture=type(self).__name__)
             TGQFormerProcessor(self.config).save_pretrained(folder)
+            if push_to_hub:
+                self.upload(folder, options.pop("repo_id", None) or folder.resolve().name, **options)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -358,15 +364,16 @@ class TGQFormerModel(TowerHolder, PreTrainedModel):
         Nothing is executed on load.
 
         Args:
-            pretrained_model_name_or_path: local folder.
+            pretrained_model_name_or_path: local folder, or "owner/name" of a model on the hub.
             config: instead of the folder's own.
             **kwargs: configuration fields to override, e.g. `vision_tower="/models/clip"`; `dtype` casts the model;
-                other arguments of transformers' from_pretrained are accepted and have no effect.
+                `revision`, `token`, `cache_dir`, `force_download` and `local_files_only` are for the hub; other
+                arguments of transformers' from_pretrained are accepted and have no effect.
 
         Raises:
             CheckpointError: missing, corrupt, foreign or incompatible files.
         """
-        folder = Path(pretrained_model_name_or_path)
+        folder = local_folder(pretrained_model_name_or_path, kwargs)
         config = copy.deepcopy(config) if config is not None else checkpoint.load_config(folder)
         for name, value in kwargs.items():
             if name in config.to_dict() and name not in ("dtype", "torch_dtype"):

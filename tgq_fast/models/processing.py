@@ -18,9 +18,10 @@ from tgq_fast.data.images import PictureLike, load_image
 from tgq_fast.data.items import Item, RowError, parse_fields
 from tgq_fast.errors import ArgumentError, CheckpointError
 from tgq_fast.models import backbones
+from tgq_fast.models.auto_file import auto_map
 from tgq_fast.models.configuration import TGQFormerConfig
 from tgq_fast.models.field_tokens import field_strings
-from tgq_fast.models.hub import hub_load
+from tgq_fast.models.hub import hub_load, local_folder
 from tgq_fast.models.towers import ImageProcessor, load_image_processor
 from tgq_fast.models.zoo import connector_spec
 
@@ -61,7 +62,7 @@ class PromptInputs:
 
 @dataclass
 class ProcessedItems:
-    """B items ready for the frozen towers.
+    """B items ready for the frozen towers; also a mapping, for `model(**processed)`.
 
     Attributes:
         pixel_values: [B', 3, H, W] of the items that have an image, or None if none has.
@@ -74,6 +75,13 @@ class ProcessedItems:
     has_image: Tensor
     fields: list[list[str | None]]
     prompt: PromptInputs | None = None
+
+    def keys(self) -> list[str]:
+        """Names of the attributes."""
+        return [field.name for field in dataclasses.fields(self)]
+
+    def __getitem__(self, name: str) -> Any:
+        return getattr(self, name)
 
 
 class _Fields:
@@ -163,19 +171,23 @@ class TGQFormerProcessor:
     def __call__(
         self,
         images: Sequence[PictureLike | None],
-        metadata: Sequence[Item | Mapping[str, object]],
+        metadata: Sequence[Item | Mapping[str, object]] | None = None,
     ) -> ProcessedItems:
         """Process B items.
 
         Args:
             images: pictures in any form that :func:`tgq_fast.data.load_image` takes, decoded as it does (orientation,
                 transparency on white, 16 bits); None for an item without one.
-            metadata: items, or mappings of field name to value; unknown names are ignored.
+            metadata: items, or mappings of field name to value; unknown names are ignored. None: no metadata.
+
+        Returns:
+            What the model takes: `model(**processor(images, metadata))`.
 
         Raises:
             ImageError: a picture cannot be used; it is named by its place, "#0".
             ArgumentError: numbers of pictures and items differ, or a value is no metadata.
         """
+        metadata = [{} for _ in images] if metadata is None else metadata
         if len(images) != len(metadata):
             raise ArgumentError("metadata", f"{len(metadata)} items", f"as many as images, {len(images)}")
         processed = self.metadata(metadata)
@@ -241,17 +253,18 @@ class TGQFormerProcessor:
             "processor_class": type(self).__name__,
             "padding_side": self.padding_side,
             "config": self.config.to_diff_dict(),
+            "auto_map": auto_map(),
         }
         write_atomic(folder / _FILE, json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False).encode())
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **_: Any) -> TGQFormerProcessor:
-        """Read what :meth:`save_pretrained` wrote to a local folder.
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> TGQFormerProcessor:
+        """Read what :meth:`save_pretrained` wrote to a local folder, or what lies on the hub under "owner/name".
 
         Raises:
             CheckpointError: no processor there, or one of another kind.
         """
-        path = Path(pretrained_model_name_or_path) / _FILE
+        path = local_folder(pretrained_model_name_or_path, options) / _FILE
         try:
             values = json.loads(path.read_text())
             if values["processor_class"] != cls.__name__:

@@ -78,8 +78,11 @@ def claim(
         raise CheckpointError(f"{folder}: already holds a {status} run; resume it or choose another folder")
     differences = _differences(held, json.loads(json.dumps(wanted)))
     if differences:
+        longer = "; a finished run is trained on by a new one that starts from it (--init-from, init_from)"
         raise CheckpointError(
-            f"{folder}: cannot resume, this run was started differently: " + "; ".join(differences[:5])
+            f"{folder}: cannot resume, this run was started differently: "
+            + "; ".join(differences[:5])
+            + (longer if status == "finished" else "")
         )
     if status == "finished":
         for name, digest in manifest["files"].items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,8 +40,10 @@ from tgq_fast.training.folder import (
 )
 from tgq_fast.training.pairs import DistinctBatchSampler, PairCollator, PairDataset
 from tgq_fast.training.ranks import Team
+from tgq_fast.training.reporting import check_reporters, reporters
 from tgq_fast.training.trainer import BEST_METRIC, Event, TGQTrainer, last_complete_checkpoint
 from tgq_fast.training.verdict import WHITENED, judge, measure_floors
+from tgq_fast.training.warm import WarmStart, warm_start
 
 __all__ = ["TrainResult", "train"]
 
@@ -68,6 +70,8 @@ def train(
     checkpoint_steps: int | None = None,
     log_steps: int = 10,
     resume: bool = False,
+    init_from: str | Path | None = None,
+    report_to: str | Sequence[str] | None = None,
     on_error: Literal["raise", "skip"] = "raise",
     cache_dir: str | Path | None = None,
     towers: tuple[VisionTower, TextTower] | None = None,
@@ -103,6 +107,9 @@ def train(
         checkpoint_steps: also write a checkpoint every so many steps, besides the one after each epoch.
         log_steps: steps per log entry.
         resume: go on with an unfinished run of the same arguments; a finished one is returned as it is.
+        init_from: run whose trained weights and whitening this one starts from, instead of random ones; `config` must
+            be its configuration but for what only training reads.
+        report_to: "tensorboard" (into `out`/tensorboard) and "wandb", besides training_log.jsonl.
         on_error: unusable images: "raise", or "skip" them (listed in the run's rejects.jsonl).
         cache_dir: of the frozen features.
         towers: towers that are already loaded.
@@ -114,6 +121,7 @@ def train(
         ArgumentError: a bad value, or no usable training pair.
         CheckpointError: `out` holds another or an unfinished run, a run with other arguments, or damaged files.
         ImageError: an unusable image, policy "raise".
+        DependencyError: a package that `report_to` needs is not installed.
         DistributedError: another process of the same training stopped or did not answer.
     """
     for name, value, least in (("epochs", epochs, 1), ("batch_size", batch_size, 1), ("log_steps", log_steps, 1)):
@@ -125,6 +133,8 @@ def train(
         raise ArgumentError("warmup", warmup, "a share in [0, 1)")
     if keep not in ("best", "trained"):
         raise ArgumentError("keep", repr(keep), "'best' or 'trained'")
+    report_to = check_reporters(report_to)
+    warm = None if init_from is None else warm_start(init_from)
     bf16 = multiplies_bf16() if bf16 is None else bf16
     folder = Path(out).resolve()
     team = Team()
@@ -152,12 +162,15 @@ def train(
             "log_steps": log_steps,
             "keep": keep,
             "views": None if views is None else views.key,
+            "init_from": None if warm is None else warm.digest,
         }
         if store is None:
             towers = towers or _load_towers(config)
             config = config.with_towers(*towers)
         if views is None and config.view_share:  # what only views teach is then not built
             config = TGQFormerConfig.from_dict(config.to_dict() | {"view_share": 0.0})
+        if warm is not None:
+            warm.check(config)
         wanted = config
         manifest = team.lead(lambda: claim(folder, wanted, arguments, catalog, resume))
         if manifest["status"] == "finished":
@@ -187,8 +200,11 @@ def train(
         raw, whitening = store, None
         pictures: PictureFeatures | None = views
         if config.whitening:
-            rows = whitening_rows(catalog, store.valid, config.whitening)
-            whitening, config = fit_whitening(store.pictures, rows, config)
+            if warm is not None:
+                whitening = warm.whitening(config)
+            else:
+                rows = whitening_rows(catalog, store.valid, config.whitening)
+                whitening, config = fit_whitening(store.pictures, rows, config)
             store = store.whitened(whitening, cache_dir)
             if views is not None:
                 pictures = whitened_pictures(views, whitening, cache_dir)
@@ -207,6 +223,8 @@ def train(
             pictures=pictures,
             towers=towers,
             whitening=whitening,
+            warm=warm,
+            report_to=report_to,
             checkpoint_steps=checkpoint_steps,
             send=send,
             team=team,
@@ -241,6 +259,8 @@ def _run(
     pictures: PictureFeatures | None,
     towers: tuple[VisionTower, TextTower] | None,
     whitening: Whitening | None,
+    warm: WarmStart | None,
+    report_to: Sequence[str],
     checkpoint_steps: int | None,
     send: Callable[[Event], None],
     team: Team,
@@ -309,6 +329,8 @@ def _run(
         model = TGQFormerModel.from_config_with_towers(config, vision=towers[0], text=towers[1])
     if whitening is not None and model.whitening is not None:
         model.whitening.load_state_dict(whitening.state_dict())
+    if warm is not None:
+        warm.fill(model)
     trainer = TGQTrainer(
         model,
         args,
@@ -329,6 +351,8 @@ def _run(
         on_event=on_event,
         checkpoint_steps=checkpoint_steps,
     )
+    for callback in reporters(report_to, folder) if team.leads else ():
+        trainer.add_callback(callback)
     floors = {}
     if has_validation:
         floors = team.lead(lambda: measure_floors(catalog, raw, None if whitening is None else store, "validation"))

@@ -3,7 +3,7 @@
 Progress goes to stderr; results are returned as typed objects or plain dicts.
 """
 
-from tgq_fast.workflow.configure import connector_table, make_config
+from tgq_fast.workflow.configure import connector_table, continued_config, make_config
 from tgq_fast.workflow.embed import CATALOG_NOTE, catalog_of, embed_run, parts_engine
 from tgq_fast.workflow.evaluate import evaluate_run, metric_table
 from tgq_fast.workflow.opening import Policy, load_towers, open_run, open_store, zero_shot_model
@@ -19,6 +19,7 @@ __all__ = [
     "Policy",
     "catalog_of",
     "connector_table",
+    "continued_config",
     "default_epochs",
     "embed_run",
     "evaluate_run",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tgq_fast.errors import ArgumentError
@@ -55,6 +56,32 @@ def make_config(
     if match and "intermediate_size" not in extra:
         return match_budget(config, connector)
     return config.with_connector(connector)
+
+
+def continued_config(
+    run: Path, *, connector: str | None, fields: Sequence[str] | None, overrides: Mapping[str, Any]
+) -> TGQFormerConfig:
+    """Configuration of a run that starts from another: the other's, but for overrides.
+
+    Args:
+        run: the other run.
+        connector, fields: asked for, or None; what the run has cannot change.
+        overrides: configuration fields that only training reads.
+
+    Raises:
+        ArgumentError: another connector, other fields, or an unknown configuration field.
+        CheckpointError: the run holds no trained model.
+    """
+    from tgq_fast.models import TGQFormerConfig
+    from tgq_fast.training.warm import warm_start
+
+    held = warm_start(run).config
+    for option, asked, own in (("--connector", connector, held.connector), ("--fields", fields, list(held.fields))):
+        if asked is not None and asked != own:
+            raise ArgumentError(option, repr(asked), f"{own!r}, as in {run}, or nothing")
+    if wrong := [name for name in overrides if name not in held.to_dict()]:
+        raise ArgumentError("--set", ", ".join(wrong), "fields of TGQFormerConfig")
+    return TGQFormerConfig.from_dict(held.to_dict() | dict(overrides))
 
 
 def connector_table(preset: str, overrides: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:

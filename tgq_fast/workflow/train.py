@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -41,6 +41,8 @@ def train_run(
     lr: float,
     bf16: bool | None = None,
     resume: bool = False,
+    init_from: Path | None = None,
+    report_to: Sequence[str] = (),
     views: int = DEFAULT_VIEWS,
     keep: Literal["best", "trained"] = "best",
     cache: Path | None = None,
@@ -49,6 +51,7 @@ def train_run(
     """Train a run folder; returns its summary. Without `epochs`, see :func:`default_epochs`.
 
     Args:
+        init_from, report_to: of :func:`tgq_fast.train`.
         keep: "trained" keeps the trained model where the frozen feature is better on validation, too.
         views: corrupted views of each training picture, which training draws from; 0: none.
     """
@@ -97,6 +100,8 @@ def train_run(
             bf16=bf16,
             keep=keep,
             resume=resume,
+            init_from=init_from,
+            report_to=report_to,
             log_steps=2 if steps_per_epoch(catalog, batch_size) < 20 else 10,
             on_error=on_error,
             cache_dir=cache,
