@@ -78,6 +78,7 @@ print(json.dumps([one, [model_digest(m) for m in back], type(processor).__name__
 """
 
 
+@pytest.mark.slow
 def test_what_is_pushed_comes_back(run: Path, tmp_path: Path) -> None:
     with hub_stand_in.running_hub() as hub:
         online = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
@@ -124,6 +125,7 @@ def test_the_card_is_written_from_the_run(run: Path, catalog: Catalog) -> None:
     assert "None was chosen" in bare and "Not known" in bare and "license" not in yaml.safe_load(bare.split("---\n")[1])
 
 
+@pytest.mark.slow
 def test_a_card_that_lies_in_the_run_is_taken_as_it_is(run: Path, tmp_path: Path) -> None:
     (tmp_path / "own").mkdir()
     for path in run.iterdir():
@@ -161,6 +163,7 @@ print(json.dumps([said, [type(x).__module__ + "." + type(x).__name__ for x in ma
 """
 
 
+@pytest.mark.slow
 def test_auto_classes_without_the_import_say_what_is_missing_or_load(run: Path, tmp_path: Path) -> None:
     """They blamed the version of transformers."""
     said, types, digest = elsewhere(AUTO, run, HF_HOME=str(tmp_path))
@@ -225,6 +228,7 @@ def test_processor_works_in_the_workers_of_a_loader(run: Path, catalog: Catalog,
     assert torch.equal(torch.cat(list(loader)), expected)
 
 
+@pytest.mark.slow
 def test_model_maps_a_dataset_in_two_processes(run: Path, catalog: Catalog, tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     model, images = TGQFormerModel.from_pretrained(run), pictures(catalog)
