@@ -30,7 +30,7 @@ def test_one_seed_shows_its_interval_and_several_their_range() -> None:
     assert "| tgq | 0.500 [0.490, 0.510] |" in retrieval_table([("a.json", result(0, 0.5))])
     several = retrieval_table([("b.json", result(1, 0.7)), ("a.json", result(0, 0.5))])
     assert "| tgq | 0.600 [0.500, 0.700] |" in several and "seeds 0, 1" in several
-    assert "`docs/results/a.json`, `docs/results/b.json`" in several
+    assert "`a.json`, `b.json`" in several
 
 
 def study(verdict: str) -> dict[str, Any]:
@@ -54,10 +54,20 @@ def study(verdict: str) -> dict[str, Any]:
 def test_a_study_replaces_the_demos_of_its_catalogue_and_bolds_what_it_proves() -> None:
     files = [("s.json", study("win")), ("a.json", result(0, 0.7))]
     table = retrieval_table(files)
-    assert "0.700" not in table and "`docs/results/s.json`" in table
+    assert "0.700" not in table and "`s.json`" in table
     assert "| tgq | **0.500 [0.400, 0.600]** | **0.5" in table and "| mlp | 0.500 [0.400, 0.600] |" in table
     assert "| HR@1 clean | H@10 clean | H@10 all overlay | H@10 all |" in table
     assert "**0.5" not in retrieval_table([("s.json", study("tie"))])
+
+
+def test_an_ablation_shows_its_difference_and_floors_alone_prove_nothing() -> None:
+    given = study("win")
+    given["plan"]["ablations"] = ["gates"]
+    rows = given["rows"]
+    rows["without gates"] = {**rows["mlp"], "facts": {"ablation": "without gates"}}
+    rows["mlp"]["facts"]["stage"] = "floor"
+    table = retrieval_table([("s.json", given)])
+    assert "| without gates | 0.500 [0.400, 0.600] ↓ |" in table and "**0.5" not in table and "↓ ↑: worse" in table
 
 
 def test_a_document_without_a_place_is_refused() -> None:
@@ -65,8 +75,14 @@ def test_a_document_without_a_place_is_refused() -> None:
         fill("nothing here", [])
 
 
-def test_readme_shows_exactly_the_committed_results() -> None:
+@pytest.mark.parametrize(
+    ("document", "folder"), [("README.md", "docs/results"), ("docs/evaluation.md", "docs/results/further")]
+)
+def test_documents_show_exactly_the_committed_results(
+    document: str, folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if not (ROOT / "README.md").is_file():
         pytest.skip("no source tree")
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert fill(text, sorted((ROOT / "docs" / "results").glob("*.json"))) == text
+    monkeypatch.chdir(ROOT)
+    text = Path(document).read_text(encoding="utf-8")
+    assert fill(text, sorted(Path(folder).glob("*.json"))) == text

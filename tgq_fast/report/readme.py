@@ -1,4 +1,4 @@
-"""``python -m tgq_fast.report.readme README.md docs/results``: the table of retrieval figures, from result files.
+"""``python -m tgq_fast.report.readme README.md docs/results``: retrieval figures of a folder's result files.
 
 A result file is the study.json of `tgq-fast study`, or the results.json that `make demo` writes. The table replaces
 what is between ``<!-- retrieval:begin -->`` and ``<!-- retrieval:end -->``. A catalogue that has a study shows that
@@ -31,7 +31,7 @@ def fill(text: str, files: Sequence[Path]) -> str:
     """
     if not _BLOCK.search(text):
         raise ArgumentError("document", "no marked place", "<!-- retrieval:begin --> and <!-- retrieval:end -->")
-    table = retrieval_table([(path.name, json.loads(path.read_text(encoding="utf-8"))) for path in files])
+    table = retrieval_table([(path.as_posix(), json.loads(path.read_text(encoding="utf-8"))) for path in files])
     return _BLOCK.sub(lambda match: match[1] + table + match[2], text)
 
 
@@ -61,7 +61,7 @@ def retrieval_table(results: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
         for name in names:
             found = [result["results"][name]["metrics"] for _, result in entries if name in result["results"]]
             lines.append(f"| {name} | " + " | ".join(_cell([m[metric] for m in found]) for metric in _METRICS) + " |")
-        sources = ", ".join(f"`docs/results/{name}`" for name, _ in entries)
+        sources = ", ".join(f"`{name}`" for name, _ in entries)
         parts.append("\n".join([*lines, "", f"Made by `{command}`: {sources}.", ""]))
     return "\n".join(parts)
 
@@ -69,8 +69,8 @@ def retrieval_table(results: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
 def study_table(name: str, study: Mapping[str, Any]) -> str:
     """Markdown table of one study: clean metrics, and H@K of the largest K over overlays, scenes and everything.
 
-    A value is bold in the main row where no other row but an ablation has a greater one, and where every such row is
-    worse beyond its interval.
+    A value of the main row is bold where every other connector and floor is worse beyond its interval (none is where
+    only floors are beside it); ablations carry an arrow where they differ from the main row beyond the interval.
     """
     last = [metric for metric in study["metrics"] if metric.startswith("H@")][-1]
     columns = [("clean", m) for m in study["metrics"] if m.startswith("HR@")] + [("clean", last)]
@@ -78,12 +78,16 @@ def study_table(name: str, study: Mapping[str, Any]) -> str:
         "all" in study["pooled"]
     )
     rivals = [row for row in study["rows"].values() if "against" in row and not row["facts"].get("ablation")]
+    if all(row["facts"].get("stage") == "floor" for row in rivals):
+        rivals = []
     test, plan = study["test"], study["plan"]
     lines = [
         f"**{study['catalogue']}**: {test['queries']:,} test queries of {test['groups']:,} groups, every item of "
-        f"{test['pool']:,} a candidate, guided by {', '.join(plan['fields']) or 'nothing'}; mean of {plan['seeds']} "
-        "seeds, 95 % bootstrap intervals over groups; bold: better than every other row but ablations beyond the "
-        "paired interval.",
+        f"{test['pool']:,} a candidate, guided by {', '.join(plan['fields']) or 'nothing'}; {_seeds(plan['seeds'])}, "
+        "95 % bootstrap intervals over groups"
+        + "; bold: better than every other connector and floor beyond the paired interval" * bool(rivals)
+        + "; ↓ ↑: worse or better than the whole beyond the paired interval" * bool(plan.get("ablations"))
+        + ".",
         "",
         "| row | " + " | ".join(f"{metric} {place}" for place, metric in columns) + " |",
         "|---|" + "---:|" * len(columns),
@@ -93,11 +97,17 @@ def study_table(name: str, study: Mapping[str, Any]) -> str:
         for place, metric in columns:
             value = row["metrics"][place][metric]
             text = f"{value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
+            if row["facts"].get("ablation"):
+                text += {"win": " ↓", "loss": " ↑", "tie": ""}[row["against"][place][metric]["verdict"]]
             won = rivals and all(rival["against"][place][metric]["verdict"] == "win" for rival in rivals)
             cells.append(f"**{text}**" if row_name == study["main"] and won else text)
         lines.append(f"| {row_name} | " + " | ".join(cells) + " |")
     conditions = ", ".join(plan["conditions"])
-    return "\n".join([*lines, "", f"Made by `tgq-fast study` under {conditions}: `docs/results/{name}`.", ""])
+    return "\n".join([*lines, "", f"Made by `tgq-fast study` under {conditions}: `{name}`.", ""])
+
+
+def _seeds(count: int) -> str:
+    return f"mean of {count} seeds" if count > 1 else "one seed"
 
 
 def _cell(values: Sequence[Mapping[str, float]]) -> str:
