@@ -114,6 +114,7 @@ int search_cpu(const py::tuple& queries, const py::tuple& pool, std::uint32_t k,
     counters["direct"] = py::int_(counted.direct);
     counters["rescored"] = py::int_(counted.rescored);
     counters["rescanned"] = py::int_(counted.rescanned);
+    counters["coded"] = py::int_(counted.coded);
   }
   return static_cast<int>(status);
 }

@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -14,14 +14,15 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases.faiss_process import Avx2Process
+from benchmarks.cases.panorama import panorama
 from benchmarks.registry import Call, Setting, UnavailableError, Variant
 from tgq_fast.errors import ArgumentError, BackendError
-from tgq_fast.retrieval import TopK, build_codes, topk, topk_cuda
+from tgq_fast.retrieval import Codes, TopK, build_codes, topk, topk_cuda, topk_native
 
 _TILE_ROWS = 65536
 _WHOLE_BYTES = {"cpu": 4 << 30, "cuda": 24 << 30}  # a score matrix above this is not tried
 # Products Q × N × D above which a peer that takes seconds at it is left to the smaller cases.
-_FAISS_PRODUCTS, _USEARCH_PRODUCTS = 5e10, 1.5e10
+_FAISS_PRODUCTS, _PANORAMA_PRODUCTS, _USEARCH_PRODUCTS = 5e10, 5e10, 1.5e10
 _FEW_QUERIES = 16
 _NUMPY_BYTES = 512 << 20
 _ENGINES = ("hopper", "portable", "skinny", "direct")
@@ -69,7 +70,7 @@ def variants(problem: Problem, setting: Setting) -> list[Variant]:
         if problem.pool.dtype is torch.float32:
             found.append(Variant("faiss-gpu flat", "peer", lambda: _faiss_gpu(problem)))
         return found
-    found.append(Variant("tgq_fast, stored codes", "ours", lambda: _ours_codes(problem)))
+    found.append(_ours_codes(problem))
     if problem.queries[0] is problem.pool:
         found.append(Variant("tgq_fast, not as a self-join", "ours", lambda: _ours_square(problem)))
     found.append(Variant("tgq_fast, AVX2 forced", "ours", lambda: _ours_isa(problem, "avx2")))
@@ -78,6 +79,7 @@ def variants(problem: Problem, setting: Setting) -> list[Variant]:
             Variant("faiss-cpu flat, default", "peer", lambda: faiss_cpu(problem, tuned=False)),
             Variant("faiss-cpu flat, tuned", "peer", lambda: faiss_cpu(problem, tuned=True)),
             _faiss_avx2(problem, setting),
+            _faiss_panorama(problem),
             Variant("numpy argpartition", "peer", lambda: _numpy(problem)),
             Variant("usearch exact", "peer", lambda: _usearch(problem)),
         ]
@@ -91,18 +93,36 @@ def _ours(problem: Problem, backend: str = "auto") -> Call:
     return call
 
 
-def _ours_codes(problem: Problem) -> Call:
+def _ours_codes(problem: Problem) -> Variant:
     """With the codes of the pool made beforehand, as an item pool keeps them on disk."""
-    try:
-        codes = build_codes(problem.pool)
-    except BackendError as error:
-        raise UnavailableError(str(error)) from error
+    made: list[Codes] = []
 
-    def call(i: int) -> Tensor:
-        queries, threads = problem.queries[i], problem.threads
-        return topk(queries, problem.pool, problem.k, num_threads=threads, codes=codes).indices
+    def prepare() -> Call:
+        try:
+            made.append(build_codes(problem.pool))
+        except BackendError as error:
+            raise UnavailableError(str(error)) from error
+        return lambda i: (
+            topk(problem.queries[i], problem.pool, problem.k, num_threads=problem.threads, codes=made[-1]).indices
+        )
 
-    return call
+    return Variant("tgq_fast, stored codes", "ours", prepare, describe=lambda: _read_with(problem, made[-1]))
+
+
+def _read_with(problem: Problem, codes: Codes) -> str:
+    """What the first set of queries reads: the codes, and rows that may be answers; or all rows as they are."""
+    queries, counters = problem.queries[0], dict[str, int]()
+    out = TopK(torch.empty(len(queries), problem.k), torch.empty(len(queries), problem.k, dtype=torch.int64))
+    found = (queries, problem.pool, problem.k, None, out, problem.threads, None)
+    topk_native.search(*found, codes=codes, counters=counters)
+    basis, width = codes.basis, problem.pool.shape[1]
+    levels = f"codes of {basis.first} of {width} columns" + (", in two levels" if basis.second else "")
+    if not counters["coded"]:
+        return f"{levels}, left aside: all rows are read"
+    row, scored = width * problem.pool.element_size(), counters["rescored"] / len(queries)
+    once = len(problem.pool) * (basis.first + 8)
+    each = f"{scored * row / 2**20:.3g} MiB of {scored:.0f} rows for each"
+    return f"{levels}: {once / 2**20:.3g} MiB for all queries, {each}"
 
 
 def _ours_square(problem: Problem) -> Call:
@@ -259,6 +279,16 @@ def _faiss_avx2(problem: Problem, setting: Setting) -> Variant:
         return lambda i: torch.from_numpy(child.search(i))
 
     return Variant("faiss-cpu flat, tuned, AVX2", "peer", prepare, describe=lambda: facts[-1])
+
+
+def _faiss_panorama(problem: Problem) -> Variant:
+    found = panorama(problem.pool.numpy(), [q.numpy() for q in problem.queries], problem.k, problem.threads)
+
+    def prepare() -> Call:
+        _affordable(problem, _PANORAMA_PRODUCTS)
+        return found.prepare()
+
+    return replace(found, prepare=prepare)
 
 
 def _fastest(run: Callable[[Any], Any], settings: tuple[Any, ...]) -> Any:

@@ -52,17 +52,20 @@ void SamplePass::merge(Tile& tile) {
       const float score = best[static_cast<std::size_t>(rank_) - 1] - kSampleMargin * margin;
       if (score >= -FLT_MAX) floors_[static_cast<std::size_t>(tile.begin + q)] = floor_at(score);
       if (plan_.codes == nullptr) continue;
-      const double ours = share(best, score - margin), exact = least == margin ? ours : share(best, score - least);
+      std::nth_element(best.begin(), best.begin() + hits_ - 1, best.begin() + rank_, std::greater<float>());
+      const float last = best[static_cast<std::size_t>(hits_) - 1] - kSampleMargin * margin;
+      const double reach = share(best, score - margin), remain = share(best, last - least);
       const std::lock_guard<std::mutex> lock(mutex_);
-      left += ours;
-      fine += exact;
+      left += reach;
+      scored += remain;
     }
 }
 
 double SamplePass::share(const std::vector<float>& best, float score) const {
   const auto sets = static_cast<double>(best.size());
   const auto below = static_cast<double>(std::count_if(best.begin(), best.end(), [score](float s) { return s < score; }));
-  return sets / static_cast<double>(plan_.pool.rows) * std::log(sets / std::max(below, 0.5));
+  if (below == 0) return 1.0;  // more than the sets can tell
+  return std::min(1.0, sets / static_cast<double>(plan_.pool.rows) * std::log(sets / below));
 }
 
 }  // namespace tgq

@@ -7,14 +7,15 @@
 
 namespace tgq {
 
-// A score near the `rank`-th best of the sample becomes the floor.
+// A score near the `rank`-th best of the sample becomes the floor; the k-th best score of all is about its `hits`-th best.
 class SamplePass : public Pass {
  public:
-  SamplePass(const ScanPlan& plan, std::int64_t num_queries, const Cut& cut, Progress& progress, int rank, std::vector<Key>& floors)
-      : Pass(plan, num_queries, cut, progress), rank_(rank), floors_(floors) {}
+  SamplePass(const ScanPlan& plan, std::int64_t num_queries, const Cut& cut, Progress& progress, int rank, int hits, std::vector<Key>& floors)
+      : Pass(plan, num_queries, cut, progress), rank_(rank), hits_(hits), floors_(floors) {}
 
-  // With codes: shares of the rows whose bound from the first level, whose best bound reaches the floor, of all queries together.
-  double left = 0, fine = 0;
+  // With codes: shares of the rows whose bound from the first level reaches the floor, and whose best bound reaches the k-th best score,
+  // of all queries together.
+  double left = 0, scored = 0;
 
  private:
   void finish(std::int64_t, const Key*, std::uint32_t, bool) override {}
@@ -23,7 +24,7 @@ class SamplePass : public Pass {
   // Share of the sample's rows that are not below `score`, from the largest of each of its sets.
   double share(const std::vector<float>& best, float score) const;
 
-  int rank_;
+  int rank_, hits_;
   std::vector<Key>& floors_;
 };
 

@@ -118,6 +118,7 @@ class Search {
     if (status == Status::ok) status = prepare();
     if (status == Status::ok) status = sample();
     if (status != Status::ok) return status;
+    if (request_.counters != nullptr && plan_.codes != nullptr) request_.counters->coded = request_.queries.rows;
     std::vector<std::int64_t> failed;
     plan_.floors = floors_.empty() ? nullptr : floors_.data();
     status = pass(request_.queries.rows, self_join(), &failed);
@@ -256,18 +257,19 @@ class Search {
     const int threads = threads_for(queries, rows);
     const std::int64_t limit = tuning_.query_tile > 0 ? tuning_.query_tile : kMaxTile;
     const Cut cut{threads, std::min(limit, queries), pick_chunk(rows, plan.block_rows, threads)};
-    SamplePass pass(plan, queries, cut, progress_, rank, floors_);
+    const int hits = std::clamp(static_cast<int>(request_.k) / std::max(stride, 1), 1, rank);
+    SamplePass pass(plan, queries, cut, progress_, rank, hits, floors_);
     progress_.total += queries * rows;
     const Status status = run_team(threads, [&](int i) { pass.work(i); }, progress_, poll_for(queries, rows));
     count(pass.counters);
     const auto all = static_cast<double>(queries);
-    if (status == Status::ok && undecided()) weigh(pass.left / all, pass.fine / all, static_cast<double>(request_.k) / (stride * rank));
+    if (status == Status::ok && undecided()) weigh(pass.left / all, pass.scored / all);
     return status;
   }
 
-  // Leaves stored codes aside where the rows themselves are the quicker way. Of the rows, `left` and `fine` have bounds that reach the
-  // sampled floor; the floor rises until `risen` of those that reach it remain.
-  void weigh(double left, double fine, double risen) {
+  // Leaves stored codes aside where the rows themselves are the quicker way. The first level leaves a share `left` of the rows, and
+  // `scored` is scored in the end.
+  void weigh(double left, double scored) {
     weighed_ = true;
     Call call{};
     call.queries = static_cast<double>(request_.queries.rows);
@@ -279,7 +281,7 @@ class Search {
     call.lines = plan_.codes->first_lines;
     call.second = plan_.codes->second != nullptr;
     call.left = std::min(1.0, left);
-    call.rescored = std::max(request_.k / call.rows, std::min(1.0, 1.4 * risen * fine));
+    call.rescored = std::max(request_.k / call.rows, std::min(1.0, scored));
     call.few = request_.queries.rows < kSmallQueries;
     if (cost_with_codes(*isa_->costs, call) > cost_without(*isa_->costs, call)) choose_filter();
   }

@@ -20,6 +20,16 @@ inline float shorten(double value, std::uint16_t* half) {
   return bits_float(bits);
 }
 
+// I - 2 v vᵀ / vᵀv: orthogonal, and its own inverse.
+inline std::vector<double> reflection(std::int64_t d) {
+  std::vector<double> v(d), found(d * d);
+  double vv = 0;
+  for (std::int64_t i = 0; i < d; ++i) v[i] = std::sin(1.0 + static_cast<double>(i)), vv += v[i] * v[i];
+  for (std::int64_t i = 0; i < d; ++i)
+    for (std::int64_t k = 0; k < d; ++k) found[i * d + k] = (i == k) - 2 * v[i] * v[k] / vv;
+  return found;
+}
+
 // A pool's codes and the memory they lie in: centred by the mean, reflected (which rotates energy into the first columns for
 // rows that share a direction) and skewed, in one level or two.
 struct OwnCodes {
@@ -38,13 +48,12 @@ struct OwnCodes {
     mean.resize(d);
     for (std::int64_t i = 0; i < rows * d; ++i)
       if (std::isfinite(x[i])) mean[i % d] += x[i] / static_cast<float>(rows);
-    // I - 2 v vᵀ / vᵀv, rounded to fp32: nearly orthogonal.
-    std::vector<double> v(d);
-    double vv = 0;
-    for (std::int64_t i = 0; i < d; ++i) v[i] = std::sin(1.0 + static_cast<double>(i)), vv += v[i] * v[i];
+    // Rounded to fp32 nearly orthogonal; skewed it shortens what it turns, so that products in it come out too low.
+    const std::vector<double> exact = reflection(d);
     rotation.resize(d * d);
     for (std::int64_t i = 0; i < d; ++i)
-      for (std::int64_t k = 0; k < d; ++k) rotation[i * d + k] = static_cast<float>((i == k) - 2 * v[i] * v[k] / vv + skew * std::cos(static_cast<double>(3 * i + k)));
+      for (std::int64_t k = 0; k < d; ++k)
+        rotation[i * d + k] = static_cast<float>((exact[i * d + k] + 0.1 * skew * std::cos(static_cast<double>(3 * i + k))) * (1.0 - 30.0 * skew));
     for (std::int64_t i = 0; i < d; ++i)
       for (std::int64_t k = 0; k < d; ++k) {
         double sum = i == k ? -1.0 : 0.0;

@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from tgq_fast import _native
+from tgq_fast.reference import TopK
+from tgq_fast.retrieval import topk, topk_native
 from tgq_fast.retrieval.codes import Codes, build_codes, encode_rows, fit_basis, join_codes
 
 ROWS, DIMS = 5000, 256
@@ -82,3 +84,23 @@ def test_codes_take_less_than_a_third(draw: Callable[[], Tensor]) -> None:
     pool = draw()
     codes = build_codes(pool)
     assert sum(each.nbytes for each in (codes.codes, codes.second, codes.scale, codes.rest)) <= 0.3 * pool.nbytes
+
+
+def coded(queries: Tensor, pool: Tensor, codes: Codes, k: int = 100) -> bool:
+    """Whether a search takes the codes it has; its answers are those without them."""
+    counters: dict[str, int] = {}
+    out = TopK(torch.empty(len(queries), k), torch.empty(len(queries), k, dtype=torch.int64))
+    topk_native.search(queries, pool, k, None, out, 1, None, codes=codes, counters=counters)
+    expected = topk(queries, pool, k)
+    assert torch.equal(out.scores, expected.scores) and torch.equal(out.indices, expected.indices)
+    return counters["coded"] > 0
+
+
+@needs_core
+@pytest.mark.parametrize("queries", [1, 16, 100])
+def test_a_call_takes_codes_only_where_they_pay(queries: int) -> None:
+    # The same first level tells much of one pool, and next to nothing of the other.
+    pool = concentrated(30_000)
+    assert coded(pool[:queries].clone(), pool, build_codes(pool))
+    pool = white(30_000)
+    assert not coded(pool[:queries].clone(), pool, encode_rows(pool, fit_basis(pool, levels=(64, False))))

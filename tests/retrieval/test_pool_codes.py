@@ -21,7 +21,7 @@ from tgq_fast import _native
 from tgq_fast.errors import PoolError
 from tgq_fast.retrieval import blocks, pool_search
 from tgq_fast.retrieval.code_files import read_codes, write_codes
-from tgq_fast.retrieval.codes import build_codes, encode_rows
+from tgq_fast.retrieval.codes import WIDEST, build_codes, encode_rows
 from tgq_fast.retrieval.pool import ItemPool, PoolHits
 from tgq_fast.retrieval.topk import topk
 
@@ -184,6 +184,11 @@ def test_refusals(tmp_path: Path) -> None:
     with ItemPool.create(tmp_path / "narrow", dims=8) as pool:  # the codes of a row would be longer than the row
         pool.append(["one"], torch.ones(1, 8))
         assert pool.build_codes() == 0 and not code_files(tmp_path / "narrow")
+    with ItemPool.create(
+        tmp_path / "wide", dims=WIDEST + 1
+    ) as pool:  # the rotation alone would be longer than all rows
+        pool.append(["one", "two"], torch.randn(2, WIDEST + 1))
+        assert pool.build_codes() == 0 and not code_files(tmp_path / "wide")
 
 
 # Forks a writer per line "folder moment n"; the writer kills itself around its n-th rename.

@@ -31,9 +31,11 @@ _ZERO = 128  # the byte of the code 0
 _LARGEST = 2.0**60  # norm of a centred row that is not coded
 _SLACK = 1 + 2.0**-20  # on what is rounded to fp32 or summed in fp64
 FIT_ROWS, _TRIAL_ROWS, _TRIAL_QUERIES = 16_384, 4096, 32
-_CHUNK = 4096  # rows encoded at a time, a multiple of GROUP
+_VALUES = 4 << 20  # of rows in fp64, in memory at a time
+_CHUNK = 4096  # rows encoded at a time at most, a multiple of GROUP
 _HITS = 100  # the k that the choice of levels assumes
 _LOOKED = 3.0  # a sampled threshold lets through so many times what the k-th best score does
+WIDEST = 2048  # columns of a pool's rows: a wider rotation takes minutes to find, and more bytes than a shard's codes
 _LARGEST_SHARE = 0.3  # of the rows' bytes that codes with a second level take at most
 
 
@@ -192,24 +194,33 @@ def fit_basis(rows: Any, count: int | None = None, levels: tuple[int, bool] | No
     rows = _rows(rows)
     dims = rows.shape[1]
     count = rows.shape[0] if count is None else count
-    sample = rows[:: -(-max(len(rows), 1) // FIT_ROWS)].double()
-    sample = sample[torch.isfinite(sample).all(dim=1)]
-    sample = sample[sample.norm(dim=1) < _LARGEST]
-    mean = sample.mean(dim=0).float() if len(sample) else torch.zeros(dims)
-    centred = sample - mean.double()
-    largest = float(centred.abs().max()) if centred.numel() else 0.0
-    unit = centred / largest if largest > 0 else centred  # squares neither overflow nor vanish
-    directions = torch.linalg.eigh(unit.T @ unit).eigenvectors if dims else torch.empty(0, 0, dtype=torch.float64)
-    principal = directions.flip(1).T  # [D, D] energy falling
-    shift = (mean.double() / largest if largest > 0 else mean.double()) @ principal.T
-    first, second = levels or _choose_levels(unit @ principal.T, shift, count, rows.element_size())
+    sample = rows[:: -(-max(len(rows), 1) // FIT_ROWS)]
+    parts = sample.split(max(1, _VALUES // max(dims, 1)))  # wide rows of a sample do not fit in memory at once
+    total, used = torch.zeros(dims, dtype=torch.float64), 0
+    for part in map(_coded, parts):
+        total, used = total + part.sum(dim=0), used + len(part)
+    mean = (total / max(used, 1)).float()
+    scatter = torch.zeros(dims, dims, dtype=torch.float64)
+    for part in map(_coded, parts):
+        part -= mean.double()
+        scatter.addmm_(part.T, part)
+    values, directions = torch.linalg.eigh(scatter) if dims else (torch.empty(0), torch.empty(0, 0))
+    principal, energy = directions.flip(1).T.double(), values.flip(0).clamp(min=0).double()  # energy falling
+    trial = _coded(sample[:: -(-max(len(sample), 1) // max(1, min(_TRIAL_ROWS, _VALUES // max(dims, 1))))])
+    trial -= mean.double()
+    first, second = levels or _choose_levels(trial, parts, mean.double(), principal, count)
     rotation = torch.cat((_mixing(min(first, dims)) @ principal[:first], principal[first:])).float()
     exact = rotation.double()
     defect = float((exact.T @ exact - torch.eye(dims, dtype=torch.float64)).norm()) * _SLACK + 2.0**-40
-    turned = unit @ exact.T
-    energy = turned.square().sum(dim=0)
     explained = _share(float(energy[:first].sum()), float(energy.sum()))
-    return Basis(mean, rotation, first, second, _spread(turned[:, :first]), defect, explained)
+    return Basis(mean, rotation, first, second, _spread(trial @ exact[:first].T), defect, explained)
+
+
+def _coded(rows: Tensor) -> Tensor:
+    """The rows that get codes, as float64."""
+    rows = rows.double()
+    rows = rows[torch.isfinite(rows).all(dim=1)]
+    return rows[rows.norm(dim=1) < _LARGEST]
 
 
 def _mixing(columns: int) -> Tensor:
@@ -231,26 +242,28 @@ def _share(part: float, whole: float) -> float:
     return part / whole if whole > 0 else 1.0
 
 
-def _choose_levels(turned: Tensor, mean: Tensor, count: int, item: int) -> tuple[int, bool]:
+def _choose_levels(
+    trial: Tensor, parts: Sequence[Tensor], mean: Tensor, principal: Tensor, count: int
+) -> tuple[int, bool]:
     """Columns of the first level, and whether a second pays: what answers rows of the sample at least cost.
 
     Args:
-        turned: [n, D] centred rotated rows.
-        mean: [D] rotated mean.
+        trial: [n, D] some centred rows.
+        parts: the sample, as stored.
+        mean: [D].
+        principal: [D, D] directions, energy falling.
         count: rows of the pool.
-        item: bytes of a stored value.
     """
-    dims, width = turned.shape[1], code_width(turned.shape[1])
-    rows = turned[:: -(-len(turned) // _TRIAL_ROWS)] if len(turned) else turned
-    if width <= LINE or len(rows) < 16 * GROUP:
+    dims, width, item = len(mean), code_width(len(mean)), parts[0].element_size()
+    if width <= LINE or len(trial) < 16 * GROUP:
         return max(width, LINE), False
     # Rows serve as queries. None may find itself: for a large pool one hit is asked for, and it would be that.
-    asked = torch.randperm(len(turned), generator=torch.Generator().manual_seed(0))[:_TRIAL_QUERIES]
-    queries = turned[asked] + mean
-    scores = queries @ turned.T
-    scores[torch.arange(len(asked)), asked] = float("-inf")
-    rank = min(max(1, round(_HITS * len(turned) / count)), len(turned) - 1)
-    threshold = scores.topk(rank, dim=1).values[:, -1:]
+    asked = torch.randperm(len(trial), generator=torch.Generator().manual_seed(0))[:_TRIAL_QUERIES]
+    scores = torch.cat([(trial[asked] + mean) @ (_coded(part) - mean).T for part in parts], dim=1)
+    rank = min(max(1, round(_HITS * scores.shape[1] / count)), scores.shape[1] - 1)
+    threshold = scores.topk(rank + 1, dim=1).values[:, -1:]
+    rows = trial @ principal.T
+    queries = rows[asked] + principal @ mean
     best, choice = float("inf"), (width, False)
     for first in range(LINE, width + 1, LINE):
         ours, theirs = rows[:, :first], queries[:, :first]
@@ -287,8 +300,9 @@ def encode_rows(rows: Any, basis: Basis) -> Codes:
     step, norm, energy, inside = [0.0] * (1 + basis.second), [0.0] * (1 + basis.second), 0.0, 0.0
     mean, rotation = basis.mean.double(), basis.rotation.double().T.contiguous()
     arrays = (codes.data_ptr(), codes.stride(0), scale.data_ptr(), rest.data_ptr())
-    for start in range(0, count, _CHUNK):
-        centred = rows[start : start + _CHUNK].double() - mean
+    chunk = min(_CHUNK, max(GROUP, _VALUES // max(dims, 1) // GROUP * GROUP))
+    for start in range(0, count, chunk):
+        centred = rows[start : start + chunk].double() - mean
         norms = centred.norm(dim=1)
         coded = norms < _LARGEST  # NaN is not
         if not coded.all():

@@ -32,7 +32,7 @@ from tgq_fast.data.files import fsync_folder
 from tgq_fast.errors import ArgumentError, NonFiniteError, PoolError
 from tgq_fast.retrieval._identity import package_identity, sha256_file
 from tgq_fast.retrieval.code_files import codes_source, write_codes
-from tgq_fast.retrieval.codes import FIT_ROWS, Basis, Codes, encode_rows, fit_basis, fits
+from tgq_fast.retrieval.codes import FIT_ROWS, WIDEST, Basis, Codes, encode_rows, fit_basis, fits
 from tgq_fast.retrieval.manifest import DTYPES, Change, FileRecord, Manifest, ShardRecord
 from tgq_fast.retrieval.pool_files import REJECTS_NAME, PoolFiles
 from tgq_fast.retrieval.pool_ids import HashLevels, build_index, check_ids, hash_ids, index_bytes
@@ -366,7 +366,7 @@ class PoolWriter:
         return fit_basis(torch.cat([self.files.tensor(shard)[::step] for shard in self.manifest.shards]), total)
 
     def _write_codes(self, shard: ShardRecord, *, again: bool = False) -> bool:
-        if not _native.available() or not shard.rows:
+        if not _native.available() or not shard.rows or self.files.dims > WIDEST:
             return False
         self.files.forget(shard)
         if self._basis is None and not again:

@@ -54,6 +54,7 @@ struct Counters {
   std::int64_t direct = 0;     // scores computed exactly in tiles
   std::int64_t rescored = 0;   // filter survivors scored exactly one by one
   std::int64_t rescanned = 0;  // queries whose sampled floor failed
+  std::int64_t coded = 0;      // queries that took the stored codes
 };
 
 struct Request {
