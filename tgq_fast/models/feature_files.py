@@ -283,6 +283,13 @@ class ChunkedArray:
             return False
         return True
 
+    def intact(self, number: int) -> bool:
+        """Whether a chunk of a complete folder, of arrays with one entry per row, has its checksum."""
+        rows, digest = slice(number * self.chunk, (number + 1) * self.chunk), hashlib.sha256()
+        for name in self.layout:
+            digest.update(np.ascontiguousarray(self[name][rows]).tobytes())
+        return digest.hexdigest() == self._chunks[number].sha256
+
     def _manifest(self) -> CacheManifest | None:
         try:
             with open_regular(self.folder / "manifest.json") as file:

@@ -2,7 +2,7 @@
 
 Two folders, each complete or resumable: visual features of a catalogue's images, and tokens of its unique metadata
 strings. Both are keyed by content (weights, preprocessing, image bytes, strings), so a cache is stale in no way but
-by damage, which the checksums find.
+by damage, which the checksums find. Pictures that a cache of another catalogue holds are taken from there.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +22,6 @@ from torch import Tensor
 
 from tgq_fast.data.ahead import in_order
 from tgq_fast.data.catalog import Catalog
-from tgq_fast.data.files import open_regular
 from tgq_fast.data.images import load_image
 from tgq_fast.data.items import Item
 from tgq_fast.data.rejects import RejectLog
@@ -31,8 +30,15 @@ from tgq_fast.errors import ArgumentError, ImageError, NonFiniteError
 from tgq_fast.models.backbones import cache_root
 from tgq_fast.models.configuration import TGQFormerConfig
 from tgq_fast.models.feature_files import ChunkedArray
-from tgq_fast.models.field_tokens import field_strings, pack_rows, text_agreement
+from tgq_fast.models.field_tokens import field_strings, pack_rows, string_tokens, text_agreement
 from tgq_fast.models.outputs import FrozenFeatures
+from tgq_fast.models.picture_reuse import (
+    EarlierPictures,
+    digest_pictures,
+    image_digest,
+    is_of,
+    keep_contents,
+)
 from tgq_fast.models.pictures import ChosenViews, PictureArrays, PictureFeatures, read_pictures
 from tgq_fast.models.processing import TGQFormerProcessor
 from tgq_fast.models.towers import TextTower, VisionTower
@@ -44,36 +50,6 @@ __all__ = ["FeatureStore", "digest_pictures", "image_digest", "in_order"]
 OnError = Literal["raise", "skip"]
 Progress = Callable[[int, int], None]
 CHUNK = 32  # images per tower call and per journal entry; fixed, so that a resumed run has the same batches
-_STRINGS = 256  # strings per journal entry
-
-
-def image_digest(catalog: Catalog, *, workers: int = 2) -> str:
-    """sha256 over the contents of the catalogue's pictures in row order; one that cannot be read counts as missing."""
-    return digest_pictures(catalog, workers)[0]
-
-
-def digest_pictures(catalog: Catalog, workers: int) -> tuple[str, frozenset[int]]:
-    """:func:`image_digest`, and the rows whose picture could not be read."""
-
-    def one(item: Item) -> bytes:
-        if item.file_name is None:
-            return b"none"
-        try:
-            with catalog.picture(item).open() as handle:
-                digest = hashlib.sha256()
-                while block := handle.read(1 << 20):
-                    digest.update(block)
-                return digest.digest()
-        except (OSError, ValueError):
-            return b"missing"
-
-    total, unread = hashlib.sha256(), []
-    with ThreadPoolExecutor(workers) as pool:
-        for row, digest in enumerate(in_order(pool, one, catalog.items, 64)):
-            total.update(digest + b"|")
-            if digest == b"missing":
-                unread.append(row)
-    return total.hexdigest(), frozenset(unread)
 
 
 class FeatureStore:
@@ -188,7 +164,7 @@ class FeatureStore:
                 if (item.id, reason) not in known:
                     rejects.add(item.id, item.row, catalog.image_path(item), reason, detail)
         strings = sorted({s for item in catalog.items for s in field_strings(item, config.fields) if s is not None})
-        tokens = _string_tokens(strings, text, root, verify)
+        tokens = string_tokens(strings, text, root, verify)
         store = cls(catalog, config, visual, tokens, strings).for_connector(config.connector)
         if on_error == "raise":
             store.require_valid(store.invalid)
@@ -208,9 +184,9 @@ class FeatureStore:
         if they are not. No picture is decoded. Pictures are read only where a cache could be theirs."""
         root = Path(cache_dir) if cache_dir is not None else cache_root()
         rows = len(catalog)
-        if not any(_is_of(path, vision.key, rows) for path in (root / "features").glob("*/manifest.json")):
+        if not any(is_of(path, vision.key, rows) for path in (root / "features").glob("*/manifest.json")):
             return None
-        array = _pictures_array(catalog, vision, root, digest_pictures(catalog, 2)[0])
+        array = _pictures_array(catalog, vision, root, digest_pictures(catalog, 2).total)
         if not array.open_complete(verify=False):
             return None
         return cls.open_or_build(catalog, vision, text, config, root, **options)
@@ -344,16 +320,6 @@ def _key(array: ChunkedArray) -> str:
     return hashlib.sha256(json.dumps(array.facts, sort_keys=True).encode()).hexdigest()
 
 
-def _is_of(manifest: Path, tower: str, rows: int) -> bool:
-    """Whether a cache is of this tower and as many items."""
-    try:
-        with open_regular(manifest) as file:
-            facts = json.load(file)["facts"]
-        return bool(facts["tower"] == tower and facts["rows"] == rows)
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
 def _pictures_array(catalog: Catalog, vision: VisionTower, root: Path, images: str) -> ChunkedArray:
     """The cache of a catalogue's pictures, which have this digest."""
     key = hashlib.sha256(f"visual-1|{vision.key}|{images}|{CHUNK}".encode()).hexdigest()
@@ -374,31 +340,41 @@ def _visual_features(
     workers: int,
     verify: bool,
 ) -> ChunkedArray:
-    images, unread = digest_pictures(catalog, workers)
-    array = _pictures_array(catalog, vision, root, images)
+    digests = digest_pictures(catalog, workers)
+    array = _pictures_array(catalog, vision, root, digests.total)
     with array.building(verify=verify) as todo, ThreadPoolExecutor(workers) as pool:
+        earlier = EarlierPictures(array, digests.each) if len(todo) else None
 
-        def decode(item: Item) -> Tensor | ImageError | None:
+        def decode(row: int) -> Tensor | ImageError | Mapping[str, NDArray[Any]] | None:
+            item = catalog.items[row]
             if item.file_name is None:
                 return None
+            if earlier is not None and (known := earlier.get(row)) is not None:
+                return known
             try:
                 return vision.image_processor([load_image(catalog.picture(item), item.id)])[0]
             except ImageError as error:
                 return error
 
         chunks = [range(number * CHUNK, min((number + 1) * CHUNK, len(catalog))) for number in todo]
-        decoded = in_order(pool, decode, [catalog.items[row] for rows in chunks for row in rows], 2 * CHUNK)
+        decoded = in_order(pool, decode, [row for rows in chunks for row in rows], 2 * CHUNK)
         for rows in chunks:
             batch = [next(decoded) for _ in rows]
             failed = [(row, error) for row, error in zip(rows, batch, strict=True) if isinstance(error, ImageError)]
             if failed and on_error == "raise":
                 raise failed[0][1]
             # The key tells which pictures could not be read; another failure is kept only if their bytes decide it.
-            lasting = all(error.lasting or row in unread for row, error in failed)
+            lasting = all(error.lasting or row in digests.unread for row, error in failed)
             notes = [(row, error.reason, error.detail) for row, error in failed]
-            array.append(encode_chunk(vision, batch, catalog.items[rows.start : rows.stop]), notes, lasting=lasting)
+            values = encode_chunk(vision, batch, catalog.items[rows.start : rows.stop])
+            for at, known in enumerate(batch):
+                if isinstance(known, Mapping):
+                    for name, value in known.items():
+                        values[name][at] = value
+            array.append(values, notes, lasting=lasting)
             if progress is not None:
                 progress(rows.stop, len(catalog))
+    keep_contents(array, digests.each)
     return array
 
 
@@ -420,32 +396,3 @@ def encode_chunk(vision: VisionTower, batch: list[Any], items: Sequence[Item]) -
             bad = np.flatnonzero(~finite)
             raise NonFiniteError("vision tower (as fp16)", [items[i].id for i in bad[:20]], len(bad))
     return {"visual": visual, "global": pooled}
-
-
-def _string_tokens(strings: list[str], text: TextTower, root: Path, verify: bool) -> ChunkedArray:
-    digest = hashlib.sha256(json.dumps(strings).encode()).hexdigest()
-    key = hashlib.sha256(f"text-1|{text.key}|{digest}|{_STRINGS}".encode()).hexdigest()
-    layout: dict[str, tuple[str, list[int]]] = {"lengths": ("<i4", [])}
-    if text.pooled_width:
-        layout["pooled"] = ("<f2", [text.pooled_width])
-    array = ChunkedArray(
-        root / "fields" / key[:32],
-        layout,
-        rows=len(strings),
-        chunk=_STRINGS,
-        ragged={"tokens": ("<f2", [text.width])},
-        facts={"tower": text.key, "strings": digest},
-    )
-    with array.building(verify=verify) as todo:
-        for number in todo:
-            chunk = strings[number * _STRINGS : (number + 1) * _STRINGS]
-            tokens = text.encode_fields(chunk)
-            values = {
-                "lengths": np.array([len(t) for t in tokens], np.int32),
-                "tokens": torch.cat(tokens).half().numpy(),
-            }
-            if text.pooled_width:
-                values["pooled"] = text.encode_pooled(chunk).half().numpy()
-            array.append(values, [])
-    array.set("offsets", np.concatenate([[0], np.cumsum(array["lengths"], dtype=np.int64)]))
-    return array

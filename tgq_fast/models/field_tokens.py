@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,10 +15,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from tgq_fast.models.feature_files import ChunkedArray
 from tgq_fast.models.outputs import DistinctTokens
 from tgq_fast.models.towers import TextTower
 
 __all__ = ["FieldEncoder", "PackedFields", "field_strings", "pack_fields", "pack_rows", "text_agreement"]
+__all__ += ["string_tokens"]
+
+_STRINGS = 256  # strings per journal entry of their cache
 
 
 class HasFields(Protocol):
@@ -160,3 +167,33 @@ class FieldEncoder:
             self._seen.popitem(last=False)
         each = [[(None, None) if s is None else found[s] for s in row] for row in items]
         return [[t for t, _ in row] for row in each], [[p for _, p in row] for row in each]
+
+
+def string_tokens(strings: list[str], text: TextTower, root: Path, verify: bool) -> ChunkedArray:
+    """The cache of the tokens of unique metadata strings."""
+    digest = hashlib.sha256(json.dumps(strings).encode()).hexdigest()
+    key = hashlib.sha256(f"text-1|{text.key}|{digest}|{_STRINGS}".encode()).hexdigest()
+    layout: dict[str, tuple[str, list[int]]] = {"lengths": ("<i4", [])}
+    if text.pooled_width:
+        layout["pooled"] = ("<f2", [text.pooled_width])
+    array = ChunkedArray(
+        root / "fields" / key[:32],
+        layout,
+        rows=len(strings),
+        chunk=_STRINGS,
+        ragged={"tokens": ("<f2", [text.width])},
+        facts={"tower": text.key, "strings": digest},
+    )
+    with array.building(verify=verify) as todo:
+        for number in todo:
+            chunk = strings[number * _STRINGS : (number + 1) * _STRINGS]
+            tokens = text.encode_fields(chunk)
+            values = {
+                "lengths": np.array([len(t) for t in tokens], np.int32),
+                "tokens": torch.cat(tokens).half().numpy(),
+            }
+            if text.pooled_width:
+                values["pooled"] = text.encode_pooled(chunk).half().numpy()
+            array.append(values, [])
+    array.set("offsets", np.concatenate([[0], np.cumsum(array["lengths"], dtype=np.int64)]))
+    return array

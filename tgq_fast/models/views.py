@@ -215,7 +215,7 @@ class ViewStore:
             described: Any = asdict(recipe)
         else:
             views, described = [[recipe] for _ in chosen], str(recipe)
-        pictures, unread = digest_pictures(catalog, workers)
+        pictures, unread, _ = digest_pictures(catalog, workers)
         donors = hashlib.sha256(json.dumps([(i.id, i.category) for i in catalog.items]).encode())
         donors.update(labels.tobytes())
         facts = {"tower": vision.key, "pictures": pictures, "donors": donors.hexdigest()}
