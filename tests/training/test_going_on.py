@@ -42,9 +42,20 @@ def apart(a: Path, b: Path) -> float:
     return max((one.state_dict()[name].double() - held[name].double()).abs().max().item() for name in names)
 
 
-def test_a_run_starts_from_the_weights_and_whitening_of_another(tmp_path: Path, first: Path) -> None:
+def test_a_run_starts_from_the_weights_and_whitening_of_another(
+    tmp_path: Path, first: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    behind, original = [], SyntheticStore.whitened
+
+    def spy(self: Any, whitening: Any, *rest: Any) -> Any:
+        behind.append({f"whitening.{name}": value.clone() for name, value in whitening.state_dict().items()})
+        return original(self, whitening, *rest)
+
+    monkeypatch.setattr(SyntheticStore, "whitened", spy)
     still = run(tmp_path / "still", init_from=first, config=warm_start(first).config, lr=1e-12, groups=30, seed=9)
-    assert apart(still.path, first) < 1e-8  # on another catalogue, which another whitening would be fitted to
+    assert apart(still.path, first) < 1e-8
+    held = warm_start(first).state  # the catalogue is another, and so would be a whitening fitted to it
+    assert behind and all(torch.equal(held[name], value) for name, value in behind[0].items())
     assert apart(run(tmp_path / "fresh", lr=1e-12, groups=30, seed=9).path, first) > 1e-2
     longer = run(tmp_path / "longer", init_from=first, config=warm_start(first).config)
     assert apart(longer.path, first) > 1e-4
