@@ -137,7 +137,7 @@ setup(
         "tgq_fast": ["py.typed"],
         "tgq_fast.kernels": ["tiles/*.json"],
         "tgq_fast.serve": ["static/*"],
-        "tgq_fast.report": ["*.html", "*.css", "*.js", "*.j2", "templates/*"],
+        "tgq_fast.report": ["*.css", "*.j2"],
     },
     include_package_data=False,
     ext_modules=[CMakeExtension("tgq_fast._C")],

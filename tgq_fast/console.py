@@ -11,9 +11,9 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 import typer
 from rich.console import Console
@@ -30,8 +30,10 @@ from rich.progress import (
 )
 from rich.table import Table
 from rich.text import Text
+from typer.models import OptionInfo
 
-from tgq_fast.errors import CatalogError, ImageError, NonFiniteError, StorageError, TGQError
+from tgq_fast.errors import ArgumentError, CatalogError, ImageError, NonFiniteError, StorageError, TGQError
+from tgq_fast.watch import Advance, Watch
 
 EXIT_OK, EXIT_INTERNAL, EXIT_USAGE, EXIT_DATA, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
 
@@ -46,12 +48,6 @@ class State:
     """Options given before the verb."""
 
     debug: bool = False
-
-
-class Advance(Protocol):
-    """Progress callback: how much is done, of how much where that is known, and of what where that changes."""
-
-    def __call__(self, done: int, total: int | None = None, description: str | None = None, /) -> None: ...
 
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
@@ -146,6 +142,19 @@ def progress(description: str) -> Iterator[Advance]:
         yield advance
 
 
+class Terminal(Watch):
+    """Notes and progress bars on stderr."""
+
+    def note(self, message: str) -> None:
+        note(message)
+
+    def progress(self, description: str) -> AbstractContextManager[Advance]:
+        return progress(description)
+
+
+TERMINAL = Terminal()
+
+
 def exit_code(error: BaseException) -> int:
     """The exit code an error ends the program with."""
     if isinstance(error, KeyboardInterrupt):
@@ -174,9 +183,29 @@ def guarded(command: F) -> F:
         except BrokenPipeError:
             raise typer.Exit(EXIT_OK) from None
         except (KeyboardInterrupt, Exception) as error:
-            raise typer.Exit(_tell(typed(error), as_json=bool(kwargs.get("as_json")), again=_again(kwargs))) from None
+            told = named_as_option(typed(error), command)
+            raise typer.Exit(_tell(told, as_json=bool(kwargs.get("as_json")), again=_again(kwargs))) from None
 
     return run  # type: ignore[return-value]
+
+
+# Parameters of verbs that give an argument of the library another name.
+_OTHER_NAMES = {"overrides": "set_", "pools": "pool", "columns": "map_", "fields": "field"}
+
+
+def named_as_option(error: BaseException, command: Callable[..., Any]) -> BaseException:
+    """An error about an argument of the library, by the name of the option that sets it, where a verb has one."""
+    if not isinstance(error, ArgumentError):
+        return error
+    hints = get_type_hints(command, include_extras=True)
+    name = error.argument if error.argument in hints else _OTHER_NAMES.get(error.argument, "")
+    hint = hints.get(name)
+    for info in getattr(hint, "__metadata__", ()):
+        if isinstance(info, OptionInfo):
+            names = [text.partition("/")[0] for text in info.param_decls or () if text.startswith("--")]
+            option = names[0] if names else "--" + name.strip("_").replace("_", "-")
+            return ArgumentError(option, error.given, error.expected, error.hint).with_traceback(error.__traceback__)
+    return error
 
 
 def _again(given: Mapping[str, Any]) -> str:

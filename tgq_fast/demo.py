@@ -58,7 +58,7 @@ def demo(
         with step("draw the embedded catalogue"):
             catalog = write_demo_catalog(out / "catalog")
     with step(f"tgq-fast validate {catalog}"):
-        found = intake.validate_catalog(catalog, images=True, rejects=out / "rejects.jsonl")
+        found = intake.validate_catalog(catalog, images=True, rejects=out / "rejects.jsonl", watch=console.TERMINAL)
         report = found.report
         console.note(
             f"{report.items} items, {report.pairs} pairs, {report.problem_count} rows and "
@@ -66,7 +66,7 @@ def demo(
         )
         for line in [*report.problems, *report.image_problems, *report.warnings][:5]:
             console.note(f"  {line}")
-    loaded = intake.load_catalog(catalog, "skip")
+    loaded = intake.load_catalog(catalog, "skip", watch=console.TERMINAL)
     names = found.fields if fields is None else [name.strip() for name in fields.split(",") if name.strip()]
     console.note("guiding fields: " + (", ".join(names) or "none"))
     overrides = {} if vision is None else {"vision_tower": vision}
@@ -74,7 +74,9 @@ def demo(
     compared = [name.strip() for name in connectors.split(",") if name.strip()]
     for connector in compared:
         runs[connector], pools[connector] = out / "runs" / connector, out / "pools" / connector
-        config = workflow.make_config(loaded, preset="tiny", connector=connector, fields=names, overrides=overrides)
+        config = workflow.make_config(
+            loaded, preset="tiny", connector=connector, fields=names, overrides=overrides, watch=console.TERMINAL
+        )
         with step(
             f"tgq-fast train {catalog} --out {runs[connector]} --connector {connector} --fields {','.join(names)}"
         ):
@@ -90,9 +92,12 @@ def demo(
                 keep="trained",  # connectors are compared as they are; the floors stand beside them
                 cache=cache,
                 on_error="skip",
+                watch=console.TERMINAL,
             )
         with step(f"tgq-fast embed {catalog} --model {runs[connector]} --out {pools[connector]}"):
-            workflow.embed_run(loaded, runs[connector], pools[connector], cache=cache, on_error="skip")
+            workflow.embed_run(
+                loaded, runs[connector], pools[connector], cache=cache, on_error="skip", watch=console.TERMINAL
+            )
     results: dict[str, Any] = {}
     for connector in compared:
         with step(f"tgq-fast evaluate {catalog} --model {runs[connector]} --pool {pools[connector]}"):
@@ -103,6 +108,7 @@ def demo(
                 floor=connector == compared[-1],
                 cache=cache,
                 on_error="skip",
+                watch=console.TERMINAL,
             )
     query = loaded.items[int(loaded.split_pairs("test").query[0])]
     main = compared[0]
@@ -119,6 +125,7 @@ def demo(
             pools=list(pools.values()),
             cache=cache,
             on_error="skip",
+            watch=console.TERMINAL,
             seed=seed,
         )
     _print(f"nearest to {query.title or query.id!r} ({main})", hits, results)

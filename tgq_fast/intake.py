@@ -1,6 +1,6 @@
 """Steps before a run: reading, checking and importing catalogues, with what to do next in words.
 
-Progress and notes go to stderr; results are returned as typed objects or plain dicts.
+Results are returned as typed objects or plain dicts; a :class:`tgq_fast.watch.Watch` is told what is left out.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from tgq_fast import console
 from tgq_fast.errors import CatalogError
+from tgq_fast.watch import SILENT, Watch
 
 if TYPE_CHECKING:
     from tgq_fast.data import Catalog, ValidationReport
@@ -42,17 +42,17 @@ class Validation:
     next_steps: list[str]
 
 
-def load_catalog(path: Path, on_error: Policy, *, pairs: bool = True) -> Catalog:
+def load_catalog(path: Path, on_error: Policy, *, pairs: bool = True, watch: Watch = SILENT) -> Catalog:
     """Read a catalogue and say what was left out; without need of `pairs`, those that are wrong are no error."""
     from tgq_fast.data import Catalog
 
     catalog = Catalog.load(path, policy=on_error, pairs_policy=None if pairs else "skip")
     for line in [*catalog.report.problems, *catalog.report.warnings][:5]:
-        console.note(f"{path}: {line}")
+        watch.note(f"{path}: {line}")
     return catalog
 
 
-def validate_catalog(path: Path, *, images: bool, rejects: Path | None) -> Validation:
+def validate_catalog(path: Path, *, images: bool, rejects: Path | None, watch: Watch = SILENT) -> Validation:
     """Check every row, pair and, on request, picture; problems are collected, not raised."""
     from tgq_fast.data import Catalog, RejectLog, validate_images
     from tgq_fast.data.guides import suggest_fields
@@ -63,7 +63,7 @@ def validate_catalog(path: Path, *, images: bool, rejects: Path | None) -> Valid
     if log is not None:
         log.add_report(report)
     if images:
-        with console.progress("pictures") as advance:
+        with watch.progress("pictures") as advance:
             report = report.with_images(validate_images(catalog, reject_log=log, on_progress=advance, workers=2))
     sizes = Counter(item.group_id for item in catalog.items if item.group_id is not None)
     found = Validation(report, suggest_fields(catalog), [])
@@ -125,7 +125,14 @@ def after_import(out: Path, result: Mapping[str, Any]) -> list[str]:
 
 
 def import_source(
-    source: str, path: Path, out: Path, *, limit: int | None, link: bool, options: ShopOptions | None = None
+    source: str,
+    path: Path,
+    out: Path,
+    *,
+    limit: int | None,
+    link: bool,
+    options: ShopOptions | None = None,
+    watch: Watch = SILENT,
 ) -> dict[str, Any]:
     """Convert a shop's export or a downloaded public data set into a catalogue folder."""
     from tgq_fast.data import import_catalog
@@ -133,6 +140,6 @@ def import_source(
     copy: Literal["link", "copy"] = "link" if link else "copy"
     if options is None:
         return import_catalog(source, path, out, limit=limit, copy=copy).to_dict()
-    with console.progress("products") as advance:
+    with watch.progress("products") as advance:
         options = dataclasses.replace(options, on_progress=lambda done: advance(done, None))
         return import_catalog(source, path, out, limit=limit, copy=copy, options=options).to_dict()

@@ -49,9 +49,9 @@ def search_pool(
     from tgq_fast.retrieval.pool_columns import groups_of
 
     if bool(items) == (image is not None):
-        raise ArgumentError("query", "both" if items else "nothing", "either --item ID or --image FILE")
+        raise ArgumentError("query", "both" if items else "nothing", "either items or image")
     if items and fields:
-        raise ArgumentError("--field", ", ".join(fields), "a query by --image", "An item brings its own metadata.")
+        raise ArgumentError("fields", ", ".join(fields), "a query by image", "An item brings its own metadata.")
     with ItemPool.open(path) as pool:
         known = columns(table, catalog) if where is not None or per_group is not None else None
         select = None if where is None else pool.select(where, known)
@@ -61,9 +61,8 @@ def search_pool(
         else:
             assert image is not None
             if per_group is not None or (select is not None and select.relative):
-                raise ArgumentError(
-                    "--where", repr(where), "conditions that need no item, or --item instead of --image"
-                )
+                expected = "conditions that need no item, or a query by item"
+                raise ArgumentError("where", repr(where), expected)
             vector = _embedded(pool, image, fields or {}, model)
             found, names = pool.search(vector, k, where=None if select is None else select.base), [str(image)]
         facts = facts_of(path, {name for line in found.ids for name in line if name is not None}, catalog)
@@ -79,12 +78,12 @@ def _embedded(pool: ItemPool, image: Path, fields: Mapping[str, str], model: Pat
     from tgq_fast.retrieval import model_digest
 
     if model is None:
-        raise ArgumentError("--model", None, "the run that made the pool, to embed the picture")
+        raise ArgumentError("model", None, "the run that made the pool, to embed the picture")
     network = open_run(model)
     unknown = [name for name in fields if name not in network.config.fields]
     if unknown:
         known = ", ".join(network.config.fields) or "none"
-        raise ArgumentError("--field", ", ".join(unknown), f"fields that guide this model: {known}")
+        raise ArgumentError("fields", ", ".join(unknown), f"fields that guide this model: {known}")
     if pool.manifest.model != model_digest(network):
         raise PoolError(f"{pool.path}: was made by another model than {model}; embed the catalogue with this one")
     return torch.as_tensor(network.encode([image], fields=[dict(fields)])).float()
@@ -149,7 +148,7 @@ def columns(table: Path | None, catalog: Path | None) -> pa.Table | None:
         kept = pyarrow.csv.ConvertOptions(column_types={"id": pa.string()}, strings_can_be_null=True)
         return pyarrow.csv.read_csv(table, convert_options=kept)
     except (pa.ArrowException, OSError) as error:
-        raise ArgumentError("--table", str(table), f"a Parquet or CSV file ({error})") from None
+        raise ArgumentError("table", str(table), f"a Parquet or CSV file ({error})") from None
 
 
 def related_items(

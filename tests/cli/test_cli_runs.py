@@ -12,6 +12,7 @@ from cli_world import World, call
 from tgq_fast import workflow
 from tgq_fast.data import Catalog, write_demo_catalog
 from tgq_fast.errors import ArgumentError
+from tgq_fast.retrieval.embed import RAW_FLOOR, WHITENED_FLOOR
 from tgq_fast.workflow import opening
 
 
@@ -47,7 +48,7 @@ def test_evaluate_writes_the_same_numbers_to_file_and_stdout(world: World, tmp_p
     assert (
         json.loads(call(*arguments, "--no-floor", "--samples", 10).stdout)["tgq"]["queries"] == filed["tgq"]["queries"]
     )
-    assert set(filed) == {"catalogue", "model", "tgq", workflow.FLOOR, f"{workflow.FLOOR}, whitened"}
+    assert set(filed) == {"catalogue", "model", "tgq", RAW_FLOOR, WHITENED_FLOOR}
     metric = filed["tgq"]["metrics"]["H@5"]
     assert 0 <= metric["low"] <= metric["value"] <= metric["high"] <= 1
     assert f"{metric['value']:.3f}" in shown and "H@5" in shown
@@ -60,11 +61,11 @@ def test_evaluate_of_a_pool_reads_no_picture(world: World, tmp_path: Path) -> No
     result = call(*arguments, "--cache", cache)
     assert not (cache / "features").exists() and "--floor" in result.stderr
     alone = json.loads(result.stdout)
-    assert workflow.FLOOR not in alone and "tgq" in alone
+    assert RAW_FLOOR not in alone and "tgq" in alone
     asked = json.loads(call(*arguments, "--cache", cache, "--floor").stdout)
-    assert workflow.FLOOR in asked and asked["tgq"] == alone["tgq"]
+    assert RAW_FLOOR in asked and asked["tgq"] == alone["tgq"]
     assert json.loads(call(*arguments, "--cache", cache).stdout) == asked  # cached now
-    assert workflow.FLOOR not in json.loads(call(*arguments, "--cache", cache, "--no-floor").stdout)
+    assert RAW_FLOOR not in json.loads(call(*arguments, "--cache", cache, "--no-floor").stdout)
 
 
 def test_evaluate_refuses_the_pool_of_another_model(world: World) -> None:
@@ -79,9 +80,9 @@ def test_evaluate_takes_conditions(world: World) -> None:
     found = {name: result for name, result in document.items() if isinstance(result, dict)}
     assert {f"tgq · {text}" for text in asked} < set(found) and len(found) == 9
     assert len({result["pool_size"] for result in found.values()}) == 1
-    floor = found[workflow.FLOOR]["metrics"]["MRR"]["value"]
-    assert found[f"{workflow.FLOOR} · {asked[0]}"]["metrics"]["MRR"]["value"] == floor
-    assert found[f"{workflow.FLOOR} · {asked[1]}"]["metrics"]["MRR"]["value"] < floor
+    floor = found[RAW_FLOOR]["metrics"]["MRR"]["value"]
+    assert found[f"{RAW_FLOOR} · {asked[0]}"]["metrics"]["MRR"]["value"] == floor
+    assert found[f"{RAW_FLOOR} · {asked[1]}"]["metrics"]["MRR"]["value"] < floor
     wrong = call("evaluate", world.catalog, "--model", world.run, "--corrupt", "fog:1", code=2)
     assert "scene:4:query" in wrong.stderr
 
@@ -112,7 +113,7 @@ def test_report_compares_runs_in_one_file(world: World, tmp_path: Path) -> None:
     page = out.read_text(encoding="utf-8")
     assert summary["bytes"] == len(page.encode()) and summary["gates"] and summary["attention_maps"] > 0
     assert set(summary["runs"]) == {"tgq", "qformer"} and summary["verdict"][0] in page
-    assert page.count(f"<strong>{workflow.FLOOR}</strong>") == 3  # its neighbours, too
+    assert page.count(f"<strong>{RAW_FLOOR}</strong>") == 3  # its neighbours, too
     value = summary["runs"]["tgq"]["metrics"]["H@5"]["value"]
     assert f"{value:.3f}" in page and "tgq-fast report" in page and "--model" in page
     assert "http://" not in page.replace("http://www.w3.org/", "") and "https://" not in page

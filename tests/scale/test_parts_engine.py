@@ -144,7 +144,7 @@ def test_items_that_end_their_worker_are_found_and_listed(
 
 def test_under_the_policy_raise_such_an_item_ends_the_run_by_name(shop: Catalog, tmp_path: Path) -> None:
     engine = PartsEngine(HereCrew(2, lambda ids: "i20" in ids), tmp_path / "parts")
-    with pytest.raises(WorkerError, match=r"i20.*3 times.*--on-error skip"):
+    with pytest.raises(WorkerError, match=r"i20.*3 times.*on_error='skip'"):
         embed(shop, Model(), tmp_path / "many", engine, on_error="raise")
     with pytest.raises(ImageError, match="i7"):
         engine = PartsEngine(HereCrew(2), tmp_path / "parts")

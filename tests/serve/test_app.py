@@ -70,7 +70,7 @@ def test_picture_query_reaches_the_model_with_its_fields(shop: Shop, client: Tes
     want = exact_topk(query, rows, 3)
     assert [hit["score"] for hit in answer.json()["hits"]] == pytest.approx(want.scores[0].tolist(), abs=1e-5)
     refused = client.post(url.replace("one", "two"), content=png((1, 2, 3)), headers={"content-type": "image/png"})
-    assert refused.status_code == 422 and "--model" in refused.json()["error"]
+    assert refused.status_code == 422 and "its model" in refused.json()["error"]
 
 
 def test_uploads_touch_no_disk(shop: Shop, client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from tgq_fast import cli
 from tgq_fast.data import Catalog, write_demo_catalog
-from tgq_fast.study.probes import stream_mass
+from tgq_fast.workflow.probes import stream_mass
 
 SMALL = ("hidden_size=16", "num_attention_heads=2", "intermediate_size=24")
 SMALL += ("embedding_size=8", "direct_size=4", "whitening=6")

@@ -194,7 +194,7 @@ def refused(rank: int, folder: str) -> None:
 def test_a_lost_process_and_a_refusal_reach_all(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     mp.spawn(lonely, args=(str(tmp_path / "a"),), nprocs=2)
-    assert "--resume" in (tmp_path / "a" / "told").read_text()
+    assert "resume=True" in (tmp_path / "a" / "told").read_text()
     (tmp_path / "b").mkdir()
     mp.spawn(refused, args=(str(tmp_path / "b"),), nprocs=2)
     assert (tmp_path / "b" / "told0").read_text() == "CheckpointError: this folder is taken"

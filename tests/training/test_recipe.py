@@ -17,6 +17,7 @@ from tgq_fast.errors import ArgumentError
 from tgq_fast.models import TGQFormerModel
 from tgq_fast.models.pictures import PictureArrays
 from tgq_fast.retrieval import evaluate, zero_shot_embeddings
+from tgq_fast.retrieval.embed import RAW_FLOOR, WHITENED_FLOOR
 from tgq_fast.training import PairCollator, train
 from tgq_fast.training.averaging import WeightAverage
 from tgq_fast.training.trainer import decayed_parameters
@@ -179,7 +180,7 @@ def test_a_floor_that_is_better_is_kept(tmp_path: Path, keep: str) -> None:
     result = recipe_run(tmp_path / "run", epochs=1, lr=1e-9, keep=keep, config={"direct_size": 0}, with_views=False)
     verdict = result.manifest["result"]["verdict"]
     assert verdict["keep"].startswith("zero-shot") and "did not help" in verdict["words"]
-    assert set(verdict["floors"]) == {"zero-shot", "zero-shot whitened"}
+    assert set(verdict["floors"]) == {RAW_FLOOR, WHITENED_FLOOR}
     catalog = make_catalog(60)
     store: Any = SyntheticStore(catalog, make_config(**RECIPE))
     model = TGQFormerModel.from_pretrained(result.path)
@@ -188,7 +189,7 @@ def test_a_floor_that_is_better_is_kept(tmp_path: Path, keep: str) -> None:
         return
     assert model.config.connector == "zero-shot"
     embedded = model.encode(catalog, features=store)
-    if verdict["keep"] == "zero-shot":
+    if verdict["keep"] == RAW_FLOOR:
         torch.testing.assert_close(embedded, zero_shot_embeddings(catalog, store), atol=1e-5, rtol=0)
     assert TGQFormerModel.from_pretrained(result.path / "trained").config.connector == "tgq"
 
@@ -198,12 +199,12 @@ def test_verdict_says_when_training_helped() -> None:
     store: Any = SyntheticStore(catalog, make_config())
     good = evaluate(catalog, zero_shot_embeddings(catalog, store), split="validation", samples=0)
     noise = evaluate(catalog, torch.randn(len(catalog), 4), split="validation", samples=0)
-    helped = judge(good, {"zero-shot": noise})
+    helped = judge(good, {RAW_FLOOR: noise})
     assert helped.keep == "trained" and helped.words.startswith("Training helped")
     assert all(low > 0 for _, low, _ in helped.differences.values())
-    lost = judge(noise, {"zero-shot": good, "zero-shot whitened": noise})
-    assert lost.keep == "zero-shot" and "fields" in lost.words
-    same = judge(good, {"zero-shot": good})
+    lost = judge(noise, {RAW_FLOOR: good, WHITENED_FLOOR: noise})
+    assert lost.keep == RAW_FLOOR and "fields" in lost.words
+    same = judge(good, {RAW_FLOOR: good})
     assert same.keep == "trained" and "within chance" in same.words
 
 

@@ -9,8 +9,8 @@ import typer
 
 from tgq_fast.cli import catalogs, machine, pools, runs
 from tgq_fast.cli.options import JsonAlone
+from tgq_fast.cli.studies import study
 from tgq_fast.console import State, guarded
-from tgq_fast.study.verb import study
 
 __all__ = ["app", "main"]
 

@@ -25,7 +25,7 @@ def validate(
     """
     from tgq_fast.intake import validate_catalog
 
-    found = validate_catalog(catalog, images=images, rejects=rejects)
+    found = validate_catalog(catalog, images=images, rejects=rejects, watch=console.TERMINAL)
     report = found.report
     if as_json:
         console.print_json(report.to_dict() | {"suggested_fields": found.fields, "next_steps": found.next_steps})
@@ -97,7 +97,9 @@ def import_(
     )
     if source in PUBLIC and options != ShopOptions():
         raise ArgumentError("--map and the like", f"for {source}", "none: a public data set is read in one way")
-    result = import_source(source, path, out, limit=limit, link=link, options=None if source in PUBLIC else options)
+    result = import_source(
+        source, path, out, limit=limit, link=link, options=None if source in PUBLIC else options, watch=console.TERMINAL
+    )
     if as_json:
         console.print_json(result)
     else:

@@ -96,11 +96,15 @@ def embed(
     if (model is None) == (zero_shot is None):
         given = "neither" if model is None else "both"
         raise ArgumentError("--model", given, "a run by --model RUN, or --zero-shot raw|whitened")
-    loaded = load_catalog(catalog, on_error.value, pairs=False)
+    loaded = load_catalog(catalog, on_error.value, pairs=False, watch=console.TERMINAL)
     source: Any = model
     if zero_shot is not None:
-        config = make_config(loaded, preset=preset.value, fields=[], overrides=tower_options(vision, None, None))
-        source = zero_shot_model(loaded, config, whitened=zero_shot is ZeroShot.whitened, cache=cache)
+        config = make_config(
+            loaded, preset=preset.value, fields=[], overrides=tower_options(vision, None, None), watch=console.TERMINAL
+        )
+        source = zero_shot_model(
+            loaded, config, whitened=zero_shot is ZeroShot.whitened, cache=cache, watch=console.TERMINAL
+        )
     report = embed_run(
         loaded,
         source,
@@ -111,6 +115,7 @@ def embed(
         cache=cache,
         on_error=on_error.value,
         codes=codes,
+        watch=console.TERMINAL,
         threads=threads,
         crew=_crew(engine, workers, ray_address, cpus, gpus),
     ).to_dict()
@@ -155,6 +160,9 @@ def search(
     Example: tgq-fast search pools/tgq --image shoe.jpg --field category=Shoes --model runs/tgq
     """
     from tgq_fast.pool_steps import search_pool
+
+    if bool(item) == (image is not None):
+        raise ArgumentError("query", "both" if item else "nothing", "either --item ID or --image FILE")
 
     result = search_pool(
         pool,

@@ -99,7 +99,7 @@ def train(
     from tgq_fast.intake import load_catalog, require_pairs
     from tgq_fast.workflow import continued_config, make_config, train_run
 
-    loaded = load_catalog(catalog, on_error.value)
+    loaded = load_catalog(catalog, on_error.value, watch=console.TERMINAL)
     require_pairs(loaded)
     overrides = assignments(set_, "--set", parse=True) | tower_options(vision, text, llm)
     if init_from is not None:
@@ -112,6 +112,7 @@ def train(
             fields=names(fields),
             overrides=overrides,
             match=match_budget,
+            watch=console.TERMINAL,
         )
     console.note("guiding fields: " + (", ".join(config.fields) or "none"))
     summary = train_run(
@@ -130,6 +131,7 @@ def train(
         keep=keep.value,
         cache=cache,
         on_error=on_error.value,
+        watch=console.TERMINAL,
     )
     if as_json:
         console.print_json(summary)
@@ -170,9 +172,10 @@ def evaluate(
     Example: tgq-fast evaluate shop --model runs/tgq --corrupt overlay:0.3:both --corrupt scene:4:query
     """
     from tgq_fast.intake import load_catalog
+    from tgq_fast.retrieval.embed import RAW_FLOOR
     from tgq_fast.workflow import evaluate_run
 
-    loaded = load_catalog(catalog, on_error.value)
+    loaded = load_catalog(catalog, on_error.value, watch=console.TERMINAL)
     results = evaluate_run(
         loaded,
         model,
@@ -185,7 +188,10 @@ def evaluate(
         seed=seed,
         cache=cache,
         on_error=on_error.value,
+        watch=console.TERMINAL,
     )
+    if floor is None and RAW_FLOOR not in results:
+        console.note("without the zero-shot floors: frozen features are not cached; --floor computes them")
     document = {"catalogue": str(catalog), "model": str(model)} | {name: e.to_dict() for name, e in results.items()}
     if as_json is not None and str(as_json) == "-":
         console.print_json(document)
@@ -228,7 +234,7 @@ def report(
     from tgq_fast.intake import load_catalog
     from tgq_fast.report.collect import write_report
 
-    loaded = load_catalog(catalog, on_error.value)
+    loaded = load_catalog(catalog, on_error.value, watch=console.TERMINAL)
     summary = write_report(
         loaded,
         model,
@@ -241,6 +247,7 @@ def report(
         seed=seed,
         cache=cache,
         on_error=on_error.value,
+        watch=console.TERMINAL,
     )
     if as_json:
         console.print_json(summary)

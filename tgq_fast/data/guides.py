@@ -65,7 +65,7 @@ def field_facts(catalog: Catalog) -> list[FieldFacts]:
         present = sum(counts.values()) / max(1, len(column))
         agreement = _agreement(column, pairs.query, pairs.target)
         if name in IDENTIFYING:
-            reason = "identifies a product; name it in --fields to use it"
+            reason = "identifies a product; name it among the fields to use it"
         elif present < MIN_PRESENT:
             reason = f"missing on {1 - present:.0%} of the items"
         elif len(counts) < 2:

@@ -4,7 +4,7 @@ Same names and signatures as :mod:`tgq_fast.reference`, plus `backend=None`. Whi
 :func:`explain`; :func:`use_backend` and the environment variable ``TGQ_BACKEND`` override the choice.
 """
 
-from tgq_fast.ops.attention import hybrid_cross_attention, shared_keys_values
+from tgq_fast.ops.attention import hybrid_cross_attention
 from tgq_fast.ops.dispatch import BACKENDS, Decision, explain, use_backend
 from tgq_fast.ops.losses import info_nce, redundancy_loss
 from tgq_fast.ops.modulation import StreamMoments, dual_gated_modulation, dual_gated_modulation_with_moments
@@ -27,7 +27,6 @@ __all__ = [
     "info_nce",
     "patch",
     "redundancy_loss",
-    "shared_keys_values",
     "stream_self_attention",
     "unpatch",
     "use_backend",

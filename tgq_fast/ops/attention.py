@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -27,7 +27,7 @@ from tgq_fast.ops.dispatch import (
 from tgq_fast.ops.triton_attention import absorbed_attention, stream_attention
 from tgq_fast.reference.attention import AttentionStats, HybridAttentionOutput, check_guide
 
-__all__ = ["Form", "hybrid_cross_attention", "shared_keys_values"]
+__all__ = ["Form", "hybrid_cross_attention"]
 
 Form = Literal["auto", "projected", "absorbed", "fused"]
 
@@ -70,7 +70,7 @@ def hybrid_cross_attention(
         form: "projected"; "absorbed"; "fused", the absorbed form in one kernel, its products with the key and value
             weights included (triton only); or "auto": the cost model of :mod:`tgq_fast.ops.cost` decides between the
             first two, and :mod:`tgq_fast.kernels.fusion` whether the second runs fused.
-        keys_values: [B, L, d] keys and values that were projected already (:func:`shared_keys_values`); implies the
+        keys_values: [B, L, d] keys and values that were projected already; implies the
             projected form. `k_weight` and `v_weight` are then not used and may be None; `v_bias` is still added.
         q_weight: None with `keys_values` means that the queries were projected, too.
         backend: "auto", "triton", "flash_attn" or "torch"; None: the one in force, see :mod:`tgq_fast.ops.dispatch`.
@@ -259,22 +259,6 @@ def _flash_attn_reasons(
     if not autocast and visual.dtype not in (torch.float16, torch.bfloat16):
         reasons.append(f"it does not compute in {visual.dtype}")
     return reasons
-
-
-def shared_keys_values(
-    visual: Tensor, k_weights: Sequence[Tensor], v_weights: Sequence[Tensor]
-) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values of several layers over the same visual tokens through one matrix product.
-
-    Args:
-        visual: [B, L, dv]; k_weights, v_weights: one [d, dv] per layer.
-
-    Returns:
-        (keys, values) per layer, views [B, L, d] for the `keys_values` argument of :func:`hybrid_cross_attention`.
-    """
-    together = linear(visual, torch.cat([w for pair in zip(k_weights, v_weights) for w in pair]))
-    parts = together.split([w.shape[0] for pair in zip(k_weights, v_weights) for w in pair], dim=-1)
-    return list(zip(parts[::2], parts[1::2]))
 
 
 def _projected_triton(q: Tensor, k: Tensor, v: Tensor, keys: Keys, stats: bool) -> Context:

@@ -24,7 +24,8 @@ from tgq_fast.report.content import Example, Metric, Neighbour, ReportContent, R
 from tgq_fast.report.page import render
 from tgq_fast.report.probes import attention_maps, gate_study
 from tgq_fast.retrieval import Evaluation, compare, topk
-from tgq_fast.study.embeddings import Conditions, evaluate_under, floors, pool_embeddings
+from tgq_fast.watch import SILENT, Watch
+from tgq_fast.workflow.embeddings import Conditions, evaluate_under, floors, pool_embeddings
 
 if TYPE_CHECKING:
     from tgq_fast.models import TGQFormerModel
@@ -60,6 +61,7 @@ def write_report(
     seed: int = 0,
     cache: Path | None = None,
     on_error: workflow.Policy = "raise",
+    watch: Watch = SILENT,
 ) -> dict[str, Any]:
     """Write the page atomically; returns a summary of what it says.
 
@@ -74,8 +76,8 @@ def write_report(
         PoolError: a pool that another model made, or of another catalogue.
     """
     if pools and len(pools) != len(runs):
-        raise ArgumentError("--pool", f"{len(pools)} pools", f"{len(runs)}, one per --model, in the same order")
-    models = [workflow.open_run(path) for path in runs]
+        raise ArgumentError("pools", f"{len(pools)} pools", f"{len(runs)}, one per run, in the same order")
+    models = [workflow.open_run(path, watch) for path in runs]
     known = [pool_embeddings(path, catalog, model) for path, model in zip(pools or (), models)]
     asked = [condition for condition in parse_conditions(corrupt) if condition != CLEAN]
 
@@ -86,8 +88,8 @@ def write_report(
 
     gathered, floored = [], []
     for number, (path, model) in enumerate(zip(runs, models)):
-        store = workflow.open_store(catalog, model.config, cache=cache, on_error=on_error)
-        conditions = Conditions(catalog, workflow.load_towers(model.config), store, cache_dir=cache, seed=seed)
+        store = workflow.open_store(catalog, model.config, cache=cache, on_error=on_error, watch=watch)
+        conditions = Conditions(catalog, workflow.load_towers(model.config, watch), store, cache_dir=cache, seed=seed)
         one = gather(_name(path, runs), model, known[number] if known else None, conditions)
         gathered.append(replace(one, path=path, model=model))
         if number == 0:
@@ -196,7 +198,7 @@ def _result(one: Gathered, shown: Sequence[Gathered]) -> RunResult:
     if one.path is None or one.model is None:
         return RunResult(one.name, _metrics(one.evaluation), baseline=True, beaten=beaten)
     curves = training_curves(one.path / "training_log.jsonl")
-    return RunResult(one.name, _metrics(one.evaluation), _run_facts(one.path, one.model), curves, beaten=beaten)
+    return RunResult(one.name, _metrics(one.evaluation), run_facts(one.path, one.model), curves, beaten=beaten)
 
 
 class Pictures:
@@ -284,7 +286,7 @@ def _metrics(evaluation: Evaluation) -> dict[str, Metric]:
     }
 
 
-def _run_facts(path: Path, model: TGQFormerModel) -> dict[str, str]:
+def run_facts(path: Path, model: TGQFormerModel) -> dict[str, str]:
     config = model.config
     trainable = sum(parameter.numel() for _, parameter in model.trainable_parameters())
     connector = sum(parameter.numel() for parameter in model.connector.parameters())

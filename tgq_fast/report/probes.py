@@ -15,7 +15,7 @@ from tgq_fast.models.views import token_grid
 from tgq_fast.models.zoo import connector_spec
 from tgq_fast.report import figures
 from tgq_fast.report.content import AttentionMap, GateStudy
-from tgq_fast.study.probes import connect, gate_means
+from tgq_fast.workflow.probes import connect, gate_means
 
 if TYPE_CHECKING:
     from tgq_fast.models import FeatureStore, TGQFormerModel

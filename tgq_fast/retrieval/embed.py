@@ -271,6 +271,10 @@ def _open(out: Path, wanted: Manifest, *, resume: bool) -> ItemPool:
     return pool
 
 
+RAW_FLOOR, WHITENED_FLOOR = "zero-shot image", "zero-shot image, whitened"
+"""Names of what needs no training: the frozen image feature alone, raw and whitened."""
+
+
 @plain_defaults()
 def zero_shot_embeddings(catalog: Catalog, store: FeatureStore) -> Tensor:
     """[n, dg] fp32 L2-normalised pooled image features: the floor that needs no training.

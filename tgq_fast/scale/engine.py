@@ -234,7 +234,7 @@ class _Run:
                 raise WorkerError(
                     f"{len(state.part.rows)} items from {self.catalog.items[state.part.rows[0]].id!r} on end their "
                     f"worker together but not alone ({state.reason}); is there enough memory for their batch? A "
-                    "smaller --batch-size or fewer workers may help"
+                    "smaller batch_size or fewer workers may help"
                 )
             state.searched, state.search = not search.found, None
             self.attempts.end(self._span(state, (0, len(state.part.rows))))  # new chances
@@ -244,7 +244,7 @@ class _Run:
         item = self.catalog.items[state.part.rows[at]]
         detail = f"ended its worker {TRIES} times ({state.reason})"
         if self.options.on_error == "raise":
-            raise WorkerError(f"item {item.id}: {detail}; --on-error skip leaves it out and lists it")
+            raise WorkerError(f"item {item.id}: {detail}; on_error='skip' leaves it out and lists it")
         assert state.search is not None
         state.search.found += 1
         if len(state.part.refused) >= _MOST_REFUSED or item.id in state.part.refused:

@@ -19,7 +19,7 @@ try:
     ray: Any = import_module("ray")  # Any: its own types say too much about the keywords of init
     RayError: Any = import_module("ray.exceptions").RayError
 except ImportError as error:
-    raise DependencyError("--engine ray needs Ray: pip install 'tgq-fast[ray]'") from error
+    raise DependencyError("a Ray crew needs Ray: pip install 'tgq-fast[ray]'") from error
 
 __all__ = ["RayCrew"]
 

@@ -317,7 +317,7 @@ def create_app(shop: Shop, limits: Limits = DEFAULT, *, hosts: tuple[str, ...] =
             raise UnknownItem(id)
         model = shop.models.get(target.name)
         if model is None or known.file_name is None or shop.catalog is None:
-            return JSONResponse({"reason": "needs the run of this pool (--model) and an item with a picture"})
+            return JSONResponse({"reason": "needs the run of this pool and an item with a picture"})
         picture = shop.catalog.picture(known)
         return JSONResponse(await in_thread(network, lambda: explain(model, known, load_image(picture, known.id))))
 

@@ -82,7 +82,7 @@ def _listen(host: str, port: int) -> socket.socket:
         listener.listen(1024)
     except (OSError, OverflowError) as error:
         listener.close()
-        raise ArgumentError("--host, --port", f"{host}:{port}", "an address that is free", str(error)) from None
+        raise ArgumentError("host, port", f"{host}:{port}", "an address that is free", str(error)) from None
     return listener
 
 

@@ -195,7 +195,7 @@ class Shop:
         """
         model = self.models.get(pool.name)
         if model is None:
-            raise ArgumentError("pool", repr(pool.name), "a pool whose run was given with --model")
+            raise ArgumentError("pool", repr(pool.name), "a pool whose run was given as its model")
         return torch.as_tensor(model.encode([image], fields=[dict(fields)])).float()[0]
 
 

@@ -126,22 +126,22 @@ class Plan:
             if strange := [name for name in given if name not in known]:
                 raise ArgumentError(what, ", ".join(strange), "one of " + ", ".join(known))
         if not self.connectors:
-            raise ArgumentError("--connectors", "none", "at least one, the main one first")
+            raise ArgumentError("connectors", "none", "at least one, the main one first")
         if self.ablations and self.connectors[0] != "tgq":
-            raise ArgumentError("--ablations", ", ".join(self.ablations), "tgq as the first connector")
+            raise ArgumentError("ablations", ", ".join(self.ablations), "tgq as the first connector")
         for what, value, least in (("--seeds", self.seeds, 1), ("--folds", self.folds, 2)):
             if value < least:
                 raise ArgumentError(what, value, f"at least {least}")
         if not self.recipes:
-            raise ArgumentError("--recipe", "none", "at least one")
+            raise ArgumentError("recipe", "none", "at least one")
         cuts = {f"{family}@{k}" for family in ("H", "HR", "Recall", "NDCG") for k in self.ks} | {"MRR"}
         if self.select not in cuts:
-            raise ArgumentError("--select", repr(self.select), "one of " + ", ".join(sorted(cuts)))
+            raise ArgumentError("select", repr(self.select), "one of " + ", ".join(sorted(cuts)))
         absent = TGQFormerConfig()
         for name in self.ablations:
             missing = [key for key in ABLATIONS[name] if not hasattr(absent, key)]
             if missing:
-                raise ArgumentError("--ablations", name, f"parts that this version has ({', '.join(missing)} is not)")
+                raise ArgumentError("ablations", name, f"parts that this version has ({', '.join(missing)} is not)")
         object.__setattr__(self, "conditions", [str(c) for c in self.parsed()])
 
     def parsed(self) -> list[Condition]:
@@ -248,7 +248,7 @@ def folds_of(catalog: Catalog, count: int, seed: int = 0) -> NDArray[np.int64]:
     paired &= ~np.isin(labels, labels[np.union1d(held.query, held.target)])
     groups, sizes = np.unique(labels[paired], return_counts=True)
     if len(groups) < count:
-        raise ArgumentError("--folds", count, f"at most the {len(groups)} groups of train and validation")
+        raise ArgumentError("folds", count, f"at most the {len(groups)} groups of train and validation")
     fold_of = np.zeros(len(groups), dtype=np.int64)
     load = np.zeros(count, dtype=np.int64)
     for group in np.random.default_rng(seed).permutation(len(groups)):

@@ -29,9 +29,9 @@ from tgq_fast.models.features import FeatureStore
 from tgq_fast.models.views import ViewStore, training_views
 from tgq_fast.retrieval import Evaluation
 from tgq_fast.retrieval._identity import package_identity
-from tgq_fast.study.embeddings import Conditions, Floor, embed_model, evaluate_under, floors
 from tgq_fast.study.plan import Job, Plan, fold_catalog, folds_of
-from tgq_fast.study.probes import probe_model
+from tgq_fast.workflow.embeddings import Conditions, Floor, embed_model, evaluate_under, floors
+from tgq_fast.workflow.probes import probe_model
 
 if TYPE_CHECKING:
     from tgq_fast.models import TGQFormerModel

@@ -103,4 +103,5 @@ def _told(what: str) -> Iterator[None]:
         if not isinstance(error, dist.DistError) and not any(sign in text.lower() for sign in _SIGNS):
             raise
         first = text.strip().splitlines()[0] if text.strip() else type(error).__name__
-        raise DistributedError(f"{what} ({first[:200]}). Start all processes again, with --resume.") from error
+        hint = "Start all processes again; with resume=True they go on from the last checkpoint."
+        raise DistributedError(f"{what} ({first[:200]}). {hint}") from error

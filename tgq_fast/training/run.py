@@ -25,6 +25,7 @@ from tgq_fast.models.views import ViewStore
 from tgq_fast.models.whitening import Whitening, fit_whitening, whitened_pictures, whitening_rows
 from tgq_fast.retrieval import Evaluation
 from tgq_fast.retrieval._identity import sha256_file
+from tgq_fast.retrieval.embed import WHITENED_FLOOR
 from tgq_fast.training.folder import (
     CHECKPOINTS,
     LOCK,
@@ -42,7 +43,7 @@ from tgq_fast.training.pairs import DistinctBatchSampler, PairCollator, PairData
 from tgq_fast.training.ranks import Team
 from tgq_fast.training.reporting import check_reporters, reporters
 from tgq_fast.training.trainer import BEST_METRIC, Event, TGQTrainer, last_complete_checkpoint
-from tgq_fast.training.verdict import WHITENED, judge, measure_floors
+from tgq_fast.training.verdict import judge, measure_floors
 from tgq_fast.training.warm import WarmStart, warm_start
 
 __all__ = ["TrainResult", "train"]
@@ -387,7 +388,7 @@ def _finish(
     verdict = judge(trainer.validate(), floors) if floors else None
     if verdict is not None and verdict.keep != "trained" and arguments["keep"] == "best":
         model.save_pretrained(folder / TRAINED)
-        floor_model = TGQFormerModel.zero_shot(config, whitening if verdict.keep == WHITENED else None)
+        floor_model = TGQFormerModel.zero_shot(config, whitening if verdict.keep == WHITENED_FLOOR else None)
         floor_model.save_pretrained(folder)
     else:
         model.save_pretrained(folder)

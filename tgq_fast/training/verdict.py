@@ -11,10 +11,10 @@ from typing import Any
 from tgq_fast.data import Catalog
 from tgq_fast.models.features import FeatureStore
 from tgq_fast.retrieval import Evaluation, compare, evaluate, zero_shot_embeddings
+from tgq_fast.retrieval.embed import RAW_FLOOR, WHITENED_FLOOR
 
-__all__ = ["FLOORS", "Verdict", "judge", "measure_floors"]
+__all__ = ["Verdict", "judge", "measure_floors"]
 
-RAW, WHITENED = FLOORS = ("zero-shot", "zero-shot whitened")
 _JUDGED = ("HR@1", "HR@10", "MRR")
 _SAMPLES = 1000
 
@@ -23,7 +23,7 @@ def measure_floors(
     catalog: Catalog, raw: FeatureStore, whitened: FeatureStore | None, split: str
 ) -> dict[str, Evaluation]:
     """Evaluations of the frozen image feature alone, raw and whitened."""
-    stores = {RAW: raw, WHITENED: whitened}
+    stores = {RAW_FLOOR: raw, WHITENED_FLOOR: whitened}
     return {
         name: evaluate(catalog, zero_shot_embeddings(catalog, store), ks=(1, 10, 100), split=split, samples=0)
         for name, store in stores.items()
@@ -82,7 +82,7 @@ def judge(trained: Evaluation, floors: dict[str, Evaluation]) -> Verdict:
     elif helps:
         words = f"Training did not hurt, but its gain is within chance: {what}. {_ADVICE}"
     else:
-        words = f"Training did not help, so the {name} feature is kept: {what}. {_ADVICE}"
+        words = f"Training did not help, so what needs none is kept, {name}: {what}. {_ADVICE}"
     values = {n: {m: i.value for m, i in e.metrics.items()} for n, e in floors.items()}
     return Verdict("trained" if helps else name, words, values, differences)
 

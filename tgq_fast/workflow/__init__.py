@@ -1,6 +1,6 @@
 """What the verbs of the command line, `make demo` and the report do: whole steps over catalogue, run and pool folders.
 
-Progress goes to stderr; results are returned as typed objects or plain dicts.
+Results are returned as typed objects or plain dicts. Nothing is printed: a :class:`tgq_fast.watch.Watch` is told.
 """
 
 from tgq_fast.workflow.configure import connector_table, continued_config, make_config
@@ -9,13 +9,9 @@ from tgq_fast.workflow.evaluate import evaluate_run, metric_table
 from tgq_fast.workflow.opening import Policy, load_towers, open_run, open_store, zero_shot_model
 from tgq_fast.workflow.train import DEFAULT_VIEWS, default_epochs, steps_per_epoch, train_run
 
-FLOOR = "zero-shot image"
-"""Name of the floor without training: the frozen image feature alone."""
-
 __all__ = [
     "CATALOG_NOTE",
     "DEFAULT_VIEWS",
-    "FLOOR",
     "Policy",
     "catalog_of",
     "connector_table",

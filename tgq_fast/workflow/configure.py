@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tgq_fast.errors import ArgumentError
+from tgq_fast.watch import SILENT, Watch
 from tgq_fast.workflow.opening import load_towers
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ def make_config(
     fields: Sequence[str] | None = None,
     overrides: Mapping[str, Any] | None = None,
     match: bool = True,
+    watch: Watch = SILENT,
 ) -> TGQFormerConfig:
     """Configuration of a run with the widths of its towers filled in.
 
@@ -41,16 +43,18 @@ def make_config(
     chosen = suggest_fields(catalog) if fields is None else list(fields)
     unknown = [name for name in chosen if name not in known]
     if unknown:
-        raise ArgumentError("--fields", ", ".join(unknown), "fields of this catalogue: " + ", ".join(known))
+        raise ArgumentError("fields", ", ".join(unknown), "fields of this catalogue: " + ", ".join(known))
     if connector not in CONNECTORS:
-        raise ArgumentError("--connector", repr(connector), "one of " + ", ".join(CONNECTORS))
+        raise ArgumentError("connector", repr(connector), "one of " + ", ".join(CONNECTORS))
     defaults = TGQFormerConfig.preset(preset)
     extra = dict(overrides or {})
     wrong = [name for name in extra if name not in defaults.to_dict() or name in ("connector", "fields", "model_type")]
     if wrong:
-        raise ArgumentError("--set", ", ".join(wrong), "fields of TGQFormerConfig; fields and connector have options")
+        raise ArgumentError(
+            "overrides", ", ".join(wrong), "fields of TGQFormerConfig; fields and connector have arguments of their own"
+        )
     config = TGQFormerConfig.preset(preset, **(extra | {"fields": chosen}))
-    config = config.with_towers(*load_towers(config))
+    config = config.with_towers(*load_towers(config, watch))
     if connector == "tgq":
         return config
     if match and "intermediate_size" not in extra:
@@ -97,7 +101,7 @@ def connector_table(preset: str, overrides: Mapping[str, Any] | None = None) -> 
     config = TGQFormerConfig.preset(preset)
     extra = dict(overrides or {})
     if wrong := [name for name in extra if name not in config.to_dict() or name in ("connector", "model_type")]:
-        raise ArgumentError("--set", ", ".join(wrong), "fields of TGQFormerConfig")
+        raise ArgumentError("overrides", ", ".join(wrong), "fields of TGQFormerConfig")
     config = TGQFormerConfig.preset(preset, **extra)
     rows = []
     for name, spec in CONNECTORS.items():

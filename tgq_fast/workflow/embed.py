@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tgq_fast import console
 from tgq_fast.errors import TGQError
+from tgq_fast.watch import SILENT, Watch
 from tgq_fast.workflow.opening import REFUSED_ROWS, Policy, load_towers, open_run, open_store
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ def embed_run(
     codes: bool = True,
     threads: int | None = None,
     crew: Crew | None = None,
+    watch: Watch = SILENT,
 ) -> EmbedReport:
     """Embed a catalogue into a pool folder, or bring the pool up to date; goes on where an interrupted call ended.
 
@@ -54,9 +55,9 @@ def embed_run(
     from tgq_fast.retrieval import embed_catalog, model_digest
     from tgq_fast.retrieval.item_table import write_items
 
-    model = open_run(run) if isinstance(run, Path) else run
+    model = open_run(run, watch) if isinstance(run, Path) else run
     engine = None if crew is None else parts_engine(out, crew)
-    with console.progress("embedding") as advance:
+    with watch.progress("embedding") as advance:
 
         def features(work: Plan) -> FeatureStore | None:
             """Cached features of a whole catalogue, where they are there or asked for."""
@@ -66,7 +67,7 @@ def embed_run(
                 return None
             if cache is not None:
                 return open_store(catalog, model.config, cache=cache, on_error=on_error, advance=advance)
-            return FeatureStore.find(catalog, *load_towers(model.config), model.config, on_error=on_error)
+            return FeatureStore.find(catalog, *load_towers(model.config, watch), model.config, on_error=on_error)
 
         report = embed_catalog(
             catalog,

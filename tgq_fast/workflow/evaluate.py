@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tgq_fast import console
+from tgq_fast.watch import SILENT, Watch
 from tgq_fast.workflow.opening import Policy, load_towers, open_run, open_store
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ def evaluate_run(
     seed: int = 0,
     cache: Path | None = None,
     on_error: Policy = "raise",
+    watch: Watch = SILENT,
 ) -> dict[str, Evaluation]:
     """Evaluation of a run by name, and with `floor` of the zero-shot image features, raw and whitened, beside it.
 
@@ -46,24 +47,26 @@ def evaluate_run(
     from tgq_fast.data.conditions import CLEAN, parse_conditions
     from tgq_fast.models import FeatureStore
     from tgq_fast.retrieval import evaluate
-    from tgq_fast.study.embeddings import Conditions, evaluate_under, floors, pool_embeddings
+    from tgq_fast.workflow.embeddings import Conditions, evaluate_under, floors, pool_embeddings
 
     asked = [CLEAN, *(condition for condition in parse_conditions(corrupt) if condition != CLEAN)]
-    model = open_run(run)
+    model = open_run(run, watch)
     clean = None if pool is None else pool_embeddings(pool, catalog, model)
     store = None
     if clean is not None and not floor and len(asked) == 1:
         if floor is None:
-            store = FeatureStore.find(catalog, *load_towers(model.config), model.config, cache, on_error=on_error)
+            store = FeatureStore.find(
+                catalog, *load_towers(model.config, watch), model.config, cache, on_error=on_error
+            )
         if store is None:
-            if floor is None:
-                console.note("without the zero-shot floors: frozen features are not cached; --floor computes them")
             return {run.name: evaluate(catalog, clean, ks=ks, split=split, samples=samples)}
     if store is None:
-        store = open_store(catalog, model.config, cache=cache, on_error=on_error)
+        store = open_store(catalog, model.config, cache=cache, on_error=on_error, watch=watch)
     results: dict[str, Evaluation] = {}
-    with console.progress("corrupted pictures") as advance:
-        conditions = Conditions(catalog, load_towers(model.config), store, cache_dir=cache, seed=seed, progress=advance)
+    with watch.progress("corrupted pictures") as advance:
+        conditions = Conditions(
+            catalog, load_towers(model.config, watch), store, cache_dir=cache, seed=seed, progress=advance
+        )
         embedders: dict[str, Any] = {run.name: model}
         if floor is not False:
             embedders |= {found.name: found for found in floors(store, model.config, model.whitening)}

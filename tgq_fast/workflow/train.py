@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from tgq_fast import console
+from tgq_fast.watch import SILENT, Watch
 from tgq_fast.workflow.opening import REFUSED_ROWS, Policy, load_towers
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ def train_run(
     keep: Literal["best", "trained"] = "best",
     cache: Path | None = None,
     on_error: Policy = "raise",
+    watch: Watch = SILENT,
 ) -> dict[str, Any]:
     """Train a run folder; returns its summary. Without `epochs`, see :func:`default_epochs`.
 
@@ -59,7 +60,7 @@ def train_run(
     from tgq_fast.training import train
 
     epochs = epochs or default_epochs(catalog, batch_size)
-    with console.progress("training") as advance:
+    with watch.progress("training") as advance:
         steps = 0
 
         def on_event(event: Mapping[str, Any]) -> None:
@@ -72,11 +73,11 @@ def train_run(
             if kind in ("start", "step", "checkpoint"):
                 advance(event["step"], steps, "training")
             if kind == "floor":
-                console.note(f"{event['name']} (no training): validation HR@10 {event['HR@10']:.3f}")
+                watch.note(f"{event['name']} (no training): validation HR@10 {event['HR@10']:.3f}")
             if kind == "evaluation":
                 found = {n: v for n, v in event.items() if isinstance(v, float) and n.endswith("/HR@10")}
                 for name, value in found.items():
-                    console.note(f"step {event['step']}: {name} {value:.3f}")
+                    watch.note(f"step {event['step']}: {name} {value:.3f}")
 
         corrupted = None
         if views and config.view_share:
@@ -84,7 +85,7 @@ def train_run(
 
             corrupted = training_views(
                 catalog,
-                load_towers(config)[0],
+                load_towers(config, watch)[0],
                 ViewRecipe(per_item=views),
                 cache_dir=cache,
                 progress=lambda done, total: advance(done, total, "training views"),
@@ -105,7 +106,7 @@ def train_run(
             log_steps=2 if steps_per_epoch(catalog, batch_size) < 20 else 10,
             on_error=on_error,
             cache_dir=cache,
-            towers=load_towers(config),
+            towers=load_towers(config, watch),
             views=corrupted,
             on_event=on_event,
         )

@@ -206,7 +206,7 @@ class Downloader:
             raise _Refused(f"its host cannot be found: {error}", again=isinstance(error, socket.gaierror)) from None
         for *_, place in found:
             if not ipaddress.ip_address(str(place[0]).split("%")[0]).is_global:
-                raise _Refused("its host is this machine or in a private network; --private-hosts allows it")
+                raise _Refused("its host is this machine or in a private network, which has to be allowed")
 
     def _read(self, answer: Any, end: float) -> bytes:
         kind = answer.headers.get_content_type()

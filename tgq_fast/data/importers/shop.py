@@ -76,7 +76,7 @@ def category_of(value: object, *, parts: str = ">") -> tuple[str | None, str | N
 
 
 def mapped(raw: Mapping[Any, Any], options: ShopOptions) -> dict[str, Any]:
-    """What `--map` names: target → value of the row's column, whatever its case."""
+    """What `options.columns` names: target → value of the row's column, whatever its case."""
     if not options.columns:
         return {}
     exact = {str(name): value for name, value in raw.items()}
@@ -108,7 +108,7 @@ def write_products(products: Iterable[Product], writer: CatalogWriter, options: 
             wanted = [sources[:1] for sources in wanted]
         addresses = [s for sources in wanted for s in sources if isinstance(s, str)]
         fetched = (
-            loader.fetch_all(addresses) if options.download else dict.fromkeys(addresses, "not fetched (--download)")
+            loader.fetch_all(addresses) if options.download else dict.fromkeys(addresses, "not fetched (by choice)")
         )
         for product, sources in zip(batch, wanted, strict=True):
             done += 1
@@ -127,7 +127,7 @@ def write_products(products: Iterable[Product], writer: CatalogWriter, options: 
     if loader.fetched or loader.reused:
         notes.append(f"{loader.fetched} picture(s) fetched, {loader.reused} were there from an earlier run")
     if unused:
-        notes.append(f"{unused} further picture(s) are not used; --pictures all makes items of them in the same group")
+        notes.append(f"{unused} further picture(s) are not used; pictures='all' makes items of them in the same group")
     if len(currencies) > 1:
         notes.append("prices are in several currencies and not converted: " + ", ".join(sorted(currencies)))
 

@@ -1,4 +1,4 @@
-"""Any table with a row per item: CSV, TSV, Excel, Parquet, JSON lines; columns by --map, else by their usual names."""
+"""Any table with a row per item: CSV, TSV, Excel, Parquet, JSON lines; columns as named, else by their usual names."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def import_table(path: Path, writer: CatalogWriter, options: ShopOptions) -> Non
 
     Raises:
         CatalogError: no column holds ids or pictures.
-        ArgumentError: `--map` names a column that is not there.
+        ArgumentError: `options.columns` names a column that is not there.
     """
     rows, how = read_table(path, delimiter=options.delimiter, encoding=options.encoding)
     writer.report.notes.append(f"read as {how}")
@@ -75,18 +75,18 @@ def _plan(path: Path, raw: Mapping[Any, Any], options: ShopOptions, *, strict: b
     for target, column in options.columns.items():
         if target not in TARGETS and not target.startswith("attributes."):
             expected = ", ".join(TARGETS) + " or attributes.<name>"
-            raise ArgumentError("--map", f"{target}={column}", f"{expected} on the left")
+            raise ArgumentError("columns", f"{target}={column}", f"{expected} on the left")
         found = column if column in raw else by_name.get(canonical_name(column))
         if found is not None:
             plan[target] = found
         elif strict:
-            raise ArgumentError("--map", f"{target}={column}", "a column of the table: " + ", ".join(map(str, raw)))
+            raise ArgumentError("columns", f"{target}={column}", "a column of the table: " + ", ".join(map(str, raw)))
     for target, usual in ALIASES.items():
         likely = [by_name[name] for name in usual if name in by_name and by_name[name] not in plan.values()]
         if target not in plan and likely:
             plan[target] = likely[0]
     if strict and not {"id", "file_name"} & set(plan):
-        hint = "Say which it is: --map id=<column>,file_name=<column>."
+        hint = "Say which it is: `tgq-fast import table … --map id=<column>,file_name=<column>`."
         raise CatalogError(
             path, [f"no column of {', '.join(map(str, raw))[:300]} is known to hold ids or pictures"], hint
         )

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from tgq_fast.data.conditions import CLEAN, Condition
 from tgq_fast.data.corruption import AREAS, METADATA_KINDS
 from tgq_fast.models.views import token_grid
-from tgq_fast.study.embeddings import Conditions
+from tgq_fast.workflow.embeddings import Conditions
 
 if TYPE_CHECKING:
     from tgq_fast.models import ConnectorOutput, FrozenFeatures, TGQFormerModel

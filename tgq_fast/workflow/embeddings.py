@@ -27,13 +27,12 @@ from tgq_fast.models.towers import TextTower, VisionTower
 from tgq_fast.models.views import ViewStore
 from tgq_fast.models.whitening import Whitening, fit_whitening, whitening_rows
 from tgq_fast.retrieval import Evaluation, evaluate, model_digest, open_embedded
-from tgq_fast.workflow import FLOOR
+from tgq_fast.retrieval.embed import RAW_FLOOR, WHITENED_FLOOR
 
 if TYPE_CHECKING:
     from tgq_fast.models import TGQFormerConfig, TGQFormerModel
 
 __all__ = [
-    "WHITENED_FLOOR",
     "Conditions",
     "Floor",
     "embed_model",
@@ -42,7 +41,6 @@ __all__ = [
     "pool_embeddings",
 ]
 
-WHITENED_FLOOR = "zero-shot image, whitened"
 _DAMAGE = 9  # tells this generator from the others of one seed
 
 
@@ -194,9 +192,9 @@ def floors(store: FeatureStore, config: TGQFormerConfig, whitening: Whitening | 
         wanted.whitening = config.whitening or 512
         rows = whitening_rows(store.catalog, store.valid, wanted.whitening)
         if len(rows) < 3:
-            return [Floor(FLOOR)]
+            return [Floor(RAW_FLOOR)]
         whitening, _ = fit_whitening(store.pictures, rows, wanted)
-    return [Floor(FLOOR), Floor(WHITENED_FLOOR, whitening)]
+    return [Floor(RAW_FLOOR), Floor(WHITENED_FLOOR, whitening)]
 
 
 def embed_model(model: TGQFormerModel, store: FeatureStore, rows: NDArray[np.integer[Any]] | None = None) -> Tensor:

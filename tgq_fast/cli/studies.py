@@ -67,7 +67,7 @@ def study(
     from tgq_fast.study.page import text_table, verdict
     from tgq_fast.study.plan import ABLATIONS, CONDITIONS, Plan
 
-    loaded = load_catalog(catalog, "skip")
+    loaded = load_catalog(catalog, "skip", watch=console.TERMINAL)
     changed: dict[str, Any] = {"per_item": views}
     if view_kinds is not None:
         changed["kinds"] = {name: _number(name, value) for name, value in _pairs(view_kinds, "--view-kinds").items()}

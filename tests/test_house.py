@@ -1,0 +1,129 @@
+"""How the tree is kept: layers import downwards, files stay short, the library neither prints nor names options."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "tgq_fast"
+LONGEST = 400
+STILL_LONGER = {"csrc/cpu/scan.cpp", "tgq_fast/data/catalog.py", "tgq_fast/models/features.py"}
+"""Shrinks until it is empty; nothing is added."""
+
+# docs/architecture.md has the same in words. A module may import from its own row and from rows below.
+LAYERS = [
+    {"cli", "demo"},
+    {"serve", "study", "intake", "pool_steps", "diagnosis", "console"},
+    {"report"},
+    {"workflow"},
+    {"training", "scale", "integrations"},
+    {"retrieval"},
+    {"models"},
+    {"data"},
+    {"ops"},
+    {"reference", "kernels"},
+    {"_native", "_version", "defaults", "errors", "watch"},
+]
+RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+
+
+def sources(*suffixes: str) -> Iterator[Path]:
+    for folder in ("tgq_fast", "kernels", "csrc", "benchmarks", "tests"):
+        for path in sorted((ROOT / folder).rglob("*")):
+            if path.suffix in suffixes and "__pycache__" not in path.parts:
+                yield path
+
+
+def imported(tree: ast.AST, package: str) -> Iterator[tuple[int, str]]:
+    """(line, dotted name) of everything of tgq_fast that a module imports, inside functions too."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = package.split(".")
+                base = ".".join([*parents[: len(parents) - node.level + 1], base]).rstrip(".")
+            if base == "tgq_fast":
+                yield from ((node.lineno, f"tgq_fast.{alias.name}") for alias in node.names)
+            else:
+                yield node.lineno, base
+
+
+def library() -> Iterator[tuple[Path, str, ast.Module]]:
+    """(file, first name below tgq_fast, syntax tree) of every module."""
+    for path in sources(".py"):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        if parts[0] in ("tgq_fast", "kernels"):
+            name = "kernels" if parts[0] == "kernels" else parts[1]
+            yield path, name, ast.parse(path.read_text(encoding="utf-8"))
+
+
+def test_no_file_is_long() -> None:
+    long = {
+        str(path.relative_to(ROOT)): lines
+        for path in sources(".py", ".cpp", ".cu", ".h", ".cuh")
+        if (lines := len(path.read_text(encoding="utf-8").splitlines())) > LONGEST
+    }
+    assert not long.keys() - STILL_LONGER, long
+    assert not STILL_LONGER - long.keys(), "shorter now: take it from the list"
+
+
+def test_imports_point_downwards() -> None:
+    upward = []
+    for path, own, tree in library():
+        if own == "__init__":
+            continue
+        assert own in RANK, f"{path}: give {own} a layer"
+        package = ".".join(path.relative_to(ROOT).parts[:-1])
+        for line, name in imported(tree, package):
+            parts = name.split(".")
+            if parts[0] == "tgq_fast" and len(parts) > 1 and parts[1] in RANK and RANK[parts[1]] < RANK[own]:
+                upward.append(f"{path.relative_to(ROOT)}:{line} imports {name}")
+    assert not upward, "\n".join(upward)
+
+
+def test_benchmarks_and_tests_are_not_imported_by_the_package() -> None:
+    for path, _, tree in library():
+        for line, name in imported(tree, "tgq_fast"):
+            assert name.split(".")[0] not in ("benchmarks", "tests"), f"{path}:{line}"
+
+
+TERMINAL = {"cli", "demo", "console", "diagnosis", "intake"}
+"""Written for the command line: they print, or say which command comes next."""
+
+
+def test_the_library_neither_prints_nor_names_options() -> None:
+    found = []
+    for path, own, tree in library():
+        if own in TERMINAL or "__main__" in ast.dump(tree):
+            continue
+        docs = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print":
+                found.append(f"{path}:{node.lineno} prints")
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docs:
+                text = re.sub(r"(tgq-fast|pip install|python|both with|with) [^`'\"]*", "", node.value)
+                if re.search(r"(?<![\w(-])--[a-z]{2}", text) and not text.startswith("--"):
+                    found.append(f"{path}:{node.lineno} names an option: {node.value!r}")
+    assert not found, "\n".join(found)
+
+
+HEADERS = sorted(str(p.relative_to(ROOT)) for p in sources(".h", ".cpp", ".cu") if p.is_relative_to(ROOT / "csrc"))
+
+
+@pytest.mark.parametrize("source", HEADERS)
+def test_includes_point_downwards(source: str) -> None:
+    """The bindings may include all; cpu/ and cuda/ their own and the public headers, which include each other."""
+    folder = source.split("/")[1]
+    for include in re.findall(r'#include "([^"]+)"', (ROOT / source).read_text(encoding="utf-8")):
+        first = include.split("/")[0] if "/" in include else folder
+        if folder == "include":
+            assert first == "tgq", include
+        elif folder in ("cpu", "cuda"):
+            assert first in (folder, "tgq"), include

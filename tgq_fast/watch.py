@@ -1,0 +1,34 @@
+"""What long steps tell whoever watches them: notes, and how far they are. The library says nothing by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
+
+__all__ = ["SILENT", "Advance", "Watch"]
+
+
+class Advance(Protocol):
+    """Progress callback: how much is done, of how much where that is known, and of what where that changes."""
+
+    def __call__(self, done: int, total: int | None = None, description: str | None = None, /) -> None: ...
+
+
+class Watch:
+    """Is told, and does nothing; the command line's writes to the terminal."""
+
+    def note(self, message: str) -> None:
+        """One line for the person watching."""
+
+    def progress(self, description: str) -> AbstractContextManager[Advance]:
+        """Around a long step; the callback is called with (done, total, of what)."""
+        return _unseen()
+
+
+@contextmanager
+def _unseen() -> Iterator[Advance]:
+    yield lambda done, total=None, description=None, /: None
+
+
+SILENT = Watch()
