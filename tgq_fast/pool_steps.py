@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tgq_fast.errors import ArgumentError, PoolError, TGQError
-from tgq_fast.workflow import CATALOG_NOTE, open_run
+from tgq_fast.workflow import open_run
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -106,15 +105,16 @@ def facts_of(pool: Path, ids: set[str], catalog: Path | None) -> dict[str, dict[
     """
     from tgq_fast.data.loading import metadata_file, stream_items
     from tgq_fast.retrieval.item_table import facts_of as read
+    from tgq_fast.retrieval.item_table import read_note
 
     if catalog is None:
         found = read(pool, sorted(ids))
         if found:
             return found
-        try:
-            catalog = Path(json.loads((pool / CATALOG_NOTE).read_text())["catalog"])
-        except (OSError, ValueError, KeyError, TypeError):
+        note = read_note(pool)
+        if "catalog" not in note:
             return {}
+        catalog = Path(note["catalog"])
     found = {}
     try:
         metadata = metadata_file(catalog)

@@ -258,6 +258,7 @@ def damage(folder: Path, what: str) -> None:
     weights, config = folder / "model.safetensors", folder / "config.json"
     data = weights.read_bytes()
     values = json.loads(config.read_text())
+    del values["checksum"]  # changes that are meant
     match what:
         case "no weights":
             weights.unlink()
@@ -281,6 +282,8 @@ def damage(folder: Path, what: str) -> None:
             config.write_text("[]")
         case "bad field":
             config.write_text(json.dumps({**values, "connector": "magic"}))
+        case "changed by mistake":
+            config.write_text(config.read_text().replace("colour", "colonr"))
         case "wrong type":
             config.write_text(json.dumps({**values, "hidden_size": "wide"}))
         case "other size":
@@ -302,6 +305,7 @@ def damage(folder: Path, what: str) -> None:
         "config is no JSON",
         "config is a list",
         "bad field",
+        "changed by mistake",
         "wrong type",
         "other size",
         "other connector",

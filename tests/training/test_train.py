@@ -18,6 +18,7 @@ from tgq_fast.errors import ArgumentError, CheckpointError
 from tgq_fast.models import TGQFormerModel
 from tgq_fast.retrieval import embed_catalog, evaluate
 from tgq_fast.training import TrainResult, train
+from tgq_fast.training.folder import read_manifest
 from tgq_fast.training.trainer import last_complete_checkpoint, seal_checkpoint
 
 ARGUMENTS: dict[str, Any] = {"epochs": 3, "batch_size": 16, "lr": 1e-2, "log_steps": 2, "seed": 5, "keep": "trained"}
@@ -59,7 +60,7 @@ def test_run_learns_and_leaves_a_complete_folder(tmp_path: Path) -> None:
         "tgq_former.py",
         "training_log.jsonl",
     }
-    manifest = json.loads((result.path / "run.json").read_text())
+    manifest = read_manifest(result.path)
     assert manifest == result.manifest and manifest["status"] == "finished"
     assert manifest["arguments"]["seed"] == 5 and manifest["catalog"]["digest"] == catalog.digest()
     assert {"torch", "transformers", "tgq_fast version", "tgq_fast commit"} <= manifest["versions"].keys()
@@ -174,7 +175,10 @@ def test_killed_runs_resume_to_the_same_weights(tmp_path: Path, finished: Path) 
 
 def test_finished_run_is_returned_or_refused(finished: Path) -> None:
     before = (finished / "run.json").stat().st_mtime_ns
+    (finished / "checkpoints").mkdir()  # as a kill leaves them after run.json was written
+    (finished / "checkpoints" / "state").write_text("")
     again = run(finished, resume=True)
+    assert not (finished / "checkpoints").exists()
     assert again.steps == again.resumed_from > 0 and (finished / "run.json").stat().st_mtime_ns == before
     with pytest.raises(CheckpointError, match="already holds a finished run"):
         run(finished)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from tgq_fast.data.sealed import unseal
 from tgq_fast.errors import CheckpointError
 from tgq_fast.models import backbones
 
@@ -70,8 +71,8 @@ def read_run(folder: str | Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        return dict(json.loads(path.read_bytes()))
-    except (OSError, ValueError, TypeError) as error:
+        return unseal(json.loads(path.read_bytes()))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: not readable ({error})") from None
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tgq_fast.data.files import write_atomic
 from tgq_fast.errors import CheckpointError, TGQError
 from tgq_fast.models.auto_file import AUTO_CODE, AUTO_FILE, auto_map
-from tgq_fast.models.configuration import TGQFormerConfig
+from tgq_fast.models.configuration import TGQFormerConfig, seal_config
 
 __all__ = ["load_config", "load_into", "load_state", "save_model", "state_digest"]
 
@@ -41,14 +41,14 @@ def save_model(folder: Path, config: TGQFormerConfig, state: Mapping[str, Tensor
     write_atomic(folder / WEIGHTS, save(plain, {_DIGEST: state_digest(plain)}))
     write_atomic(folder / AUTO_FILE, AUTO_CODE.encode())
     values: dict[str, Any] = {**config.to_diff_dict(), "architectures": [architecture], "auto_map": auto_map()}
-    write_atomic(folder / CONFIG, (json.dumps(values, indent=2, sort_keys=True) + "\n").encode())
+    write_atomic(folder / CONFIG, (json.dumps(seal_config(values), indent=2, sort_keys=True) + "\n").encode())
 
 
 def load_config(folder: Path) -> TGQFormerConfig:
     """The configuration of a checkpoint folder.
 
     Raises:
-        CheckpointError: no folder, no config.json, or not a TGQ-Former's.
+        CheckpointError: no folder, no config.json, not a TGQ-Former's, or changed since it was saved.
     """
     path = folder / CONFIG
     if not path.is_file():

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
-from tgq_fast.errors import ArgumentError
+from tgq_fast.data.sealed import CHECKSUM, seal, unseal
+from tgq_fast.errors import ArgumentError, CheckpointError
+from tgq_fast.models.presets import PRESETS
 from tgq_fast.models.zoo.registry import CONNECTORS, ZERO_SHOT, connector_spec
 
 if TYPE_CHECKING:
@@ -29,70 +31,6 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "late_fusion": ("none", "readout", "image"),
     "guide_head": ("alignment", "mask"),
 }
-
-# The parts of the recipe that do not depend on the size of the model; docs/method.md, "The recipe".
-_RECIPE: dict[str, Any] = {
-    "whitening": 512,
-    "norm": "pre",
-    "layer_norm_eps": 1e-5,
-    "text_in_layers": False,
-    "guide": True,
-    "guide_explore": True,
-    "guide_head": "mask",
-    "mask_weight": 0.1,
-    "ema": 0.98,
-    "view_share": 0.55,
-}
-
-PRESETS: dict[str, dict[str, Any]] = {
-    # CPU and tests.
-    "tiny": {
-        **_RECIPE,
-        "hidden_size": 256,
-        "num_attention_heads": 4,
-        "num_hidden_layers": 1,
-        "intermediate_size": 1024,
-        "hidden_dropout_prob": 0.0,
-        "direct_size": 128,
-        "direct_switch": True,
-        "num_anchored_queries": 4,
-        "num_exploratory_queries": 4,
-        "vision_tower": "efficientnet-lite0",
-        "text_tower": "minilm",
-        "llm": None,
-        "agreement": "alignment",
-    },
-    # The sizes the paper's public digest gives.
-    "paper": {
-        **_RECIPE,
-        "hidden_size": 768,
-        "num_attention_heads": 12,
-        "num_hidden_layers": 6,
-        "intermediate_size": 3072,
-        "num_anchored_queries": 8,
-        "num_exploratory_queries": 8,
-        "vision_tower": "OFA-Sys/chinese-clip-vit-base-patch16",
-        "text_tower": "dual_encoder",
-        "llm": "Qwen/Qwen3-Embedding-0.6B",
-        "lora_rank": 16,
-        "agreement": "dual_encoder",
-    },
-    "large": {
-        **_RECIPE,
-        "hidden_size": 768,
-        "num_attention_heads": 12,
-        "num_hidden_layers": 12,
-        "intermediate_size": 3072,
-        "num_anchored_queries": 32,
-        "num_exploratory_queries": 32,
-        "vision_tower": "openai/clip-vit-large-patch14",
-        "text_tower": "dual_encoder",
-        "llm": "Qwen/Qwen3-Embedding-4B",
-        "lora_rank": 16,
-        "agreement": "dual_encoder",
-    },
-}
-
 
 # Fields that came after the first pools: at their defaults they say nothing, so that old digests stay what they are.
 LATER_FIELDS = (
@@ -390,8 +328,31 @@ class TGQFormerConfig(PreTrainedConfig):
         return config
 
     @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As transformers' own.
+
+        Raises:
+            CheckpointError: config.json was changed since it was saved.
+        """
+        try:
+            unseal(_own(config_dict))
+        except ValueError as error:
+            raise CheckpointError(f"config.json: {error}") from None
+        return super().from_dict({n: v for n, v in config_dict.items() if n != CHECKSUM}, **kwargs)
+
+    @classmethod
     def preset(cls, name: str, **overrides: Any) -> TGQFormerConfig:
         """Configuration by name: "tiny" (CPU), "paper" or "large"; keyword arguments override."""
         if name not in PRESETS:
             raise ArgumentError("preset", repr(name), "one of " + ", ".join(map(repr, PRESETS)))
         return cls(**{**PRESETS[name], **overrides})
+
+
+def seal_config(values: dict[str, Any]) -> dict[str, Any]:
+    """Values of a config.json with a checksum over them."""
+    return values | {CHECKSUM: seal(_own(values))[CHECKSUM]}
+
+
+def _own(values: dict[str, Any]) -> dict[str, Any]:
+    """Without what transformers changes or adds between the file and `from_dict`."""
+    return {name: value for name, value in values.items() if name not in ("auto_map", "_commit_hash", "_name_or_path")}

@@ -16,6 +16,7 @@ from torch import Tensor
 from tgq_fast.data.files import make_folder, write_atomic
 from tgq_fast.data.images import PictureLike, load_image
 from tgq_fast.data.items import Item, RowError, parse_fields
+from tgq_fast.data.sealed import seal, unseal
 from tgq_fast.errors import ArgumentError, CheckpointError
 from tgq_fast.models import backbones
 from tgq_fast.models.auto_file import auto_map
@@ -255,7 +256,7 @@ class TGQFormerProcessor:
             "config": self.config.to_diff_dict(),
             "auto_map": auto_map(),
         }
-        write_atomic(folder / _FILE, json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False).encode())
+        write_atomic(folder / _FILE, json.dumps(seal(values), indent=2, sort_keys=True, ensure_ascii=False).encode())
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> TGQFormerProcessor:
@@ -266,11 +267,11 @@ class TGQFormerProcessor:
         """
         path = local_folder(pretrained_model_name_or_path, options) / _FILE
         try:
-            values = json.loads(path.read_text())
+            values = unseal(json.loads(path.read_text()))
             if values["processor_class"] != cls.__name__:
                 raise CheckpointError(f"{path}: holds a {values['processor_class']}, expected a {cls.__name__}")
             return cls(TGQFormerConfig.from_dict(values["config"]), padding_side=values["padding_side"])
         except FileNotFoundError:
             raise CheckpointError(f"{path}: no such file; save a processor there with save_pretrained") from None
-        except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise CheckpointError(f"{path}: not a processor configuration ({type(error).__name__}: {error})") from error

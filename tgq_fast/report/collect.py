@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +23,7 @@ from tgq_fast.report.content import Example, Metric, Neighbour, ReportContent, R
 from tgq_fast.report.page import render
 from tgq_fast.report.probes import attention_maps, gate_study
 from tgq_fast.retrieval import Evaluation, compare, topk
+from tgq_fast.training.folder import RUN, read_log, read_manifest
 from tgq_fast.watch import SILENT, Watch
 from tgq_fast.workflow.embeddings import Conditions, evaluate_under, floors, pool_embeddings
 
@@ -197,8 +197,9 @@ def _result(one: Gathered, shown: Sequence[Gathered]) -> RunResult:
                 beaten.setdefault(name, []).append(other.name)
     if one.path is None or one.model is None:
         return RunResult(one.name, _metrics(one.evaluation), baseline=True, beaten=beaten)
-    curves = training_curves(one.path / "training_log.jsonl")
-    return RunResult(one.name, _metrics(one.evaluation), run_facts(one.path, one.model), curves, beaten=beaten)
+    manifest = read_manifest(one.path) if (one.path / RUN).is_file() else {}
+    curves = training_curves(read_log(one.path, manifest))
+    return RunResult(one.name, _metrics(one.evaluation), run_facts(manifest, one.model), curves, beaten=beaten)
 
 
 class Pictures:
@@ -241,21 +242,14 @@ def sample_queries(evaluation: Evaluation, count: int, seed: int) -> list[int]:
     return [int(row) for row in hits[:from_hits] + misses[:from_misses]]
 
 
-def training_curves(log: Path) -> dict[str, tuple[list[float], list[float]]]:
-    """Every number that a training log has against "step"; unreadable lines are skipped."""
+def training_curves(entries: Sequence[Mapping[str, Any]]) -> dict[str, tuple[list[float], list[float]]]:
+    """Every number that the entries of a training log have against "step"."""
     curves: dict[str, tuple[list[float], list[float]]] = {}
-    if not log.is_file():
-        return curves
-    for line in log.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-            step = float(row["step"])
-        except (ValueError, KeyError, TypeError):
-            continue
-        for name, value in _numbers(row):
+    for entry in entries:
+        for name, value in _numbers(entry):
             if name not in ("step", "epoch"):
                 steps, values = curves.setdefault(name, ([], []))
-                steps.append(step)
+                steps.append(float(entry["step"]))
                 values.append(value)
     return curves
 
@@ -286,7 +280,7 @@ def _metrics(evaluation: Evaluation) -> dict[str, Metric]:
     }
 
 
-def run_facts(path: Path, model: TGQFormerModel) -> dict[str, str]:
+def run_facts(manifest: Mapping[str, Any], model: TGQFormerModel) -> dict[str, str]:
     config = model.config
     trainable = sum(parameter.numel() for _, parameter in model.trainable_parameters())
     connector = sum(parameter.numel() for parameter in model.connector.parameters())
@@ -301,14 +295,11 @@ def run_facts(path: Path, model: TGQFormerModel) -> dict[str, str]:
         "trainable parameters": f"{trainable:,}",
         "of these in the connector": f"{connector:,}",
     }
-    manifest = path / "run.json"
-    if manifest.is_file():
-        document = json.loads(manifest.read_text(encoding="utf-8"))
-        versions = {name.rpartition(" ")[2]: value for name, value in document.get("versions", {}).items()}
-        for values in (versions, document.get("arguments", {}), document.get("result", {})):
-            for name in ("version", "commit", "epochs", "steps", "best_step", "batch_size", "lr", "seed"):
-                if isinstance(values.get(name), int | float | str):
-                    facts[name.replace("_", " ")] = str(values[name])[:12]
+    versions = {name.rpartition(" ")[2]: value for name, value in manifest.get("versions", {}).items()}
+    for values in (versions, manifest.get("arguments", {}), manifest.get("result", {})):
+        for name in ("version", "commit", "epochs", "steps", "best_step", "batch_size", "lr", "seed"):
+            if isinstance(values.get(name), int | float | str):
+                facts[name.replace("_", " ")] = str(values[name])[:12]
     return facts
 
 

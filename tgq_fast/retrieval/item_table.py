@@ -7,8 +7,11 @@ pool: a shop whose prices change by the hour gives its own table instead.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +21,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from tgq_fast.data import Catalog
-from tgq_fast.data.files import atomic_writer
+from tgq_fast.data.files import atomic_writer, write_atomic
+from tgq_fast.data.sealed import seal, unseal
 from tgq_fast.errors import ArgumentError, PoolError
 
-__all__ = ["ITEMS_NAME", "ItemColumns", "facts_of", "read_items", "table_of", "write_items"]
+__all__ = ["ITEMS_NAME", "NOTE_NAME", "ItemColumns", "facts_of", "read_items", "read_note", "table_of", "write_items"]
 
 ITEMS_NAME = "items.parquet"
+NOTE_NAME = "catalog.json"  # where the catalogue lay, for its pictures and titles
 MAX_ATTRIBUTES = 500  # columns; of more attributes the most frequent are kept
 _ATTRIBUTE = "attributes."
 _NARROW = 1 << 19  # rows of at most 2,000 characters of 4 bytes
@@ -50,9 +55,55 @@ def _narrow(texts: pa.LargeStringArray) -> pa.ChunkedArray:
 
 
 def write_items(catalog: Catalog, folder: Path) -> None:
-    """Write the table of a catalogue beside a pool."""
+    """Write the table of a catalogue beside a pool, and a note of where the catalogue lay."""
     with atomic_writer(folder / ITEMS_NAME) as file:
-        pq.write_table(table_of(catalog), file, compression="zstd", row_group_size=65_536)
+        pq.write_table(table_of(catalog), file, compression="zstd", row_group_size=65_536, write_page_checksum=True)
+    note = {
+        "catalog": str(Path(catalog.report.path).resolve()),
+        "digest": catalog.digest(),
+        "items_footer": _footer(folder / ITEMS_NAME),
+    }
+    write_atomic(folder / NOTE_NAME, json.dumps(seal(note), indent=1).encode())
+
+
+def read_note(folder: Path) -> dict[str, Any]:
+    """What the note beside a pool says: "catalog", a path, and its "digest"; empty if there is none.
+
+    Raises:
+        PoolError: it cannot be read, or was changed since it was written.
+    """
+    path = folder / NOTE_NAME
+    try:
+        note = unseal(json.loads(path.read_bytes()))
+        return {name: str(note[name]) for name in ("catalog", "digest", "items_footer") if name in note}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
+        raise PoolError(f"{path}: not readable ({error}); tgq-fast embed writes it again") from None
+
+
+def _footer(path: Path) -> str:
+    """sha256 of a Parquet file's metadata; its pages carry checksums of their own."""
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 8))
+        length = int.from_bytes(file.read(8)[:4], "little") + 8
+        file.seek(max(0, size - length))
+        return hashlib.sha256(file.read()).hexdigest()
+
+
+@contextlib.contextmanager
+def _opened(folder: Path) -> Iterator[pq.ParquetFile]:
+    """The table beside a pool, checked; PoolError for whatever is wrong with it."""
+    path = folder / ITEMS_NAME
+    known = read_note(folder).get("items_footer")
+    try:
+        if known is not None and _footer(path) != known:
+            raise PoolError(f"{path}: changed since it was written; tgq-fast embed writes it again")
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            yield file
+    except (pa.ArrowException, OSError, KeyError) as error:
+        raise PoolError(f"{path}: not a readable table ({error}); tgq-fast embed writes it again") from None
 
 
 def read_items(folder: Path, columns: Sequence[str] | None = None) -> pa.Table | None:
@@ -61,35 +112,27 @@ def read_items(folder: Path, columns: Sequence[str] | None = None) -> pa.Table |
     Raises:
         PoolError: it cannot be read.
     """
-    path = folder / ITEMS_NAME
-    if not path.is_file():
+    if not (folder / ITEMS_NAME).is_file():
         return None
-    try:
-        with pq.ParquetFile(path) as file:
-            known = file.schema_arrow.names
-            return file.read(None if columns is None else [name for name in known if name in columns])
-    except (pa.ArrowException, OSError) as error:
-        raise PoolError(f"{path}: not a readable table ({error}); tgq-fast embed writes it again") from None
+    with _opened(folder) as file:
+        known = file.schema_arrow.names
+        return file.read(None if columns is None else [name for name in known if name in columns])
 
 
 def facts_of(folder: Path, ids: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Title, brand, category and file of a few items, by id; reads the ids, and what else only of these items."""
-    path = folder / ITEMS_NAME
     shown = ["id", "title", "brand", "category", "file"]
     found: dict[str, dict[str, Any]] = {}
-    if not path.is_file():
+    if not (folder / ITEMS_NAME).is_file():
         return found
     wanted = pa.array(list(ids), type=pa.string())
-    try:
-        with pq.ParquetFile(path) as file:
-            for group in range(file.num_row_groups):
-                names = file.read_row_group(group, columns=["id"]).column("id")
-                rows = np.flatnonzero(pc.is_in(names, value_set=wanted).to_numpy())
-                if len(rows):
-                    for row in file.read_row_group(group, columns=shown).take(pa.array(rows)).to_pylist():
-                        found[row.pop("id")] = row
-    except (pa.ArrowException, OSError, KeyError) as error:
-        raise PoolError(f"{path}: not a readable table ({error}); tgq-fast embed writes it again") from None
+    with _opened(folder) as file:
+        for group in range(file.num_row_groups):
+            names = file.read_row_group(group, columns=["id"]).column("id")
+            rows = np.flatnonzero(pc.is_in(names, value_set=wanted).to_numpy())
+            if len(rows):
+                for row in file.read_row_group(group, columns=shown).take(pa.array(rows)).to_pylist():
+                    found[row.pop("id")] = row
     return found
 
 

@@ -9,6 +9,7 @@ checkpoints/           only while the run is unfinished
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 from dataclasses import dataclass
@@ -18,11 +19,12 @@ from typing import Any
 
 from tgq_fast.data import Catalog
 from tgq_fast.data.files import write_atomic
+from tgq_fast.data.sealed import seal, unseal
 from tgq_fast.errors import CheckpointError
 from tgq_fast.models.configuration import TGQFormerConfig
 from tgq_fast.retrieval._identity import package_identity, sha256_file
 
-__all__ = ["RunLog", "TrainResult", "claim", "load_result", "write_manifest"]
+__all__ = ["RunLog", "TrainResult", "claim", "load_result", "read_log", "read_manifest", "write_manifest"]
 
 RUN, LOG, CHECKPOINTS = "run.json", "training_log.jsonl", "checkpoints"
 REJECTS, LOCK, TRAINED = "rejects.jsonl", ".lock", "trained"
@@ -68,11 +70,11 @@ def claim(
         if foreign:
             raise CheckpointError(f"{folder}: holds other files ({', '.join(foreign[:3])}); choose an empty folder")
         return {"status": "running", **wanted, "versions": _versions()}
+    manifest = read_manifest(folder)
     try:
-        manifest: dict[str, Any] = dict(json.loads(path.read_bytes()))
         held = {name: manifest[name] for name in wanted}
         status = manifest["status"]
-    except (ValueError, KeyError, TypeError) as error:
+    except KeyError as error:
         raise CheckpointError(f"{path}: not a run of tgq_fast ({type(error).__name__}: {error})") from None
     if not resume:
         raise CheckpointError(f"{folder}: already holds a {status} run; resume it or choose another folder")
@@ -98,13 +100,12 @@ class RunLog:
         self.path = path
         kept = []
         if step and path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
+            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
                 try:
-                    entry = json.loads(line)
-                except ValueError:
+                    if json.loads(line)["step"] <= step:
+                        kept.append(line + "\n")
+                except (ValueError, KeyError, TypeError):
                     continue  # torn by a kill
-                if entry["step"] <= step:
-                    kept.append(line + "\n")
         write_atomic(path, "".join(kept).encode())
 
     def add(self, entry: dict[str, Any]) -> None:
@@ -137,7 +138,52 @@ def _versions() -> dict[str, str]:
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    write_atomic(folder / RUN, (json.dumps(manifest, indent=1) + "\n").encode())
+    """Write run.json with a checksum over itself."""
+    write_atomic(folder / RUN, (json.dumps(seal(manifest), indent=1) + "\n").encode())
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What run.json says.
+
+    Raises:
+        CheckpointError: it cannot be read, is none, or was changed since it was written.
+    """
+    path = folder / RUN
+    try:
+        manifest = unseal(json.loads(path.read_bytes()))
+        for name in ("arguments", "versions", "result", "files"):
+            if not isinstance(manifest.get(name, {}), dict):
+                raise ValueError(f"{name} is no table")
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not a run of tgq_fast ({type(error).__name__}: {error})") from None
+    return manifest
+
+
+def read_log(folder: Path, manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    """Entries of the training log that have a step; lines that a kill tore are left out.
+
+    Raises:
+        CheckpointError: the log of a finished run is not the one that run.json knows.
+    """
+    path = folder / LOG
+    known = manifest.get("files", {}).get(LOG)
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        data = b""
+    except OSError as error:
+        raise CheckpointError(f"{path}: not readable ({error})") from None
+    if known is not None and hashlib.sha256(data).hexdigest() != known:
+        raise CheckpointError(f"{path}: missing or damaged (SHA-256 differs from {RUN})")
+    entries = []
+    for line in data.decode("utf-8", errors="replace").splitlines():
+        try:
+            entry = json.loads(line)
+            float(entry["step"])
+        except (ValueError, KeyError, TypeError, RecursionError):
+            continue
+        entries.append(entry)
+    return entries
 
 
 def load_result(folder: Path, manifest: dict[str, Any], *, resumed_from: int) -> TrainResult:

@@ -175,6 +175,7 @@ def train(
         wanted = config
         manifest = team.lead(lambda: claim(folder, wanted, arguments, catalog, resume))
         if manifest["status"] == "finished":
+            team.lead(lambda: shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True))  # a kill may have left them
             return load_result(folder, manifest, resumed_from=manifest["result"]["steps"])
         if store is None:
             assert towers is not None
@@ -404,7 +405,7 @@ def _finish(
             "trainable_parameters": sum(p.numel() for _, p in model.trainable_parameters()),
             "verdict": None if verdict is None else verdict.to_dict(),
         },
-        "files": {name: sha256_file(folder / name) for name in MODEL_FILES},
+        "files": {name: sha256_file(folder / name) for name in (*MODEL_FILES, LOG)},
     }
     write_manifest(folder, finished)
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)

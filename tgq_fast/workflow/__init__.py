@@ -4,13 +4,12 @@ Results are returned as typed objects or plain dicts. Nothing is printed: a :cla
 """
 
 from tgq_fast.workflow.configure import connector_table, continued_config, make_config
-from tgq_fast.workflow.embed import CATALOG_NOTE, catalog_of, embed_run, parts_engine
+from tgq_fast.workflow.embed import catalog_of, embed_run, parts_engine
 from tgq_fast.workflow.evaluate import evaluate_run, metric_table
 from tgq_fast.workflow.opening import Policy, load_towers, open_run, open_store, zero_shot_model
 from tgq_fast.workflow.train import DEFAULT_VIEWS, default_epochs, steps_per_epoch, train_run
 
 __all__ = [
-    "CATALOG_NOTE",
     "DEFAULT_VIEWS",
     "Policy",
     "catalog_of",

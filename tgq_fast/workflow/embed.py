@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tgq_fast.errors import TGQError
+from tgq_fast.errors import CatalogError
 from tgq_fast.watch import SILENT, Watch
 from tgq_fast.workflow.opening import REFUSED_ROWS, Policy, load_towers, open_run, open_store
 
@@ -18,8 +17,6 @@ if TYPE_CHECKING:
     from tgq_fast.retrieval.embed_parts import Engine
     from tgq_fast.retrieval.embed_plan import Plan
     from tgq_fast.scale.crew import Crew
-
-CATALOG_NOTE = "catalog.json"  # beside a pool: where its catalogue lay, for titles in search results
 
 
 def embed_run(
@@ -49,7 +46,6 @@ def embed_run(
         crew: workers that embed instead of this process, see :mod:`tgq_fast.scale`.
     """
     from tgq_fast.data import RejectLog
-    from tgq_fast.data.files import write_atomic
     from tgq_fast.models import FeatureStore
     from tgq_fast.models.zoo import connector_spec
     from tgq_fast.retrieval import embed_catalog, model_digest
@@ -86,8 +82,6 @@ def embed_run(
         )
     if catalog.report.rejected:
         RejectLog(out / REFUSED_ROWS).add_report(catalog.report)
-    note = json.dumps({"catalog": str(Path(catalog.report.path).resolve()), "digest": catalog.digest()}, indent=1)
-    write_atomic(out / CATALOG_NOTE, note.encode())
     write_items(catalog, out)
     return report
 
@@ -102,12 +96,13 @@ def parts_engine(out: Path, crew: Crew) -> Engine:
 def catalog_of(pool: Path, digest: str, given: Path | None) -> Catalog | None:
     """The catalogue to show titles from: the given one, else the one the pool was made from if it is still there."""
     from tgq_fast.data import Catalog
+    from tgq_fast.retrieval.item_table import read_note
 
     if given is not None:
         return Catalog.load(given, policy="skip")
+    note = read_note(pool)
     try:
-        note = json.loads((pool / CATALOG_NOTE).read_text())
         catalog = Catalog.load(note["catalog"], policy="skip")
-    except (OSError, ValueError, KeyError, TypeError, TGQError):
+    except (KeyError, CatalogError):
         return None
     return catalog if catalog.digest() == digest else None
