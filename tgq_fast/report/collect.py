@@ -110,7 +110,8 @@ def write_report(
     notes = ([reason] if reason else []) + pictures.notes()
     if main_store.invalid:
         notes.append(f"{len(main_store.invalid)} item(s) have no usable picture and are no candidates.")
-    given = [("--model", path) for path in runs] + [("--pool", path) for path in pools or ()] + [("--out", out)]
+    given: list[tuple[str, object]] = [("--model", path) for path in runs]
+    given += [*(("--pool", path) for path in pools or ()), ("--out", out)]
     given += [("--k", ",".join(map(str, ks))), ("--split", split), *(("--corrupt", str(c)) for c in asked)]
     given += [("--examples", examples), ("--seed", seed)]
     command = shlex.join(

@@ -163,7 +163,7 @@ def _histogram(stream: str, values: np.ndarray, colour: str, groups: Sequence[tu
         figure = Figure(figsize=(4.6, 2.8))
         axes = figure.subplots()
         reach = max(_LEAST_GATE, 1.05 * float(np.abs(values).max()))
-        bins = np.linspace(-reach, reach, 41)
+        bins = np.linspace(-reach, reach, 41).tolist()
         for alpha, style, (label, mask) in zip((1.0, 0.75, 0.5), ("-", "--", ":"), groups):
             if mask.any():
                 axes.hist(
