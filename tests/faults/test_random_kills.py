@@ -139,7 +139,8 @@ def campaign(kills: int, seed: int) -> None:
                 assert os.waitpid(forked(lambda job=job, out=out: job(world, out)), 0)[1] == 0, job.__name__
                 seconds[job] = time.monotonic() - begin
             right[job] = outcome(job, out)
-        for number in range(kills):
+        while told["killed"] < kills:
+            number = sum(told[job.__name__] for job in seconds) + len(wrong)
             job = (train, embed, update, cache)[number % 4]
             out = root / f"killed{number}"
             for _ in range(rng.choice((1, 1, 2))):
@@ -172,7 +173,7 @@ def test_what_was_killed_goes_on_to_the_same_result() -> None:
     found = json.loads(done.stdout.splitlines()[-1])
     print(json.dumps(found))
     assert not found["wrong"], "\n".join(found["wrong"])
-    assert sum(found["told"][name] for name in ("train", "embed", "update", "cache") if name in found["told"]) == kills
+    assert found["told"]["killed"] >= kills
 
 
 if __name__ == "__main__":
