@@ -109,6 +109,7 @@ def campaign(world: World, folder: Path, use: Callable[[World], Any], seed: int,
     return outcomes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("part", "use"), [("run", use_run), ("pool", use_pool), ("cache", use_cache)])
 def test_damage_is_refused_or_harmless(world: World, part: str, use: Callable[[World], Any]) -> None:
     torch.manual_seed(0)

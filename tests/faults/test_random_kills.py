@@ -165,9 +165,10 @@ def campaign(kills: int, seed: int) -> None:
     print(json.dumps({"told": told, "wrong": wrong, "seconds": {j.__name__: round(s, 2) for j, s in seconds.items()}}))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_what_was_killed_goes_on_to_the_same_result() -> None:
-    kills = 60 if FULL else 8
+    kills = 60 if FULL else 4
     done = subprocess.run([sys.executable, __file__, str(kills), "1"], capture_output=True, text=True, timeout=3000)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
