@@ -168,7 +168,7 @@ def _histogram(stream: str, values: np.ndarray, colour: str, groups: Sequence[tu
             if mask.any():
                 axes.hist(
                     values[mask],
-                    bins=bins.tolist(),
+                    bins=bins,
                     histtype="step",
                     color=colour,
                     alpha=alpha,
