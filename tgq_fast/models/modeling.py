@@ -47,7 +47,7 @@ _TEXT = "Give metadata as a row, such as {'category': 'Sofas', 'attributes.colou
 _PACK_FROM = 64  # items from which repacking the connector's weights pays
 
 
-class TGQFormerModel(TowerHolder, Publishing, PreTrainedModel):
+class TGQFormerModel(TowerHolder, Publishing, PreTrainedModel):  # type: ignore[misc]  # push_to_hub has options of ours
     """Items → embeddings.
 
     The frozen towers are no submodules: they are loaded by name on first use, never trained and never saved. A model

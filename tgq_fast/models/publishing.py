@@ -21,7 +21,6 @@ class Publishing:
     """`push_to_hub` of a model, for :class:`TGQFormerModel`."""
 
     config: TGQFormerConfig
-    name_or_path: str
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
         """The model's own."""
@@ -94,7 +93,8 @@ class Publishing:
 
         api = HfApi(library_name="tgq_fast", token=token)
         repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        source = Path(self.name_or_path) if self.name_or_path else folder
+        loaded_from = getattr(self, "name_or_path", "")
+        source = Path(loaded_from) if loaded_from else folder
         written = next((f / CARD for f in (folder, source) if (f / CARD).is_file()), None)
         if written is not None:
             card = written.read_bytes()
