@@ -14,6 +14,7 @@ from synthetic import SyntheticStore, make_catalog, make_config
 
 from tgq_fast.errors import ArgumentError, CheckpointError, DependencyError
 from tgq_fast.models import TGQFormerModel
+from tgq_fast.models.configuration import seal_config
 from tgq_fast.training import TrainResult, train
 from tgq_fast.training.warm import warm_start
 
@@ -72,7 +73,7 @@ def test_a_start_that_does_not_fit_is_refused(tmp_path: Path, first: Path) -> No
     copy = tmp_path / "copy"
     shutil.copytree(first, copy)
     values = json.loads((copy / "config.json").read_text()) | {"tower_digests": {"vision": "float32:aa"}}
-    (copy / "config.json").write_text(json.dumps(values))
+    (copy / "config.json").write_text(json.dumps(seal_config(values)))
     with pytest.raises(CheckpointError, match="another vision tower"):
         run(tmp_path / "d", init_from=copy, config=make_config(whitening=8, tower_digests={"vision": "float32:bb"}))
 
@@ -83,7 +84,7 @@ def test_a_run_that_kept_the_frozen_feature_is_started_from_what_it_trained(tmp_
     assert warm_start(kept).digest == warm_start(first).digest
     values = json.loads((first / "config.json").read_text()) | {"connector": "zero-shot"}
     (tmp_path / "floor").mkdir()
-    (tmp_path / "floor" / "config.json").write_text(json.dumps(values))
+    (tmp_path / "floor" / "config.json").write_text(json.dumps(seal_config(values)))
     with pytest.raises(CheckpointError, match="no trained weights"):
         warm_start(tmp_path / "floor")
 
