@@ -53,7 +53,17 @@ def main() -> None:
     triton.runtime.driver.set_active(Driver())
     JITFunction._do_compile = record
     names = ("sm_90",)
-    for module in (absorbed, contrastive, fused, modulation, redundancy, softmax, streams):
+    for module in (
+        absorbed,
+        absorbed_backward,
+        contrastive,
+        fused,
+        modulation,
+        redundancy,
+        softmax,
+        streams,
+        streams_backward,
+    ):
         module.tile = lambda kernel, like, **sizes: tiling.pick(kernel, names, 8 * like.element_size(), **sizes)
     for length in [*range(129, 147), 197, 256]:  # one shape class
         q, x = torch.empty(2, 2, 4, 32).half(), torch.empty(2, length, 32).half()

@@ -225,7 +225,12 @@ def test_saved_model_comes_back(
             parameter.add_(0.01 * torch.randn_like(parameter))
     run(model, store, list(range(6)))  # moves the running statistics of s
     model.save_pretrained(tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors", "processor_config.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "config.json",
+        "model.safetensors",
+        "processor_config.json",
+        "tgq_former.py",
+    ]
     names = set(model.saved_state())
     assert not any("base_layer" in n or "embed_tokens" in n for n in names)
     expected = model.encode(catalog, features=store)
