@@ -194,9 +194,11 @@ def _summary(plan: Plan, setting: Setting, jobs: Sequence[Job], choice: dict[str
     rows = [read_row(name, paths, plan.ks, components, facts[name]) for name, paths in files.items()]
     ordered: list[Row] = sorted(rows, key=lambda row: _place(row, plan))
     pairs = setting.catalog.split_pairs("test", every=True)
+    catalogue = setting.catalog.root.resolve().name
     return {
-        "catalogue": setting.catalog.root.resolve().name,
-        "plan": plan.to_json(),
+        "catalogue": catalogue,
+        # The figures may be published: where the catalogue lay on this machine stays in plan.json.
+        "plan": plan.to_json() | {"catalog": catalogue},
         "package": package_identity() | {"commits of the runs": sorted(commits)},
         "test": {
             "queries": len(np.unique(pairs.query)),
