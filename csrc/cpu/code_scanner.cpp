@@ -7,12 +7,6 @@
 #include "cpu/pass.h"
 
 namespace tgq {
-namespace {
-
-constexpr int kRetryAfter = 15;  // blocks scored exactly after a block that the codes did not thin out
-
-}  // namespace
-
 CodeScanner::CodeScanner(const ScanPlan& plan)
     : Scanner(plan), queries_of_tile_(padded_tile_, *plan.codes), settler_(plan),
       code_hits_(static_cast<std::size_t>(plan.block_rows / kGroup * kDenseGroup + kGroup * kQueryPanel)),
@@ -33,7 +27,7 @@ CodeRows CodeScanner::block(std::int64_t first, int count) const {
   rows.codes = codes.bytes + group * kLineBytes;
   rows.plane_stride = codes.plane_stride;
   rows.group_step = plan_.group_step;
-  rows.groups = (count + kGroup - 1) / kGroup;
+  rows.groups = static_cast<int>(ceil_div(count, kGroup));
   rows.lines = codes.first_lines;
   rows.scale = codes.scale + row;
   rows.rest = codes.rest + row;
@@ -85,7 +79,7 @@ float CodeScanner::fine_margin(std::int64_t q) const {
 
 // Asks for the first level of a panel's share of the rows to come.
 void CodeScanner::fetch(std::int64_t first, std::int64_t count, std::int64_t panel) const {
-  const std::int64_t groups = (count + kGroup - 1) / kGroup;
+  const std::int64_t groups = ceil_div(count, kGroup);
   const std::int64_t begin = groups * panel / padded_tile_, end = groups * (panel + kQueryPanel) / padded_tile_;
   for (int line = 0; line < plan_.codes->first_lines; ++line) {
     const std::uint8_t* from = plan_.codes->bytes + line * plan_.codes->plane_stride + first / kGroup * kLineBytes;
@@ -116,11 +110,7 @@ void CodeScanner::filter(std::int64_t first, int count, std::int64_t ahead, Colu
     }
     all += rows.groups;
   }
-  score_batch(first, columns);
-  for (const std::int64_t q : risen_) update_floors(q, q + 1, first + count);
-  risen_.clear();
-  counters_.filtered += num_queries_ * count;
-  if (2 * dense > all) direct_blocks_ = kRetryAfter;
+  end_filtered(first, count, dense, all, columns);
 }
 
 void CodeScanner::put_off(std::int64_t q, std::int64_t row, float bound) {

@@ -12,6 +12,7 @@
 
 #include "cpu/kernels.h"
 #include "cpu/matrix.h"
+#include "tgq/integers.h"
 
 namespace tgq {
 
@@ -55,7 +56,6 @@ class Scratch {
   std::size_t size_ = 0;
 };
 
-inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 inline int parts_of(DType dtype) { return dtype == DType::bf16 ? 1 : kFloatParts; }
 inline std::int64_t size_of(DType dtype) { return dtype == DType::bf16 ? 2 : 4; }
 inline bool supported(DType dtype) { return dtype == DType::f32 || dtype == DType::bf16; }

@@ -9,11 +9,9 @@
 
 #include "cpu/scan.h"
 #include "cpu/team.h"
+#include "tgq/integers.h"
 
 namespace tgq {
-
-inline std::int64_t round_up(std::int64_t value, std::int64_t unit) { return (value + unit - 1) / unit * unit; }
-inline std::int64_t ceil_div(std::int64_t value, std::int64_t unit) { return (value + unit - 1) / unit; }
 
 inline bool valid(const Matrix& m) {
   const int dtype = static_cast<int>(m.dtype);

@@ -10,6 +10,7 @@
 
 #include "cpu/columns.h"
 #include "cpu/settle.h"
+#include "tgq/integers.h"
 
 namespace tgq {
 namespace {
@@ -20,15 +21,13 @@ constexpr int kBatch = 64;          // hits scored exactly at a time
 constexpr int kColdRows = 16;       // times k: rows scored exactly where no floor is known
 constexpr int kRetryAfter = 15;     // blocks scored exactly after a block that the filter did not thin out
 
-std::int64_t pad(std::int64_t value, std::int64_t unit) { return (value + unit - 1) / unit * unit; }
-
 }  // namespace
 
 Scanner::Scanner(const ScanPlan& plan)
     : plan_(plan),
       pool_(plan.pool, *plan.kernels, plan.width),
       query_reader_(plan.queries, *plan.kernels, plan.width),
-      padded_tile_(pad(plan.max_tile, kPanel)),
+      padded_tile_(round_up(plan.max_tile, kPanel)),
       queries_(static_cast<std::size_t>(padded_tile_ * plan.width)),
       row_scratch_(static_cast<std::size_t>(std::max(plan.block_rows, kBatch) * plan.width)),
       scores_(static_cast<std::size_t>(kPanel * kDirectRows)),
@@ -70,7 +69,7 @@ void Scanner::load_queries(std::int64_t begin, std::int64_t count) {
   std::fill(maxima_.begin(), maxima_.end(), -std::numeric_limits<float>::infinity());
   norm_sum_ = error_sum_ = 0;
   groups_ = 0;
-  const std::int64_t padded = pad(count, kPanel);
+  const std::int64_t padded = round_up(count, kPanel);
   std::fill(queries_.data() + count * plan_.width, queries_.data() + padded * plan_.width, 0.0f);
   for (std::int64_t q = 0; q < padded; ++q) {
     const auto i = static_cast<std::size_t>(q);
@@ -138,7 +137,7 @@ void Scanner::raise_floors(const Columns& columns) {
 }
 
 void Scanner::share_floors(SharedFloors& shared, int thread) {
-  const auto rank = static_cast<std::uint32_t>(pad(plan_.k, shared.threads()) / shared.threads());
+  const auto rank = static_cast<std::uint32_t>(ceil_div(plan_.k, shared.threads()));
   for (std::int64_t q = 0; q < num_queries_; ++q) {
     Candidates& best = candidates_[static_cast<std::size_t>(q)];
     if (thread < shared.threads() && best.count >= rank) {
@@ -162,7 +161,7 @@ bool Scanner::cold() const { return plan_.slots == 0 && plan_.floors == nullptr 
 
 int Scanner::next_rows() const {
   if (plan_.filter == nullptr || !cold()) return plan_.block_rows;
-  const std::int64_t rest = pad(kColdRows * static_cast<std::int64_t>(plan_.k) - scanned_, kPanel);
+  const std::int64_t rest = round_up(kColdRows * static_cast<std::int64_t>(plan_.k) - scanned_, kPanel);
   return static_cast<int>(std::min<std::int64_t>(plan_.block_rows, rest));
 }
 
@@ -223,7 +222,7 @@ void Scanner::read_rows(std::int64_t first, int count) {
 }
 
 void Scanner::encode(std::int64_t first, int count) {
-  const int padded = static_cast<int>(pad(count, kPanel));
+  const int padded = static_cast<int>(round_up(count, kPanel));
   block_.codes = codes_.data();
   block_.stride = plan_.row_bytes;
   if (!stored_codes_) {
@@ -292,11 +291,15 @@ void Scanner::scan_filtered(std::int64_t first, int count, std::int64_t ahead, C
     }
     tiles += block_.groups;
   }
+  end_filtered(first, count, dense_tiles, tiles, columns);
+}
+
+void Scanner::end_filtered(std::int64_t first, int count, std::int64_t dense, std::int64_t groups, Columns* columns) {
   score_batch(first, columns);
   for (const std::int64_t q : risen_) update_floors(q, q + 1, first + count);
   risen_.clear();
   counters_.filtered += num_queries_ * count;
-  if (2 * dense_tiles > tiles) direct_blocks_ = kRetryAfter;
+  if (2 * dense > groups) direct_blocks_ = kRetryAfter;
 }
 
 void Scanner::scan_sample(std::int64_t first, int count, std::int64_t ahead) {

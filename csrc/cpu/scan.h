@@ -185,6 +185,9 @@ class Scanner {
   // Scores hits exactly, a batch of a block's panels together.
   void rescore(std::int64_t q, int row, std::int64_t first, int count, Columns* columns);
   void score_batch(std::int64_t first, Columns* columns);
+  // After the filter has been through a block: what it left is scored and floors rise; where most groups were dense, the filter
+  // rests for some blocks.
+  void end_filtered(std::int64_t first, int count, std::int64_t dense, std::int64_t groups, Columns* columns);
   void offer(std::int64_t q, std::int64_t row, float score, Columns* columns);
   void load_row_floors(const Columns& columns, std::int64_t first, int count);
   void update_floors(std::int64_t begin, std::int64_t end, std::int64_t next_row);

@@ -5,6 +5,7 @@
 
 #include "cuda/filter.h"
 #include "cuda/job.h"
+#include "tgq/integers.h"
 
 namespace tgq::cuda {
 namespace {
@@ -23,8 +24,6 @@ constexpr std::int64_t kChunks = 3;               // passes over the pool: the f
 constexpr std::int64_t kMaxBoundTiles = 1 << 21;  // of norms that are kept for later tiles of queries: 16 MB
 constexpr std::int64_t kSelfJoinRows = 1 << 17;   // below that the triangle saves less than its additional steps cost
 constexpr std::int64_t kPendingBytes = std::int64_t{8} << 30;  // of what waits in a self-join that nobody asked for
-
-std::int64_t round_up(std::int64_t value, std::int64_t unit) { return (value + unit - 1) / unit * unit; }
 
 // Rows that are scored exactly to get a first floor: for few queries launches weigh more, for many those exact scores do.
 std::int64_t first_rows(std::int64_t queries) { return queries <= 32 ? 2048 : queries < 1024 ? 512 : 128; }
@@ -80,7 +79,7 @@ void add_phases(Plan& plan, const CudaRequest& request, std::int64_t stride) {
   const bool floors = stride > 0 || request.tuning.has_forced_floor || request.resume;
   const std::int64_t first = first_of(2 * static_cast<std::int64_t>(request.k));
   const std::int64_t passes = plan.engine == Engine::skinny ? 1 : kChunks;
-  const std::int64_t even = std::max(kMinChunk, round_up((rows + passes - 1) / passes, kBoundRows));
+  const std::int64_t even = std::max(kMinChunk, round_up(ceil_div(rows, passes), kBoundRows));
   for (std::int64_t at = 0; at < rows;) {
     const std::int64_t next = floors ? even : at == 0 ? first : at;
     const std::int64_t count = std::min({next, rows - at, plan.chunk_rows});
@@ -114,7 +113,7 @@ bool takes_triangle(const CudaRequest& request, Engine engine) {
 std::vector<Phase> triangle_phases(const Plan& plan, const CudaRequest& request, std::int64_t begin) {
   std::vector<Phase> phases;
   const std::int64_t rows = request.pool.rows, own_end = std::min(rows, begin + plan.tile_queries);
-  const std::int64_t even = std::max(kMinChunk, round_up((rows - own_end + kChunks - 1) / kChunks, kBoundRows));
+  const std::int64_t even = std::max(kMinChunk, round_up(ceil_div(rows - own_end, kChunks), kBoundRows));
   for (std::int64_t at = begin; at < rows;) {
     const std::int64_t left = at < own_end ? own_end - at : std::min(even, rows - at);
     const std::int64_t count = std::min(left, plan.chunk_rows);
