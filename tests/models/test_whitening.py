@@ -64,7 +64,7 @@ def test_rows_that_are_not_asked_for_have_no_say() -> None:
 def test_too_few_items(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         _, fitted = fit_whitening(pictures(), range(6), config())
-    assert fitted.whitening == 5 and "5 components instead of 8" in caplog.text
+    assert fitted.whitening == 5 and "6 training pictures have no more than 5 directions" in caplog.text
     with pytest.raises(ArgumentError, match="at least 2"):
         fit_whitening(pictures(), [3], config())
 

@@ -66,6 +66,22 @@ class Condition:
         """Whether this side is corrupted."""
         return self.kind != "clean" and self.side in (side, "both")
 
+    @property
+    def words(self) -> str:
+        """What is done and to what, for a reader who does not know the grammar."""
+        whom = {"query": "queries only", "pool": "pool only", "both": "queries and pool"}[self.side]
+        if self.kind == "clean":
+            return "pictures and metadata as they are"
+        if self.kind == "metadata":
+            return f"{self.damage} metadata for {self.amount:.0%} of the items, {whom}"
+        what = {
+            "overlay": f"badge or text strip over {self.amount:.0%} of the picture",
+            "background": "another background",
+            "scene": f"the product in one picture with {self.amount - 1:.0f} of other categories",
+            "crop": f"{self.amount:.0%} of the picture is left",
+        }.get(self.kind, f"{self.kind.replace('_', ' ')} over {self.amount:.0%} of the picture")
+        return f"{what}, {whom}"
+
     @classmethod
     def parse(cls, text: str) -> Condition:
         """From its text.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +17,6 @@ from tgq_fast.models.zoo.registry import CONNECTORS, ZERO_SHOT, connector_spec
 if TYPE_CHECKING:
     from tgq_fast.models.towers import TextTower, VisionTower
 
-logger = logging.getLogger(__name__)
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "connector": (*CONNECTORS, ZERO_SHOT),
@@ -297,14 +295,8 @@ class TGQFormerConfig(PreTrainedConfig):
         return config
 
     def with_whitening(self, components: int) -> TGQFormerConfig:
-        """A copy with another number of whitened components; says so if it is smaller than was asked for."""
+        """A copy with another number of whitened components."""
         config = copy.deepcopy(self)
-        if components < self.whitening:
-            logger.warning(
-                "whitening: %d components instead of %d; the towers and the training items give no more",
-                components,
-                self.whitening,
-            )
         config.whitening = components
         return config
 

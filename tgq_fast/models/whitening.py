@@ -9,6 +9,7 @@ Source: ours; whitening of image features before retrieval, Jégou & Chum 2012.
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ from tgq_fast.models.outputs import FrozenFeatures
 from tgq_fast.models.pictures import PictureArrays, PictureFeatures, read_pictures
 
 __all__ = ["PrincipalComponents", "Whitening", "fit_whitening", "whitened_pictures", "whitening_rows"]
+
+logger = logging.getLogger(__name__)
 
 _CHUNK = 256  # rows read at a time
 _FIT_ROWS = 50_000  # items beyond this are left out evenly: the statistics no longer change
@@ -140,7 +143,12 @@ def fit_whitening(
         )
     if len(rows) > _FIT_ROWS:
         rows = rows[np.linspace(0, len(rows) - 1, _FIT_ROWS).astype(np.int64)]
-    config = config.with_whitening(min(config.whitening, max(config.visual_width, config.global_width), len(rows) - 1))
+    width = max(config.visual_width, config.global_width)
+    wanted, most = config.whitening, min(width, len(rows) - 1)
+    if most < wanted:
+        why = f"{len(rows)} training pictures" if most < width else f"features of width {width}"
+        logger.warning("whitening=%d: %s have no more than %d directions, all of them are kept", wanted, why, most)
+    config = config.with_whitening(min(wanted, most))
     whitening = Whitening(config)
     moments = {part: _Moments() for part in ("tokens", "image")}
     for start in range(0, len(rows), _CHUNK):

@@ -186,7 +186,7 @@ def verdict(main: Gathered, floored: Sequence[Gathered]) -> list[str]:
         head = f"Training helped: {main.name} beats {best.name}, the better of what needs no training."
     else:
         head = f"Training cannot be told from {best.name}, which needs none: no difference leaves its interval."
-    return [head, "; ".join(text for _, text in told) + "."]
+    return [head, *(text for _, text in told)]
 
 
 def _result(one: Gathered, shown: Sequence[Gathered]) -> RunResult:
@@ -338,7 +338,7 @@ def _examples(
 
 def _neighbour(catalog: Catalog, row: int, score: float, hit: bool, pictures: Pictures) -> Neighbour:
     item = catalog.items[row]
-    return Neighbour(item.id, pictures.uri(row, side=150), _title(item), item.category or "", score, hit)
+    return Neighbour(item.id, pictures.uri(row, side=200), _title(item), item.category or "", score, hit)
 
 
 def _title(item: Item) -> str:

@@ -8,10 +8,11 @@ from importlib import resources
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
+from tgq_fast.data.conditions import Condition
 from tgq_fast.report import figures
 from tgq_fast.report.content import ReportContent, RunResult
 
-__all__ = ["render", "source"]
+__all__ = ["environment", "render", "source"]
 
 _CURVES = (
     ("loss", "training loss"),
@@ -28,27 +29,39 @@ def source(name: str) -> str:
     return resources.files("tgq_fast.report").joinpath(name).read_text(encoding="utf-8")
 
 
-def render(content: ReportContent) -> str:
-    """The whole page. Every text of the catalogue is escaped; figures and pictures are part of the file."""
-    environment = Environment(
+def environment() -> Environment:
+    """Where the templates of pages live: everything is escaped, a name that is missing is an error."""
+    found = Environment(
         loader=FunctionLoader(source), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.globals["series"] = figures.series_variable
+    found.globals |= {
+        "series": figures.series_variable,
+        "style": lambda: Markup(source("page.css")),
+        "words": lambda condition: Condition.parse(condition).words,
+    }
+    return found
+
+
+def render(content: ReportContent) -> str:
+    """The whole page. Every text of the catalogue is escaped; figures and pictures are part of the file."""
     names = _shown(content.runs)
     drawn = [figures.curves(content.runs, name, title) for name, title in _CURVES]
     gates = content.gates
-    return environment.get_template("page.html.j2").render(
-        content=content,
-        metric_names=names,
-        best={name: _sole_winner(content.runs, name) for name in names},
-        style=Markup(source("page.css")),
-        dots=[Markup(figure) for figure in figures.metric_dots(content.runs, _plotted(names))],
-        curves=[Markup(figure) for figure in drawn if figure],
-        gate_figures=[
-            Markup(figure)
-            for draw in (figures.gates_by_agreement, figures.gates_by_condition)
-            for figure in (draw(gates) if gates is not None else ())
-        ],
+    return (
+        environment()
+        .get_template("page.html.j2")
+        .render(
+            content=content,
+            metric_names=names,
+            best={name: _sole_winner(content.runs, name) for name in names},
+            dots=[Markup(figure) for figure in figures.metric_dots(content.runs, _plotted(names))],
+            curves=[Markup(figure) for figure in drawn if figure],
+            gate_figures=[
+                Markup(figure)
+                for draw in (figures.gates_by_agreement, figures.gates_by_condition)
+                for figure in (draw(gates) if gates is not None else ())
+            ],
+        )
     )
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from tgq_fast.errors import ArgumentError
 
-__all__ = ["fill", "main", "retrieval_table", "study_table"]
+__all__ = ["beats_all", "fill", "main", "retrieval_table", "study_table"]
 
 _BLOCK = re.compile(r"(<!-- retrieval:begin -->\n).*?(<!-- retrieval:end -->)", re.DOTALL)
 _METRICS = ("HR@1", "HR@10", "HR@100", "H@100", "MRR")
@@ -77,15 +77,12 @@ def study_table(name: str, study: Mapping[str, Any]) -> str:
     columns += [(place, last) for place in study["pooled"] if place != "all"] + [("all", last)] * (
         "all" in study["pooled"]
     )
-    rivals = [row for row in study["rows"].values() if "against" in row and not row["facts"].get("ablation")]
-    if all(row["facts"].get("stage") == "floor" for row in rivals):
-        rivals = []
     test, plan = study["test"], study["plan"]
     lines = [
         f"**{study['catalogue']}**: {test['queries']:,} test queries of {test['groups']:,} groups, every item of "
         f"{test['pool']:,} a candidate, guided by {', '.join(plan['fields']) or 'nothing'}; {_seeds(plan['seeds'])}, "
         "95 % bootstrap intervals over groups"
-        + "; bold: better than every other connector and floor beyond the paired interval" * bool(rivals)
+        + "; bold: better than every other connector and floor beyond the paired interval" * bool(_rivals(study))
         + "; ↓ ↑: worse or better than the whole beyond the paired interval" * bool(plan.get("ablations"))
         + ".",
         "",
@@ -99,11 +96,23 @@ def study_table(name: str, study: Mapping[str, Any]) -> str:
             text = f"{value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
             if row["facts"].get("ablation"):
                 text += {"win": " ↓", "loss": " ↑", "tie": ""}[row["against"][place][metric]["verdict"]]
-            won = rivals and all(rival["against"][place][metric]["verdict"] == "win" for rival in rivals)
-            cells.append(f"**{text}**" if row_name == study["main"] and won else text)
+            won = row_name == study["main"] and beats_all(study, place, metric)
+            cells.append(f"**{text}**" if won else text)
         lines.append(f"| {row_name} | " + " | ".join(cells) + " |")
     conditions = ", ".join(plan["conditions"])
     return "\n".join([*lines, "", f"Made by `tgq-fast study` under {conditions}: `{name}`.", ""])
+
+
+def beats_all(study: Mapping[str, Any], place: str, metric: str) -> bool:
+    """Whether every other connector and floor is worse than the main row beyond its interval; not beside mere floors."""
+    rivals = _rivals(study)
+    return bool(rivals) and all(rival["against"][place][metric]["verdict"] == "win" for rival in rivals)
+
+
+def _rivals(study: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Rows of other connectors and of floors; none where only floors stand beside the main row."""
+    rows = [row for row in study["rows"].values() if "against" in row and not row["facts"].get("ablation")]
+    return [] if all(row["facts"].get("stage") == "floor" for row in rows) else rows
 
 
 def _seeds(count: int) -> str:

@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -199,7 +200,7 @@ def _summary(plan: Plan, setting: Setting, jobs: Sequence[Job], choice: dict[str
         "catalogue": catalogue,
         # The figures may be published: where the catalogue lay on this machine stays in plan.json.
         "plan": plan.to_json() | {"catalog": catalogue},
-        "package": package_identity() | {"commits of the runs": sorted(commits)},
+        "package": package_identity() | {"date": date.today().isoformat(), "commits of the runs": sorted(commits)},
         "test": {
             "queries": len(np.unique(pairs.query)),
             "pairs": len(pairs),

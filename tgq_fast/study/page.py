@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FunctionLoader, StrictUndefined
-from markupsafe import Markup
-
 from tgq_fast.data.files import write_atomic
-from tgq_fast.report.page import source
+from tgq_fast.report.page import environment
+from tgq_fast.report.readme import beats_all
 
 __all__ = ["text_table", "verdict", "write_page"]
 
@@ -82,12 +81,42 @@ def text_table(study: Study, metric: str | None = None) -> tuple[list[str], list
     return [metric, *places], rows
 
 
+def command(plan: Mapping[str, Any]) -> str:
+    """The command line of a study, but for folders, jobs and cache: what differs from the defaults is named."""
+    given: list[tuple[str, Any]] = [("--connectors", ",".join(plan["connectors"])), ("--seeds", plan["seeds"])]
+    given += [("--fields", ",".join(plan["fields"])), ("--corruptions", ",".join(plan["conditions"]))]
+    if plan.get("ablations"):
+        given.append(("--ablations", ",".join(plan["ablations"])))
+    if len(plan["recipes"]) > 1 or any(plan["recipes"].values()):
+        texts = {
+            name: ",".join(f"{key}={value}" for key, value in made.items()) for name, made in plan["recipes"].items()
+        }
+        given += [("--recipe", f"{name}:{text}") for name, text in texts.items()]
+        given += [("--folds", plan["folds"]), ("--select", plan["select"])]
+    given += [("--set", f"{key}={value}") for key, value in plan["overrides"].items()]
+    given += [("--preset", plan["preset"]), ("--batch-size", plan["batch_size"]), ("--lr", plan["lr"])]
+    given += [("--epochs", plan["epochs"])] * (plan["epochs"] is not None)
+    views = plan["views"]
+    given.append(("--views", 0 if views is None else views.get("per_item", 4)))
+    if views and views.get("kinds"):
+        given.append(("--view-kinds", ",".join(f"{name}={weight}" for name, weight in views["kinds"].items())))
+    given.append(("--seed", plan["seed"]))
+    words = ["tgq-fast", "study", str(plan["catalog"]), *(str(part) for pair in given for part in pair)]
+    return shlex.join(words + ["--bf16"] * bool(plan["bf16"]))
+
+
 def write_page(study: Study, out: Path) -> None:
     """The whole study on one page that loads nothing from anywhere."""
-    environment = Environment(
-        loader=FunctionLoader(source), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    page = environment.get_template("study.html.j2").render(
-        study=study, verdict=verdict(study), headline=headline(study), style=Markup(source("page.css"))
+    page = (
+        environment()
+        .get_template("study.html.j2")
+        .render(
+            study=study,
+            verdict=verdict(study),
+            headline=headline(study),
+            command=command(study["plan"]),
+            chance=_p,
+            best=lambda place, metric: beats_all(study, place, metric),
+        )
     )
     write_atomic(out, page.encode())
