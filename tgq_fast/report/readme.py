@@ -104,7 +104,7 @@ def study_table(name: str, study: Mapping[str, Any]) -> str:
 
 
 def beats_all(study: Mapping[str, Any], place: str, metric: str) -> bool:
-    """Whether every other connector and floor is worse than the main row beyond its interval; not beside mere floors."""
+    """Whether every rival is worse than the main row beyond its interval; never where only floors stand beside it."""
     rivals = _rivals(study)
     return bool(rivals) and all(rival["against"][place][metric]["verdict"] == "win" for rival in rivals)
 
