@@ -11,7 +11,7 @@
 #   CATALOG     folder of a catalogue for make demo; default: the embedded one
 #   FIELDS      metadata that may guide, a,b,c; default: chosen by the rule of docs/method.md
 #   OUT         folder for what make demo writes
-#   DEMO_ARGS   further options of python -m tgq_fast.demo (see its --help)
+#   DEMO_ARGS   further options of python -m tgq_fast.app.demo (see its --help)
 #   PYTEST_ARGS further options of pytest
 
 SHELL := /bin/bash
@@ -73,7 +73,7 @@ $(VENV)/.tgq-dev: $(VENV)/.tgq-built
 	touch $@
 
 demo: setup
-	$(PY) -m tgq_fast.demo --out "$(OUT)" $(if $(CATALOG),--catalog "$(CATALOG)") $(if $(FIELDS),--fields "$(FIELDS)") $(DEMO_ARGS)
+	$(PY) -m tgq_fast.app.demo --out "$(OUT)" $(if $(CATALOG),--catalog "$(CATALOG)") $(if $(FIELDS),--fields "$(FIELDS)") $(DEMO_ARGS)
 
 docs: setup-dev
 	$(PY) -m mkdocs build --strict -d build/site

@@ -101,7 +101,7 @@ class CMakeBuild(build_ext):
 
 
 class StampedBuild(build_py):
-    """Writes the commit beside the sources of a wheel: `tgq_fast.retrieval._identity` reads it there."""
+    """Writes the commit beside the sources of a wheel: `tgq_fast.io.identity` reads it there."""
 
     def run(self) -> None:
         super().run()

@@ -17,7 +17,7 @@ namespace py = pybind11;
 
 namespace {
 
-// A matrix as tgq_fast/retrieval/topk_native.py passes it: (address, rows, cols, row stride, column stride, dtype code).
+// A matrix as tgq_fast/search/topk_native.py passes it: (address, rows, cols, row stride, column stride, dtype code).
 tgq::Matrix matrix(const py::tuple& fields) {
   return {reinterpret_cast<const void*>(fields[0].cast<std::uintptr_t>()), fields[1].cast<std::int64_t>(),
           fields[2].cast<std::int64_t>(), fields[3].cast<std::int64_t>(), fields[4].cast<std::int64_t>(),
@@ -119,7 +119,7 @@ int search_cpu(const py::tuple& queries, const py::tuple& pool, std::uint32_t k,
   return static_cast<int>(status);
 }
 
-// Rows as tgq_fast/retrieval/codes.py passes them. Returns (step, norm, energy in the first level, energy).
+// Rows as tgq_fast/search/codes.py passes them. Returns (step, norm, energy in the first level, energy).
 py::tuple encode_codes(std::uintptr_t turned, std::uintptr_t coded, std::int64_t count, std::int64_t first_row, const py::tuple& lines,
                        double spread, const py::tuple& arrays) {
   tgq::EncodeRequest request{};

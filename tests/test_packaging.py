@@ -65,7 +65,7 @@ def test_a_missing_extension_is_explained(monkeypatch: pytest.MonkeyPatch) -> No
     import torch
 
     from tgq_fast.errors import BackendError
-    from tgq_fast.retrieval.topk import topk
+    from tgq_fast.search.topk import topk
 
     reason = "the extension is not built: for this test"
     monkeypatch.setattr(_native, "_load", lambda: (None, reason))
@@ -102,7 +102,7 @@ def test_wheel_from_the_source_distribution(tmp_path: Path) -> None:
     assert printed[1] != "unknown"
     stamp = json.loads((tmp_path / "site" / "tgq_fast" / "_build_info.json").read_text())  # runs and pools keep it
     assert stamp == {"commit": printed[1]}
-    code = "from tgq_fast.retrieval._identity import package_identity as i; print(i()['commit'])"
+    code = "from tgq_fast.io.identity import package_identity as i; print(i()['commit'])"
     assert run(code, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path / "site")}).strip() == printed[1]
 
 

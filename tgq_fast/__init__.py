@@ -25,13 +25,13 @@ if TYPE_CHECKING:
         PoolError,
         TGQError,
     )
+    from tgq_fast.evaluation.evaluate import evaluate
     from tgq_fast.models import TGQFormerConfig, TGQFormerModel, TGQFormerProcessor
     from tgq_fast.ops import explain, use_backend
     from tgq_fast.ops.patch import patch, unpatch
-    from tgq_fast.retrieval.embed import embed_catalog
-    from tgq_fast.retrieval.evaluate import evaluate
-    from tgq_fast.retrieval.pool import ItemPool
-    from tgq_fast.retrieval.topk import TopK, topk
+    from tgq_fast.pool.embed import embed_catalog
+    from tgq_fast.pool.item_pool import ItemPool
+    from tgq_fast.search.topk import TopK, topk
     from tgq_fast.training import train
 
 # Public name -> module that defines it.
@@ -53,9 +53,11 @@ _EXPORTS = {
     **dict.fromkeys(("Catalog", "Item"), "tgq_fast.data"),
     **dict.fromkeys(("TGQFormerConfig", "TGQFormerModel", "TGQFormerProcessor"), "tgq_fast.models"),
     **dict.fromkeys(("explain", "patch", "unpatch", "use_backend"), "tgq_fast.ops"),
-    **dict.fromkeys(("ItemPool", "TopK", "embed_catalog", "evaluate", "topk"), "tgq_fast.retrieval"),
+    **dict.fromkeys(("ItemPool", "embed_catalog"), "tgq_fast.pool"),
+    **dict.fromkeys(("TopK", "topk"), "tgq_fast.search"),
+    "evaluate": "tgq_fast.evaluation",
     "train": "tgq_fast.training",
-    "doctor": "tgq_fast.diagnosis",
+    "doctor": "tgq_fast.app.diagnosis",
 }
 
 __all__ = [

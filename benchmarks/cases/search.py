@@ -64,7 +64,7 @@ def load_embeddings(path: Path | None) -> Tensor:
     if path is None:
         raise UnavailableError("no real embeddings: name an item pool folder or .npy file with --embeddings")
     if path.is_dir():
-        from tgq_fast.retrieval import ItemPool
+        from tgq_fast.pool import ItemPool
 
         with ItemPool.open(path) as pool:
             return pool.embeddings().float()

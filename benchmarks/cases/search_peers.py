@@ -17,7 +17,7 @@ from benchmarks.cases.faiss_process import Avx2Process
 from benchmarks.cases.panorama import panorama
 from benchmarks.registry import Call, Setting, UnavailableError, Variant
 from tgq_fast.errors import ArgumentError, BackendError
-from tgq_fast.retrieval import Codes, TopK, build_codes, topk, topk_cuda, topk_native
+from tgq_fast.search import Codes, TopK, build_codes, topk, topk_cuda, topk_native
 
 _TILE_ROWS = 65536
 _WHOLE_BYTES = {"cpu": 4 << 30, "cuda": 24 << 30}  # a score matrix above this is not tried

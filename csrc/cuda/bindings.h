@@ -14,7 +14,7 @@ inline bool same_memory(const Matrix& a, const Matrix& b) {
          a.col_stride == b.col_stride && a.dtype == b.dtype;
 }
 
-// A request as tgq_fast/retrieval/topk_cuda.py passes it. Memory passes by address.
+// A request as tgq_fast/search/topk_cuda.py passes it. Memory passes by address.
 inline CudaRequest cuda_request(const Matrix& queries, const Matrix& pool, std::uint32_t k, std::uintptr_t exclude,
                                 std::int64_t exclude_width, std::int64_t first_row, bool resume,
                                 const pybind11::dict& options) {

@@ -109,7 +109,7 @@ def test_real_embeddings_from_numpy_and_their_absence(tmp_path) -> None:
 
 
 def test_real_embeddings_from_an_item_pool(tmp_path) -> None:
-    from tgq_fast.retrieval import ItemPool
+    from tgq_fast.pool import ItemPool
 
     rows = torch.nn.functional.normalize(torch.randn(6, 4), dim=-1)
     with ItemPool.create(tmp_path / "pool", dims=4) as pool:

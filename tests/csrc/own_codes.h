@@ -1,4 +1,4 @@
-// Codes of rows, made by the core as tgq_fast/retrieval/codes.py has them made.
+// Codes of rows, made by the core as tgq_fast/search/codes.py has them made.
 #pragma once
 
 #include <algorithm>

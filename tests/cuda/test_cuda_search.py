@@ -10,8 +10,8 @@ import torch
 from tgq_fast import _native
 from tgq_fast.errors import ArgumentError, BackendError
 from tgq_fast.reference import TopK, exact_topk
-from tgq_fast.retrieval import topk_cuda
-from tgq_fast.retrieval.topk import topk
+from tgq_fast.search import topk_cuda
+from tgq_fast.search.topk import topk
 
 
 def missing() -> str:

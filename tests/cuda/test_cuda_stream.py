@@ -11,8 +11,8 @@ import torch
 from tests.cuda.test_cuda_search import DTYPES, ENGINES, KINDS, REASON, assert_same, dataset
 from tgq_fast.errors import ArgumentError
 from tgq_fast.reference import TopK
-from tgq_fast.retrieval import topk_stream
-from tgq_fast.retrieval.topk import topk
+from tgq_fast.search import topk_stream
+from tgq_fast.search.topk import topk
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(REASON), reason=REASON)]
 

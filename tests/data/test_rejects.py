@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from tgq_fast.data import RejectLog
-from tgq_fast.data.files import atomic_writer, write_atomic
 from tgq_fast.errors import ImageError
+from tgq_fast.io.files import atomic_writer, write_atomic
 
 
 def test_entries_come_back_in_order_without_repeats(tmp_path: Path) -> None:

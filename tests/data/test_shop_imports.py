@@ -15,10 +15,10 @@ import pytest
 from shop_files import bytes_of, picture, run
 
 from tgq_fast.data import Catalog, Item, import_catalog
-from tgq_fast.data.files import locked
 from tgq_fast.data.importers.prices import parse_price
 from tgq_fast.data.importers.tables import detect, read_table
 from tgq_fast.errors import ArgumentError, CatalogError
+from tgq_fast.io.files import locked
 
 
 @pytest.mark.parametrize(

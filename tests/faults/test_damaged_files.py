@@ -20,9 +20,9 @@ from tgq_fast import workflow
 from tgq_fast.errors import TGQError
 from tgq_fast.models import FeatureStore, TGQFormerModel
 from tgq_fast.models.processing import TGQFormerProcessor
+from tgq_fast.pool import ItemPool, model_digest
+from tgq_fast.pool.item_table import facts_of
 from tgq_fast.report import collect
-from tgq_fast.retrieval import ItemPool, model_digest
-from tgq_fast.retrieval.item_table import facts_of
 from tgq_fast.training.folder import read_log, read_manifest
 
 PER_FILE = 14 if FULL else 3

@@ -25,10 +25,10 @@ sys.path.append(str(Path(__file__).parents[1] / "models"))  # run as a script, n
 from damage import FULL, World, make_world
 
 from tgq_fast import workflow
+from tgq_fast.io.identity import package_identity
 from tgq_fast.models import FeatureStore
 from tgq_fast.models.checkpoint import load_config
-from tgq_fast.retrieval import ItemPool
-from tgq_fast.retrieval._identity import package_identity
+from tgq_fast.pool import ItemPool
 from tgq_fast.training.folder import read_log, read_manifest
 
 STEPS, WIDTH = 40, 6  # of pool updates

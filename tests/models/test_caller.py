@@ -17,7 +17,7 @@ from tgq_fast.errors import ArgumentError, CheckpointError
 from tgq_fast.models import TGQFormerConfig, TGQFormerModel, load_text_tower, load_vision_tower
 from tgq_fast.models.features import FeatureStore
 from tgq_fast.models.hub import hub_load
-from tgq_fast.retrieval import ItemPool, embed_catalog, model_digest
+from tgq_fast.pool import ItemPool, embed_catalog, model_digest
 
 
 @pytest.fixture(scope="module")

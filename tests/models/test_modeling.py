@@ -334,7 +334,7 @@ def test_weights_are_packed_once_for_a_run(
 ) -> None:  # type: ignore[no-untyped-def]
     """Around many calls, and by embedding into a pool; an item's bits do not depend on how the run is cut."""
     from tgq_fast.models import inference
-    from tgq_fast.retrieval.embed import embed_catalog
+    from tgq_fast.pool.embed import embed_catalog
 
     model, packs = build(), []
     original = inference.packed

@@ -19,10 +19,10 @@ from PIL import Image
 
 from tgq_fast.data import Catalog
 from tgq_fast.errors import CheckpointError
+from tgq_fast.evaluation import evaluate
 from tgq_fast.models import TGQFormerModel, TGQFormerProcessor
 from tgq_fast.models.card import model_card, read_run
-from tgq_fast.retrieval import evaluate
-from tgq_fast.retrieval.embed import model_digest
+from tgq_fast.pool.embed import model_digest
 
 RUN = {
     "status": "finished",
@@ -61,7 +61,7 @@ PUSH = """
 import json, sys
 from tgq_fast import TGQFormerModel
 from tgq_fast.errors import CheckpointError
-from tgq_fast.retrieval.embed import model_digest
+from tgq_fast.pool.embed import model_digest
 model = TGQFormerModel.from_pretrained(sys.argv[1])
 one = model.push_to_hub("tgq", license="apache-2.0", token="hf_x", tags=["shoes"])
 model.save_pretrained(sys.argv[2], push_to_hub=True, repo_id="me/second", license="apache-2.0", token="hf_x")
@@ -157,7 +157,7 @@ for auto in (AutoConfig, AutoModel, AutoProcessor):
     except Exception as error:
         said.append(str(error))
 made = [auto.from_pretrained(sys.argv[1], trust_remote_code=True) for auto in (AutoConfig, AutoModel, AutoProcessor)]
-from tgq_fast.retrieval.embed import model_digest
+from tgq_fast.pool.embed import model_digest
 print()
 print(json.dumps([said, [type(x).__module__ + "." + type(x).__name__ for x in made], model_digest(made[1])]))
 """

@@ -16,7 +16,7 @@ from tgq_fast.models import TGQFormerModel
 from tgq_fast.models import features as features_module
 from tgq_fast.models.features import FeatureStore
 from tgq_fast.models.towers import TextTower, VisionTower, load_text_tower, load_vision_tower
-from tgq_fast.retrieval import ItemPool, embed_catalog
+from tgq_fast.pool import ItemPool, embed_catalog
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,8 @@ import torch
 
 from tgq_fast.data import Catalog, Item
 from tgq_fast.errors import DependencyError, ImageError, TGQError, WorkerError
-from tgq_fast.retrieval import ItemPool, embed_catalog
-from tgq_fast.retrieval.embed_parts import EmbeddedPart, PartOptions
+from tgq_fast.pool import ItemPool, embed_catalog
+from tgq_fast.pool.embed_parts import EmbeddedPart, PartOptions
 from tgq_fast.scale import PartsEngine, ProcessCrew, ray_crew
 from tgq_fast.scale.crew import Answer, Job, Lost, Task, Worker
 from tgq_fast.scale.parts import cut, is_current, part_path, read_part, write_part
@@ -196,7 +196,7 @@ def test_a_part_is_current_while_its_pictures_are(shop: Catalog, tmp_path: Path)
     assert one.key != two.key and cut(shop.part(shop.items[:8]), [range(8)], options, 1)[0].key == one.key
     other = PartOptions(3, ("title",), batch_size=4, model="another")
     assert cut(shop.part(shop.items[:8]), [range(8)], other, 1)[0].key != one.key
-    from tgq_fast.retrieval.embed_parts import PartEncoder
+    from tgq_fast.pool.embed_parts import PartEncoder
 
     def made() -> EmbeddedPart:
         (part,) = PartEncoder(shop, Model(), options).parts([one.rows])
@@ -265,7 +265,7 @@ def test_a_killed_driver_leaves_no_workers_and_is_resumed(
         return False
 
     writer = {"version": "0", "commit": "0"}
-    monkeypatch.setattr("tgq_fast.retrieval.pool_writer.package_identity", lambda: writer)
+    monkeypatch.setattr("tgq_fast.pool.writer.package_identity", lambda: writer)
     embed(shop, Model(), tmp_path / "many", PartsEngine(HereCrew(2, lose), tmp_path / "parts", batches=2))
     assert sum(done) <= ITEMS - 20 + 4
     embed(shop, Model(), tmp_path / "one")

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from tgq_fast.retrieval import ItemPool
+from tgq_fast.pool import ItemPool
 
 WIDTH = 16
 

@@ -23,7 +23,7 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select
 
 from tgq_fast.data import Catalog, write_demo_catalog
-from tgq_fast.retrieval import ItemPool
+from tgq_fast.pool import ItemPool
 from tgq_fast.serve import ServedPool, Shop, create_app
 
 

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from tgq_fast import TGQFormerModel, cli, errors
+from tgq_fast import TGQFormerModel, errors
+from tgq_fast.app import cli
 from tgq_fast.data import Catalog, write_demo_catalog
 from tgq_fast.models import backbones
 from tgq_fast.models.connector import TGQFormerConnector

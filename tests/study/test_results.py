@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tgq_fast.errors import ArgumentError
-from tgq_fast.retrieval.metrics import ABSENT, ranking_metrics
+from tgq_fast.evaluation.metrics import ABSENT, ranking_metrics
 from tgq_fast.study.results import Bootstrap, Row, families, read_row, summarise
 
 KS = (1, 10)

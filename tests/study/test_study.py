@@ -16,7 +16,7 @@ import pytest
 import tiny_models
 from typer.testing import CliRunner
 
-from tgq_fast import cli
+from tgq_fast.app import cli
 from tgq_fast.data import Catalog, write_demo_catalog
 from tgq_fast.workflow.probes import stream_mass
 
@@ -54,7 +54,7 @@ def study(shop: Path, options: list[str], tmp_path_factory: pytest.TempPathFacto
     command = ["study", str(shop), "--out", str(out), "--cache", str(out.parent / "cache"), *options]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     process = subprocess.Popen(
-        [sys.executable, "-m", "tgq_fast.cli", *command], env=environment, stderr=subprocess.PIPE
+        [sys.executable, "-m", "tgq_fast.app.cli", *command], env=environment, stderr=subprocess.PIPE
     )
     while process.poll() is None and len(list(out.glob("runs/*/result.json"))) < 9:
         time.sleep(0.02)

@@ -14,10 +14,11 @@ from synthetic import LENGTH, SyntheticStore, make_catalog, make_config
 from test_train import ARGUMENTS, run
 
 from tgq_fast.errors import ArgumentError
+from tgq_fast.evaluation import evaluate
 from tgq_fast.models import TGQFormerModel
 from tgq_fast.models.pictures import PictureArrays
-from tgq_fast.retrieval import evaluate, zero_shot_embeddings
-from tgq_fast.retrieval.embed import RAW_FLOOR, WHITENED_FLOOR
+from tgq_fast.pool import zero_shot_embeddings
+from tgq_fast.pool.embed import RAW_FLOOR, WHITENED_FLOOR
 from tgq_fast.training import PairCollator, train
 from tgq_fast.training.averaging import WeightAverage
 from tgq_fast.training.trainer import decayed_parameters

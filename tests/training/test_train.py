@@ -15,8 +15,9 @@ import torch
 from synthetic import SyntheticStore, make_catalog, make_config
 
 from tgq_fast.errors import ArgumentError, CheckpointError
+from tgq_fast.evaluation import evaluate
 from tgq_fast.models import TGQFormerModel
-from tgq_fast.retrieval import embed_catalog, evaluate
+from tgq_fast.pool import embed_catalog
 from tgq_fast.training import TrainResult, train
 from tgq_fast.training.folder import read_manifest
 from tgq_fast.training.trainer import last_complete_checkpoint, seal_checkpoint
@@ -120,7 +121,7 @@ import os, signal, sys
 from pathlib import Path
 import torch
 from test_train import run
-from tgq_fast.retrieval._identity import package_identity
+from tgq_fast.io.identity import package_identity
 from tgq_fast.training import run as runs, trainer
 
 torch.set_num_threads(1)

@@ -16,11 +16,11 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError, features
 
 from tgq_fast.data.catalog import Catalog
-from tgq_fast.data.files import open_regular
 from tgq_fast.data.items import Item
 from tgq_fast.data.pictures import MAX_BYTES, OutsideError, Picture
 from tgq_fast.data.rejects import RejectLog
 from tgq_fast.errors import ImageError
+from tgq_fast.io.files import open_regular
 
 __all__ = ["REASONS", "ImageLimits", "PictureLike", "load_image", "validate_images"]
 

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tgq_fast.data.files import open_regular
 from tgq_fast.data.values import RowError
 from tgq_fast.errors import CatalogError
+from tgq_fast.io.files import open_regular
 
 if TYPE_CHECKING:
     import pyarrow as pa

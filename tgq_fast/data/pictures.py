@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
-from tgq_fast.data.files import open_regular
+from tgq_fast.io.files import open_regular
 
 __all__ = ["MemoryPictures", "OutsideError", "Picture", "PictureSource", "picture_of"]
 

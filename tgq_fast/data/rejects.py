@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tgq_fast.data.files import append_line, open_regular
 from tgq_fast.data.validation import ValidationReport
 from tgq_fast.errors import ImageError
+from tgq_fast.io.files import append_line, open_regular
 
 __all__ = ["Reject", "RejectLog"]
 

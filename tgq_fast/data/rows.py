@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from tgq_fast.data.csv_rows import MAX_ROW_BYTES, csv_header, csv_rows
-from tgq_fast.data.files import open_regular
 from tgq_fast.data.parquet_rows import parquet_rows
 from tgq_fast.data.values import RowError
 from tgq_fast.errors import CatalogError
+from tgq_fast.io.files import open_regular
 
 __all__ = ["MAX_ROW_BYTES", "SUFFIXES", "check_header", "read_json_lines", "read_rows", "suffix_of", "table_parts"]
 

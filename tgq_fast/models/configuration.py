@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
-from tgq_fast.data.sealed import CHECKSUM, seal, unseal
 from tgq_fast.errors import ArgumentError, CheckpointError
+from tgq_fast.io.sealed import CHECKSUM, seal, unseal
 from tgq_fast.models.presets import PRESETS
 from tgq_fast.models.zoo.registry import CONNECTORS, ZERO_SHOT, connector_spec
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tgq_fast.data.files import append_line, fsync_folder, locked, make_folder, open_regular, write_atomic, writing
+from tgq_fast.io.files import append_line, fsync_folder, locked, make_folder, open_regular, write_atomic, writing
 
 __all__ = ["CacheManifest", "ChunkedArray"]
 

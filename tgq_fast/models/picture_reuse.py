@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 
 from tgq_fast.data.ahead import in_order
 from tgq_fast.data.catalog import Catalog
-from tgq_fast.data.files import open_regular, write_atomic
 from tgq_fast.data.items import Item
 from tgq_fast.errors import StorageError
+from tgq_fast.io.files import open_regular, write_atomic
 from tgq_fast.models.feature_files import ChunkedArray
 
 __all__ = ["EarlierPictures", "PictureDigests", "digest_pictures", "image_digest", "is_of", "keep_contents"]

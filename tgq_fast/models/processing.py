@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tgq_fast.data.files import make_folder, write_atomic
 from tgq_fast.data.images import PictureLike, load_image
 from tgq_fast.data.items import Item, RowError, parse_fields
-from tgq_fast.data.sealed import seal, unseal
 from tgq_fast.errors import ArgumentError, CheckpointError
+from tgq_fast.io.files import make_folder, write_atomic
+from tgq_fast.io.sealed import seal, unseal
 from tgq_fast.models import backbones
 from tgq_fast.models.auto_file import auto_map
 from tgq_fast.models.configuration import TGQFormerConfig

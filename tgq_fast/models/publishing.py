@@ -6,13 +6,13 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tgq_fast.data.files import write_atomic
+from tgq_fast.io.files import write_atomic
 from tgq_fast.models.card import CARD, model_card, read_run
 from tgq_fast.models.configuration import TGQFormerConfig
 from tgq_fast.models.hub import FILES
 
 if TYPE_CHECKING:
-    from tgq_fast.retrieval.evaluate import Evaluation
+    from tgq_fast.evaluation.evaluate import Evaluation
 
 __all__ = ["Publishing"]
 

@@ -16,13 +16,14 @@ from PIL import Image
 from tgq_fast import __version__, workflow
 from tgq_fast.data import Catalog, Item, load_image
 from tgq_fast.data.conditions import CLEAN, parse_conditions
-from tgq_fast.data.files import write_atomic
 from tgq_fast.errors import ArgumentError, ImageError
+from tgq_fast.evaluation import Evaluation, compare
+from tgq_fast.io.files import write_atomic
 from tgq_fast.report import figures
 from tgq_fast.report.content import Example, Metric, Neighbour, ReportContent, RunResult
 from tgq_fast.report.page import render
 from tgq_fast.report.probes import attention_maps, gate_study
-from tgq_fast.retrieval import Evaluation, compare, topk
+from tgq_fast.search import topk
 from tgq_fast.training.folder import RUN, read_log, read_manifest
 from tgq_fast.watch import SILENT, Watch
 from tgq_fast.workflow.embeddings import Conditions, evaluate_under, floors, pool_embeddings

@@ -10,7 +10,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from tgq_fast.data.files import append_line, open_regular
+from tgq_fast.io.files import append_line, open_regular
 
 __all__ = ["Attempts", "Span"]
 

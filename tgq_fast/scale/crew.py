@@ -14,7 +14,7 @@ import torch
 
 from tgq_fast.data import Catalog
 from tgq_fast.errors import TGQError
-from tgq_fast.retrieval.embed_parts import EmbeddedPart, Encoder, PartEncoder, PartOptions
+from tgq_fast.pool.embed_parts import EmbeddedPart, Encoder, PartEncoder, PartOptions
 
 __all__ = ["Crew", "Job", "Lost", "Task", "Worker", "pack_job"]
 

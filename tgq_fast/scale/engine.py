@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 
 from tgq_fast.data import Catalog
-from tgq_fast.data.files import make_folder
 from tgq_fast.errors import ArgumentError, PoolError, TGQError, WorkerError
-from tgq_fast.retrieval.embed_parts import EmbeddedPart, Encoder, PartOptions
+from tgq_fast.io.files import make_folder
+from tgq_fast.pool.embed_parts import EmbeddedPart, Encoder, PartOptions
 from tgq_fast.scale.attempts import Attempts, Span
 from tgq_fast.scale.crew import Crew, Lost, Task, pack_job
 from tgq_fast.scale.parts import BATCHES_PER_PART, Part, cut, is_current, part_path, read_part, write_part
@@ -88,7 +88,7 @@ class PartsEngine:
         options: PartOptions,
         progress: Callable[[int], None],
     ) -> Generator[EmbeddedPart]:
-        """See :class:`tgq_fast.retrieval.embed_parts.Engine`."""
+        """See :class:`tgq_fast.pool.embed_parts.Engine`."""
         if not stretches:
             return
         if self.folder.exists() and not self.folder.is_dir():

@@ -16,11 +16,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from tgq_fast.data import Catalog
-from tgq_fast.data.files import write_atomic
 from tgq_fast.data.items import COLUMNS
-from tgq_fast.retrieval._identity import canonical_json
-from tgq_fast.retrieval.embed_parts import EmbeddedPart, PartOptions
-from tgq_fast.retrieval.embed_plan import content_keys
+from tgq_fast.io.files import write_atomic
+from tgq_fast.io.identity import canonical_json
+from tgq_fast.pool.embed_parts import EmbeddedPart, PartOptions
+from tgq_fast.pool.embed_plan import content_keys
 
 __all__ = ["Part", "cut", "is_current", "part_path", "read_part", "write_part"]
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tgq_fast.data import Catalog, Item
 from tgq_fast.errors import ArgumentError, PoolError, TGQError
-from tgq_fast.retrieval import ItemPool, model_digest
+from tgq_fast.pool import ItemPool, model_digest
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -24,9 +24,9 @@ from typing import Any
 import numpy as np
 from filelock import FileLock, Timeout
 
-from tgq_fast.data.files import write_atomic
 from tgq_fast.errors import CheckpointError, TGQError
-from tgq_fast.retrieval._identity import package_identity
+from tgq_fast.io.files import write_atomic
+from tgq_fast.io.identity import package_identity
 from tgq_fast.study.page import write_page
 from tgq_fast.study.plan import Job, Plan
 from tgq_fast.study.results import Row, read_row, summarise

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tgq_fast.data.files import write_atomic
+from tgq_fast.io.files import write_atomic
 from tgq_fast.report.page import environment
 from tgq_fast.report.readme import beats_all
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from tgq_fast.data.conditions import Condition
 from tgq_fast.errors import ArgumentError
-from tgq_fast.retrieval.metrics import group_sums, query_table
+from tgq_fast.evaluation.metrics import group_sums, query_table
 
 __all__ = ["Bootstrap", "Row", "families", "read_row", "summarise"]
 

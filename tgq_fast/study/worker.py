@@ -23,12 +23,12 @@ import torch
 from tgq_fast import workflow
 from tgq_fast.data import Catalog
 from tgq_fast.data.conditions import CLEAN, Condition
-from tgq_fast.data.files import write_atomic
+from tgq_fast.evaluation import Evaluation
+from tgq_fast.io.files import write_atomic
+from tgq_fast.io.identity import package_identity
 from tgq_fast.models import TGQFormerConfig, match_budget
 from tgq_fast.models.features import FeatureStore
 from tgq_fast.models.views import ViewStore, training_views
-from tgq_fast.retrieval import Evaluation
-from tgq_fast.retrieval._identity import package_identity
 from tgq_fast.study.plan import Job, Plan, fold_catalog, folds_of
 from tgq_fast.workflow.embeddings import Conditions, Floor, embed_model, evaluate_under, floors
 from tgq_fast.workflow.probes import probe_model

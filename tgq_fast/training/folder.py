@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from tgq_fast.data import Catalog
-from tgq_fast.data.files import write_atomic
-from tgq_fast.data.sealed import seal, unseal
 from tgq_fast.errors import CheckpointError
+from tgq_fast.io.files import write_atomic
+from tgq_fast.io.identity import package_identity, sha256_file
+from tgq_fast.io.sealed import seal, unseal
 from tgq_fast.models.configuration import TGQFormerConfig
-from tgq_fast.retrieval._identity import package_identity, sha256_file
 
 __all__ = ["RunLog", "TrainResult", "claim", "load_result", "read_log", "read_manifest", "write_manifest"]
 

@@ -15,6 +15,8 @@ from transformers import TrainingArguments, set_seed
 from tgq_fast.data import Catalog, RejectLog
 from tgq_fast.defaults import plain_defaults
 from tgq_fast.errors import ArgumentError, CheckpointError
+from tgq_fast.evaluation import Evaluation
+from tgq_fast.io.identity import sha256_file
 from tgq_fast.models.configuration import TGQFormerConfig
 from tgq_fast.models.features import FeatureStore
 from tgq_fast.models.modeling import TGQFormerModel
@@ -23,9 +25,7 @@ from tgq_fast.models.processing import TGQFormerProcessor
 from tgq_fast.models.towers import TextTower, VisionTower, load_text_tower, load_vision_tower
 from tgq_fast.models.views import ViewStore
 from tgq_fast.models.whitening import Whitening, fit_whitening, whitened_pictures, whitening_rows
-from tgq_fast.retrieval import Evaluation
-from tgq_fast.retrieval._identity import sha256_file
-from tgq_fast.retrieval.embed import WHITENED_FLOOR
+from tgq_fast.pool.embed import WHITENED_FLOOR
 from tgq_fast.training.folder import (
     CHECKPOINTS,
     LOCK,

@@ -20,14 +20,14 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from tgq_fast.data import Catalog
-from tgq_fast.data.files import write_atomic
 from tgq_fast.errors import CheckpointError
+from tgq_fast.evaluation import Evaluation, evaluate
+from tgq_fast.io.files import write_atomic
+from tgq_fast.io.identity import sha256_file
 from tgq_fast.models.checkpoint import load_into, load_state
 from tgq_fast.models.features import FeatureStore
 from tgq_fast.models.gather import total, world_size
 from tgq_fast.models.modeling import TGQFormerModel
-from tgq_fast.retrieval import Evaluation, evaluate
-from tgq_fast.retrieval._identity import sha256_file
 from tgq_fast.training.averaging import WeightAverage
 from tgq_fast.training.pairs import DistinctBatchSampler, PairCollator, PairDataset
 

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from tgq_fast.data import Catalog
+from tgq_fast.evaluation import Evaluation, compare, evaluate
 from tgq_fast.models.features import FeatureStore
-from tgq_fast.retrieval import Evaluation, compare, evaluate, zero_shot_embeddings
-from tgq_fast.retrieval.embed import RAW_FLOOR, WHITENED_FLOOR
+from tgq_fast.pool import zero_shot_embeddings
+from tgq_fast.pool.embed import RAW_FLOOR, WHITENED_FLOOR
 
 __all__ = ["Verdict", "judge", "measure_floors"]
 

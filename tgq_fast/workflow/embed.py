@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from tgq_fast.data import Catalog
     from tgq_fast.models import TGQFormerModel
     from tgq_fast.models.features import FeatureStore
-    from tgq_fast.retrieval import EmbedReport
-    from tgq_fast.retrieval.embed_parts import Engine
-    from tgq_fast.retrieval.embed_plan import Plan
+    from tgq_fast.pool import EmbedReport
+    from tgq_fast.pool.embed_parts import Engine
+    from tgq_fast.pool.embed_plan import Plan
     from tgq_fast.scale.crew import Crew
 
 
@@ -48,8 +48,8 @@ def embed_run(
     from tgq_fast.data import RejectLog
     from tgq_fast.models import FeatureStore
     from tgq_fast.models.zoo import connector_spec
-    from tgq_fast.retrieval import embed_catalog, model_digest
-    from tgq_fast.retrieval.item_table import write_items
+    from tgq_fast.pool import embed_catalog, model_digest
+    from tgq_fast.pool.item_table import write_items
 
     model = open_run(run, watch) if isinstance(run, Path) else run
     engine = None if crew is None else parts_engine(out, crew)
@@ -96,7 +96,7 @@ def parts_engine(out: Path, crew: Crew) -> Engine:
 def catalog_of(pool: Path, digest: str, given: Path | None) -> Catalog | None:
     """The catalogue to show titles from: the given one, else the one the pool was made from if it is still there."""
     from tgq_fast.data import Catalog
-    from tgq_fast.retrieval.item_table import read_note
+    from tgq_fast.pool.item_table import read_note
 
     if given is not None:
         return Catalog.load(given, policy="skip")

@@ -21,13 +21,14 @@ from torch.nn.functional import normalize
 from tgq_fast.data import Catalog, corrupt_metadata, item_seed
 from tgq_fast.data.conditions import CLEAN, Condition
 from tgq_fast.data.item_table import ItemTable
+from tgq_fast.evaluation import Evaluation, evaluate
 from tgq_fast.models.features import FeatureStore, Progress
 from tgq_fast.models.pictures import PictureFeatures
 from tgq_fast.models.towers import TextTower, VisionTower
 from tgq_fast.models.views import ViewStore
 from tgq_fast.models.whitening import Whitening, fit_whitening, whitening_rows
-from tgq_fast.retrieval import Evaluation, evaluate, model_digest, open_embedded
-from tgq_fast.retrieval.embed import RAW_FLOOR, WHITENED_FLOOR
+from tgq_fast.pool import model_digest, open_embedded
+from tgq_fast.pool.embed import RAW_FLOOR, WHITENED_FLOOR
 
 if TYPE_CHECKING:
     from tgq_fast.models import TGQFormerConfig, TGQFormerModel
@@ -237,7 +238,7 @@ def evaluate_under(
 
     Args:
         clean, changed: embeddings of the whole catalogue as it is and where the condition holds, if known already.
-        split, **options: of :func:`~tgq_fast.retrieval.evaluate`.
+        split, **options: of :func:`~tgq_fast.evaluation.evaluate`.
 
     Returns:
         The evaluation, and [n, D] what queries ask with and what stands in the pool.

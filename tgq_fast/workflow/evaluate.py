@@ -11,7 +11,7 @@ from tgq_fast.workflow.opening import Policy, load_towers, open_run, open_store
 
 if TYPE_CHECKING:
     from tgq_fast.data import Catalog
-    from tgq_fast.retrieval import Evaluation
+    from tgq_fast.evaluation import Evaluation
 
 _SHOWN = ("HR@", "H@", "Recall@", "MRR", "NDCG@", "1-NN")
 
@@ -45,8 +45,8 @@ def evaluate_run(
         PoolError: the pool was made by another model, or does not hold this catalogue.
     """
     from tgq_fast.data.conditions import CLEAN, parse_conditions
+    from tgq_fast.evaluation import evaluate
     from tgq_fast.models import FeatureStore
-    from tgq_fast.retrieval import evaluate
     from tgq_fast.workflow.embeddings import Conditions, evaluate_under, floors, pool_embeddings
 
     asked = [CLEAN, *(condition for condition in parse_conditions(corrupt) if condition != CLEAN)]

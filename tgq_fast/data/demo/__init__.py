@@ -11,8 +11,8 @@ import numpy as np
 from tgq_fast.data.demo.products import KINDS
 from tgq_fast.data.demo.scene import photograph
 from tgq_fast.data.demo.styles import COLORS, Palette, Style, random_palette, random_style, sibling_style
-from tgq_fast.data.files import write_atomic
 from tgq_fast.errors import ArgumentError
+from tgq_fast.io.files import write_atomic
 
 __all__ = ["write_demo_catalog"]
 

@@ -15,10 +15,10 @@ from types import TracebackType
 from typing import Any, BinaryIO, Literal, TextIO, cast
 
 from tgq_fast.data.columns import PICTURE_SUFFIXES
-from tgq_fast.data.files import fsync_folder, locked, make_folder, writing
 from tgq_fast.data.items import Item, RowError, parse_item
 from tgq_fast.data.rows import SUFFIXES
 from tgq_fast.errors import ArgumentError
+from tgq_fast.io.files import fsync_folder, locked, make_folder, writing
 
 __all__ = ["CatalogWriter", "Full", "ImagePlacement", "ImportReport", "image_index", "open_text", "suffix_of_content"]
 

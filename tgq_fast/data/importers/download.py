@@ -21,10 +21,10 @@ from typing import Any
 from urllib.parse import quote, urljoin, urlsplit, urlunsplit
 
 from tgq_fast._version import __version__
-from tgq_fast.data.files import write_atomic
 from tgq_fast.data.images import load_image
 from tgq_fast.data.importers.common import suffix_of_content
 from tgq_fast.errors import ImageError
+from tgq_fast.io.files import write_atomic
 
 __all__ = ["DownloadLimits", "Downloader"]
 

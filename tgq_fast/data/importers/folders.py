@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from tgq_fast.data.columns import canonical_name
-from tgq_fast.data.files import open_regular
 from tgq_fast.data.importers.common import CatalogWriter
 from tgq_fast.data.importers.shop import Product, ShopOptions, folder_pictures, write_products
 from tgq_fast.data.importers.table import is_attribute, split_pictures
 from tgq_fast.data.parquet_rows import looks_like_picture
 from tgq_fast.errors import CatalogError
+from tgq_fast.io.files import open_regular
 
 __all__ = ["import_dataset", "import_pictures", "label_names", "product_of_row"]
 

@@ -11,7 +11,6 @@ from typing import Any
 from xml.parsers import expat
 
 from tgq_fast.data.columns import canonical_name
-from tgq_fast.data.files import open_regular
 from tgq_fast.data.importers.common import CatalogWriter
 from tgq_fast.data.importers.shop import (
     LONG,
@@ -27,6 +26,7 @@ from tgq_fast.data.importers.table import split_pictures
 from tgq_fast.data.importers.tables import TEXT, read_table
 from tgq_fast.data.values import RowError
 from tgq_fast.errors import CatalogError
+from tgq_fast.io.files import open_regular
 
 __all__ = ["import_merchant"]
 

@@ -11,11 +11,11 @@ from typing import Any, Literal
 from urllib.parse import unquote, urlsplit
 
 from tgq_fast.data.columns import PICTURE_SUFFIXES, canonical_name
-from tgq_fast.data.files import open_regular
 from tgq_fast.data.importers.common import CatalogWriter, image_index
 from tgq_fast.data.importers.download import Downloader, DownloadLimits
 from tgq_fast.data.importers.prices import parse_price
 from tgq_fast.data.values import RowError, plain_value, scalar_text
+from tgq_fast.io.files import open_regular
 
 __all__ = ["Product", "ShopOptions", "category_of", "mapped", "text_of", "write_products"]
 

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from tgq_fast.data.csv_rows import csv_header, csv_rows
-from tgq_fast.data.files import open_regular
 from tgq_fast.data.parquet_rows import EmbeddedPicture, ParquetPictures
 from tgq_fast.data.rows import read_rows, suffix_of
 from tgq_fast.data.values import RowError
 from tgq_fast.errors import CatalogError, DependencyError
+from tgq_fast.io.files import open_regular
 
 __all__ = ["TEXT", "detect", "read_table"]
 

@@ -1,0 +1,380 @@
+"""Full-pool evaluation: every item of the pool is a candidate, the query itself is excluded.
+
+Source: protocol, docs/method.md (H@K of TGQ-Former's public digest over the whole pool); intervals and the exact ranks
+beyond the search depth are ours.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tgq_fast.defaults import plain_defaults
+from tgq_fast.errors import ArgumentError, NonFiniteError
+from tgq_fast.evaluation.metrics import (
+    ABSENT,
+    Interval,
+    bootstrap_interval,
+    group_sums,
+    query_table,
+    ranking_metrics,
+)
+from tgq_fast.io.files import write_atomic
+from tgq_fast.pool.item_pool import ItemPool
+from tgq_fast.search.topk import topk
+from tgq_fast.search.topk_arguments import MAX_K
+
+if TYPE_CHECKING:
+    from tgq_fast.data import Catalog
+
+__all__ = ["Comparison", "Evaluation", "compare", "evaluate", "positive_ranks"]
+
+_SCORE_BYTES = 64 << 20  # score block of the exact rank count
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Metrics of one embedding of a catalogue.
+
+    Attributes:
+        split: which pairs were tested.
+        pool_size: number of candidates, the query included.
+        queries, pairs: how many were tested.
+        missing_pairs: pairs whose query or target is not in the pool; they count as not found.
+        ks: cut-offs.
+        metrics: name → :class:`Interval`; names as in :mod:`tgq_fast.evaluation.metrics`, and "1-NN", the share of
+            queries whose nearest neighbour has the same `group_id` (only when every query has one).
+        confidence, samples, seed: of the bootstrap, which draws groups: connected components of the catalogue.
+        query, target, rank, weight: [P] catalogue rows, exact rank (ABSENT when missing) and weight of every pair.
+        group: [U] component of each of `np.unique(query)`.
+    """
+
+    split: str
+    pool_size: int
+    queries: int
+    pairs: int
+    missing_pairs: int
+    ks: tuple[int, ...]
+    metrics: dict[str, Interval]
+    confidence: float
+    samples: int
+    seed: int
+    query: np.ndarray = field(repr=False)
+    target: np.ndarray = field(repr=False)
+    rank: np.ndarray = field(repr=False)
+    weight: np.ndarray = field(repr=False)
+    group: np.ndarray = field(repr=False)
+
+    def __getitem__(self, name: str) -> float:
+        """Value of a metric by name, such as "H@10"."""
+        if name not in self.metrics:
+            raise ArgumentError("metric", repr(name), "one of " + ", ".join(self.metrics))
+        return self.metrics[name].value
+
+    def _repr_html_(self) -> str:
+        """Metrics with their intervals as a table, for notebooks."""
+        rows = "".join(
+            f"<tr><th>{name}</th><td>{m.value:.4f}</td><td>{m.low:.4f} … {m.high:.4f}</td></tr>"
+            for name, m in self.metrics.items()
+        )
+        said = f"{html.escape(self.split)}: {self.queries} queries, pool of {self.pool_size}"
+        head = f"<tr><th></th><th>value</th><th>{self.confidence:.0%} interval</th></tr>"
+        return f"<table><caption>{said}</caption>{head}{rows}</table>"
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready summary; undefined numbers (no test pairs) are null."""
+
+        def number(value: float) -> float | None:
+            return value if np.isfinite(value) else None
+
+        return {
+            "split": self.split,
+            "pool_size": self.pool_size,
+            "queries": self.queries,
+            "pairs": self.pairs,
+            "missing_pairs": self.missing_pairs,
+            "ks": list(self.ks),
+            "bootstrap": {"samples": self.samples, "confidence": self.confidence, "seed": self.seed},
+            "metrics": {
+                name: {"value": number(m.value), "low": number(m.low), "high": number(m.high)}
+                for name, m in self.metrics.items()
+            },
+        }
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """The summary as JSON text; also written to `path`, atomically, when given."""
+        text = json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"
+        if path is not None:
+            write_atomic(path, text.encode("utf-8"))
+        return text
+
+    def table(self) -> str:
+        """Plain text: one row per metric family, one column per K, intervals in brackets."""
+        return format_table({"": self})
+
+
+def format_table(evaluations: dict[str, Evaluation]) -> str:
+    """Several evaluations side by side, one row per model and metric family."""
+    if not evaluations:
+        return ""
+    first = next(iter(evaluations.values()))
+    rows = [["model", "metric", *(f"K={k}" for k in first.ks)]]
+    for name, evaluation in evaluations.items():
+
+        def cell(metric: str, source: Evaluation = evaluation) -> str:
+            m = source.metrics.get(metric)
+            if m is None:
+                return ""
+            return f"{m.value:.4f}" + (f" [{m.low:.4f}, {m.high:.4f}]" if source.samples else "")
+
+        for family in ("H", "HR", "Recall", "NDCG"):
+            rows.append([name, family + "@K", *(cell(f"{family}@{k}") for k in first.ks)])
+        for single in ("MRR", "1-NN"):
+            if single in evaluation.metrics:
+                rows.append([name, single, cell(single)])
+    if set(evaluations) == {""}:
+        rows = [row[1:] for row in rows]
+    widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(len(rows[0]))]
+    lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=False)).rstrip() for row in rows]
+    notes = f"{first.split}: {first.queries} queries, {first.pairs} pairs, pool of {first.pool_size}"
+    if first.missing_pairs:
+        notes += f", {first.missing_pairs} pairs with an item outside the pool count as not found"
+    return "\n".join([notes, lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+@torch.no_grad()
+def positive_ranks(
+    embeddings: Tensor,
+    query: np.ndarray,
+    target: np.ndarray,
+    *,
+    depth: int = 0,
+    asked: Tensor | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[np.ndarray, Tensor]:
+    """Exact 1-based rank of each target among all rows but the query, and the top `depth` rows per distinct query.
+
+    Ranks down to `depth` come from the search itself; deeper ones are counted: one plus the rows that score higher, or
+    score the same and have a lower index. Nothing of size queries × pool is kept.
+
+    Args:
+        embeddings: [N, D] fp32 rows; queries are rows too.
+        query, target: [P] row numbers.
+        depth: search depth k.
+        asked: [N, D] fp32 what the rows ask with when they are queries; None: with their own embedding.
+        progress: called with (queries done, queries).
+
+    Returns:
+        ([P] int64 ranks; :data:`ABSENT` where target is the query itself, [U, depth] int64 hits of `np.unique(query)`).
+    """
+    size = embeddings.shape[0]
+    asking_rows = embeddings if asked is None else asked
+    queries, label = np.unique(query, return_inverse=True)
+    ranks = np.full(len(query), ABSENT, dtype=np.int64)
+    pairs = np.flatnonzero(target != query)
+    hits = torch.full((len(queries), depth), -1, dtype=torch.int64)
+    if depth and len(queries):
+        rows = torch.from_numpy(queries)
+        # The very same tensor when every row is a query: the search then computes one triangle of the scores.
+        wanted = embeddings if len(queries) == size and asked is None else asking_rows[rows]
+        report = None if progress is None else lambda share: progress(int(share * len(queries)), len(queries))
+        hits = topk(wanted, embeddings, depth, exclude=rows, progress=report).indices
+        deep = []
+        for some in np.array_split(pairs, max(1, len(pairs) * depth * 8 // _SCORE_BYTES)):
+            found = hits[label[some]] == torch.from_numpy(target[some])[:, None]  # [pairs, depth]
+            inside = found.any(dim=1).numpy()
+            ranks[some[inside]] = found.to(torch.int8).argmax(dim=1).numpy()[inside] + 1
+            deep.append(some[~inside])
+        pairs = np.concatenate(deep)
+    # Positives beyond the search depth: their queries' scores, block by block.
+    pairs = pairs[np.argsort(label[pairs], kind="stable")]
+    columns = torch.arange(size)
+    asking, starts = np.unique(label[pairs], return_index=True)
+    block = max(1, _SCORE_BYTES // max(1, 4 * size))
+    for first in range(0, len(asking), block):
+        part = torch.from_numpy(queries[asking[first : first + block]])
+        scores = asking_rows[part] @ embeddings.T  # [block, N]
+        scores[torch.arange(len(part)), part] = float("-inf")
+        stop = starts[first + block] if first + block < len(asking) else len(pairs)
+        for pair in pairs[starts[first] : stop].tolist():
+            line, positive = scores[np.searchsorted(asking, label[pair]) - first], int(target[pair])
+            mine = line[positive]
+            above = int((line > mine).sum()) + int(((line == mine) & (columns < positive)).sum())
+            # Search and count may round a near tie differently; the search decided it is not among its hits.
+            ranks[pair] = max(above + 1, depth + 1)
+    if progress is not None:
+        progress(len(queries), len(queries))
+    return ranks, hits
+
+
+@plain_defaults()
+def evaluate(
+    catalog: Catalog,
+    embedded: ItemPool | Tensor | np.ndarray,
+    *,
+    queries: Tensor | np.ndarray | None = None,
+    ks: Sequence[int] = (1, 10, 100),
+    split: str = "test",
+    samples: int = 1000,
+    confidence: float = 0.95,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Evaluate embeddings on the pairs of one split; the pool is every embedded item.
+
+    Args:
+        catalog: the catalogue; its pairs name queries and targets.
+        embedded: an :class:`ItemPool` of the catalogue (items may be missing from it), or [n, D] in catalogue order; a
+            row of NaN is an item without a usable picture: it is no candidate, and pairs with it are missing.
+        queries: [n, D] in catalogue order, what items ask with as queries where that is not what stands in the pool
+            (a corrupted picture, say). None: their own embedding.
+        ks: cut-offs.
+        split: "train", "validation" or "test".
+        samples: bootstrap draws over groups (connected components); 0 for none.
+
+    Returns:
+        :class:`Evaluation`.
+
+    Raises:
+        ArgumentError: wrong shape, no pairs in the split, or a pool of other items.
+        NonFiniteError: embeddings hold NaN or infinity.
+    """
+    cuts = tuple(sorted({int(k) for k in ks}))
+    if not cuts or cuts[0] < 1:
+        raise ArgumentError("ks", list(ks), "cut-offs of at least 1")
+    pairs = catalog.split_pairs(split, every=True)
+    if not len(pairs.query):
+        raise ArgumentError("split", repr(split), "a split with at least one pair", "check the catalogue's pairs file")
+    vectors, row_of = _vectors(catalog, embedded)
+    query_row, target_row = row_of[pairs.query], row_of[pairs.target]  # pool rows, -1 when not embedded
+    known = (query_row >= 0) & (target_row >= 0)
+    rank = np.full(len(pairs.query), ABSENT, dtype=np.int64)
+    asked = None if queries is None else _asked(catalog, queries, vectors.shape[1], row_of)
+    if asked is not None:
+        known &= torch.isfinite(asked).all(dim=1).numpy()[query_row]
+    depth = min(cuts[-1], MAX_K)
+    found, hits = positive_ranks(
+        vectors, query_row[known], target_row[known], depth=depth, asked=asked, progress=progress
+    )
+    rank[known] = found
+    weight = np.asarray(pairs.weight, dtype=np.float64)
+    group = catalog.components()[np.unique(pairs.query)]
+    metrics = ranking_metrics(
+        pairs.query, rank, cuts, weight=weight, group=group, samples=samples, confidence=confidence, seed=seed
+    )
+    nearest = _nearest_neighbour(catalog, np.unique(query_row[known]), hits[:, 0].numpy(), row_of)
+    if nearest is not None:
+        value = float(nearest.mean())
+        low, high = value, value
+        if samples:
+            mine = np.isin(np.unique(pairs.query), pairs.query[known])
+            sums = group_sums(nearest, group[mine]), group_sums(np.ones(len(nearest)), group[mine])
+            low, high = bootstrap_interval(*sums, samples=samples, confidence=confidence, seed=seed)
+        metrics["1-NN"] = Interval(value, low, high)
+    return Evaluation(
+        split=split,
+        pool_size=vectors.shape[0],
+        queries=len(np.unique(pairs.query)),
+        pairs=len(pairs.query),
+        missing_pairs=int((~known).sum()),
+        ks=cuts,
+        metrics=metrics,
+        confidence=confidence,
+        samples=samples,
+        seed=seed,
+        query=pairs.query,
+        target=pairs.target,
+        rank=rank,
+        weight=weight,
+        group=group,
+    )
+
+
+def _asked(catalog: Catalog, queries: Tensor | np.ndarray, width: int, row_of: np.ndarray) -> Tensor:
+    """fp32 [N, D] what the embedded rows ask with; NaN where a query has no embedding."""
+    given = torch.as_tensor(queries).detach().cpu()
+    if given.shape != (len(catalog.items), width) or not given.is_floating_point():
+        raise ArgumentError(
+            "queries", f"{tuple(given.shape)} {given.dtype}", f"floating [{len(catalog.items)}, {width}]"
+        )
+    items = np.flatnonzero(row_of >= 0)
+    asked = torch.full((len(items), width), float("nan"))
+    asked[torch.from_numpy(row_of[items])] = given.float()[torch.from_numpy(items)]
+    return asked
+
+
+def _vectors(catalog: Catalog, embedded: ItemPool | Tensor | np.ndarray) -> tuple[Tensor, np.ndarray]:
+    """fp32 [N, D] and, for each catalogue row, its row in them or -1."""
+    size = len(catalog.items)
+    if isinstance(embedded, ItemPool):
+        row_of = embedded.rows([item.id for item in catalog.items], missing="mark")
+        if (row_of >= 0).sum() != len(embedded):
+            raise ArgumentError(
+                "pool",
+                f"{len(embedded)} items, {(row_of >= 0).sum()} of them in the catalogue",
+                "a pool of this catalogue",
+            )
+        return embedded.embeddings().float(), row_of
+    vectors = torch.as_tensor(embedded).detach().cpu()
+    if vectors.ndim != 2 or vectors.shape[0] != size or not vectors.is_floating_point():
+        raise ArgumentError(
+            "embeddings", f"{tuple(vectors.shape)} {vectors.dtype}", f"floating [{size}, D], one row per item"
+        )
+    absent = torch.isnan(vectors).all(dim=1)
+    bad = (~torch.isfinite(vectors).all(dim=1) & ~absent).nonzero()[:, 0].tolist()
+    if bad:
+        raise NonFiniteError("embeddings", [catalog.items[i].id for i in bad[:20]], len(bad))
+    row_of = np.where(absent.numpy(), -1, np.cumsum(~absent.numpy()) - 1).astype(np.int64)
+    return (vectors[~absent] if bool(absent.any()) else vectors).float(), row_of
+
+
+def _nearest_neighbour(
+    catalog: Catalog, query_rows: np.ndarray, nearest: np.ndarray, row_of: np.ndarray
+) -> np.ndarray | None:
+    """[U] 1.0 where the nearest neighbour shares the query's `group_id`; None when a query has none."""
+    item_of = np.full(int(row_of.max(initial=-1)) + 1, -1, dtype=np.int64)
+    item_of[row_of[row_of >= 0]] = np.flatnonzero(row_of >= 0)
+    groups = [catalog.items[item_of[row]].group_id for row in query_rows.tolist()]
+    if not groups or any(group is None for group in groups):
+        return None
+    same = [
+        hit >= 0 and catalog.items[item_of[hit]].group_id == group
+        for hit, group in zip(nearest.tolist(), groups, strict=True)
+    ]
+    return np.asarray(same, dtype=np.float64)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Difference `first − second` of a metric over the same queries, and its paired bootstrap interval over groups."""
+
+    metric: str
+    difference: Interval
+
+
+def compare(first: Evaluation, second: Evaluation, metric: str) -> Comparison:
+    """Paired comparison: both models are scored on the same bootstrap draws of groups.
+
+    Raises:
+        ArgumentError: the evaluations are not over the same pairs, or an unknown metric.
+    """
+    if not (np.array_equal(first.query, second.query) and np.array_equal(first.target, second.target)):
+        raise ArgumentError("second", "another set of pairs", "an evaluation over the same pairs as first")
+    tables = [query_table(e.query, e.rank, first.ks, weight=e.weight) for e in (first, second)]
+    if metric not in tables[0].numerator:
+        raise ArgumentError("metric", repr(metric), "one of " + ", ".join(tables[0].numerator))
+    numerator = group_sums(tables[0].numerator[metric] - tables[1].numerator[metric], first.group)
+    denominator = group_sums(tables[0].denominator[metric], first.group)
+    value = float(numerator.sum() / denominator.sum())
+    low, high = bootstrap_interval(
+        numerator, denominator, samples=first.samples or 1000, confidence=first.confidence, seed=first.seed
+    )
+    return Comparison(metric, Interval(value, low, high))

@@ -1,0 +1,245 @@
+"""Exact search of an item pool on disk, block by block from its memory map."""
+
+from __future__ import annotations
+
+import reprlib
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tgq_fast.errors import ArgumentError, NonFiniteError
+from tgq_fast.pool.reader import PoolReader
+from tgq_fast.reference import TopK
+from tgq_fast.search.blocks import Block, Part, cut_blocks, one_ahead, read_ahead
+from tgq_fast.search.codes import Codes, join_codes
+from tgq_fast.search.distributed import Ranks, agree
+from tgq_fast.search.topk import merge_topk, topk
+from tgq_fast.search.topk_arguments import check_k, floating_rows
+
+KEPT_BYTES = 512 << 20  # of joined small shards, kept for the next search
+
+
+GATHER_BELOW = 0.5  # share of a block's rows
+
+
+class PoolHits(NamedTuple):
+    """Neighbours found in a pool.
+
+    Attributes:
+        scores: [Q, k] fp32, descending; -inf where fewer than k items remain.
+        indices: [Q, k] int64 pool rows; -1 where fewer than k items remain.
+        ids: Q lists of k item ids; None where fewer than k items remain.
+    """
+
+    scores: Tensor
+    indices: Tensor
+    ids: list[list[str | None]]
+
+
+class _Loaded(NamedTuple):
+    tensor: Tensor
+    codes: Codes | None
+
+
+class PoolSearch:
+    """Searches one state of a pool; use it through :class:`tgq_fast.pool.item_pool.ItemPool`.
+
+    Args:
+        reader: the state.
+    """
+
+    def __init__(self, reader: PoolReader) -> None:
+        self._reader = reader
+        self._joined: dict[Block, _Loaded] = {}  # blocks that are not in one piece on disk
+        self._lock = threading.Lock()
+
+    def search(
+        self,
+        queries: Tensor | np.ndarray,
+        k: int,
+        *,
+        exclude_ids: Sequence[str | None] | Sequence[Sequence[str]] | None = None,
+        where: np.ndarray | None = None,
+        progress: Callable[[int, int], None] | None = None,
+        group: dist.ProcessGroup | None = None,
+    ) -> PoolHits:
+        """See :meth:`tgq_fast.pool.item_pool.ItemPool.search`."""
+        if group is None:
+            best = self._search_share(queries, k, exclude_ids, where, progress, 0, 1)
+        else:
+            ranks = Ranks(group)
+
+            def search() -> tuple[TopK, list[int]]:
+                found = self._search_share(queries, k, exclude_ids, where, progress, ranks.rank, ranks.size)
+                return found, [len(found.scores), k, len(self._reader)]
+
+            found, facts = ranks.settle(search, facts=3)
+            agree("search", facts, {"number of queries": int, "k": int, "items in the pool": int})
+            best = ranks.merge(found, k)
+        return PoolHits(best.scores, best.indices, self._reader.ids_at(best.indices))
+
+    def _search_share(
+        self,
+        queries: Tensor | np.ndarray,
+        k: int,
+        exclude_ids: Sequence[Any] | None,
+        where: np.ndarray | None,
+        progress: Callable[[int, int], None] | None,
+        rank: int,
+        ranks: int,
+    ) -> TopK:
+        """Best rows [Q, k] of one rank's stretch of shards, as rows of the whole pool."""
+        wanted = floating_rows("queries", queries, self._reader.files.dims)
+        if wanted.dtype == torch.float64:
+            wanted = wanted.float()
+        bad = (~torch.isfinite(wanted).all(dim=1)).nonzero()[:, 0].tolist()
+        if bad:
+            raise NonFiniteError("queries", bad[:20], len(bad))
+        if where is not None:
+            where = np.asarray(where)
+            if where.dtype != np.bool_ or where.shape != (len(self._reader),):
+                raise ArgumentError("where", f"{where.dtype} {where.shape}", f"bool ({len(self._reader)},)")
+        excluded = self._excluded_rows(exclude_ids, wanted.shape[0])
+        count = len(self._reader.manifest.shards)
+        shards = range(count * rank // ranks, count * (rank + 1) // ranks)
+        return self.best_rows(wanted, check_k(k), excluded, where, shards, progress)
+
+    def best_rows(
+        self,
+        queries: Tensor,
+        k: int,
+        excluded: Tensor | None,
+        allowed: np.ndarray | None = None,
+        shards: range | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> TopK:
+        """Best rows [Q, k] of a stretch of shards, or of all, as rows of the whole pool. Arguments are checked already.
+
+        Args:
+            excluded: [Q, X] int64 pool rows; -1 for none.
+            allowed: [N] bool, the pool rows that may be returned; blocks without any are not read.
+        """
+        sizes = np.diff(self._reader.starts).tolist()
+        shards = range(len(sizes)) if shards is None else shards
+        blocks = cut_blocks(sizes, self._row_bytes, shards)
+        if allowed is not None:
+            blocks = [block for block in blocks if allowed[block.start : block.start + block.rows].any()]
+        total = sum(block.rows for block in blocks)
+        best: TopK | None = None
+        done = 0
+        with closing(one_ahead(self._load, blocks)) as ready:
+            for block in blocks:
+                loaded = next(ready)
+                local = None
+                if excluded is not None:
+                    inside = (excluded >= block.start) & (excluded < block.start + block.rows)
+                    local = torch.where(inside, excluded - block.start, -1)
+                report = None
+                if progress is not None:
+                    report = partial(_report, progress, done, block.rows, total)
+                chosen = None if allowed is None else allowed[block.start : block.start + block.rows]
+                found = _search(queries, loaded, k, local, chosen, report)
+                found = TopK(found.scores, torch.where(found.indices < 0, -1, found.indices + block.start))
+                best = found if best is None else merge_topk([best, found], k)
+                done += block.rows
+                del loaded  # before the next but one is read
+        if best is None:  # nothing to search
+            nothing = (len(queries), k)
+            low = torch.full(nothing, float("-inf"), dtype=torch.float32, device="cpu")
+            best = TopK(low, torch.full(nothing, -1, dtype=torch.int64, device="cpu"))
+        return best
+
+    @property
+    def _row_bytes(self) -> int:
+        return self._reader.files.dims * self._reader.files.dtype.itemsize
+
+    def _load(self, block: Block, stop: threading.Event) -> _Loaded:
+        """[n, D] of a block and their codes: views of a shard's maps; or joined in memory, without deleted rows."""
+        reader = self._reader
+        kept = self._joined.get(block)
+        views, coded, copied = [], [], len(block.parts) > 1
+        for part in block.parts:
+            shard = reader.manifest.shards[part.shard]
+            tensor = reader.files.tensor(shard, stop)  # also says if what was joined before has changed since
+            alive = reader.alive(shard)
+            rows: slice | Tensor = slice(part.first, part.stop)
+            if alive is not None:
+                rows, copied = torch.from_numpy(alive[rows]), True
+            if kept is not None:
+                continue
+            views.append(tensor[rows])
+            codes = reader.files.codes(shard, stop)
+            if codes is not None:
+                coded.append(codes.part(part.first, part.stop) if isinstance(rows, slice) else codes.take(rows))
+            elif alive is None:  # with codes few rows are read
+                self._read_ahead(part)
+        if kept is not None:
+            return kept
+        joined = join_codes(coded) if len(coded) == len(views) else None
+        loaded = _Loaded(views[0] if len(views) == 1 else torch.cat(views), joined)
+        with self._lock:
+            held = sum(one.tensor.nbytes for one in self._joined.values())
+            if copied and held + loaded.tensor.nbytes <= KEPT_BYTES:
+                self._joined[block] = loaded
+        return loaded
+
+    def _read_ahead(self, part: Part) -> None:
+        record, row = self._reader.manifest.shards[part.shard], self._row_bytes
+        header = record.embeddings.bytes - record.rows * row
+        path = self._reader.path / record.embeddings.name
+        read_ahead(path, header + part.first * row, (part.stop - part.first) * row)
+
+    def _excluded_rows(self, exclude_ids: Sequence[Any] | None, queries: int) -> Tensor | None:
+        if exclude_ids is None:
+            return None
+        if isinstance(exclude_ids, str) or not hasattr(exclude_ids, "__len__") or len(exclude_ids) != queries:
+            given = f"{len(exclude_ids)} entries" if hasattr(exclude_ids, "__len__") else type(exclude_ids).__name__
+            raise ArgumentError("exclude_ids", given, f"{queries} entries, one per query")
+        try:
+            lists = [[] if e is None else [e] if isinstance(e, str) else list(e) for e in exclude_ids]
+            names = [item_id for entry in lists for item_id in entry]
+            if not all(isinstance(name, str) for name in names):
+                raise TypeError
+        except TypeError:
+            expected = "an id, a list of ids or None per query"
+            raise ArgumentError("exclude_ids", reprlib.repr(exclude_ids), expected) from None
+        width = max((len(entry) for entry in lists), default=0)
+        if not width:
+            return None
+        rows = iter(self._reader.rows(names, missing="mark").tolist())
+        table = [[next(rows) for _ in entry] + [-1] * (width - len(entry)) for entry in lists]
+        return torch.tensor(table, dtype=torch.int64, device="cpu")
+
+
+def _search(
+    queries: Tensor,
+    loaded: _Loaded,
+    k: int,
+    excluded: Tensor | None,
+    allowed: np.ndarray | None,
+    report: Callable[[float], None] | None,
+) -> TopK:
+    """Best rows of a block. Few allowed rows are searched by themselves, many with a mask."""
+    rows, codes = loaded
+    if allowed is None or allowed.all():
+        return topk(queries, rows, k, exclude=excluded, progress=report, codes=codes)
+    if allowed.mean() > GATHER_BELOW:
+        return topk(queries, rows, k, exclude=excluded, progress=report, codes=codes, allowed=allowed)
+    chosen = torch.from_numpy(np.flatnonzero(allowed))
+    if excluded is not None:
+        place = torch.full((len(rows),), -1, dtype=torch.int64, device="cpu")
+        place[chosen] = torch.arange(len(chosen), device="cpu")
+        excluded = torch.where(excluded < 0, -1, place[excluded.clamp(min=0)])
+    found = topk(queries, rows[chosen], k, exclude=excluded, progress=report)
+    return TopK(found.scores, torch.where(found.indices < 0, -1, chosen[found.indices.clamp(min=0)]))
+
+
+def _report(progress: Callable[[int, int], None], done: int, rows: int, total: int, share: float) -> None:
+    progress(done + int(share * rows), total)

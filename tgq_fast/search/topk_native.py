@@ -1,0 +1,126 @@
+"""Calls the compiled search core. Arguments are checked already; memory passes by address and is never copied."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tgq_fast import _native
+from tgq_fast.errors import ArgumentError, BackendError, TGQError
+from tgq_fast.reference import TopK
+from tgq_fast.search.codes import LINE, Codes
+
+_DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_OK, _OUT_OF_MEMORY = 0, 2
+
+
+def why_not(queries: Tensor) -> list[str]:
+    """Why the compiled core cannot search here; empty when it can."""
+    module = _native.extension()
+    if module is None:
+        return [_native.why_missing()]
+    if queries.device.type != "cpu":
+        return [f"built for the CPU only, the tensors are on {queries.device}"]
+    isa = os.environ.get("TGQ_ISA", "")
+    if isa and module.resolve_isa(isa) is None:
+        known = " | ".join(module.build_info()["isas"])
+        raise ArgumentError("TGQ_ISA", repr(isa), f"an instruction set that this machine runs: {known}")
+    return []
+
+
+def search(
+    queries: Tensor,
+    pool: Tensor,
+    k: int,
+    exclude: Tensor | None,
+    out: TopK,
+    threads: int,
+    progress: Callable[[float], None] | None,
+    *,
+    allowed: Tensor | None = None,
+    codes: Codes | None = None,
+    isa: str | None = None,
+    tuning: dict[str, Any] | None = None,
+    counters: dict[str, int] | None = None,
+) -> TopK:
+    """Runs the core; `allowed` [N] bool marks the rows that may be returned, `codes` are those of the pool.
+
+    `isa`, `tuning` and `counters` are for tests and measurements. Answers depend on none of the last four.
+    """
+    module = _native.extension()
+    if module is None:
+        raise BackendError("topk", "cpp", {"cpp": [_native.why_missing()]})
+    if codes is not None:
+        codes.check(pool)
+    # The core writes dense rows; a strided output is filled afterwards.
+    scores, rows = (
+        tensor if tensor.is_contiguous() else torch.empty_like(tensor, memory_format=torch.contiguous_format)
+        for tensor in (out.scores, out.indices)
+    )
+    status = module.search_cpu(
+        _matrix(queries),
+        _matrix(pool),
+        k,
+        0 if exclude is None else exclude.data_ptr(),
+        0 if exclude is None else exclude.shape[1],
+        scores.data_ptr(),
+        rows.data_ptr(),
+        threads,
+        _same_memory(queries, pool),
+        progress,
+        isa,
+        tuning or {},
+        counters,
+        None if codes is None or codes.codes.numel() == 0 else _addresses(codes),
+        0 if allowed is None else allowed.data_ptr(),
+    )
+    _raise_for(status, "topk", "out of memory: search fewer queries at a time")
+    if scores is not out.scores:
+        out.scores.copy_(scores)
+    if rows is not out.indices:
+        out.indices.copy_(rows)
+    if progress is not None:
+        progress(1.0)
+    return out
+
+
+def _raise_for(status: int, what: str, out_of_memory: str) -> None:
+    if status == _OUT_OF_MEMORY:
+        raise BackendError(what, "cpp", {"cpp": [out_of_memory]})
+    if status != _OK:
+        raise TGQError(f"{what}: the search core refused checked arguments (status {status}); please report this")
+
+
+def _addresses(codes: Codes) -> tuple[Any, ...]:
+    """What `codes_of` in csrc/bindings.cpp reads."""
+    basis = codes.basis
+    return (
+        codes.codes.data_ptr(),
+        codes.codes.stride(0),
+        basis.first // LINE,
+        -(-len(basis.mean) // LINE),
+        codes.scale.data_ptr(),
+        codes.rest.data_ptr(),
+        basis.mean.data_ptr(),
+        basis.rotation.data_ptr(),
+        basis.defect,
+        codes.step,
+        codes.norm,
+        codes.second.data_ptr() if basis.second else 0,
+    )
+
+
+def _same_memory(queries: Tensor, pool: Tensor) -> bool:
+    """Whether the pool is searched for its own rows: scores are symmetric then, and one triangle is enough."""
+    same = queries.data_ptr() == pool.data_ptr() and queries.shape == pool.shape and queries.stride() == pool.stride()
+    return same and queries.dtype == pool.dtype
+
+
+def _matrix(tensor: Tensor) -> tuple[int, int, int, int, int, int]:
+    """(address, rows, columns, row stride, column stride, dtype code), strides in elements."""
+    rows, columns = tensor.shape
+    return (tensor.data_ptr(), rows, columns, tensor.stride(0), tensor.stride(1), _DTYPE_CODES[tensor.dtype])
