@@ -108,7 +108,9 @@ def test_version_needs_no_verb() -> None:
 
 
 def test_help_loads_neither_torch_nor_transformers() -> None:
-    code = "import sys; from tgq_fast import cli; print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
+    code = (
+        "import sys; from tgq_fast.app import cli; print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
