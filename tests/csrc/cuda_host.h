@@ -9,14 +9,14 @@
 #include <vector>
 
 #include "check.h"
-#include "cuda/run.h"
+#include "search/cuda/run.h"
 
 namespace tgq::cuda {
 
 inline std::mt19937 random_bits(7);
 
 // Takes the bodies of a step in a new order each time: steps must not depend on it.
-struct HostTeam {
+struct HostBlock {
   std::vector<std::uint32_t> order;
   std::mt19937 shuffler{3};
 
@@ -54,9 +54,9 @@ inline float tensor_core_dot(const float* a, const float* b, std::uint32_t size,
   return sum;
 }
 
-inline std::vector<float> shadow_row(const std::uint16_t* bits, std::uint32_t depth, DType shadow) {
+inline std::vector<float> code_row(const std::uint16_t* bits, std::uint32_t depth, DType code_dtype) {
   std::vector<float> values(depth);
-  for (std::uint32_t d = 0; d < depth; ++d) values[d] = shadow_value(shadow, bits[d]);
+  for (std::uint32_t d = 0; d < depth; ++d) values[d] = code_value(code_dtype, bits[d]);
   return values;
 }
 
@@ -84,7 +84,7 @@ inline FilterRow filter_row(const FilterJob& job, std::uint32_t index) {
     const auto* from = static_cast<const typename Type::Stored*>(job.rows) + index * job.row_stride;
     float squares = 0, errors = 0;
     for (std::uint32_t d = 0; d < job.depth; ++d) {
-      row.values[d] = shadow_value(job.shadow, shadow_bits<Type>(from[d], job.shadow == job.dtype));
+      row.values[d] = code_value(job.code_dtype, code_bits<Type>(from[d], job.code_dtype == job.dtype));
       const float lost = Type::value(from[d]) - row.values[d];
       squares = std::fmaf(row.values[d], row.values[d], squares);
       errors = std::fmaf(lost, lost, errors);
@@ -96,18 +96,18 @@ inline FilterRow filter_row(const FilterJob& job, std::uint32_t index) {
 }
 
 struct HostDevice {
-  HostTeam team;
+  HostBlock block;
   PrepareScratch prepare;
   SelectScratch select;
   std::int64_t hits = 0, scanned = 0, bounded = 0, scored = 0;  // rows whose norms were bounded, scores of the filter
 
   int prepare_queries(const Job& job) {
-    for (std::uint32_t q = 0; q < job.num_queries; ++q) prepare_query(team, job, q, prepare);
+    for (std::uint32_t q = 0; q < job.num_queries; ++q) prepare_query(block, job, q, prepare);
     return 0;
   }
   int prepare_rows(const Job& job, const Phase& phase) {
     bounded += phase.rows;
-    for (std::uint32_t tile = 0; tile * kBoundRows < phase.rows; ++tile) cuda::prepare_rows(team, job, phase, tile, prepare);
+    for (std::uint32_t tile = 0; tile * kBoundRows < phase.rows; ++tile) cuda::prepare_rows(block, job, phase, tile, prepare);
     return 0;
   }
   int filter(const FilterJob& job) {
@@ -115,13 +115,13 @@ struct HostDevice {
     for (std::uint32_t i = 0; i < job.num_rows; ++i) {
       const FilterRow row = filter_row(job, i);
       for (std::uint32_t q = 0; q < job.num_queries; ++q) {
-        const std::vector<float> query = shadow_row(queries + q * job.query_stride, job.depth, job.shadow);
+        const std::vector<float> query = code_row(queries + q * job.query_stride, job.depth, job.code_dtype);
         const float least = job.tile_norm != nullptr
                                 ? tile_threshold(job, q, i / kBoundRows)
-                                : threshold(job.floor_score[q], job.slope[q], job.lift[q], job.absolute, row.norm, row.error);
+                                : filter_threshold(job.threshold_score[q], job.slope[q], job.lift[q], job.absolute, row.norm, row.error);
         const float score = tensor_core_dot(query.data(), row.values.data(), job.depth, 8);
         ++scored;
-        if (job.row_floor != nullptr && !(score < row_threshold(job, i, q))) {
+        if (job.row_threshold != nullptr && !(score < row_threshold(job, i, q))) {
           const std::uint32_t slot = job.pending_count[i]++;
           if (slot < job.pending_capacity) job.pending[std::size_t{i} * job.pending_capacity + slot] = job.first_query + q;
         }
@@ -145,7 +145,7 @@ struct HostDevice {
     return 0;
   }
   int merge(const Job& job, const Phase& phase) {
-    for (std::uint32_t q = 0; q < job.num_queries; ++q) merge_hits(team, job, phase, q, select);
+    for (std::uint32_t q = 0; q < job.num_queries; ++q) merge_hits(block, job, phase, q, select);
     return 0;
   }
   int scan(const Job& job) {
@@ -164,11 +164,11 @@ struct HostDevice {
         if (position >= *job.num_listed) continue;
         const std::uint32_t q = job.listed[position];
         const std::size_t list = std::size_t{item % job.direct_blocks} * job.direct_queries + slot;
-        Candidates best{job.owned + list * job.owned_capacity, job.owned_capacity, job.k, 0, job.floor[q]};
+        Candidates best{job.owned + list * job.owned_capacity, job.owned_capacity, job.k, 0, job.threshold[q]};
         const std::int64_t end = split_begin(job.pool.rows, split.splits, part + 1);
         for (std::int64_t row = split_begin(job.pool.rows, split.splits, part); row < end; ++row) {
           const Key key = make_key(exact_score(job, q, row), job.first_row + static_cast<std::uint32_t>(row));
-          if (wanted(job, q, key, best.floor)) best.push(key);
+          if (wanted(job, q, key, best.threshold)) best.push(key);
         }
         best.compact();
         job.owned_count[list] = best.count;
@@ -177,11 +177,11 @@ struct HostDevice {
         job.kept[q] = best.count;
       }
     }
-    for (std::uint32_t position = 0; position < job.num_queries; ++position) merge_scan(team, job, position, select);
+    for (std::uint32_t position = 0; position < job.num_queries; ++position) merge_scan(block, job, position, select);
     return 0;
   }
   int finish(const Job& job) {
-    for (std::uint32_t q = 0; q < job.num_queries; ++q) cuda::finish(team, job, q, select);
+    for (std::uint32_t q = 0; q < job.num_queries; ++q) cuda::finish(block, job, q, select);
     return 0;
   }
 };

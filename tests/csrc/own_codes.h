@@ -6,8 +6,8 @@
 #include <cstdint>
 #include <vector>
 
-#include "tgq/search.h"
-#include "tgq/selection.h"
+#include "search/search.h"
+#include "search/selection.h"
 
 namespace tgq {
 

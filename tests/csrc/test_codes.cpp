@@ -1,4 +1,4 @@
-// The bounds of stored codes: on every instruction set no pair whose exact score reaches the floor is lost, by either level, however
+// The bounds of stored codes: on every instruction set no pair whose exact score reaches the threshold is lost, by either level, however
 // awkward the rows; and with any part of the bound left out some are.
 #include <cmath>
 #include <cstdio>
@@ -8,10 +8,11 @@
 #include <vector>
 
 #include "check.h"
-#include "cpu/code_queries.h"
-#include "cpu/codes.h"
-#include "cpu/kernels.h"
+#include "kernel_sets.h"
 #include "own_codes.h"
+#include "search/cpu/code_queries.h"
+#include "search/cpu/codes.h"
+#include "search/cpu/kernels.h"
 
 using namespace tgq;
 
@@ -76,7 +77,7 @@ std::vector<float> make_queries(int kind, std::int64_t width) {
   return tight(kind == 9 ? Shape::half : kind == 10 ? Shape::beyond : Shape::whole, kQueries, width, false);
 }
 
-ScanPlan plan_of(const Isa& isa, const std::vector<float>& q, const std::vector<float>& x, std::int64_t width) {
+ScanPlan plan_of(const NamedSet& isa, const std::vector<float>& q, const std::vector<float>& x, std::int64_t width) {
   ScanPlan plan;
   plan.queries = {q.data(), kQueries, width, width, 1, DType::f32};
   plan.pool = {x.data(), kRows, width, width, 1, DType::f32};
@@ -85,21 +86,21 @@ ScanPlan plan_of(const Isa& isa, const std::vector<float>& q, const std::vector<
   return plan;
 }
 
-// Of some queries and all rows, the pairs that are lost when the floor of the query (or, in a self-join, of the row) is their exact score.
-int lost(const Isa& isa, const std::vector<float>& q, const std::vector<float>& x, std::int64_t width, const Codes& codes, bool symmetric, int count) {
+// Of some queries and all rows, the pairs that are lost when the threshold of the query (or, in a self-join, of the row) is their exact score.
+int lost(const NamedSet& isa, const std::vector<float>& q, const std::vector<float>& x, std::int64_t width, const Codes& codes, bool symmetric, int count) {
   const ScanPlan plan = plan_of(isa, q, x, width);
   PreparedQueries prepared(plan, codes, isa.code_kernels->narrow);
   CHECK(prepared.prepare(1) == Status::ok);
-  std::vector<float> inverse(kRows), ratio(kRows), row_floor(kRows), floor(kQueryPanel);
+  std::vector<float> inverse(kRows), ratio(kRows), row_threshold(kRows), threshold(kQueryPanel);
   constexpr std::int64_t kBlock = 2 * kGroup;  // so few that no group is dense
   CodeRows rows{};
   rows.plane_stride = codes.plane_stride;
   rows.group_step = 1;
   rows.groups = kBlock / kGroup;
   rows.lines = codes.first_lines;
-  if (symmetric) rows.row_floor = row_floor.data();
+  if (symmetric) rows.row_threshold = row_threshold.data();
   CodeQueries queries = prepared.codes().view(0, count);
-  queries.floor = floor.data();
+  queries.threshold = threshold.data();
   std::vector<CodeHit> hits(kRows / kGroup * kDenseGroup + kGroup * kQueryPanel);
   std::vector<std::uint8_t> dense(kRows / kGroup);
   isa.code_kernels->begin();
@@ -114,9 +115,9 @@ int lost(const Isa& isa, const std::vector<float>& q, const std::vector<float>& 
     for (int one : {0, count / 2, count - 1}) {
       const float score = fixed_order_dot(q.data() + one * width, x.data() + at * width, width);
       if (std::isnan(score)) continue;
-      std::fill(floor.begin(), floor.end(), std::numeric_limits<float>::max());
-      std::fill(row_floor.begin(), row_floor.end(), std::numeric_limits<float>::max());
-      (symmetric ? row_floor[r] : floor[one]) = score;
+      std::fill(threshold.begin(), threshold.end(), std::numeric_limits<float>::max());
+      std::fill(row_threshold.begin(), row_threshold.end(), std::numeric_limits<float>::max());
+      (symmetric ? row_threshold[r] : threshold[one]) = score;
       int found = isa.code_kernels->filter(rows, queries, hits.data(), dense.data());
       if (rows.second != nullptr) found = isa.code_kernels->refine(rows, queries, hits.data(), found);
       bool kept = dense[r / kGroup] != 0;
@@ -129,7 +130,7 @@ int lost(const Isa& isa, const std::vector<float>& q, const std::vector<float>& 
   return missing;
 }
 
-void test_bounds(const Isa& isa) {
+void test_bounds(const NamedSet& isa) {
   for (int kind = 0; kind < kKinds; ++kind)
     for (std::int64_t width : {40, 130})
       for (double skew : {0.0, 1e-6}) {
@@ -147,7 +148,7 @@ void test_bounds(const Isa& isa) {
 }
 
 // Each part of the bound is needed: without it some kind of rows loses pairs.
-void test_parts(const Isa& isa) {
+void test_parts(const NamedSet& isa) {
   const auto without = [&](int kind, int first, double skew, auto change) {
     const std::vector<float> x = make_rows(kind, 130), q = make_queries(kind, 130);
     OwnCodes own(x, 130, first, false, skew);
@@ -165,11 +166,10 @@ void test_parts(const Isa& isa) {
 }  // namespace
 
 int main(int argc, char** argv) {  // of one instruction set, if named
-  for (const char* const* name = available_isas(); *name != nullptr; ++name) {
-    if (argc > 1 && std::string(*name) != argv[1]) continue;
-    const Isa* isa = find_isa(*name);
-    test_bounds(*isa);
-    test_parts(*isa);
-    std::printf("codes %s: all passed\n", *name);
+  for (const NamedSet& isa : kernel_sets()) {
+    if (argc > 1 && std::string(isa.name) != argv[1]) continue;
+    test_bounds(isa);
+    test_parts(isa);
+    std::printf("codes %s: all passed\n", isa.name);
   }
 }

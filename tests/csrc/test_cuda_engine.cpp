@@ -1,4 +1,4 @@
-// The steps of the CUDA search, run on the host: selection by teams, the margin against a model of the tensor cores, and
+// The steps of the CUDA search, run on the host: selection by thread blocks, the margin against a model of the tensor cores, and
 // the plans.
 #include <algorithm>
 #include <cmath>
@@ -14,7 +14,7 @@ using namespace tgq;
 using namespace tgq::cuda;
 
 void test_selection() {
-  HostTeam team;
+  HostBlock block;
   SelectScratch scratch;
   for (int turn = 0; turn < 60; ++turn) {
     // Every fourth time as many keys as wanted, among holes: no hole may take a place.
@@ -27,7 +27,7 @@ void test_selection() {
     }
     std::vector<Key> list = keys;
     for (std::uint32_t i = 0; i < 40; ++i) list.insert(list.begin() + random_bits() % (list.size() + 1), kNoKey);
-    select_best(team, static_cast<std::uint32_t>(list.size()), limit, [&](std::uint32_t i) { return list[i]; }, scratch);
+    select_best(block, static_cast<std::uint32_t>(list.size()), limit, [&](std::uint32_t i) { return list[i]; }, scratch);
     std::sort(keys.begin(), keys.end(), std::greater<Key>());
     keys.resize(std::min<std::size_t>(keys.size(), limit));
     CHECK(scratch.count == keys.size());
@@ -35,7 +35,7 @@ void test_selection() {
     std::uint32_t size = 1;
     while (size < scratch.count) size *= 2;
     std::fill(scratch.keys + scratch.count, scratch.keys + size, kNoKey);
-    sort_descending(team, scratch.keys, size);
+    sort_descending(block, scratch.keys, size);
     CHECK(std::equal(keys.begin(), keys.end(), scratch.keys));
   }
 }
@@ -77,7 +77,7 @@ void test_margin() {
         const float norm = norm_bound(squares[0]), error = norm_bound(squares[1]);
         const float score = tensor_core_dot(ra.data(), rb.data(), size, step);
         const float dot = fixed_order_dot(a.data(), b.data(), size);
-        const float least = threshold(dot, margin_slope(m, norm, error), margin_lift(m, norm, error), m.absolute,
+        const float least = filter_threshold(dot, margin_slope(m, norm, error), margin_lift(m, norm, error), m.absolute,
                                       norm_bound(squares[2]), norm_bound(squares[3]));
         CHECK_NOTE(!(score < least), "%s, D %u", kind.c_str(), size);
         // And it is no margin that lets everything pass.
@@ -118,12 +118,12 @@ void test_plans() {
           part.resume = true;
           part.pool.rows = std::min<std::int64_t>(rows, (32 << 20) / (cols * (dtype == DType::f32 ? 4 : 2)));
           CHECK(make_plan(part, {132, true}).workspace_bytes + (64u << 20) < (256u << 20));
-          CHECK(plan.shadow_rows == (dtype == DType::f32 || cols % 8 != 0));
+          CHECK(plan.coded_rows == (dtype == DType::f32 || cols % 8 != 0));
           std::int64_t next = 0, samples = 0;
           for (const Phase& phase : plan.phases) {
             CHECK(phase.rows >= 1 && phase.rows <= plan.chunk_rows && phase.limit <= plan.best_capacity);
             CHECK(phase.first + (phase.rows - 1) * phase.step < rows);
-            // A floor from the sample is not expected to let more pass than half of the buffer takes.
+            // A threshold from the sample is not expected to let more pass than half of the buffer takes.
             if (phase.step == 1 && samples > 0) {
               const std::int64_t stride = plan.phases.front().step;
               const std::int64_t above = sample_rank(k, static_cast<std::uint32_t>(stride)) * stride;
@@ -158,7 +158,7 @@ void test_choice_of_engine() {
     request.tuning.engine = wish;
     const Plan plan = make_plan(request, {132, true});
     if (plan.engine == Engine::skinny) {
-      CHECK(plan.tile_queries <= kSkinnyQueries && !plan.shadow_rows && plan.bound_tiles == 0);
+      CHECK(plan.tile_queries <= kSkinnyQueries && !plan.coded_rows && plan.bound_tiles == 0);
       CHECK(plan.workspace_bytes < (64u << 20));
       CHECK(plan.phases.back().rows == rows);  // the pool is read once
     }

@@ -65,8 +65,8 @@ void test_searches() {
       if (variant == 2 || variant == 8) r.tuning.sample_stride = 4;
       if (variant == 3 || variant == 9) r.tuning.hit_capacity = 20;  // overflows again and again
       if (variant == 4) {
-        r.tuning.has_forced_floor = true;  // a sample that failed for every query
-        r.tuning.forced_floor = 1e30f;
+        r.tuning.has_forced_threshold = true;  // a sample that failed for every query
+        r.tuning.forced_threshold = 1e30f;
       }
       if (variant == 5) r.tuning.chunk_rows = 128;
       if (variant == 6) {
@@ -117,8 +117,8 @@ void test_parts() {
       if (variant == 2) r.tuning.sample_stride = 4;
       if (variant == 3) r.tuning.hit_capacity = 24;
       if (variant == 4) {
-        r.tuning.has_forced_floor = true;
-        r.tuning.forced_floor = 1e30f;
+        r.tuning.has_forced_threshold = true;
+        r.tuning.forced_threshold = 1e30f;
       }
       if (variant == 5) r.tuning.tile_queries = 2;
       HostDevice device;
@@ -130,8 +130,8 @@ void test_parts() {
   }
 }
 
-// A sample that misleads: its rows are the best, so fewer than k rows reach the floor taken from it.
-void test_a_floor_from_the_sample_is_verified() {
+// A sample that misleads: its rows are the best, so fewer than k rows reach the threshold taken from it.
+void test_a_threshold_from_the_sample_is_verified() {
   constexpr std::int64_t kRows = 1000, kCols = 8;
   std::vector<float> values(kRows * kCols);
   for (std::int64_t i = 0; i < kRows * kCols; ++i) values[i] = i / kCols % 4 == 0 ? 1.0f + i / kCols : -1.0f;
@@ -150,8 +150,8 @@ void test_a_floor_from_the_sample_is_verified() {
   same(in_parts(request, {3, false}, device, {0, 600}), on_cpu(request), "misleading sample in parts");
 }
 
-// Parts after the first know their floors: on random data few rows of them are hits.
-void test_parts_go_on_from_known_floors() {
+// Parts after the first know their thresholds: on random data few rows of them are hits.
+void test_parts_go_on_from_known_thresholds() {
   Values queries, pool;
   fill(queries, numbers(2 * 32, ""), 2, 32, DType::bf16);
   fill(pool, numbers(8000 * 32, ""), 8000, 32, DType::bf16);
@@ -161,7 +161,7 @@ void test_parts_go_on_from_known_floors() {
   request.k = 10;
   request.tuning.engine = Engine::portable;
   HostDevice device;
-  same(in_parts(request, {3, false}, device, {0, 6000}), on_cpu(request), "known floors");
+  same(in_parts(request, {3, false}, device, {0, 6000}), on_cpu(request), "known thresholds");
   HostDevice first_part;
   request.pool.rows = 6000;
   in_parts(request, {3, false}, first_part, {0});
@@ -205,8 +205,8 @@ void test_random_searches() {
     if (below(3) == 0) r.tuning.tile_queries = 1 + below(8);
     if (below(3) == 0) r.tuning.direct_blocks = 1 + below(5);
     if (below(5) == 0) {
-      r.tuning.has_forced_floor = true;
-      r.tuning.forced_floor = static_cast<float>(below(9)) - 4.0f;
+      r.tuning.has_forced_threshold = true;
+      r.tuning.forced_threshold = static_cast<float>(below(9)) - 4.0f;
     }
     std::vector<std::int64_t> begins(1 + below(4));
     for (std::size_t i = 1; i < begins.size(); ++i) begins[i] = below(static_cast<std::uint32_t>(n) + 1);
@@ -311,8 +311,8 @@ int main() {
   test_norms_are_bounded_once();
   test_searches();
   test_parts();
-  test_a_floor_from_the_sample_is_verified();
-  test_parts_go_on_from_known_floors();
+  test_a_threshold_from_the_sample_is_verified();
+  test_parts_go_on_from_known_thresholds();
   test_random_searches();
   test_strided_views_and_empty_sides();
   test_the_filter_filters();

@@ -55,8 +55,8 @@ void test_equals_the_cpu() {
       if (variant == 2) r.tuning.hit_capacity = 20;  // hits and what waits overflow again and again
       if (variant == 3) r.tuning.sample_stride = 0;
       if (variant == 4 || variant == 5) {
-        r.tuning.has_forced_floor = true;
-        r.tuning.forced_floor = variant == 4 ? 1e30f : 0.5f;  // a sample that failed for every query; one that did not
+        r.tuning.has_forced_threshold = true;
+        r.tuning.forced_threshold = variant == 4 ? 1e30f : 0.5f;  // a sample that failed for every query; one that did not
       }
       if (variant == 6) {
         r.tuning.chunk_rows = 200;  // not whole bounds: rounded
@@ -92,7 +92,7 @@ void test_computes_one_triangle() {
   CHECK(whole.scored == kRows * (kRows / 16) + kRows * kRows);
 }
 
-// The margin is that of the very tile of queries: scores that rounding takes below the floor still count, and the rows of
+// The margin is that of the very tile of queries: scores that rounding takes below the threshold still count, and the rows of
 // earlier tiles win their ties.
 void test_margin_of_each_tile() {
   constexpr std::int64_t kRows = 4 * 128, kCols = 8;
@@ -101,14 +101,14 @@ void test_margin_of_each_tile() {
   Values pool;
   fill(pool, values, kRows, kCols, DType::f32);
   CudaRequest request = self_join(pool, 10);
-  request.tuning.has_forced_floor = true;
-  request.tuning.forced_floor = 8.06f;  // between the scores of the rounded values, 8, and the exact ones, 8.0626
+  request.tuning.has_forced_threshold = true;
+  request.tuning.forced_threshold = 8.06f;  // between the scores of the rounded values, 8, and the exact ones, 8.0626
   request.tuning.hit_capacity = 500;
   for (const std::int64_t tile : {128, 256}) {
     request.tuning.tile_queries = tile;
     HostDevice device;
     compare(request, device, "margins of tiles");
-    CHECK(device.scanned == 128);  // the small ones, none of whose scores reaches the floor
+    CHECK(device.scanned == 128);  // the small ones, none of whose scores reaches the threshold
   }
 }
 
@@ -186,8 +186,8 @@ void test_random_self_joins() {
     if (below(3) == 0) r.tuning.chunk_rows = 1 + below(400);
     if (below(3) == 0) r.tuning.tile_queries = 1 + below(400);
     if (below(5) == 0) {
-      r.tuning.has_forced_floor = true;
-      r.tuning.forced_floor = static_cast<float>(below(9)) - 4.0f;
+      r.tuning.has_forced_threshold = true;
+      r.tuning.forced_threshold = static_cast<float>(below(9)) - 4.0f;
     }
     HostDevice device;
     compare(r, device, "random self-join " + std::to_string(turn) + ", " + kind);

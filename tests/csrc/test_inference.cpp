@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "check.h"
-#include "tgq/inference.h"
+#include "inference/inference.h"
 
 using namespace tgq;
 

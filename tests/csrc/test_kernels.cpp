@@ -7,10 +7,12 @@
 #include <vector>
 
 #include "check.h"
-#include "cpu/kernels.h"
-#include "cpu/scan.h"
-#include "tgq/search.h"
-#include "tgq/selection.h"
+#include "kernel_sets.h"
+#include "search/cpu/filter.h"
+#include "search/cpu/kernels.h"
+#include "search/cpu/scanner.h"
+#include "search/search.h"
+#include "search/selection.h"
 
 using namespace tgq;
 
@@ -39,7 +41,7 @@ std::vector<float> random_values(std::size_t size, unsigned seed, int kind) {
 
 bool same_bits(float a, float b) { return (std::isnan(a) && std::isnan(b)) || a + 0.0f == b + 0.0f; }
 
-void test_exact_kernels(const Isa& isa) {
+void test_exact_kernels(const NamedSet& isa) {
   for (int kind = 0; kind <= kKinds; ++kind)
     for (int size : {1, 7, 16, 33, 130, 256}) {
       const int width = (size + kLanes - 1) / kLanes * kLanes, queries = 19, rows = 37;
@@ -68,29 +70,29 @@ void test_exact_kernels(const Isa& isa) {
     }
 }
 
-void test_collect(const Isa& isa) {
+void test_collect(const NamedSet& isa) {
   std::vector<float> scores = random_values(61, 3, 0);
   scores[5] = std::nanf("");
   scores[6] = kInf;
   scores[40] = -kInf;
-  for (float floor : {-kInf, -1.0f, 0.0f, scores[9], kInf})
+  for (float threshold : {-kInf, -1.0f, 0.0f, scores[9], kInf})
     for (int count : {0, 1, 8, 15, 16, 17, 61}) {
       std::vector<uint32_t> at(64, 99);
-      const int found = isa.kernels->collect(scores.data(), count, floor, nullptr, at.data());
+      const int found = isa.kernels->collect(scores.data(), count, threshold, nullptr, at.data());
       int expected = 0;
       for (int i = 0; i < count; ++i)
-        if (scores[i] >= floor) CHECK(at[expected++] == static_cast<uint32_t>(i));
+        if (scores[i] >= threshold) CHECK(at[expected++] == static_cast<uint32_t>(i));
       CHECK(found == expected);
-      const std::vector<float> floors = random_values(61, 4, 0);
-      const int either = isa.kernels->collect(scores.data(), count, floor, floors.data(), at.data());
+      const std::vector<float> thresholds = random_values(61, 4, 0);
+      const int either = isa.kernels->collect(scores.data(), count, threshold, thresholds.data(), at.data());
       expected = 0;
       for (int i = 0; i < count; ++i)
-        if (scores[i] >= floor || scores[i] >= floors[i]) CHECK(at[expected++] == static_cast<uint32_t>(i));
+        if (scores[i] >= threshold || scores[i] >= thresholds[i]) CHECK(at[expected++] == static_cast<uint32_t>(i));
       CHECK(either == expected);
     }
 }
 
-void test_conversions(const Isa& isa) {
+void test_conversions(const NamedSet& isa) {
   std::vector<uint16_t> all(65536);
   for (int i = 0; i < 65536; ++i) all[i] = static_cast<uint16_t>(i);
   std::vector<float> got(65536), expected(65536);
@@ -144,7 +146,7 @@ void test_margin(const Filter& filter, int kind, int size) {
     CHECK(std::sqrt(kept) <= (row ? xn[r] : qn[r - count]) && std::sqrt(lost) <= (row ? xe[r] : qe[r - count]));
   }
   const MarginConstants c = margin_constants(filter, size);
-  std::vector<float> slope(kPanel), lift(kPanel), floor(kPanel), norm(2), error(2);
+  std::vector<float> slope(kPanel), lift(kPanel), threshold(kPanel), norm(2), error(2);
   std::vector<int32_t> offset(kPanel);
   for (int i = 0; i < kPanel; ++i) {
     slope[i] = qe[i] + c.exact_error * (qn[i] + qe[i]) + c.filter_error * qn[i];
@@ -163,14 +165,14 @@ void test_margin(const Filter& filter, int kind, int size) {
   double worst = 0;
   int checked = 0;
   for (int r0 = 0; r0 < count; ++r0) {
-    // Floors at the exact scores of one row, for four queries (more would make the tile dense): the row must survive.
-    std::fill(floor.begin(), floor.end(), std::numeric_limits<float>::max());
+    // Thresholds at the exact scores of one row, for four queries (more would make the tile dense): the row must survive.
+    std::fill(threshold.begin(), threshold.end(), std::numeric_limits<float>::max());
     for (int turn = 0; turn < 4; ++turn) {
       const int i = (4 * r0 + turn) % kPanel;
-      floor[i] = fixed_order_dot(q.data() + i * width, x.data() + r0 * width, size);
-      if (std::isnan(floor[i])) floor[i] = kInf;
+      threshold[i] = fixed_order_dot(q.data() + i * width, x.data() + r0 * width, size);
+      if (std::isnan(threshold[i])) threshold[i] = kInf;
     }
-    const FilterPanel queries{panel.data(), offset.data(), qs.data(), floor.data(), slope.data(), lift.data()};
+    const FilterPanel queries{panel.data(), offset.data(), qs.data(), threshold.data(), slope.data(), lift.data()};
     const int n = filter.filter_block(block, queries, hits.data(), dense);
     const int g = r0 / kPanel;
     if (dense[g]) continue;  // such a tile is scored exactly as a whole
@@ -193,7 +195,7 @@ void test_margin(const Filter& filter, int kind, int size) {
     }
   }
   // A sample: one row a set gives the scores themselves, within the margin; longer sets give the largest of them.
-  const FilterPanel queries{panel.data(), offset.data(), qs.data(), floor.data(), slope.data(), lift.data()};
+  const FilterPanel queries{panel.data(), offset.data(), qs.data(), threshold.data(), slope.data(), lift.data()};
   std::vector<float> single(count * kPanel, -kInf), sets(3 * kPanel, -kInf), expected(3 * kPanel, -kInf);
   filter.raise_maxima(block, queries, {single.data(), count, 1, 0});
   for (int r = 0; r < count && kind != 6; ++r)
@@ -231,18 +233,17 @@ void test_margin(const Filter& filter, int kind, int size) {
 }  // namespace
 
 int main() {
-  for (const char* const* name = available_isas(); *name != nullptr; ++name) {
-    const Isa* isa = find_isa(*name);
-    CHECK(isa != nullptr);
-    test_exact_kernels(*isa);
-    test_collect(*isa);
-    test_conversions(*isa);
-    const bool plain = isa->kernels == &scalar_kernels();
-    const Filter* filter = plain ? &scalar_filter() : isa->filter;
+  for (const NamedSet& isa : kernel_sets()) {
+    test_exact_kernels(isa);
+    test_collect(isa);
+    test_conversions(isa);
+    const bool plain = isa.kernels == &scalar_kernels();
+    const Filter* filter = plain ? &scalar_filter() : isa.filter;
     for (int kind = 0; kind <= kKinds; ++kind)
       for (int size : {1, 31, 64, 130, 300})
         if (!plain || size <= 130) test_margin(*filter, kind, size);
-    std::printf("kernels %s: all passed\n", *name);
+    std::printf("kernels %s: all passed\n", isa.name);
   }
-  CHECK(find_isa("no such thing") == nullptr);
+  Isa isa;
+  CHECK(!find_isa("no such thing", &isa));
 }

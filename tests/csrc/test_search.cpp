@@ -10,9 +10,10 @@
 #include <vector>
 
 #include "check.h"
+#include "common/isa.h"
 #include "own_codes.h"
-#include "tgq/search.h"
-#include "tgq/selection.h"
+#include "search/search.h"
+#include "search/selection.h"
 
 using namespace tgq;
 
@@ -114,8 +115,8 @@ std::vector<Tuning> tunings() {
   all[1].use_filter = 0;
   all[2].use_filter = 1;
   all[3].use_filter = 1, all[3].sample_stride = 4, all[3].spare_candidates = 1;
-  all[4].has_forced_floor = true, all[4].forced_floor = 1e30f;  // a sample that fails for every query
-  all[5].has_forced_floor = true, all[5].forced_floor = -1e30f, all[5].use_filter = 1, all[5].spare_candidates = 3;
+  all[4].has_forced_threshold = true, all[4].forced_threshold = 1e30f;  // a sample that fails for every query
+  all[5].has_forced_threshold = true, all[5].forced_threshold = -1e30f, all[5].use_filter = 1, all[5].spare_candidates = 3;
   all[6].query_tile = 32, all[6].row_chunk = 64, all[6].use_filter = 1;
   all[7].sample_stride = 0, all[7].use_filter = 1, all[7].row_chunk = 100;
   return all;
@@ -167,7 +168,7 @@ void test_paths() {
   CHECK(run(clustered, 50, 2, nullptr, direct) == dense);
 }
 
-// Where few rows are allowed the others are not scored, and the floor is a sample's of the allowed ones.
+// Where few rows are allowed the others are not scored, and the threshold is a sample's of the allowed ones.
 void test_allowed() {
   Problem p = make(64, 30000, 64, 0, 2);
   p.allowed.assign(30000, 0);
@@ -224,7 +225,7 @@ void test_aligned_errors() {
       CHECK_NOTE(run(p, 5, 1, *isa, filter, &codes) == expected, "%s with codes, errors of rows: %d", *isa, of_rows);
     }
   }
-  // The sample goes through the codes in strides: from the first rows alone would come a floor that everything passes.
+  // The sample goes through the codes in strides: from the first rows alone would come a threshold that everything passes.
   const Problem rising = make(40, 30000, 64, 3, 2);
   const OwnCodes codes(rising.x, rising.width);
   const Answer found = run(rising, 10, 1, nullptr, Tuning(), &codes);

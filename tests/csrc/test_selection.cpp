@@ -1,4 +1,4 @@
-// Attacks the selection core: key order, floors, the candidate buffer, selection and merging.
+// Attacks the selection core: key order, thresholds, the candidate buffer, selection and merging.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "check.h"
-#include "tgq/selection.h"
+#include "search/selection.h"
 
 using namespace tgq;
 
@@ -38,24 +38,24 @@ void test_key_order() {
   }
 }
 
-// floor_score is the lowest score that row `first_row` can have to exceed the floor.
-void test_floor_score() {
+// threshold_score is the lowest score that row `first_row` can have to exceed the threshold.
+void test_threshold_score() {
   std::mt19937 random(2);
   for (int i = 0; i < 100000; ++i) {
     const float score = bits_float(static_cast<std::uint32_t>(random()));
     if (std::isnan(score)) continue;
     const std::uint32_t row = static_cast<std::uint32_t>(random()), next = static_cast<std::uint32_t>(random());
-    const Key floor = make_key(score, row);
-    const float lowest = floor_score(floor, next);
+    const Key threshold = make_key(score, row);
+    const float lowest = threshold_score(threshold, next);
     if (score == kInf) continue;  // nothing above it to name: +inf passes the filter and loses at the buffer
-    CHECK(make_key(lowest, next) > floor);
-    CHECK(make_key(std::nextafterf(lowest, -kInf), next) <= floor);
+    CHECK(make_key(lowest, next) > threshold);
+    CHECK(make_key(std::nextafterf(lowest, -kInf), next) <= threshold);
   }
-  CHECK(floor_score(kNoKey, 0) == -kInf);
-  CHECK(floor_score(floor_at(2.5f), 1000) == 2.5f);
-  CHECK(make_key(2.5f, 0xffffffffu) > floor_at(2.5f));
-  CHECK(make_key(std::nextafterf(2.5f, 0.0f), 0) <= floor_at(2.5f));
-  CHECK(floor_at(std::nanf("")) == kNoKey);
+  CHECK(threshold_score(kNoKey, 0) == -kInf);
+  CHECK(threshold_score(threshold_at(2.5f), 1000) == 2.5f);
+  CHECK(make_key(2.5f, 0xffffffffu) > threshold_at(2.5f));
+  CHECK(make_key(std::nextafterf(2.5f, 0.0f), 0) <= threshold_at(2.5f));
+  CHECK(threshold_at(std::nanf("")) == kNoKey);
 }
 
 std::vector<Key> reference(std::vector<Key> keys, std::size_t k) {
@@ -72,7 +72,7 @@ void check_buffer(const std::vector<Key>& stream, std::uint32_t k, std::uint32_t
   std::vector<Key> kept(best.keys, best.keys + best.count);
   std::sort(kept.begin(), kept.end(), std::greater<Key>());
   CHECK(kept == reference(stream, k));
-  if (kept.size() == k) CHECK(best.floor == kept.back());
+  if (kept.size() == k) CHECK(best.threshold == kept.back());
 }
 
 void test_candidates() {
@@ -111,7 +111,7 @@ void test_select_largest() {
   }
 }
 
-// The sample's rank is a true bound on how often the floor fails: far below one in a thousand on random data.
+// The sample's rank is a true bound on how often the threshold fails: far below one in a thousand on random data.
 void test_sample_rank() {
   std::mt19937 random(6);
   for (std::uint32_t k : {1u, 10u, 100u, 1000u}) {
@@ -131,7 +131,7 @@ void test_sample_rank() {
 
 int main() {
   test_key_order();
-  test_floor_score();
+  test_threshold_score();
   test_candidates();
   test_select_largest();
   test_sample_rank();

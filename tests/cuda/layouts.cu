@@ -7,7 +7,7 @@
 #include <cstdio>
 #include <vector>
 
-#include "cuda/fragments.h"
+#include "search/cuda/fragments.h"
 
 template <int kQueries, int kColumns, class Schedule>
 bool places_are_as_the_epilogue_takes_them() {

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SOURCES = ROOT / "csrc" / "cuda"
+CSRC = ROOT / "csrc"
+SOURCES = CSRC / "search" / "cuda"
 ARCHS = ("80", "90a", "100a")
 UNITS = [*[(unit, arch) for arch in ARCHS for unit in ("portable", "search", "skinny")], ("hopper", "90a")]
 # Registers per thread: what lets two blocks of the heavy kernels share a multiprocessor (Hopper's own kernel: one block
@@ -51,8 +52,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory):
         if (unit, arch) not in done:
             cubin = folder / f"{unit}_{arch}.cubin"
             command = ["nice", NVCC, "-std=c++17", "-O3", "-DNDEBUG", "-cubin", "-Xptxas", "-v", "-o", cubin]
-            command += [f"-gencode=arch=compute_{arch},code=sm_{arch}", f"-I{SOURCES.parent}"]
-            command.append(f"-I{SOURCES.parent / 'include'}")
+            command += [f"-gencode=arch=compute_{arch},code=sm_{arch}", f"-I{CSRC}"]
             if unit == "hopper":
                 command += ["--expt-relaxed-constexpr", f"-I{cutlass()}"]
             else:
@@ -122,7 +122,7 @@ def test_fragments_lie_where_the_kernels_take_them(tmp_path: Path) -> None:
     skip_without_headers("hopper")
     program = tmp_path / "layouts"
     command = ["nice", NVCC, "-std=c++17", "-DNDEBUG", "-gencode=arch=compute_90a,code=sm_90a", "-o", program]
-    command += ["--expt-relaxed-constexpr", f"-I{cutlass()}", f"-I{SOURCES.parent}", f"-I{SOURCES.parent / 'include'}"]
+    command += ["--expt-relaxed-constexpr", f"-I{cutlass()}", f"-I{CSRC}"]
     command.append(Path(__file__).with_name("layouts.cu"))
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

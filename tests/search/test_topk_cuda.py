@@ -15,14 +15,14 @@ from tgq_fast.search.topk_cuda import TUNING_VARIABLE, _dense, tuning_options
 def test_tuning_comes_from_the_argument_and_then_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(TUNING_VARIABLE, raising=False)
     assert tuning_options() == {}
-    assert tuning_options({"engine": "skinny", "forced_floor": -1}) == {"engine": 4, "forced_floor": -1.0}
+    assert tuning_options({"engine": "skinny", "forced_threshold": -1}) == {"engine": 4, "forced_threshold": -1.0}
     monkeypatch.setenv(TUNING_VARIABLE, "hopper_tile=64x256, chunk_rows=65536")
     assert tuning_options() == {"hopper_tile": 2, "chunk_rows": 65536}
     assert tuning_options({"hopper_tile": "128x256"}) == {"hopper_tile": 3, "chunk_rows": 65536}
 
 
 @pytest.mark.parametrize(
-    "text", ["hopper_tile=63x63", "engine", "rows=1", "chunk_rows=many", "forced_floor=low", "engine=3"]
+    "text", ["hopper_tile=63x63", "engine", "rows=1", "chunk_rows=many", "forced_threshold=low", "engine=3"]
 )
 def test_unknown_tuning_is_named(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(TUNING_VARIABLE, text)

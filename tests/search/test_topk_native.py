@@ -39,8 +39,8 @@ TUNINGS = [
     FILTER,
     {**FILTER, "sample_stride": 0, "row_chunk": 96},
     {**FILTER, "sample_stride": 3, "spare_candidates": 1},
-    {"forced_floor": 1e30},  # a sample that fails for every query
-    {**FILTER, "forced_floor": -1e30, "spare_candidates": 2},  # a buffer that overflows again and again
+    {"forced_threshold": 1e30},  # a sample that fails for every query
+    {**FILTER, "forced_threshold": -1e30, "spare_candidates": 2},  # a buffer that overflows again and again
     {**FILTER, "query_tile": 32, "row_chunk": 64},
 ]
 
@@ -112,7 +112,7 @@ def test_a_self_join_by_the_triangle_gives_what_the_square_gives(kind: str) -> N
     pool = dataset(kind, 2500, 40)
     for exclude in (None, torch.arange(2500)[:, None]):
         expected = search(pool, pool, 20, exclude=exclude, tuning={"use_self_join": 0})
-        for tuning in ({}, {"use_filter": 0}, {**FILTER, "query_tile": 96}, {"use_self_join": 1, "forced_floor": 1e30}):
+        for tuning in ({}, {"use_filter": 0}, {**FILTER, "query_tile": 96}, {"use_self_join": 1, "forced_threshold": 1e30}):
             assert_same(search(pool, pool, 20, exclude=exclude, threads=2, tuning=tuning), expected, (kind, tuning))
     counters: dict[str, int] = {}
     search(pool, pool, 20, tuning={"use_filter": 0, "sample_stride": 0}, counters=counters)
@@ -170,7 +170,7 @@ def test_the_filter_thins_out_and_failed_samples_rescan(isa: str) -> None:
     search(queries, pool, 20, isa=isa, tuning=FILTER, counters=counters)
     assert counters["filtered"] > 0.9 * 64 * 20000
     assert 64 * 20 <= counters["rescored"] < 64 * 2000 and counters["rescanned"] == 0
-    search(queries, pool, 20, isa=isa, tuning={"forced_floor": 1e30}, counters=counters)
+    search(queries, pool, 20, isa=isa, tuning={"forced_threshold": 1e30}, counters=counters)
     assert counters["rescanned"] == 64
 
 

@@ -118,7 +118,7 @@ def _workspace(module: ModuleType, request: tuple[Any, ...], device: int, option
 def tuning_options(tuning: dict[str, Any] | None = None) -> dict[str, int | float]:
     """Options of the core from `tuning`, and for what it lacks from the variable TGQ_CUDA_TUNING ("name=value,…").
 
-    "engine" is one of ENGINES, "hopper_tile" one of HOPPER_TILES, "forced_floor" a score; the others are whole numbers.
+    "engine" is one of ENGINES, "hopper_tile" one of HOPPER_TILES, "forced_threshold" a score; the others are whole numbers.
 
     Raises:
         ArgumentError: an unknown option, or a value that it does not take.
@@ -137,11 +137,11 @@ def _option(name: str, value: Any) -> int | float:
         if value in choices:
             return choices[value]
         raise ArgumentError(f"tuning {name}", repr(value), " | ".join(choices))
-    if name != "forced_floor" and name not in _WHOLE_NUMBERS:
-        known = ["engine", "hopper_tile", "forced_floor", *_WHOLE_NUMBERS]
+    if name != "forced_threshold" and name not in _WHOLE_NUMBERS:
+        known = ["engine", "hopper_tile", "forced_threshold", *_WHOLE_NUMBERS]
         raise ArgumentError("tuning", repr(name), " | ".join(known))
     try:
-        return float(value) if name == "forced_floor" else int(value)
+        return float(value) if name == "forced_threshold" else int(value)
     except ValueError as error:
         raise ArgumentError(f"tuning {name}", repr(value), "a number") from error
 

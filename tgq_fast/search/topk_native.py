@@ -96,7 +96,7 @@ def _raise_for(status: int, what: str, out_of_memory: str) -> None:
 
 
 def _addresses(codes: Codes) -> tuple[Any, ...]:
-    """What `codes_of` in csrc/bindings.cpp reads."""
+    """What `codes_of` in csrc/bindings/bindings.cpp reads."""
     basis = codes.basis
     return (
         codes.codes.data_ptr(),

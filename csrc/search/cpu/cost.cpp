@@ -1,0 +1,36 @@
+#include "search/cpu/cost.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace tgq {
+namespace {
+
+constexpr double kStream = 0.1;   // a byte that is read in order
+constexpr double kApart = 0.12;   // one that is not
+constexpr double kEncode = 0.6;   // a column of a row, read and encoded
+constexpr double kHit = 16;       // a pair that the first level leaves
+constexpr double kRefine = 8;     // its bound from the second
+constexpr double kRandom = 40;    // a row that is read out of order, beside its bytes
+
+}  // namespace
+
+double cost_with_codes(const Costs& costs, const Call& call) {
+  const double columns = 64 * call.lines, tiles = std::ceil(call.queries / costs.panel) * costs.panel;
+  const double read = call.rows * (columns + 8) * kStream;
+  const double bounds = tiles * call.rows * (costs.bound + costs.line * call.lines);
+  const double hit = kHit + (call.second ? kRefine + columns / 8 : 0.0);
+  const double exact = kRandom + call.dims * (call.item_bytes * kApart + costs.exact);
+  return std::max(read, call.triangle ? bounds / 2 : bounds) + call.queries * call.rows * (call.left * hit + call.rescored * exact);
+}
+
+double cost_without(const Costs& costs, const Call& call) {
+  const double read = call.rows * call.dims * call.item_bytes * kStream;
+  if (call.few || costs.pair == 0) return std::max(read, call.queries * call.rows * call.dims * costs.exact);
+  constexpr double kPanel = 32;
+  const double tiles = std::ceil(call.queries / kPanel) * kPanel;
+  const double filter = tiles * call.rows * (costs.pair + costs.column * call.dims);
+  return call.rows * call.dims * kEncode + (call.triangle ? filter / 2 : filter) + call.queries * call.hits * 3 * (kHit + call.dims * costs.exact);
+}
+
+}  // namespace tgq
