@@ -162,7 +162,12 @@ def test_self_join(engine: str, dtype: torch.dtype, kind: str) -> None:
     expected, on_device = topk(pool, pool, 20, exclude=own, backend="cpp"), pool.cuda()
     tiles = topk_cuda.HOPPER_TILES if engine == "hopper" else ["auto"]
     tunings = [{"hopper_tile": tile, "tile_queries": 640} for tile in tiles]
-    tunings += [{"hit_capacity": 40, "tile_queries": 128}, {"chunk_rows": 384}, {"forced_threshold": 1.0}, {"self_join": 0}]
+    tunings += [
+        {"hit_capacity": 40, "tile_queries": 128},
+        {"chunk_rows": 384},
+        {"forced_threshold": 1.0},
+        {"self_join": 0},
+    ]
     for tuning in tunings:
         out = TopK(torch.empty(3001, 20, device="cuda"), torch.empty(3001, 20, dtype=torch.int64, device="cuda"))
         options = {"engine": engine, "self_join": 1, "sample_stride": 8, **tuning}

@@ -112,7 +112,12 @@ def test_a_self_join_by_the_triangle_gives_what_the_square_gives(kind: str) -> N
     pool = dataset(kind, 2500, 40)
     for exclude in (None, torch.arange(2500)[:, None]):
         expected = search(pool, pool, 20, exclude=exclude, tuning={"use_self_join": 0})
-        for tuning in ({}, {"use_filter": 0}, {**FILTER, "query_tile": 96}, {"use_self_join": 1, "forced_threshold": 1e30}):
+        for tuning in (
+            {},
+            {"use_filter": 0},
+            {**FILTER, "query_tile": 96},
+            {"use_self_join": 1, "forced_threshold": 1e30},
+        ):
             assert_same(search(pool, pool, 20, exclude=exclude, threads=2, tuning=tuning), expected, (kind, tuning))
     counters: dict[str, int] = {}
     search(pool, pool, 20, tuning={"use_filter": 0, "sample_stride": 0}, counters=counters)

@@ -118,7 +118,8 @@ def _workspace(module: ModuleType, request: tuple[Any, ...], device: int, option
 def tuning_options(tuning: dict[str, Any] | None = None) -> dict[str, int | float]:
     """Options of the core from `tuning`, and for what it lacks from the variable TGQ_CUDA_TUNING ("name=value,…").
 
-    "engine" is one of ENGINES, "hopper_tile" one of HOPPER_TILES, "forced_threshold" a score; the others are whole numbers.
+    "engine" is one of ENGINES, "hopper_tile" one of HOPPER_TILES, "forced_threshold" a score; the others are whole
+    numbers.
 
     Raises:
         ArgumentError: an unknown option, or a value that it does not take.
