@@ -260,8 +260,24 @@ def test_items_without_pictures_are_left_out_of_training_and_score_nothing(tmp_p
     assert result.best_metric is not None and result.best_metric < 1
 
 
+def test_a_long_run_is_validated_as_often_as_asked(tmp_path: Path) -> None:
+    for asked in (1, 2):
+        result = run(tmp_path / f"run{asked}", epochs=4, validations=asked)
+        found = [entry["step"] for entry in log_of(result.path) if "eval/HR@10" in entry]
+        assert len(found) == asked and found[-1] == result.steps
+
+
 @pytest.mark.parametrize(
-    "changes", [{"epochs": 0}, {"batch_size": 0}, {"lr": 0.0}, {"lr": float("nan")}, {"warmup": 1.0}, {"log_steps": 0}]
+    "changes",
+    [
+        {"epochs": 0},
+        {"batch_size": 0},
+        {"lr": 0.0},
+        {"lr": float("nan")},
+        {"warmup": 1.0},
+        {"log_steps": 0},
+        {"validations": 0},
+    ],
 )
 def test_bad_arguments(tmp_path: Path, changes: dict[str, Any]) -> None:
     with pytest.raises(ArgumentError, match=next(iter(changes))):

@@ -84,7 +84,7 @@ class Plan:
         seeds: seeds of the final runs, from 0.
         folds: K, used when there is more than one recipe.
         conditions: texts; "clean" is always among them.
-        epochs, batch_size, lr, bf16: the budget of every run; no epochs means the rule of `tgq-fast train`.
+        epochs, batch_size, lr, bf16, validations: budget of every run; no epochs means the rule of `tgq-fast train`.
         views: what training views are drawn from, or None for none.
         select: metric that chooses the recipe, averaged over conditions and folds.
         ks: cut-offs.
@@ -107,6 +107,7 @@ class Plan:
     batch_size: int = 128
     lr: float = 1e-3
     bf16: bool = False
+    validations: int = 6
     views: Mapping[str, Any] | None = field(default_factory=dict)
     select: str = "H@100"
     ks: Sequence[int] = (1, 10, 100)
@@ -213,6 +214,7 @@ _DECIDING = (
     "batch_size",
     "lr",
     "bf16",
+    "validations",
     "views",
     "match",
     "seed",

@@ -50,8 +50,6 @@ __all__ = ["TrainResult", "train"]
 
 logger = logging.getLogger(__name__)
 
-_VALIDATIONS = 6  # of a long run
-
 
 @plain_defaults()
 def train(
@@ -70,6 +68,7 @@ def train(
     keep: Literal["best", "trained"] = "best",
     checkpoint_steps: int | None = None,
     log_steps: int = 10,
+    validations: int = 6,
     resume: bool = False,
     init_from: str | Path | None = None,
     report_to: str | Sequence[str] | None = None,
@@ -82,10 +81,10 @@ def train(
 ) -> TrainResult:
     """Train a connector and reader over frozen towers on the training pairs of a catalogue.
 
-    The checkpoint with the best validation HR@10 (over the full pool, after every epoch of a short run and about six
-    times in a long one) becomes the run's model, unless the frozen feature without training is better on the same
-    queries: `run.json` holds that verdict in words and numbers. A run that was killed resumes from its last complete
-    checkpoint to the same weights, bit for bit on the CPU.
+    The checkpoint with the best validation HR@10 (over the full pool, after every epoch of a short run and about
+    `validations` times in a long one) becomes the run's model, unless the frozen feature without training is better on
+    the same queries: `run.json` holds that verdict in words and numbers. A run that was killed resumes from its last
+    complete checkpoint to the same weights, bit for bit on the CPU.
 
     Several processes (`torchrun`, `accelerate launch`) train one run together: they see the batches of one process,
     each computes its share, and every term of the loss is that of the whole batch. Rank 0 alone writes.
@@ -107,6 +106,7 @@ def train(
             "trained" keeps the trained model whatever the verdict.
         checkpoint_steps: also write a checkpoint every so many steps, besides the one after each epoch.
         log_steps: steps per log entry.
+        validations: of a run of more epochs than that; each embeds the whole catalogue.
         resume: go on with an unfinished run of the same arguments; a finished one is returned as it is.
         init_from: run whose trained weights and whitening this one starts from, instead of random ones; `config` must
             be its configuration but for what only training reads.
@@ -125,9 +125,10 @@ def train(
         DependencyError: a package that `report_to` needs is not installed.
         DistributedError: another process of the same training stopped or did not answer.
     """
-    for name, value, least in (("epochs", epochs, 1), ("batch_size", batch_size, 1), ("log_steps", log_steps, 1)):
-        if value < least:
-            raise ArgumentError(name, value, f"at least {least}")
+    counts = {"epochs": epochs, "batch_size": batch_size, "log_steps": log_steps, "validations": validations}
+    for name, value in counts.items():
+        if value < 1:
+            raise ArgumentError(name, value, "at least 1")
     if not lr > 0:
         raise ArgumentError("lr", lr, "a learning rate above 0")
     if not 0 <= warmup < 1:
@@ -153,6 +154,7 @@ def train(
     try:
         arguments = {
             "epochs": epochs,
+            "validations": validations,
             "seed": seed,
             "batch_size": batch_size,
             "lr": lr,
@@ -284,8 +286,8 @@ def _run(
         logger.warning("batches of %d pairs, which %d processes share evenly", sampler.batch_size, team.size)
     has_validation = len(catalog.split_pairs("validation").query) > 0
     steps = arguments["max_steps"] or len(sampler) * arguments["epochs"]
-    # Embedding the pool takes as long as some epochs do: a long run is validated about six times.
-    rhythm = len(sampler) * max(1, round(steps / len(sampler) / _VALIDATIONS))
+    # Embedding the pool takes as long as some epochs do, so a long run is not validated after each.
+    rhythm = len(sampler) * max(1, round(steps / len(sampler) / arguments["validations"]))
     args = TrainingArguments(
         output_dir=str(folder / CHECKPOINTS),
         per_device_train_batch_size=share,

@@ -40,6 +40,7 @@ def train_run(
     batch_size: int,
     lr: float,
     bf16: bool | None = None,
+    validations: int = 6,
     resume: bool = False,
     init_from: Path | None = None,
     report_to: Sequence[str] = (),
@@ -52,7 +53,7 @@ def train_run(
     """Train a run folder; returns its summary. Without `epochs`, see :func:`default_epochs`.
 
     Args:
-        init_from, report_to: of :func:`tgq_fast.train`.
+        validations, init_from, report_to: of :func:`tgq_fast.train`.
         keep: "trained" keeps the trained model where the frozen feature is better on validation, too.
         views: corrupted views of each training picture, which training draws from; 0: none.
     """
@@ -100,6 +101,7 @@ def train_run(
             lr=lr,
             bf16=bf16,
             keep=keep,
+            validations=validations,
             resume=resume,
             init_from=init_from,
             report_to=report_to,

@@ -76,6 +76,9 @@ def train(
     keep: Annotated[
         Keep, typer.Option(help="best: the frozen feature where it wins on validation; trained: the model anyway.")
     ] = Keep.best,
+    validations: Annotated[
+        int, typer.Option(min=1, help="How often a long run is validated; each time embeds the whole catalogue.")
+    ] = 6,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in RUN.")] = False,
     init_from: Annotated[
         Path | None,
@@ -124,6 +127,7 @@ def train(
         batch_size=batch_size,
         lr=lr,
         bf16=bf16,
+        validations=validations,
         resume=resume,
         init_from=init_from,
         report_to=names(report_to) or (),

@@ -44,6 +44,7 @@ def study(
     batch_size: Annotated[int, typer.Option(min=2, help="Pairs per step.")] = 128,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
     bf16: Annotated[bool, typer.Option("--bf16", help="Mixed precision.")] = False,
+    validations: Annotated[int, typer.Option(min=1, help="Of each run; the best one's model counts.")] = 6,
     views: Annotated[int, typer.Option(min=0, help="Corrupted views of each training picture; 0 for none.")] = 4,
     view_kinds: Annotated[
         str | None, typer.Option(metavar="kind=weight,…", help="Kinds of views; default: overlays, scenes, crops.")
@@ -87,6 +88,7 @@ def study(
         batch_size=batch_size,
         lr=lr,
         bf16=bf16,
+        validations=validations,
         views=changed if views else None,
         select=select,
         seed=seed,
