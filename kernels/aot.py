@@ -21,15 +21,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from tgq_fast.kernels import (
-    absorbed,
-    absorbed_backward,
-    contrastive,
-    fused,
+    cross_attention,
+    cross_attention_backward,
+    cross_attention_fused,
+    info_nce,
     modulation,
     redundancy,
     softmax,
-    streams,
-    streams_backward,
+    stream_attention,
+    stream_attention_backward,
 )
 from tgq_fast.kernels.tiling import FOLDER
 
@@ -82,20 +82,20 @@ _ROWS = "q k v out d_out d_q", "lse delta guide guide_scale d_guide_scale", "key
 _KEYS = "q k v d_out d_k d_v", "lse delta guide guide_scale", "key_mask"
 KERNELS: dict[str, Kernel] = {
     "absorbed_forward": Kernel(
-        absorbed.absorbed_forward, "q x out", "lse entropy mass guide guide_scale", "key_mask key_group",
+        cross_attention.absorbed_forward, "q x out", "lse entropy mass guide guide_scale", "key_mask key_group",
         floats="scale", flags=(("HAS_MASK", True), ("HAS_GROUP", True), ("HAS_GUIDE", True), ("WANT_ENTROPY", True)),
     ),
     "absorbed_backward_rows": Kernel(
-        absorbed_backward.absorbed_backward_rows, "q x d_out d_q", "lse delta guide guide_scale d_guide_scale",
+        cross_attention_backward.absorbed_backward_rows, "q x d_out d_q", "lse delta guide guide_scale d_guide_scale",
         "key_mask", floats="scale", flags=(("HAS_MASK", True), ("HAS_GUIDE", True), ("ACCUMULATE", False)),
     ),
     "absorbed_backward_tokens": Kernel(
-        absorbed_backward.absorbed_backward_tokens, "q x d_out d_x", "lse delta guide guide_scale", "key_mask",
+        cross_attention_backward.absorbed_backward_tokens, "q x d_out d_x", "lse delta guide guide_scale", "key_mask",
         floats="scale", flags=(("HAS_MASK", True), ("HAS_GUIDE", True), ("ACCUMULATE", False)),
     ),
     "fused_forward": Kernel(
-        fused.fused_forward, "q x wk wv bias out", "lse entropy mass guide guide_scale", "key_mask key_group",
-        floats="scale",
+        cross_attention_fused.fused_forward, "q x wk wv bias out", "lse entropy mass guide guide_scale",
+        "key_mask key_group", floats="scale",
         flags=(
             ("HAS_BIAS", True), ("HAS_MASK", True), ("HAS_GROUP", True), ("HAS_GUIDE", True), ("WANT_ENTROPY", True),
         ),
@@ -106,25 +106,25 @@ KERNELS: dict[str, Kernel] = {
         flags=(("HAS_GROUP", True), ("WANT_ENTROPY", True)), bits=(32,), matrix=False,
     ),
     "stream_forward": Kernel(
-        streams.stream_forward, *_STREAM_FORWARD, floats="scale",
+        stream_attention.stream_forward, *_STREAM_FORWARD, floats="scale",
         flags=(*_BLOCK, ("HAS_GROUP", False), ("WANT_ENTROPY", False)), width=_HEAD,
     ),
     "projected_forward": Kernel(
-        streams.stream_forward, *_STREAM_FORWARD, floats="scale",
+        stream_attention.stream_forward, *_STREAM_FORWARD, floats="scale",
         flags=(*_ALL, ("HAS_GROUP", True), ("WANT_ENTROPY", True)), width=_HEAD, tile="stream_forward",
     ),
     "stream_backward_rows": Kernel(
-        streams_backward.stream_backward_rows, *_ROWS, floats="scale", flags=_BLOCK, width=_HEAD,
+        stream_attention_backward.stream_backward_rows, *_ROWS, floats="scale", flags=_BLOCK, width=_HEAD,
     ),
     "projected_backward_rows": Kernel(
-        streams_backward.stream_backward_rows, *_ROWS, floats="scale", flags=_ALL, width=_HEAD,
+        stream_attention_backward.stream_backward_rows, *_ROWS, floats="scale", flags=_ALL, width=_HEAD,
         tile="stream_backward_rows",
     ),
     "stream_backward_keys": Kernel(
-        streams_backward.stream_backward_keys, *_KEYS, floats="scale", flags=_BLOCK, width=_HEAD,
+        stream_attention_backward.stream_backward_keys, *_KEYS, floats="scale", flags=_BLOCK, width=_HEAD,
     ),
     "projected_backward_keys": Kernel(
-        streams_backward.stream_backward_keys, *_KEYS, floats="scale", flags=_ALL, width=_HEAD,
+        stream_attention_backward.stream_backward_keys, *_KEYS, floats="scale", flags=_ALL, width=_HEAD,
         tile="stream_backward_keys",
     ),
     "modulation_forward": Kernel(
@@ -147,17 +147,17 @@ KERNELS: dict[str, Kernel] = {
     "redundancy_backward": Kernel(
         redundancy.redundancy_backward, "a e d_a d_e", "merged d_loss", floats="eps", tile="redundancy", matrix=False
     ),
-    "contrastive_forward": Kernel(
-        contrastive.contrastive_forward, "x log_scale lse picked", index="rows positives groups",
+    "info_nce_forward": Kernel(
+        info_nce.info_nce_forward, "x log_scale lse picked", index="rows positives groups",
         flags=(("HAS_GROUPS", True),), bits=(32,),
     ),
-    "contrastive_backward_anchors": Kernel(
-        contrastive.contrastive_backward_anchors, "x log_scale lse d_x d_scale", index="rows positives groups",
-        flags=(("HAS_GROUPS", True),), tile="contrastive_backward", bits=(32,),
+    "info_nce_backward_anchors": Kernel(
+        info_nce.info_nce_backward_anchors, "x log_scale lse d_x d_scale", index="rows positives groups",
+        flags=(("HAS_GROUPS", True),), tile="info_nce_backward", bits=(32,),
     ),
-    "contrastive_backward_items": Kernel(
-        contrastive.contrastive_backward_items, "x log_scale lse d_x", index="rows positives groups",
-        flags=(("HAS_GROUPS", True),), tile="contrastive_backward", bits=(32,),
+    "info_nce_backward_items": Kernel(
+        info_nce.info_nce_backward_items, "x log_scale lse d_x", index="rows positives groups",
+        flags=(("HAS_GROUPS", True),), tile="info_nce_backward", bits=(32,),
     ),
 }  # fmt: skip
 

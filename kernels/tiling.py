@@ -121,8 +121,8 @@ def limit(name: str, device: torch.device) -> float | None:
     """A number that tuning found for a device, None where the rule in its place decides.
 
     Args:
-        name: "chunk_bytes" or "graph_chunk_bytes" (:func:`tgq_fast.ops.triton_attention.chunk_bytes`), or
-            "fused_correction" (:func:`tgq_fast.kernels.fusion.fusion_cost`).
+        name: "chunk_bytes" or "graph_chunk_bytes" (:func:`tgq_fast.ops.cross_attention_triton.chunk_bytes`), or
+            "fused_correction" (:func:`tgq_fast.kernels.cross_attention_fusion.fusion_cost`).
     """
     for limits in (_forced.get("limits", {}), *((table(n) or {}).get("limits", {}) for n in _names(device))):
         if name in limits:

@@ -21,7 +21,14 @@ import torch
 from torch import Tensor
 
 from tgq_fast.errors import ArgumentError, BackendError
-from tgq_fast.kernels import absorbed, absorbed_backward, fused, modulation, streams, tiling
+from tgq_fast.kernels import (
+    cross_attention,
+    cross_attention_backward,
+    cross_attention_fused,
+    modulation,
+    stream_attention,
+    tiling,
+)
 
 logger = logging.getLogger("tgq_fast.kernels.tune")
 
@@ -48,10 +55,10 @@ def cases(device: torch.device, dtype: torch.dtype, batch: int = 256) -> Iterato
         sizes = {"keys": keys, "rows": 192}
 
         def forward(q=q, x=x, out=out, stats=stats):  # type: ignore[no-untyped-def]
-            absorbed.forward(q, x, *(None,) * 4, 0.1, out, stats)
+            cross_attention.forward(q, x, *(None,) * 4, 0.1, out, stats)
 
         def backward(q=q, x=x, out=out, stats=stats):  # type: ignore[no-untyped-def]
-            absorbed_backward.backward_rows(q, x, *(None,) * 3, q, stats, stats, 0.1, out)
+            cross_attention_backward.backward_rows(q, x, *(None,) * 3, q, stats, stats, 0.1, out)
 
         yield "absorbed_forward", sizes, forward
         yield "absorbed_backward_rows", sizes, backward
@@ -60,7 +67,7 @@ def cases(device: torch.device, dtype: torch.dtype, batch: int = 256) -> Iterato
         q, x = new(items, 16, 12, 64), new(items, keys, 768)
 
         def project(q=q, x=x):  # type: ignore[no-untyped-def]
-            fused.forward(q, x, weight, weight, *(None,) * 5, 0.125, False)
+            cross_attention_fused.forward(q, x, weight, weight, *(None,) * 5, 0.125, False)
 
         yield "fused_forward", {"keys": keys, "rows": 16, "head": 64}, project
     for rows in (16, 64):
@@ -68,7 +75,7 @@ def cases(device: torch.device, dtype: torch.dtype, batch: int = 256) -> Iterato
         arguments = ((rows // 2, rows // 2, rows), "block", False, None, rows)
 
         def attend(heads=heads, arguments=arguments):  # type: ignore[no-untyped-def]
-            streams.forward(*heads, *arguments, *(None,) * 3, 0.125, False)
+            stream_attention.forward(*heads, *arguments, *(None,) * 3, 0.125, False)
 
         yield "stream_forward", {"keys": 2 * rows, "rows": rows, "head": 64}, attend
     inputs = 768 + 2 * 768 + 2, 768 + 768

@@ -1,5 +1,23 @@
 """Every case of the registry; importing this package registers them."""
 
-from benchmarks.cases import attention, connector, losses, modulation, pipeline, search, streams
+from benchmarks.cases import (
+    connector,
+    cross_attention,
+    info_nce,
+    modulation,
+    pipeline,
+    redundancy,
+    search,
+    stream_attention,
+)
 
-__all__ = ["attention", "connector", "losses", "modulation", "pipeline", "search", "streams"]
+__all__ = [
+    "connector",
+    "cross_attention",
+    "info_nce",
+    "modulation",
+    "pipeline",
+    "redundancy",
+    "search",
+    "stream_attention",
+]

@@ -60,14 +60,14 @@ def test_names_are_unique() -> None:
 def test_chunk_sizes_are_variants_of_one_result() -> None:
     import torch
 
-    from benchmarks.cases import attention
+    from benchmarks.cases import cross_attention
 
     torch.manual_seed(0)
     sizes = {"B": 3, "N": 4, "L": 9, "d": 16, "dv": 12}
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    tensors = attention._inputs(sizes, torch.float32, device, torch.Generator(device).manual_seed(0))
-    known = attention._reference(tensors, heads=2, form="absorbed")
-    by_name = {candidate.name: candidate.function for candidate in attention.chunk_candidates(2, device)}
+    tensors = cross_attention._inputs(sizes, torch.float32, device, torch.Generator(device).manual_seed(0))
+    known = cross_attention._reference(tensors, heads=2, form="absorbed")
+    by_name = {candidate.name: candidate.function for candidate in cross_attention.chunk_candidates(2, device)}
     assert sum(name.endswith("graph") for name in by_name) == len(by_name) // 2
     for name in ("tgq_fast", "tgq_fast, 8 MiB"):
         found = by_name[name](tensors)

@@ -77,18 +77,21 @@ def test_the_build_wants_cuda_where_there_is_a_compiler(monkeypatch: pytest.Monk
 def test_memcheck_leaves_out_what_records_graphs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from fnmatch import fnmatchcase
 
-    from benchmarks.cases import attention
+    from benchmarks.cases import cross_attention
 
     command, extra = step_of("memcheck", monkeypatch, tmp_path)
     assert extra["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1"
     patterns = [value for flag, value in itertools.pairwise(command) if flag == "--variant"]
     chosen = [
         candidate
-        for candidate in (*attention.candidates(4, "cuda", compiled=False), *attention.chunk_candidates(4, "cuda"))
+        for candidate in (
+            *cross_attention.candidates(4, "cuda", compiled=False),
+            *cross_attention.chunk_candidates(4, "cuda"),
+        )
         if any(fnmatchcase(candidate.name, pattern) for pattern in patterns)
     ]
     assert {"tgq_fast", "tgq_fast fused triton"} <= {candidate.name for candidate in chosen}
-    assert not any(isinstance(candidate.function, attention._Graphed) for candidate in chosen)
+    assert not any(isinstance(candidate.function, cross_attention._Graphed) for candidate in chosen)
 
 
 def test_triton_gets_a_cache_that_it_can_write(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

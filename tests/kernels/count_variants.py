@@ -16,15 +16,15 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from tgq_fast.kernels import (
-    absorbed,
-    absorbed_backward,
-    contrastive,
-    fused,
+    cross_attention,
+    cross_attention_backward,
+    cross_attention_fused,
+    info_nce,
     modulation,
     redundancy,
     softmax,
-    streams,
-    streams_backward,
+    stream_attention,
+    stream_attention_backward,
     tiling,
 )
 from tgq_fast.kernels.aot import KERNELS
@@ -63,11 +63,13 @@ def main() -> None:
         mask, stats = torch.ones(3, length, dtype=torch.bool)[1:], torch.zeros(3, 2, 4)[1:]
         guide = torch.zeros(3, length)[1:], torch.zeros(3, 2)
         out = torch.empty_like(q)
-        absorbed.forward(q, x, mask, None, *guide, 1.0, out, stats)
-        absorbed_backward.backward_rows(q, x, mask, *guide, q, stats, stats, 1.0, out, torch.empty(3, 3, 2, 3)[1:])
-        absorbed_backward.backward_tokens(q, x, mask, *guide, q, stats, stats, 1.0)
+        cross_attention.forward(q, x, mask, None, *guide, 1.0, out, stats)
+        cross_attention_backward.backward_rows(
+            q, x, mask, *guide, q, stats, stats, 1.0, out, torch.empty(3, 3, 2, 3)[1:]
+        )
+        cross_attention_backward.backward_tokens(q, x, mask, *guide, q, stats, stats, 1.0)
         queries, weight = torch.empty(2, 4, 2, 16).half(), torch.empty(32, 32).half()
-        fused.forward(queries, x, weight, weight, weight[0], mask, None, *guide, 1.0, False)
+        cross_attention_fused.forward(queries, x, weight, weight, weight[0], mask, None, *guide, 1.0, False)
         parts = torch.empty(length, *q.shape), torch.empty(length, *stats.shape), None, None
         softmax.merge(parts, out, stats, None, None)
         for lengths, mode in (((4, 4, length), "block"), ((length, 0, 0), "full")):
@@ -75,8 +77,8 @@ def main() -> None:
             text = torch.ones(3, length, dtype=torch.bool)[1:]
             first = sum(lengths) - length
             given = (lengths, mode, False, text, first)
-            out, lse, *_ = streams.forward(heads, heads, heads, *given, None, None, None, 1.0, False)
-            streams_backward.backward(out, heads, heads, heads, out, lse, *given, None, None, 1.0)
+            out, lse, *_ = stream_attention.forward(heads, heads, heads, *given, None, None, None, 1.0, False)
+            stream_attention_backward.backward(out, heads, heads, heads, out, lse, *given, None, None, 1.0)
         tokens = torch.empty(length, 8, 32).half()
         gates = [
             modulation.Gate(*(torch.empty(*s).half() for s in ((16, n), (16,), (32, 16), (32,)))) for n in (82, 48)
@@ -89,8 +91,8 @@ def main() -> None:
         merged, _ = redundancy.merge(redundancy.moments(means, means), 1e-6)
         redundancy.backward(torch.zeros(()), means, means, merged, 1e-6)
         rows = torch.arange(length)
-        lse, _ = contrastive.forward(means, rows, rows, None, torch.zeros(()))
-        contrastive.backward(means, rows, rows, None, torch.zeros(()), lse)
+        lse, _ = info_nce.forward(means, rows, rows, None, torch.zeros(()))
+        info_nce.backward(means, rows, rows, None, torch.zeros(()), lse)
     print(json.dumps({name: len(keys) for name, keys in wanted.items()}))
 
 

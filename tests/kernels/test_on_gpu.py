@@ -13,7 +13,14 @@ from torch import Tensor
 sys.path.append(str(Path(__file__).parents[1] / "ops"))
 from op_checks import DTYPES, check_cross, check_modulation, check_redundancy, check_streams
 
-from tgq_fast.kernels import absorbed, absorbed_backward, fused, modulation, streams, streams_backward
+from tgq_fast.kernels import (
+    cross_attention,
+    cross_attention_backward,
+    cross_attention_fused,
+    modulation,
+    stream_attention,
+    stream_attention_backward,
+)
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -84,10 +91,10 @@ def test_large_absorbed() -> None:
 
     def run(q: Tensor, x: Tensor) -> tuple[Tensor, ...]:
         out, lse, d_q = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32), torch.empty_like(q)
-        absorbed.forward(q, x, *(None,) * 4, 0.03, out, lse)
+        cross_attention.forward(q, x, *(None,) * 4, 0.03, out, lse)
         delta = torch.ones_like(lse)
-        absorbed_backward.backward_rows(q, x, *(None,) * 3, q, lse, delta, 0.03, d_q)
-        return out, lse, d_q, absorbed_backward.backward_tokens(q, x, None, q, lse, delta, 0.03)
+        cross_attention_backward.backward_rows(q, x, *(None,) * 3, q, lse, delta, 0.03, d_q)
+        return out, lse, d_q, cross_attention_backward.backward_tokens(q, x, None, q, lse, delta, 0.03)
 
     assert_same_ends(run, q, x)
 
@@ -97,7 +104,7 @@ def test_large_fused() -> None:
     x = large(43_712, 64, 768)
     q = torch.randn(len(x), 1, 1, 64, dtype=x.dtype, device=x.device)
     weights = [torch.randn(64, 768, dtype=x.dtype, device=x.device) / 28 for _ in range(2)]
-    assert_same_ends(lambda q, x: fused.forward(q, x, *weights, *(None,) * 5, 0.125, False)[:2], q, x)
+    assert_same_ends(lambda q, x: cross_attention_fused.forward(q, x, *weights, *(None,) * 5, 0.125, False)[:2], q, x)
 
 
 @pytest.mark.usefixtures("memory")
@@ -106,8 +113,12 @@ def test_large_streams() -> None:
     lengths = (8, 24, 32)
 
     def run(q: Tensor) -> tuple[Tensor, ...]:
-        out, lse, *_ = streams.forward(q, q, q, lengths, "block", True, None, 32, *(None,) * 3, 0.125, False)
-        return out, lse, *streams_backward.backward(q, q, q, q, out, lse, lengths, "block", True, None, 32, 0.125)
+        out, lse, *_ = stream_attention.forward(q, q, q, lengths, "block", True, None, 32, *(None,) * 3, 0.125, False)
+        return (
+            out,
+            lse,
+            *stream_attention_backward.backward(q, q, q, q, out, lse, lengths, "block", True, None, 32, 0.125),
+        )
 
     assert_same_ends(run, q)
 

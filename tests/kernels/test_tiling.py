@@ -104,11 +104,11 @@ def test_a_foreign_table_is_not_overwritten(tmp_path: Path) -> None:
 
 
 def test_limits_are_tuned_and_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tgq_fast.ops import triton_attention, tuning
+    from tgq_fast.ops import cross_attention_triton, tuning
 
     cpu, called = torch.device("cpu"), []
     monkeypatch.setattr(
-        tuning, "_attend", lambda *_: lambda fused: called.append((fused, triton_attention.chunk_bytes(cpu)))
+        tuning, "_attend", lambda *_: lambda fused: called.append((fused, cross_attention_triton.chunk_bytes(cpu)))
     )
 
     def clock(launch, graph: bool, fused_ms: float) -> float:  # type: ignore[no-untyped-def]
@@ -127,7 +127,7 @@ def test_limits_are_tuned_and_used(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("TGQ_TILES", str(tmp_path))
     tiling.table.cache_clear()
     try:
-        assert triton_attention.chunk_bytes(cpu) == 64 * 2**20
+        assert cross_attention_triton.chunk_bytes(cpu) == 64 * 2**20
         assert tiling.limit("fused_correction", cpu) == corrections[1]
     finally:
         monkeypatch.delenv("TGQ_TILES")

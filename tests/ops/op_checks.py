@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
+from hypothesis import HealthCheck, Phase, settings
 from torch import Tensor
 
 from tgq_fast import ops, reference
@@ -20,6 +21,15 @@ pytest.importorskip("triton", reason="kernel tests need triton")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
+QUICK = settings(
+    max_examples=6,
+    deadline=None,
+    phases=[Phase.generate],
+    suppress_health_check=list(HealthCheck),
+    derandomize=True,
+    database=None,
+)
+"""The interpreter takes a second per example: few of them, and no shrinking."""
 
 
 def largest(values: Sequence[Tensor | None]) -> float:

@@ -10,7 +10,7 @@ import torch
 from tgq_fast import ops
 from tgq_fast.errors import ArgumentError, BackendError
 from tgq_fast.ops import dispatch
-from tgq_fast.ops.cost import form_cost
+from tgq_fast.ops.cross_attention_cost import form_cost
 
 
 def qkv(dtype: torch.dtype = torch.float64, head: int = 8) -> list[torch.Tensor]:
@@ -105,7 +105,7 @@ def test_cost_model_orders_the_known_cases() -> None:
 
 
 def test_fusion_is_for_small_calls() -> None:
-    from tgq_fast.kernels.fusion import fusion_cost, parts
+    from tgq_fast.kernels.cross_attention_fusion import fusion_cost, parts
 
     paper = {"queries": 16, "length": 197, "visual_width": 768, "num_heads": 12, "head": 64, "item_size": 2}
     siglip = {"queries": 16, "length": 729, "visual_width": 1152, "num_heads": 16, "head": 72, "item_size": 2}
@@ -120,10 +120,10 @@ def test_fusion_is_for_small_calls() -> None:
 
 
 def test_explain_says_whether_a_call_is_fused_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tgq_fast.ops import attention
+    from tgq_fast.ops import cross_attention
 
-    monkeypatch.setattr(attention, "triton_reasons", lambda *tensors, forced: [])
-    monkeypatch.setattr(attention, "multiprocessors", lambda device: (132, 1.0))
+    monkeypatch.setattr(cross_attention, "triton_reasons", lambda *tensors, forced: [])
+    monkeypatch.setattr(cross_attention, "multiprocessors", lambda device: (132, 1.0))
 
     def call(batch: int, **options) -> dispatch.Decision:  # type: ignore[no-untyped-def]
         d, dv = torch.empty(768, 768), torch.empty(768, 768)

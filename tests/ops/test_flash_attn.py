@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tgq_fast import ops
 from tgq_fast.errors import BackendError
-from tgq_fast.ops import attention
+from tgq_fast.ops import cross_attention
 
 calls: list[tuple[int, ...]] = []
 
@@ -50,9 +50,9 @@ def flash_attn(monkeypatch: pytest.MonkeyPatch) -> None:
     module.__spec__ = importlib.machinery.ModuleSpec("flash_attn", None)
     module.flash_attn_func = flash_attn_func  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "flash_attn", module)
-    reasons = attention._flash_attn_reasons
+    reasons = cross_attention._flash_attn_reasons
     monkeypatch.setattr(
-        attention,
+        cross_attention,
         "_flash_attn_reasons",
         lambda *a: [why for why in reasons(*a) if not why.startswith("tensors are on")],
     )
@@ -88,7 +88,7 @@ def test_asked_for_by_name_it_takes_the_projected_form(flash_attn: None) -> None
 
 def test_autocast_lends_it_a_lower_dtype(flash_attn: None) -> None:
     with torch.autocast(DEVICE, torch.float16):
-        reasons = attention._flash_attn_reasons(arguments(torch.float32)[2], 8, "projected", None, None, False)
+        reasons = cross_attention._flash_attn_reasons(arguments(torch.float32)[2], 8, "projected", None, None, False)
     assert bool(reasons) == (DEVICE == "cpu")  # flash-attn is a matter of CUDA's autocast alone
 
 

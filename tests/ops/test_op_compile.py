@@ -7,7 +7,11 @@ import torch
 from op_checks import DEVICE, check_cross, check_info_nce, check_modulation, check_redundancy, check_streams
 
 from tgq_fast import ops, reference
-from tgq_fast.ops import triton_attention, triton_losses, triton_modulation
+from tgq_fast.ops.cross_attention_triton import absorbed_attention
+from tgq_fast.ops.info_nce import info_nce_forward
+from tgq_fast.ops.modulation_triton import modulate
+from tgq_fast.ops.redundancy import redundancy_forward
+from tgq_fast.ops.stream_attention_triton import stream_attention
 
 
 def leaf(*shape: int) -> torch.Tensor:
@@ -26,7 +30,7 @@ def guide(batch: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
 def absorbed(fused: bool) -> tuple:
     mask = torch.tensor([[True] * 5, [True, False, True, False, True]], device=DEVICE)
     return (
-        triton_attention.absorbed_attention,
+        absorbed_attention,
         leaf(2, 3, 16),
         leaf(2, 5, 12),
         leaf(16, 12),
@@ -45,23 +49,23 @@ def stream() -> tuple:
     mask = torch.tensor([[True, True], [True, False]], device=DEVICE)
     heads = [leaf(2, 5, 2, 16) for _ in range(3)]
     structure = ((1, 2, 2), "block", False, 3, False)
-    return triton_attention.stream_attention, *heads, mask, None, *guide(2, 5), *structure
+    return stream_attention, *heads, mask, None, *guide(2, 5), *structure
 
 
 def modulation() -> tuple:
     has = torch.tensor([1.0, 0.0], device=DEVICE)
     anchored, exploratory = gate_parameters(6, 8)
     inputs = (leaf(2, 2, 8), leaf(2, 3, 8), leaf(2), has, leaf(2, 6))
-    return triton_modulation.modulate, *inputs, *anchored, *exploratory, 1.0, True
+    return modulate, *inputs, *anchored, *exploratory, 1.0, True
 
 
 def info_nce(triton: bool) -> tuple:
     index = torch.arange(4, device=DEVICE)
-    return triton_losses.info_nce_operator, leaf(4, 8), index.flip(0), leaf(), None, index, triton
+    return info_nce_forward, leaf(4, 8), index.flip(0), leaf(), None, index, triton
 
 
 def redundancy(triton: bool) -> tuple:
-    return triton_losses.redundancy_operator, leaf(4, 8), leaf(4, 8), None, 1e-6, triton
+    return redundancy_forward, leaf(4, 8), leaf(4, 8), None, 1e-6, triton
 
 
 OPERATORS: dict[str, Callable[[], tuple]] = {

@@ -29,6 +29,11 @@ def close(given: Tensor, expected: Tensor, tolerance: float = 1e-12) -> None:
     assert error <= tolerance * scale, error
 
 
+def differentiable(inputs: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors among keyword arguments, asked for gradients."""
+    return {k: v.requires_grad_(True) for k, v in inputs.items() if isinstance(v, Tensor)}
+
+
 def attention_inputs(
     batch: int = 3,
     na: int = 2,

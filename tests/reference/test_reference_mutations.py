@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
@@ -9,7 +10,13 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import reference_checks as checks
 
-from tgq_fast.reference import attention, losses, modulation, topk
+from tgq_fast.reference import modulation, topk
+
+# Modules whose names in the package are those of their functions, or not there.
+cross_attention, stream_attention, info_nce, redundancy = (
+    importlib.import_module(f"tgq_fast.reference.{name}")
+    for name in ("cross_attention", "stream_attention", "info_nce", "redundancy")
+)
 
 
 def projected(ref: ModuleType) -> None:
@@ -31,107 +38,125 @@ def mutant(module: ModuleType, old: str, new: str) -> SimpleNamespace:
 MUTATIONS: list[tuple[str, ModuleType, str, str, Callable]] = [
     (
         "key mask dropped",
-        attention,
+        cross_attention,
         "visible = None if key_mask is None else key_mask[:, None, None, :]",
         "visible = None",
         projected,
     ),
-    ("key mask inverted", attention, "hidden = ~visible", "hidden = visible", absorbed),
+    ("key mask inverted", cross_attention, "hidden = ~visible", "hidden = visible", absorbed),
     (
         "streams swapped",
-        attention,
+        cross_attention,
         "torch.cat((anchored, exploratory), dim=1)",
         "torch.cat((exploratory, anchored), dim=1)",
         projected,
     ),
     (
         "streams split off by one",
-        attention,
+        cross_attention,
         "context[:, num_anchored:], stats",
         "context[:, num_anchored - 1 : -1], stats",
         projected,
     ),
     (
         "scale slip",
-        attention,
+        cross_attention,
         "q = linear(queries, q_weight, q_bias) * head**-0.5",
         "q = linear(queries, q_weight, q_bias) * width**-0.5",
         projected,
     ),
     (
         "query bias after the scale",
-        attention,
+        cross_attention,
         "q = linear(queries, q_weight, q_bias) * head**-0.5",
         "q = linear(queries, q_weight) * head**-0.5 + q_bias",
         projected,
     ),
-    ("value bias dropped", attention, "context + v_bias * some", "context", absorbed),
-    ("value bias for items that see nothing", attention, "context + v_bias * some", "context + v_bias", projected),
+    ("value bias dropped", cross_attention, "context + v_bias * some", "context", absorbed),
+    (
+        "value bias for items that see nothing",
+        cross_attention,
+        "context + v_bias * some",
+        "context + v_bias",
+        projected,
+    ),
     (
         "heads mixed up",
-        attention,
+        cross_attention,
         "wk = k_weight.view(num_heads, head, -1)",
         "wk = k_weight.view(head, num_heads, -1).transpose(0, 1)",
         absorbed,
     ),
     (
         "value of the wrong head",
-        attention,
+        cross_attention,
         'bhnv,hcv->bnhc", pooled, wv',
         'bhnv,hcv->bnhc", pooled, wv.flip(0)',
         absorbed,
     ),
     (
         "lse over masked keys",
-        attention,
+        cross_attention,
         'scores = scores.masked_fill(~visible, float("-inf"))\n    lse',
         "pass\n    lse",
         checks.check_statistics,
     ),
-    ("entropy sign", attention, "lse - expected", "expected - lse", checks.check_statistics),
+    ("entropy sign", cross_attention, "lse - expected", "expected - lse", checks.check_statistics),
     (
         "guide of the wrong sign",
-        attention,
+        cross_attention,
         "bias = guide_scale.t()[None",
         "bias = -guide_scale.t()[None",
         checks.check_guide,
     ),
     (
         "guide for exploratory queries",
-        attention,
+        cross_attention,
         "pad(bias, (0, 0, 0, num_queries - guide_scale.shape[0]))",
         "bias[:, :, :1].expand(-1, -1, num_queries, -1)",
         checks.check_guide,
     ),
-    ("guide read at hidden keys", attention, "guide = guide.masked_fill(~key_mask, 0.0)", "pass", checks.check_guide),
+    (
+        "guide read at hidden keys",
+        cross_attention,
+        "guide = guide.masked_fill(~key_mask, 0.0)",
+        "pass",
+        checks.check_guide,
+    ),
     (
         "scale of the guide without gradient",
-        attention,
+        cross_attention,
         "guide_scale.t()[None",
         "guide_scale.detach().t()[None",
         checks.check_guide,
     ),
-    ("group ignored", attention, "key_group.to(p.dtype)", "key_group.to(p.dtype) * 0 + 1", checks.check_statistics),
-    ("A does not see T", attention, "mask[a, a] = mask[a, t] =", "mask[a, a] =", checks.check_self_attention),
+    (
+        "group ignored",
+        cross_attention,
+        "key_group.to(p.dtype)",
+        "key_group.to(p.dtype) * 0 + 1",
+        checks.check_statistics,
+    ),
+    ("A does not see T", stream_attention, "mask[a, a] = mask[a, t] =", "mask[a, a] =", checks.check_self_attention),
     (
         "E sees A",
-        attention,
+        stream_attention,
         "mask[e, e] = mask[t, t]",
         "mask[e, e] = mask[e, a] = mask[t, t]",
         checks.check_self_attention,
     ),
-    ("T sees A", attention, "mask[t, t] = True", "mask[t, t] = mask[t, a] = True", checks.check_self_attention),
-    ("one_way the other way", attention, "mask[a, e] = True", "mask[e, a] = True", checks.check_self_attention),
+    ("T sees A", stream_attention, "mask[t, t] = True", "mask[t, t] = mask[t, a] = True", checks.check_self_attention),
+    ("one_way the other way", stream_attention, "mask[a, e] = True", "mask[e, a] = True", checks.check_self_attention),
     (
         "text mask on the wrong columns",
-        attention,
+        stream_attention,
         "keys[:, t] = text_mask",
         "keys[:, : text_mask.shape[1]] = text_mask",
         checks.check_self_attention,
     ),
     (
         "text mask on rows",
-        attention,
+        stream_attention,
         "mask & keys[:, None, None, :]",
         "mask & keys[:, None, :, None]",
         checks.check_self_attention,
@@ -182,26 +207,26 @@ MUTATIONS: list[tuple[str, ModuleType, str, str, Callable]] = [
     ),
     (
         "self not masked",
-        losses,
+        info_nce,
         "masked = columns == rows[:, None]",
         "masked = columns == -1 - rows[:, None]",
         checks.check_info_nce,
     ),
-    ("positive masked", losses, "masked = masked & (columns != positives[:, None])", "pass", checks.check_info_nce),
-    ("groups of -1 masked", losses, " & (groups >= 0)", "", checks.check_info_nce),
-    ("scale not exponential", losses, "log_scale.to(dtype).exp()", "log_scale.to(dtype)", checks.check_info_nce),
-    ("sum for mean", losses, "picked).mean()", "picked).sum()", checks.check_info_nce),
-    ("not centred", losses, "a, e = a - a.mean(dim=0), e - e.mean(dim=0)", "pass", checks.check_redundancy),
+    ("positive masked", info_nce, "masked = masked & (columns != positives[:, None])", "pass", checks.check_info_nce),
+    ("groups of -1 masked", info_nce, " & (groups >= 0)", "", checks.check_info_nce),
+    ("scale not exponential", info_nce, "log_scale.to(dtype).exp()", "log_scale.to(dtype)", checks.check_info_nce),
+    ("sum for mean", info_nce, "picked).mean()", "picked).sum()", checks.check_info_nce),
+    ("not centred", redundancy, "a, e = a - a.mean(dim=0), e - e.mean(dim=0)", "pass", checks.check_redundancy),
     (
         "covariance for correlation",
-        losses,
+        redundancy,
         "(covariance.square() / variance)",
         "covariance.square()",
         checks.check_redundancy,
     ),
     (
         "square forgotten",
-        losses,
+        redundancy,
         "(covariance.square() / variance)",
         "(covariance / variance.sqrt())",
         checks.check_redundancy,
@@ -239,7 +264,9 @@ def test_mutation_is_caught(module: ModuleType, old: str, new: str, check: Calla
         check(broken)
 
 
-@pytest.mark.parametrize("module", [attention, losses, modulation, topk], ids=lambda m: m.__name__)
+@pytest.mark.parametrize(
+    "module", [cross_attention, stream_attention, modulation, info_nce, redundancy, topk], ids=lambda m: m.__name__
+)
 def test_unchanged_copy_passes(module: ModuleType) -> None:
     """The copy that mutations start from is sound, so what fails above is the change."""
     copy = mutant(module, "from __future__ import annotations", "from __future__ import annotations  # copied")

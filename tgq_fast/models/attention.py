@@ -18,7 +18,7 @@ from torch.nn.functional import embedding
 from tgq_fast import ops
 from tgq_fast.models.configuration import TGQFormerConfig
 from tgq_fast.ops.plain import why_not_plain
-from tgq_fast.reference.attention import Mixing
+from tgq_fast.reference.stream_attention import Mixing
 
 __all__ = [
     "AttentionProjections",

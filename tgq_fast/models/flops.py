@@ -16,7 +16,7 @@ from tgq_fast.models.layers import stream_layout
 from tgq_fast.models.zoo.abstractor import BLOCKS, patch_grid
 from tgq_fast.models.zoo.budget import count_parameters
 from tgq_fast.models.zoo.registry import connector_spec
-from tgq_fast.ops.cost import form_cost
+from tgq_fast.ops.cross_attention_cost import form_cost
 
 __all__ = ["ConnectorCost", "connector_cost"]
 

@@ -4,12 +4,13 @@ Same names and signatures as :mod:`tgq_fast.reference`, plus `backend=None`. Whi
 :func:`explain`; :func:`use_backend` and the environment variable ``TGQ_BACKEND`` override the choice.
 """
 
-from tgq_fast.ops.attention import hybrid_cross_attention
+from tgq_fast.ops.cross_attention import hybrid_cross_attention
 from tgq_fast.ops.dispatch import BACKENDS, Decision, explain, use_backend
-from tgq_fast.ops.losses import info_nce, redundancy_loss
+from tgq_fast.ops.info_nce import info_nce
 from tgq_fast.ops.modulation import StreamMoments, dual_gated_modulation, dual_gated_modulation_with_moments
 from tgq_fast.ops.patch import patch, unpatch
-from tgq_fast.ops.self_attention import stream_self_attention
+from tgq_fast.ops.redundancy import redundancy_loss
+from tgq_fast.ops.stream_attention import stream_self_attention
 from tgq_fast.reference import AttentionStats, GateParameters, HybridAttentionOutput, ModulationOutput
 
 __all__ = [

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from tgq_fast.ops.cost import form_cost
+from tgq_fast.ops.cross_attention_cost import form_cost
 from tgq_fast.ops.dispatch import wants_grad
-from tgq_fast.reference.attention import AttentionStats, guide_bias
+from tgq_fast.reference.cross_attention import AttentionStats, guide_bias
 
 __all__ = ["Context", "Keys", "absorbed", "absorbs", "items_at_once", "projected"]
 

@@ -230,7 +230,7 @@ def _capability(index: int) -> tuple[int, int]:
 
 @torch.compiler.assume_constant_result
 def multiprocessors(device: torch.device) -> tuple[int, float]:
-    """Multiprocessors of a GPU (0: not a GPU), and its correction of the model of :mod:`tgq_fast.kernels.fusion`."""
+    """Multiprocessors of a GPU (0: not one), and its correction of :mod:`tgq_fast.kernels.cross_attention_fusion`."""
     if device.type != "cuda":
         return 0, 1.0
     from tgq_fast.kernels.tiling import limit

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tgq_fast import _native
 from tgq_fast.errors import ArgumentError, BackendError
-from tgq_fast.reference.attention import Mixing
+from tgq_fast.reference.stream_attention import Mixing
 
 __all__ = ["PackedLinear", "shared_attention", "stream_attention", "why_not"]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from tgq_fast import reference
 from tgq_fast.errors import ArgumentError
 from tgq_fast.ops.dispatch import Decision, choose, explainer, requested_backend, triton_reasons
-from tgq_fast.ops.triton_modulation import modulate
+from tgq_fast.ops.modulation_triton import modulate
 from tgq_fast.reference.modulation import GateParameters, ModulationOutput
 
 __all__ = ["StreamMoments", "dual_gated_modulation", "dual_gated_modulation_with_moments"]

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from tgq_fast.errors import ArgumentError
-from tgq_fast.ops.attention import Form, hybrid_cross_attention
+from tgq_fast.ops.cross_attention import Form, hybrid_cross_attention
 from tgq_fast.ops.dispatch import Decision, explain
 from tgq_fast.ops.plain import why_not_plain
-from tgq_fast.ops.self_attention import stream_self_attention
+from tgq_fast.ops.stream_attention import stream_self_attention
 
 __all__ = ["patch", "unpatch"]
 

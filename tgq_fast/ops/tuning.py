@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from tgq_fast.errors import BackendError
+from tgq_fast.ops.cross_attention_triton import absorbed_attention
 from tgq_fast.ops.dispatch import triton_importable
-from tgq_fast.ops.triton_attention import absorbed_attention
 
 __all__ = ["tune"]
 
@@ -70,7 +70,7 @@ def _attend(tuning: Any, batch: int) -> Callable[[bool], Tensor]:
 def _limits(tuning: Any, batch: int = 1024) -> None:
     """Chunk sizes with and without a CUDA graph, and how far the model misjudges fused against separate launches."""
     from tgq_fast.kernels import tiling
-    from tgq_fast.kernels.fusion import fusion_cost
+    from tgq_fast.kernels.cross_attention_fusion import fusion_cost
     from tgq_fast.kernels.launch import multiprocessors
 
     limits = tuning.table.setdefault("limits", {})

@@ -9,10 +9,11 @@ run-time numbers; which key ranges a row segment sees follows from the mode:
 
 and SEES_TEXT lets E see T. A program handles rows of one segment only and reads only the keys that segment sees, packed
 into one or two ranges: no dense mask exists and the exploratory rows never touch metadata. Keys from `mask_first` on
-obey the key mask. A guide may be added to the scores of the first rows of A (see :mod:`tgq_fast.kernels.absorbed`).
-Softmax is computed online in base 2; statistics come from the same pass.
+obey the key mask. A guide may be added to the scores of the first rows of A, see
+:mod:`tgq_fast.kernels.cross_attention`. Softmax is computed online in base 2; statistics come from the same pass.
 
-Tensors are [B, S, H, dh] with any strides, the last one 1. Gradients: :mod:`tgq_fast.kernels.streams_backward`.
+Tensors are [B, S, H, dh] with any strides, the last one 1. Gradients:
+:mod:`tgq_fast.kernels.stream_attention_backward`.
 """
 
 from __future__ import annotations

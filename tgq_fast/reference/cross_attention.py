@@ -1,7 +1,7 @@
-"""Hybrid-query cross-attention and block-masked stream self-attention, by definition.
+"""Hybrid-query cross-attention, by definition.
 
-Symbols: B items, N = Na + Ne queries (anchored, exploratory), L visual tokens, M metadata tokens,
-H heads of width dh, d = H * dh model width, dv visual width.
+Symbols: B items, N = Na + Ne queries (anchored, exploratory), L visual tokens, H heads of width dh, d = H * dh model
+width, dv visual width.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from torch.nn.functional import linear, pad
 from tgq_fast.errors import ArgumentError
 
 Form = Literal["auto", "projected", "absorbed"]
-Mixing = Literal["block", "one_way", "full"]
 
 
 class AttentionStats(NamedTuple):
@@ -47,7 +46,7 @@ class HybridAttentionOutput(NamedTuple):
     stats: AttentionStats | None = None
 
 
-def _masked_softmax(scores: Tensor, visible: Tensor | None) -> Tensor:
+def masked_softmax(scores: Tensor, visible: Tensor | None) -> Tensor:
     """Softmax over the last axis; a row that sees no key is all zero instead of NaN."""
     if visible is None:
         return scores.softmax(dim=-1) if scores.shape[-1] else scores
@@ -176,14 +175,14 @@ def hybrid_cross_attention(
         wv = v_weight.view(num_heads, head, -1)
         absorbed = torch.einsum("bnhc,hcv->bhnv", q, wk)  # q' = q_h Wk_h
         scores = torch.einsum("bhnv,blv->bhnl", absorbed, visual) + bias
-        p = _masked_softmax(scores, visible)
+        p = masked_softmax(scores, visible)
         pooled = torch.einsum("bhnl,blv->bhnv", p, visual)  # P X
         context = torch.einsum("bhnv,hcv->bnhc", pooled, wv)
     else:
         k = linear(visual, k_weight).view(batch, length, num_heads, head)
         v = linear(visual, v_weight).view(batch, length, num_heads, head)
         scores = torch.einsum("bnhc,blhc->bhnl", q, k) + bias
-        p = _masked_softmax(scores, visible)
+        p = masked_softmax(scores, visible)
         context = torch.einsum("bhnl,blhc->bnhc", p, v)
     context = context.reshape(batch, num_queries, width)
     if v_bias is not None:  # the weights of a row sum to one, or to zero when no key is visible
@@ -191,85 +190,3 @@ def hybrid_cross_attention(
         context = context + v_bias * some
     stats = _statistics(scores.detach(), p.detach(), visible, key_group) if return_stats else None
     return HybridAttentionOutput(context[:, :num_anchored], context[:, num_anchored:], stats)
-
-
-def stream_mask(
-    lengths: tuple[int, int, int],
-    *,
-    mixing: Mixing = "block",
-    explore_sees_text: bool = False,
-    text_mask: Tensor | None = None,
-    device: torch.device | str | None = None,
-) -> Tensor:
-    """Which token of [A; E; T] may attend to which, as a dense boolean mask.
-
-    * ``block``: A sees {A, T}, E sees {E}, T sees {T}: the streams never see each other.
-    * ``one_way``: as block, and A also sees E; E still never sees A or, through A, the metadata.
-    * ``full``: every token sees every token, as in InstructBLIP's Q-Former.
-
-    ``explore_sees_text`` lets E see T in the first two.
-
-    Args:
-        lengths: (Na, Ne, M).
-        text_mask: [B, M] bool, True for real tokens; hides padded text from every row.
-
-    Returns:
-        [1 or B, 1, S, S] bool with S = Na + Ne + M, True = may attend (row attends to column).
-
-    Source: ours, the direct reading of the paper's "disentangle".
-    """
-    if mixing not in ("block", "one_way", "full"):
-        raise ArgumentError("mixing", repr(mixing), "'block', 'one_way' or 'full'")
-    num_anchored, num_exploratory, num_text = lengths
-    a = slice(0, num_anchored)
-    e = slice(num_anchored, num_anchored + num_exploratory)
-    t = slice(num_anchored + num_exploratory, sum(lengths))
-    size = sum(lengths)
-    mask = torch.zeros(size, size, dtype=torch.bool, device=device)
-    if mixing == "full":
-        mask[:] = True
-    else:
-        mask[a, a] = mask[a, t] = mask[e, e] = mask[t, t] = True
-        if mixing == "one_way":
-            mask[a, e] = True
-        if explore_sees_text:
-            mask[e, t] = True
-    mask = mask[None, None]
-    if text_mask is not None and num_text:
-        keys = torch.ones(text_mask.shape[0], size, dtype=torch.bool, device=device)
-        keys[:, t] = text_mask
-        mask = mask & keys[:, None, None, :]
-    return mask
-
-
-def stream_self_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lengths: tuple[int, int, int],
-    *,
-    mixing: Mixing = "block",
-    explore_sees_text: bool = False,
-    text_mask: Tensor | None = None,
-) -> Tensor:
-    """Self-attention over [A; E; T] whose visibility follows from three lengths (:func:`stream_mask`).
-
-    Args:
-        q, k, v: [B, S, H, dh] projected heads, S = Na + Ne + M, unscaled.
-        lengths: (Na, Ne, M).
-        text_mask: [B, M] bool, True for real metadata tokens.
-
-    Returns:
-        [B, S, H, dh]; a row that sees no key is exactly zero.
-
-    Raises:
-        ArgumentError: lengths do not sum to S.
-    """
-    if sum(lengths) != q.shape[1]:
-        raise ArgumentError("lengths", lengths, f"three lengths that sum to the sequence length {q.shape[1]}")
-    mask = stream_mask(
-        lengths, mixing=mixing, explore_sees_text=explore_sees_text, text_mask=text_mask, device=q.device
-    )
-    scores = torch.einsum("bshc,bthc->bhst", q * q.shape[-1] ** -0.5, k)
-    p = _masked_softmax(scores, mask.expand(q.shape[0], 1, -1, -1))
-    return torch.einsum("bhst,bthc->bshc", p, v)

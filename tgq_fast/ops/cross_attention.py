@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from tgq_fast.errors import ArgumentError
-from tgq_fast.ops.cost import form_cost
+from tgq_fast.ops.cross_attention_cost import form_cost
 from tgq_fast.ops.cross_attention_torch import Context, Keys, absorbed, projected
+from tgq_fast.ops.cross_attention_triton import absorbed_attention
 from tgq_fast.ops.dispatch import (
     PACKED_ONLY,
     Decision,
@@ -24,8 +25,8 @@ from tgq_fast.ops.dispatch import (
     triton_reasons,
     wants_grad,
 )
-from tgq_fast.ops.triton_attention import absorbed_attention, stream_attention
-from tgq_fast.reference.attention import AttentionStats, HybridAttentionOutput, check_guide
+from tgq_fast.ops.stream_attention_triton import stream_attention
+from tgq_fast.reference.cross_attention import AttentionStats, HybridAttentionOutput, check_guide
 
 __all__ = ["Form", "hybrid_cross_attention"]
 
@@ -68,8 +69,9 @@ def hybrid_cross_attention(
 
     Args:
         form: "projected"; "absorbed"; "fused", the absorbed form in one kernel, its products with the key and value
-            weights included (triton only); or "auto": the cost model of :mod:`tgq_fast.ops.cost` decides between the
-            first two, and :mod:`tgq_fast.kernels.fusion` whether the second runs fused.
+            weights included (triton only); or "auto": the model of :mod:`tgq_fast.ops.cross_attention_cost` decides
+            between the first two, and that of :mod:`tgq_fast.kernels.cross_attention_fusion` whether the second
+            runs fused.
         keys_values: [B, L, d] keys and values that were projected already; implies the
             projected form. `k_weight` and `v_weight` are then not used and may be None; `v_bias` is still added.
         q_weight: None with `keys_values` means that the queries were projected, too.
@@ -218,7 +220,7 @@ def _decide(
 
 def _fused(anchored: Tensor, exploratory: Tensor, visual: Tensor, num_heads: int) -> tuple[str, tuple[str, ...]]:
     """Whether an absorbed call runs as one launch, and the figures behind it."""
-    from tgq_fast.kernels.fusion import fusion_cost
+    from tgq_fast.kernels.cross_attention_fusion import fusion_cost
 
     processors, correction = multiprocessors(visual.device)
     if not processors:

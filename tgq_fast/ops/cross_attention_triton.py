@@ -1,19 +1,16 @@
-"""Attention kernels as torch operators: schema, fake function and autograd of each in one place.
+"""The kernels of absorbed cross-attention as a torch operator: schema, fake function and autograd.
 
-* ``tgq_fast::absorbed_attention``: projected queries and raw visual tokens → context, heads merged; in one fused
-  launch, or with absorbed queries and pooled tokens that exist for one chunk of items at a time and are rebuilt in the
-  backward. Training saves nothing larger than the queries.
-* ``tgq_fast::stream_attention``: queries, keys and values per head → context; block structure from lengths.
+``tgq_fast::absorbed_attention``: projected queries and raw visual tokens → context, heads merged; in one fused launch,
+or with absorbed queries and pooled tokens that exist for one chunk of items at a time and are rebuilt in the backward.
+Training saves nothing larger than the queries.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-__all__ = ["absorbed_attention", "stream_attention"]
+__all__ = ["absorbed_attention"]
 
 HOST_CHUNK = 128 * 2**20  # under the interpreter
 
@@ -77,15 +74,14 @@ def absorbed_attention(
     Entropy and mass are empty where not asked for. The value bias costs nothing where `fused`. In training it is better
     added outside: the backward has to take it out of the context, which is rounded with it.
     """
-    from tgq_fast.kernels import absorbed, softmax
-    from tgq_fast.kernels import fused as fused_kernel
+    from tgq_fast.kernels import cross_attention, cross_attention_fused, softmax
 
     batch, queries, width = q.shape
     head, visual_width = width // num_heads, visual.shape[2]
     scale = head**-0.5
     if fused:
         heads = q.unflatten(-1, (num_heads, head))
-        context, *stats = fused_kernel.forward(
+        context, *stats = cross_attention_fused.forward(
             heads, visual, k_weight, v_weight, v_bias, key_mask, key_group, guide, guide_scale, scale, want_stats
         )  # fmt: skip
         lse, entropy, mass = (stats[0].new_empty(0) if s is None else s for s in stats)
@@ -100,7 +96,7 @@ def absorbed_attention(
         rows = slice(items.start * queries, items.stop * queries)
         chunk_q, chunk_pooled = (buffer[:, : rows.stop - rows.start] for buffer in (absorbed_q, pooled))
         torch.bmm(_per_head(q, num_heads)[:, rows], wk, out=chunk_q)
-        absorbed.forward(
+        cross_attention.forward(
             _per_item(chunk_q, queries), visual[items], _rows(key_mask, items), _rows(key_group, items),
             _rows(guide, items), guide_scale, scale,
             _per_item(chunk_pooled, queries), *(_rows(s, items) for s in stats),
@@ -148,7 +144,7 @@ def absorbed_attention_backward(
 
     Sums over chunks run in order, in fp32.
     """
-    from tgq_fast.kernels import absorbed, absorbed_backward
+    from tgq_fast.kernels import cross_attention, cross_attention_backward
 
     batch, queries, width = q.shape
     head, visual_width = width // num_heads, visual.shape[2]
@@ -173,16 +169,16 @@ def absorbed_attention_backward(
         item_lse = lse[items]
         torch.bmm(q_heads, wk, out=absorbed_q)
         if need_v_weight:
-            absorbed.forward(item_q, tokens, mask, None, *steer, scale, item_pooled, torch.empty_like(item_lse))
+            cross_attention.forward(item_q, tokens, mask, None, *steer, scale, item_pooled, torch.empty_like(item_lse))
             d_wv += torch.bmm(g_heads.transpose(1, 2), pooled)
         torch.bmm(g_heads, wv, out=pooled)  # from here on the gradient of the pooled tokens
         # dO' · O' of a row equals d_context · context of its head, which is dh wide instead of dv.
         product = d_context[items].float() * context[items].float()
         delta = product.unflatten(-1, (num_heads, head)).sum(-1).transpose(1, 2).contiguous()
         given = (item_q, tokens, mask, *steer, item_pooled, item_lse, delta, scale)
-        absorbed_backward.backward_rows(*given, item_d, d_scale[items])
+        cross_attention_backward.backward_rows(*given, item_d, d_scale[items])
         if need_visual:
-            d_visual[items] = absorbed_backward.backward_tokens(*given)
+            d_visual[items] = cross_attention_backward.backward_tokens(*given)
         torch.bmm(d_absorbed, wk.transpose(1, 2), out=_per_head(d_q, num_heads)[:, rows])
         if need_k_weight:
             d_wk += torch.bmm(q_heads.transpose(1, 2), d_absorbed)
@@ -222,100 +218,3 @@ def _absorbed_backward(ctx, d_context, *_):  # type: ignore[no-untyped-def]
 
 
 absorbed_attention.register_autograd(_absorbed_backward, setup_context=_absorbed_setup)
-
-
-@torch.library.custom_op("tgq_fast::stream_attention", mutates_args=())
-def stream_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_mask: Tensor | None,
-    key_group: Tensor | None,
-    guide: Tensor | None,
-    guide_scale: Tensor | None,
-    lengths: Sequence[int],
-    mode: str,
-    sees_text: bool,
-    mask_first: int,
-    want_stats: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """[B, S, H, dh] over [B, L, H, dh] → output [B, S, H, dh]; lse, entropy, group mass [B, H, S] fp32.
-
-    Args:
-        key_mask: [B, L - mask_first] bool for the keys from `mask_first` on.
-        guide, guide_scale: [B, L] and [Na, H] for the first Na rows, or None.
-        lengths, mode, sees_text: block structure, see :mod:`tgq_fast.kernels.streams`.
-    """
-    from tgq_fast.kernels import streams
-
-    a, e, t = lengths
-    scale = q.shape[3] ** -0.5
-    out, lse, entropy, mass = streams.forward(
-        q, k, v, (a, e, t), mode, sees_text, key_mask, mask_first, key_group, guide, guide_scale, scale, want_stats
-    )
-    return (
-        out,
-        lse,
-        lse.new_empty(0) if entropy is None else entropy,
-        lse.new_empty(0) if mass is None else mass,
-    )
-
-
-@stream_attention.register_fake
-def _(q, k, v, key_mask, key_group, guide, guide_scale, lengths, mode, sees_text, mask_first, want_stats):  # type: ignore[no-untyped-def]
-    lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
-    entropy = torch.empty_like(lse) if want_stats else lse.new_empty(0)
-    mass = torch.empty_like(lse) if key_group is not None else lse.new_empty(0)
-    return q.new_empty(q.shape), lse, entropy, mass
-
-
-@torch.library.custom_op("tgq_fast::stream_attention_backward", mutates_args=())
-def stream_attention_backward(
-    d_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    key_mask: Tensor | None,
-    guide: Tensor | None,
-    guide_scale: Tensor | None,
-    lengths: Sequence[int],
-    mode: str,
-    sees_text: bool,
-    mask_first: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and guide_scale."""
-    from tgq_fast.kernels import streams_backward
-
-    a, e, t = lengths
-    scale = q.shape[3] ** -0.5
-    *grads, d_scale = streams_backward.backward(
-        d_out, q, k, v, out, lse, (a, e, t), mode, sees_text, key_mask, mask_first, guide, guide_scale, scale
-    )
-    return (*grads, d_scale.sum(0).t().contiguous())
-
-
-@stream_attention_backward.register_fake
-def _(d_out, q, k, v, out, lse, key_mask, guide, guide_scale, lengths, mode, sees_text, mask_first):  # type: ignore[no-untyped-def]
-    d_scale = lse.new_empty(0 if guide_scale is None else guide_scale.shape[0], q.shape[2])
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), d_scale
-
-
-def _stream_setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    q, k, v, key_mask, _, guide, guide_scale, lengths, mode, sees_text, mask_first, _ = inputs
-    out, lse, entropy, mass = output
-    ctx.mark_non_differentiable(lse, entropy, mass)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, out, lse, key_mask, guide, guide_scale)
-    ctx.structure = (lengths, mode, sees_text, mask_first)
-
-
-def _stream_backward(ctx, d_out, *_):  # type: ignore[no-untyped-def]
-    if d_out is None:
-        return (None,) * 12
-    *grads, d_scale = stream_attention_backward(d_out, *ctx.saved_tensors, *ctx.structure)
-    return (*grads, None, None, None, d_scale if ctx.needs_input_grad[6] else None, *(None,) * 5)
-
-
-stream_attention.register_autograd(_stream_backward, setup_context=_stream_setup)

@@ -1,13 +1,13 @@
-"""Every operator through its kernels against the reference: shapes, masks, strides, dtypes, forward and gradients."""
+"""Hybrid-query cross-attention through its kernels and on torch against the reference, forward and gradients."""
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from op_checks import DEVICE, DTYPES, check_cross, check_info_nce, check_modulation, check_redundancy, check_streams
+from op_checks import DEVICE, DTYPES, QUICK, check_cross
 
-from tgq_fast import ops, reference
-from tgq_fast.ops.triton_attention import absorbed_attention
+from tgq_fast import ops
+from tgq_fast.ops.cross_attention_triton import absorbed_attention
 
 FORMS = ("absorbed", "fused", "projected")
 
@@ -126,117 +126,6 @@ def test_cross_attention_strided_without_bias(form: str) -> None:
     check_cross(form, torch.float32, sizes=(2, 2, 3, 9, 16, 16, 2), mask="some", strided=True, bias=False)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("mixing", ["block", "one_way", "full"])
-def test_self_attention(mixing: str, dtype: torch.dtype) -> None:
-    check_streams(dtype, mixing=mixing, sees_text=mixing == "one_way")
-
-
-@pytest.mark.parametrize("lengths", [(0, 3, 5), (17, 2, 0), (1, 1, 1), (2, 0, 3)], ids=str)
-@pytest.mark.parametrize("sees_text", [False, True])
-def test_self_attention_edges(lengths: tuple[int, int, int], sees_text: bool) -> None:
-    check_streams(torch.float32, lengths=lengths, sees_text=sees_text, strided=sees_text, heads=1)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("scalar", [False, True], ids=["vector", "scalar"])
-def test_modulation(dtype: torch.dtype, scalar: bool) -> None:
-    check_modulation(dtype, scalar=scalar)
-
-
-@pytest.mark.parametrize("sizes", [(0, 2, 2, 8, 4, 4), (1, 1, 1, 17, 3, 5)], ids=["B=0", "odd"])
-def test_modulation_edges(sizes: tuple[int, int, int, int, int, int]) -> None:
-    check_modulation(torch.float32, sizes=sizes)
-
-
-def test_modulation_strided() -> None:
-    check_modulation(torch.float32, sizes=(3, 2, 2, 16, 4, 4), strided=True)
-
-
-@pytest.mark.parametrize("backend", ["triton", "torch"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_redundancy(dtype: torch.dtype, backend: str) -> None:
-    check_redundancy(dtype, backend=backend)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_redundancy_chunks(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tgq_fast.ops import triton_losses
-
-    monkeypatch.setattr(triton_losses, "CENTRED_ELEMENTS", 100)  # 20 channels: five items per chunk
-    check_redundancy(dtype, backend="torch")
-
-
-def test_redundancy_of_known_moments_reads_no_means() -> None:
-    a, e = torch.randn(2, 30, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    covariance = ((a - a.mean(0)) * (e - e.mean(0))).mean(0)
-    moments = torch.stack((a.mean(0), e.mean(0), a.var(0, correction=0), e.var(0, correction=0), covariance))
-    unread = torch.full_like(a, float("nan"))
-    found = ops.redundancy_loss(unread, unread, moments=moments, backend="torch")
-    torch.testing.assert_close(found, reference.redundancy_loss(a, e))
-
-
-@pytest.mark.parametrize("backend", ["triton", "torch"])
-@pytest.mark.parametrize("batch", [0, 1, 5])
-def test_redundancy_small_batches(batch: int, backend: str) -> None:
-    check_redundancy(torch.float32, batch=batch, width=3, offset=0, backend=backend)
-
-
-@pytest.mark.parametrize("backend", ["triton", "torch"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_info_nce(dtype: torch.dtype, backend: str) -> None:
-    check_info_nce(dtype, backend=backend)
-
-
-@pytest.mark.parametrize("backend", ["triton", "torch"])
-def test_info_nce_repeated_anchors_without_groups(backend: str) -> None:
-    check_info_nce(torch.float32, items=19, width=16, rows=[3, 3, 0, 18, 7], groups=False, backend=backend)
-
-
-@pytest.mark.parametrize("rows", [None, [3, 3, 0, 36, 7]])
-def test_info_nce_chunks(rows: list[int] | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tgq_fast.ops import triton_losses
-
-    monkeypatch.setattr(triton_losses, "CHUNK_ELEMENTS", 100)  # 37 items: two anchors per chunk
-    check_info_nce(torch.float32, rows=rows, backend="torch")
-
-
-@pytest.mark.parametrize("backend", ["triton", "torch"])
-def test_info_nce_of_unlike_negative_labels_and_an_anchor_that_is_its_own_positive(backend: str) -> None:
-    e = torch.nn.functional.normalize(torch.randn(6, 8, generator=torch.Generator().manual_seed(0)), dim=1)
-    groups = torch.tensor([-1, -2, -1, 3, 3, -2])
-    positives, scale = torch.tensor([0, 2, 5, 4, 3, 1]), torch.tensor(1.5)
-    exact = reference.info_nce(e.double(), positives, scale.double(), groups=groups)
-    found = ops.info_nce(
-        e.to(DEVICE), positives.to(DEVICE), scale.to(DEVICE), groups=groups.to(DEVICE), backend=backend
-    )
-    torch.testing.assert_close(found.cpu(), exact.float())
-
-
-def test_info_nce_holds_no_more_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    from tgq_fast.ops import triton_losses
-
-    monkeypatch.setattr(triton_losses, "CHUNK_ELEMENTS", 500)
-    largest = 0
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-            nonlocal largest
-            out = func(*args, **(kwargs or {}))
-            if isinstance(out, torch.Tensor):
-                largest = max(largest, out.numel())
-            return out
-
-    e, t, rows = torch.randn(128, 4), torch.tensor(0.5), torch.arange(128)
-    fixed = rows ^ 1, t, rows // 2, rows
-    with Watch():  # the implementations: a mode sees an operator of ours as one call
-        loss, lse = triton_losses.info_nce_operator._init_fn(e, *fixed, False)
-        triton_losses.info_nce_backward._init_fn(loss, e, *fixed, lse, False)
-    assert 0 < largest <= 128 * 4
-
-
 @pytest.mark.parametrize("items", [1, 2])
 def test_absorbed_chunks(items: int) -> None:
     from tgq_fast.kernels import tiling
@@ -261,27 +150,6 @@ def test_torch_cross_attention(
     check_cross(form, torch.float32, sizes=sizes, mask=mask, guided=guided, backend="torch")
 
 
-@pytest.mark.parametrize("mixing", ["block", "one_way", "full"])
-@pytest.mark.parametrize("sees_text", [False, True])
-@pytest.mark.parametrize("lengths", [(3, 4, 19), (0, 3, 5), (17, 2, 0)], ids=str)
-def test_torch_self_attention(mixing: str, sees_text: bool, lengths: tuple[int, int, int]) -> None:
-    check_streams(torch.float32, lengths=lengths, mixing=mixing, sees_text=sees_text, backend="torch")
-
-
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_exploratory_bits_ignore_metadata(backend: str) -> None:
-    generator = torch.Generator().manual_seed(1)
-    q, k, v = (torch.randn(2, 14, 2, 16, generator=generator) for _ in range(3))
-    longer = [torch.cat([x, torch.randn(2, 25, 2, 16)], dim=1) for x in (q, k, v)]
-    changed = [x.clone() for x in (q, k, v)]
-    for x in changed:
-        x[:, 9:] = float("nan")
-    base = ops.stream_self_attention(q, k, v, (4, 5, 5), backend=backend)[:, 4:9]
-    for other, text in ((longer, 30), (changed, 5)):
-        out = ops.stream_self_attention(*other, (4, 5, text), backend=backend)[:, 4:9]
-        assert torch.equal(out, base)
-
-
 def test_keys_and_values_that_were_projected_already() -> None:
     x, a, e = torch.randn(2, 7, 12), torch.randn(2, 3, 8), torch.randn(2, 2, 8)
     layers = [[torch.randn(8, n) for n in (8, 12, 12)] for _ in range(3)]
@@ -291,17 +159,6 @@ def test_keys_and_values_that_were_projected_already() -> None:
         got = ops.hybrid_cross_attention(a, e, x, wq, None, wk, None, wv, None, num_heads=2, keys_values=pair)
         torch.testing.assert_close(got.anchored, own.anchored)
         torch.testing.assert_close(got.exploratory, own.exploratory)
-
-
-# The interpreter takes a second per example: few of them, and no shrinking.
-QUICK = settings(
-    max_examples=6,
-    deadline=None,
-    phases=[Phase.generate],
-    suppress_health_check=list(HealthCheck),
-    derandomize=True,
-    database=None,
-)
 
 
 @QUICK
@@ -317,16 +174,3 @@ def test_cross_attention_any_shape(
     form: str, sizes: tuple[int, int, int, int, int], heads: int, head: int, mask: str | None, guided: bool
 ) -> None:
     check_cross(form, torch.float32, sizes=(*sizes, heads * head, heads), mask=mask, guided=guided)
-
-
-@QUICK
-@given(
-    lengths=st.tuples(st.integers(0, 5), st.integers(1, 5), st.integers(0, 20)),
-    mixing=st.sampled_from(["block", "one_way", "full"]),
-    sees_text=st.booleans(),
-    mask=st.sampled_from([None, "some", "none"]),
-)
-def test_self_attention_any_shape(
-    lengths: tuple[int, int, int], mixing: str, sees_text: bool, mask: str | None
-) -> None:
-    check_streams(torch.float32, lengths=lengths, mixing=mixing, sees_text=sees_text, mask=mask, heads=1, head=8)

@@ -1,4 +1,4 @@
-"""Loss kernels as torch operators, and InfoNCE in chunks of anchors for the torch backend.
+"""InfoNCE of a batch: choice of backend, schema, fake function and autograd.
 
 Neither form of ``tgq_fast::info_nce`` holds the full matrix of logits: the kernels keep tiles on chip, the torch form
 keeps one chunk of anchors and rebuilds it in the backward.
@@ -11,12 +11,58 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-__all__ = ["info_nce_operator", "redundancy_operator"]
+from tgq_fast.errors import ArgumentError
+from tgq_fast.ops.dispatch import Decision, choose, explainer, requested_backend, triton_reasons
+
+__all__ = ["info_nce"]
 
 # Logits of one chunk of anchors, torch backend: few enough to stay in a CPU's caches from one pass to the next.
 CHUNK_ELEMENTS = 2**21
-# Elements of either stream that the redundancy loss takes at once there.
-CENTRED_ELEMENTS = 2**17
+
+
+def info_nce(
+    embeddings: Tensor,
+    positives: Tensor,
+    log_scale: Tensor,
+    *,
+    groups: Tensor | None = None,
+    rows: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """InfoNCE over a batch of items, without ever holding all logits.
+
+    Arguments and result are those of :func:`tgq_fast.reference.info_nce`; `backend` as in
+    :mod:`tgq_fast.ops.dispatch`.
+
+    Raises:
+        ArgumentError: positives and rows differ in length, or groups and embeddings do.
+        BackendError: a backend that was asked for by name cannot run this call.
+    """
+    decision = _decide(embeddings, positives, log_scale, groups=groups, rows=rows, backend=backend)
+    if rows is None:
+        rows = torch.arange(embeddings.shape[0], device=embeddings.device)
+    return info_nce_forward(embeddings, positives, log_scale, groups, rows, decision.backend == "triton")[0]
+
+
+@explainer("info_nce")
+def _decide(
+    embeddings: Tensor,
+    positives: Tensor,
+    log_scale: Tensor,
+    *,
+    groups: Tensor | None = None,
+    rows: Tensor | None = None,
+    backend: str | None = None,
+) -> Decision:
+    anchors = embeddings.shape[0] if rows is None else rows.shape[0]
+    if positives.shape[0] != anchors:
+        raise ArgumentError("positives", tuple(positives.shape), f"one index per anchor, [{anchors}]")
+    if groups is not None and groups.shape[0] != embeddings.shape[0]:
+        raise ArgumentError("groups", tuple(groups.shape), f"one label per item, [{embeddings.shape[0]}]")
+    forced = requested_backend(backend) != "auto"
+    reasons = triton_reasons(embeddings, positives, log_scale, groups, rows, forced=forced)
+    requested, chosen, rejected = choose("info_nce", backend, {"triton": reasons, "torch": ()})
+    return Decision("info_nce", requested, chosen, None, rejected)
 
 
 def _upcast(x: Tensor) -> Tensor:
@@ -51,16 +97,16 @@ class _Chunks:
 
 
 @torch.library.custom_op("tgq_fast::info_nce", mutates_args=())
-def info_nce_operator(
+def info_nce_forward(
     embeddings: Tensor, positives: Tensor, log_scale: Tensor, groups: Tensor | None, rows: Tensor, triton: bool
 ) -> tuple[Tensor, Tensor]:
     """Mean loss [] and log-sum-exp [R] of the anchors `rows`, in fp32 (fp64 for fp64 input)."""
     e = _upcast(embeddings)
     t = log_scale.to(e.dtype)
     if triton:
-        from tgq_fast.kernels import contrastive
+        from tgq_fast.kernels import info_nce as kernel
 
-        lse, picked = contrastive.forward(e, rows, positives, groups, t)
+        lse, picked = kernel.forward(e, rows, positives, groups, t)
     else:
         lse, picked = e.new_empty(rows.shape[0]), e.new_empty(rows.shape[0])
         for part, logits in _Chunks(e, positives, t, groups, rows):
@@ -70,7 +116,7 @@ def info_nce_operator(
     return (lse - picked).mean(), lse
 
 
-@info_nce_operator.register_fake
+@info_nce_forward.register_fake
 def _(embeddings, positives, log_scale, groups, rows, triton):  # type: ignore[no-untyped-def]
     dtype = torch.promote_types(embeddings.dtype, torch.float32)
     return embeddings.new_empty((), dtype=dtype), embeddings.new_empty(rows.shape, dtype=dtype)
@@ -91,9 +137,9 @@ def info_nce_backward(
     e = _upcast(embeddings)
     t = log_scale.to(e.dtype)
     if triton:
-        from tgq_fast.kernels import contrastive
+        from tgq_fast.kernels import info_nce as kernel
 
-        d_anchors, d_items, d_scale = contrastive.backward(e, rows, positives, groups, t, lse)
+        d_anchors, d_items, d_scale = kernel.backward(e, rows, positives, groups, t, lse)
         slope = d_scale.sum()
     else:
         d_anchors, d_items = e.new_empty(rows.shape[0], e.shape[1]), torch.zeros_like(e)
@@ -116,7 +162,7 @@ def _(d_loss, embeddings, positives, log_scale, groups, rows, lse, triton):  # t
     return embeddings.new_empty(embeddings.shape), log_scale.new_empty(log_scale.shape)
 
 
-def _info_nce_setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
     embeddings, positives, log_scale, groups, rows, triton = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
@@ -124,96 +170,11 @@ def _info_nce_setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
     ctx.triton = triton
 
 
-def _info_nce_backward(ctx, d_loss, _):  # type: ignore[no-untyped-def]
+def _backward(ctx, d_loss, _):  # type: ignore[no-untyped-def]
     if d_loss is None:
         return (None,) * 6
     d_embeddings, d_scale = info_nce_backward(d_loss, *ctx.saved_tensors, ctx.triton)
     return d_embeddings, None, d_scale, None, None, None
 
 
-info_nce_operator.register_autograd(_info_nce_backward, setup_context=_info_nce_setup)
-
-
-def _centred(a: Tensor, e: Tensor, means: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Both streams less their means, some items at a time: what is computed from them then stays in a CPU's caches."""
-    step = max(1, CENTRED_ELEMENTS // max(1, a.shape[1]))
-    for first in range(0, a.shape[0], step):
-        part = slice(first, first + step)
-        yield part, a[part] - means[0], e[part] - means[1]
-
-
-def _moments(a: Tensor, e: Tensor) -> Tensor:
-    """[5, d] means of both streams, their variances and covariance."""
-    dtype = torch.promote_types(a.dtype, torch.float32)
-    found = a.new_zeros(5, a.shape[1], dtype=dtype)
-    found[0], found[1] = a.mean(dim=0, dtype=dtype), e.mean(dim=0, dtype=dtype)
-    for _, x, y in _centred(a, e, found):
-        found[4] += (x * y).sum(dim=0)
-        found[2] += x.square_().sum(dim=0)
-        found[3] += y.square_().sum(dim=0)
-    found[2:] /= a.shape[0]
-    return found
-
-
-@torch.library.custom_op("tgq_fast::redundancy_loss", mutates_args=())
-def redundancy_operator(
-    anchored: Tensor, exploratory: Tensor, moments: Tensor | None, eps: float, triton: bool
-) -> tuple[Tensor, Tensor]:
-    """Loss [] and merged moments [5, d] of [B, d] means, fp32 (fp64 for fp64 input); B ≥ 2.
-
-    Moments that are known save the pass.
-    """
-    if moments is None and triton:
-        from tgq_fast.kernels import redundancy
-
-        merged, terms = redundancy.merge(redundancy.moments(anchored, exploratory), eps)
-        return terms.sum(), merged
-    moments = _moments(anchored, exploratory) if moments is None else moments.clone()
-    var_a, var_e, cov = moments[2:]
-    return (cov.square() / ((var_a + eps) * (var_e + eps))).mean(), moments
-
-
-@redundancy_operator.register_fake
-def _(anchored, exploratory, moments, eps, triton):  # type: ignore[no-untyped-def]
-    dtype = torch.promote_types(anchored.dtype, torch.float32)
-    return anchored.new_empty((), dtype=dtype), anchored.new_empty(5, anchored.shape[1], dtype=dtype)
-
-
-@torch.library.custom_op("tgq_fast::redundancy_loss_backward", mutates_args=())
-def redundancy_backward(
-    d_loss: Tensor, anchored: Tensor, exploratory: Tensor, merged: Tensor, eps: float, triton: bool
-) -> tuple[Tensor, Tensor]:
-    """Gradients of both means."""
-    if triton:
-        from tgq_fast.kernels import redundancy
-
-        return redundancy.backward(d_loss, anchored, exploratory, merged, eps)
-    var_a, var_e, cov = merged[2] + eps, merged[3] + eps, merged[4]
-    across = d_loss * 2 / anchored.numel() * cov / (var_a * var_e)  # per channel: slope of cov, over B
-    own_a, own_e = -across * cov / var_a, -across * cov / var_e  # of either variance, times 2
-    d_a, d_e = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (anchored, exploratory))
-    for part, x, y in _centred(anchored, exploratory, merged):
-        d_a[part] = (y * across).addcmul_(x, own_a)
-        d_e[part] = x.mul_(across).addcmul_(y, own_e)
-    return d_a, d_e
-
-
-@redundancy_backward.register_fake
-def _(d_loss, anchored, exploratory, merged, eps, triton):  # type: ignore[no-untyped-def]
-    return anchored.new_empty(anchored.shape), exploratory.new_empty(exploratory.shape)
-
-
-def _redundancy_setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    anchored, exploratory, _, *ctx.options = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(anchored, exploratory, output[1])
-
-
-def _redundancy_backward(ctx, d_loss, _):  # type: ignore[no-untyped-def]
-    if d_loss is None:
-        return (None,) * 5
-    return (*redundancy_backward(d_loss, *ctx.saved_tensors, *ctx.options), None, None, None)
-
-
-redundancy_operator.register_autograd(_redundancy_backward, setup_context=_redundancy_setup)
+info_nce_forward.register_autograd(_backward, setup_context=_setup)

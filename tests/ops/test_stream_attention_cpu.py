@@ -7,8 +7,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from tgq_fast import ops, reference
-from tgq_fast.ops import self_attention_cpu
-from tgq_fast.reference.attention import stream_mask
+from tgq_fast.ops import stream_attention_cpu
+from tgq_fast.reference.stream_attention import stream_mask
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 BF16 = torch.bfloat16
@@ -64,7 +64,7 @@ def test_parity(
     mixing, sees_text = LAYOUTS[layout]
     inputs = operands(dtype, sum(lengths))
     two_items = 2 * 3 * inputs[0][0].numel() * dtype.itemsize
-    monkeypatch.setattr(self_attention_cpu, "_CHUNK_BYTES", two_items)
+    monkeypatch.setattr(stream_attention_cpu, "_CHUNK_BYTES", two_items)
     options = {"mixing": mixing, "explore_sees_text": sees_text, "text_mask": masks(mask, 3, lengths[2])}
     exact = run(reference.stream_self_attention, *(x.double() for x in inputs), training, lengths, **options)
     plain = run(reference.stream_self_attention, *inputs, training, lengths, **options)
@@ -81,7 +81,7 @@ def test_parity(
 def test_exploratory_bits_ignore_metadata(
     dtype: torch.dtype, training: bool, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(self_attention_cpu, "_CHUNK_BYTES", chunk)
+    monkeypatch.setattr(stream_attention_cpu, "_CHUNK_BYTES", chunk)
     base = operands(dtype, 8)
 
     def exploratory(text: int, value: float | None = None) -> torch.Tensor:
@@ -114,8 +114,8 @@ def test_long_sequences_have_no_mask_of_their_own(monkeypatch: pytest.MonkeyPatc
     lengths = (2, 2, 5)
     inputs = operands(torch.float32, 9)[:3]
     expected = ops.stream_self_attention(*inputs, lengths)
-    monkeypatch.setattr("tgq_fast.ops.self_attention.LONGEST", 8)
-    monkeypatch.setattr("tgq_fast.ops.self_attention.streams_on_cpu", lambda *_: pytest.fail("short path"))
+    monkeypatch.setattr("tgq_fast.ops.stream_attention.LONGEST", 8)
+    monkeypatch.setattr("tgq_fast.ops.stream_attention.streams_on_cpu", lambda *_: pytest.fail("short path"))
     torch.testing.assert_close(ops.stream_self_attention(*inputs, lengths), expected)
 
 
@@ -131,7 +131,7 @@ def test_autocast() -> None:
 def test_kept_weights_are_no_larger_than_queries_and_keys() -> None:
     for length in (9, 32, 33):
         q, k, v, _ = operands(BF16, length)
-        _, kept = self_attention_cpu.stream_attention_cpu(q, k, v, None, [length, 0, 0], "block", False, True)
+        _, kept = stream_attention_cpu.stream_attention_cpu(q, k, v, None, [length, 0, 0], "block", False, True)
         assert kept.numel() == (6 * length * length if length <= 32 else 0) <= 2 * q.numel()
 
 
@@ -146,7 +146,7 @@ def test_opcheck(dtype: torch.dtype, length: int) -> None:
         (mask, [2, 2, length - 4], "block"),
         (mask, [4, 0, length - 4], "full"),
     ):
-        torch.library.opcheck(self_attention_cpu.stream_attention_cpu, (q, k, v, *options, False, True))
+        torch.library.opcheck(stream_attention_cpu.stream_attention_cpu, (q, k, v, *options, False, True))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -164,7 +164,7 @@ def test_counted_operations_are_those_of_visible_pairs(layout: str, lengths: tup
 
 @pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
 def test_a_layout_first_seen_in_inference_mode_can_be_trained(dtype: torch.dtype) -> None:
-    self_attention_cpu._layout_bias.cache_clear()
+    stream_attention_cpu._layout_bias.cache_clear()
     inputs, lengths = operands(dtype, 9)[:3], (2, 3, 4)
     with torch.inference_mode():
         ops.stream_self_attention(*inputs, lengths)

@@ -5,7 +5,7 @@
 A program owns up to BLOCK_N queries of one head of one item and BLOCK_L keys. It builds the scores over chunks of the
 width, making each chunk of q' on the spot, and leaves through the same chunks: O'_c = P X_c is multiplied with Wv_h
 before the next chunk is made. Neither q' nor O' exists in memory. The price is that X is read by every head (from L2),
-and Wk_h and Wv_h by every item: right for few items, see :mod:`tgq_fast.kernels.fusion`.
+and Wk_h and Wv_h by every item: right for few items, see :mod:`tgq_fast.kernels.cross_attention_fusion`.
 
 Keys beyond BLOCK_L, and as many parts of them as keep the multiprocessors of a small call busy, go to programs of their
 own, whose contexts are merged by their log-sum-exps in a fixed order (a second launch). The last dimension of every
@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tgq_fast.kernels.fusion import ROWS, parts
+from tgq_fast.kernels.cross_attention_fusion import ROWS, parts
 from tgq_fast.kernels.launch import multiprocessors, on_device, placeholder, unit_stride
 from tgq_fast.kernels.softmax import (
     LOG2E,

@@ -7,11 +7,11 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from tgq_fast.errors import ArgumentError
-from tgq_fast.ops.attention import head_reasons
+from tgq_fast.ops.cross_attention import head_reasons
 from tgq_fast.ops.dispatch import PACKED_ONLY, Decision, choose, explainer, requested_backend, triton_reasons
-from tgq_fast.ops.self_attention_cpu import LONGEST, streams_on_cpu
-from tgq_fast.ops.triton_attention import stream_attention
-from tgq_fast.reference.attention import Mixing
+from tgq_fast.ops.stream_attention_cpu import LONGEST, streams_on_cpu
+from tgq_fast.ops.stream_attention_triton import stream_attention
+from tgq_fast.reference.stream_attention import Mixing
 
 __all__ = ["stream_self_attention"]
 

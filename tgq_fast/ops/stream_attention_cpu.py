@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 from torch.utils.flop_counter import register_flop_formula
 
 from tgq_fast.ops.dispatch import wants_grad
-from tgq_fast.reference.attention import Mixing, stream_mask
+from tgq_fast.reference.stream_attention import Mixing, stream_mask
 
 __all__ = ["LONGEST", "stream_attention_cpu", "streams_on_cpu"]
 

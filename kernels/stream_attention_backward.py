@@ -1,4 +1,4 @@
-"""Gradients of attention of row segments over key ranges (:mod:`tgq_fast.kernels.streams`).
+"""Gradients of attention of row segments over key ranges (:mod:`tgq_fast.kernels.stream_attention`).
 
 Two kernels without atomics: one per row tile (dQ, and δ = Σ dO ∘ O on the way), one per key tile (dK, dV). Tensors are
 [B, S, H, dh] with any strides, the last one 1.
@@ -21,7 +21,7 @@ from tgq_fast.kernels.softmax import (
     guide_of_rows,
     load_log_sum,
 )
-from tgq_fast.kernels.streams import (
+from tgq_fast.kernels.stream_attention import (
     ALL,
     MODES,
     ONE_WAY,

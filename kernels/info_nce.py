@@ -62,7 +62,7 @@ def _slope(s, seen, log_sum, item, item_ok, positive, ok):
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def contrastive_forward(
+def info_nce_forward(
     x, rows, positives, groups, log_scale, lse, picked, anchors, items, width, stride,
     HAS_GROUPS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -93,7 +93,7 @@ def contrastive_forward(
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def contrastive_backward_anchors(
+def info_nce_backward_anchors(
     x, rows, positives, groups, log_scale, lse, d_x, d_scale, anchors, items, width, stride,
     HAS_GROUPS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_O: tl.constexpr,
@@ -125,7 +125,7 @@ def contrastive_backward_anchors(
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def contrastive_backward_items(
+def info_nce_backward_items(
     x, rows, positives, groups, log_scale, lse, d_x, anchors, items, width, stride,
     HAS_GROUPS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_O: tl.constexpr,
@@ -161,11 +161,11 @@ def forward(
         x: [M, D] fp32 contiguous; rows, positives: [R] int64; groups: [M] int64 or None; log_scale: [] fp32.
     """
     lse, picked = (torch.empty(rows.shape[0], dtype=torch.float32, device=x.device) for _ in range(2))
-    options = tile("contrastive_forward", x)
+    options = tile("info_nce_forward", x)
     grid = (triton.cdiv(rows.shape[0], options["BLOCK_A"]),)
     if grid[0]:
         with on_device(x):
-            contrastive_forward[grid](
+            info_nce_forward[grid](
                 x, rows, positives, rows if groups is None else groups, log_scale, lse, picked,
                 rows.shape[0], *x.shape, x.stride(0), HAS_GROUPS=groups is not None, PRECISION=precision(x), **options,
             )  # fmt: skip
@@ -180,18 +180,18 @@ def backward(
     d_anchors = torch.empty(anchors, width, dtype=torch.float32, device=x.device)
     d_items = torch.empty(items, width, dtype=torch.float32, device=x.device)
     d_scale = torch.empty(anchors, dtype=torch.float32, device=x.device)
-    options = tile("contrastive_backward", x)
+    options = tile("info_nce_backward", x)
     labels = rows if groups is None else groups
     flags = {"HAS_GROUPS": groups is not None, "PRECISION": precision(x)}
     chunks = triton.cdiv(width, options["BLOCK_O"])
     with on_device(x):
         if anchors and chunks:
-            contrastive_backward_anchors[(triton.cdiv(anchors, options["BLOCK_A"]), chunks)](
+            info_nce_backward_anchors[(triton.cdiv(anchors, options["BLOCK_A"]), chunks)](
                 x, rows, positives, labels, log_scale, lse, d_anchors, d_scale, anchors, items, width, x.stride(0),
                 **flags, **options,
             )  # fmt: skip
         if items and chunks:
-            contrastive_backward_items[(triton.cdiv(items, options["BLOCK_B"]), chunks)](
+            info_nce_backward_items[(triton.cdiv(items, options["BLOCK_B"]), chunks)](
                 x, rows, positives, labels, log_scale, lse, d_items, anchors, items, width, x.stride(0),
                 **flags, **options,
             )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Gradients of absorbed attention (:mod:`tgq_fast.kernels.absorbed`): of rows, guide's scale and tokens.
+"""Gradients of absorbed attention (:mod:`tgq_fast.kernels.cross_attention`): of rows, guide's scale and tokens.
 
 With the log-sum-exp of the forward and δ = Σ dO' ∘ O' per row given:
 
@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tgq_fast.kernels.absorbed import load_tokens, own_tile, row_offsets, row_scores
+from tgq_fast.kernels.cross_attention import load_tokens, own_tile, row_offsets, row_scores
 from tgq_fast.kernels.launch import on_device, placeholder, unit_stride
 from tgq_fast.kernels.softmax import (
     LOG2E,

@@ -14,7 +14,7 @@ from benchmarks.cases.tensors import Candidate, dtype_of, tensor_workload
 from benchmarks.ceilings import Work
 from benchmarks.registry import Case, Setting, Workload
 from tgq_fast import ops, reference
-from tgq_fast.reference.attention import stream_mask
+from tgq_fast.reference.stream_attention import stream_mask
 
 
 def _lengths(sizes: dict[str, Any]) -> tuple[int, int, int]:

@@ -8,7 +8,7 @@ chunk, so nothing is rescaled or written in between and no program holds a [BLOC
 keys are resident; the launchers cut longer inputs into groups and merge them in a fixed order. Nothing is atomic.
 
 The guide g [B, L] with its β [Na, H] is optional; queries after the first Na never see it. Gradients:
-:mod:`tgq_fast.kernels.absorbed_backward`.
+:mod:`tgq_fast.kernels.cross_attention_backward`.
 
 Every tensor comes with its strides; the last dimension must have stride 1.
 """
