@@ -38,7 +38,7 @@ NATIVE := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f 2>/de
 export TOKENIZERS_PARALLELISM := false
 export PATH := $(BIN):$(PATH)
 
-.PHONY: demo test checks pytest lint setup setup-dev docs ctest sanitize wheels clean
+.PHONY: demo test cpp pytest lint setup setup-dev docs ctest sanitize wheels clean
 .DEFAULT_GOAL := test
 
 setup: $(VENV)/.tgq-built
@@ -103,13 +103,14 @@ ctest: build/ctest
 
 sanitize: build/sanitize-address build/sanitize-thread
 
-checks: lint ctest sanitize
+cpp:
+	$(MAKE) -j 1 ctest sanitize
 
 pytest: setup-dev
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest -q -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
-test:
-	$(MAKE) -j $(JOBS) --output-sync=line checks
+test: $(VENV)/.tgq-tools
+	$(MAKE) -j 2 --output-sync=line lint cpp
 	$(MAKE) pytest
 
 WHEEL_PYTHONS ?= $(foreach v,3.10 3.11 3.12 3.13,$(shell python$(v) -c 'import sys; print(sys.executable)' 2>/dev/null))

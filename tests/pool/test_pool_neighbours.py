@@ -15,6 +15,7 @@ import torch
 
 from tgq_fast.errors import ArgumentError, PoolError
 from tgq_fast.pool import duplicates
+from tgq_fast.pool import filters as pool_filters
 from tgq_fast.pool import join as pool_join
 from tgq_fast.pool import near_duplicates as pool_duplicates
 from tgq_fast.pool import neighbour_table as pool_neighbours
@@ -49,6 +50,7 @@ CONDITIONS: dict[str, Callable[[int, int], bool]] = {
         PRICE[q] is not None and PRICE[i] is not None and abs(PRICE[i] - PRICE[q]) <= 0.3 * PRICE[q]
     ),
     "group_id != same": lambda q, i: GROUP[q] is None or GROUP[i] is None or GROUP[q] != GROUP[i],
+    "category != same": lambda q, i: CATEGORY[q] is None or CATEGORY[i] is None or CATEGORY[q] != CATEGORY[i],
     "category in 'cat 1'|cat 2": lambda q, i: False,
     "price < 7.5": lambda q, i: PRICE[i] is not None and PRICE[i] < 7.5,
     "category != cat 0": lambda q, i: CATEGORY[i] != "Cat 0",
@@ -90,6 +92,7 @@ SETS = [
     ["category = same", "in_stock = true", "price within 30%"],
     ["group_id != same"],
     ["category = same", "group_id != same", "price < 7.5"],
+    ["category != same", "price within 30%"],
     ["category != cat 0"],
     ["category in cat 0|CAT 2", "price within 30%"],
     ["price = 12"],
@@ -117,14 +120,15 @@ def PerGroupCodes(pool: ItemPool) -> np.ndarray:
 
 
 @pytest.mark.parametrize("gather", [0.0, 1.0])
-@pytest.mark.parametrize("most_asked", [8, 2048])
+@pytest.mark.parametrize(("most_asked", "shared"), [(8, 32), (2048, 1), (2048, 10_000)])
 def test_every_route_gives_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gather: float, most_asked: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gather: float, most_asked: int, shared: int
 ) -> None:
+    monkeypatch.setattr(pool_filters, "SHARED", shared)  # a mask for each value and stretch of numbers, or checks
     monkeypatch.setattr(pool_search, "GATHER_BELOW", gather)  # a mask always, or rows by themselves always
     monkeypatch.setattr(pool_join, "MAX_K", most_asked)  # many queries end up one by one
     pool = ItemPool.open(make(tmp_path / "pool"))
-    for names in SETS[1:5]:
+    for names in SETS[1:6]:
         for most in (None, 1):
             groups = None if most is None else PerGroup(PerGroupCodes(pool), most)
             found = pool.search_like(pool.ids(), 7, select=pool.select(", ".join(names), TABLE), per_group=groups)

@@ -29,7 +29,8 @@ _CONDITION = re.compile(
     rf"\s*(?P<name>{_QUOTED}|[^\s=!<>,'\"]+)\s*(?P<op>=|!=|<=|>=|<|>|\bin\b|\bwithin\b)\s*"
     rf"(?P<value>{_QUOTED}|[^,]*?)\s*(?:,|$)",
 )
-WINDOW = 256  # queries
+WINDOW = 256  # queries that one search takes where numbers must be near
+SHARED = 32  # queries that a search under a mask of their own is worth
 _TRUE, _FALSE = {"true", "yes", "1"}, {"false", "no", "0"}
 _ORDER = {"<": np.less, "<=": np.less_equal, ">": np.greater, ">=": np.greater_equal}
 
@@ -135,32 +136,35 @@ class Selection:
         Args:
             own: [Q] pool row of each query's item.
         """
-        if not self._same:
-            yield from self._windows(own, np.arange(len(own)), self.base)
-            return
-        keys = np.stack([codes[own] for codes in self._same], axis=1)
+        all_alike, same = np.zeros(len(own), dtype=np.int64), 1 + len(self._same)
+        keys = np.stack([all_alike, *(codes[own] for codes in (*self._same, *self._other))], axis=1)
         values, group = np.unique(keys, axis=0, return_inverse=True)
+        if self._other and len(values) * SHARED > len(own):  # too few share a mask of `!=`: hits are checked
+            values, group = np.unique(keys[:, :same], axis=0, return_inverse=True)
         order = np.argsort(group.reshape(-1), kind="stable")
         bounds = np.searchsorted(group.reshape(-1)[order], np.arange(len(values) + 1))
         for number, key in enumerate(values.tolist()):
-            if min(key) < 0:
+            if min(key[:same]) < 0:
                 continue  # a query without the value
             allowed = self.base.copy()
-            for codes, code in zip(self._same, key):
+            for codes, code in zip(self._same, key[1:same]):
                 allowed &= codes == code
+            for codes, code in zip(self._other, key[same:]):
+                allowed &= (codes != code) | (codes < 0)
             yield from self._windows(own, order[bounds[number] : bounds[number + 1]], allowed)
 
     def _windows(
         self, own: np.ndarray, members: np.ndarray, allowed: np.ndarray
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Many queries cut into stretches of near numbers, each with the rows that can be near any of them."""
-        if not self._near or len(members) < 2 * WINDOW:
+        width = min(WINDOW, len(members) // 4)
+        if not self._near or width < SHARED:
             yield members, allowed
             return
         numbers, share = self._near[0]
         members = members[np.argsort(numbers[own[members]], kind="stable")]  # those without a number come last
-        for first in range(0, len(members), WINDOW):
-            part = members[first : first + WINDOW]
+        for first in range(0, len(members), width):
+            part = members[first : first + width]
             asked = numbers[own[part]]
             reach = share * np.abs(asked)
             with np.errstate(invalid="ignore"):

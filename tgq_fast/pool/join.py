@@ -127,8 +127,11 @@ def _width(selection: Selection, own: np.ndarray, allowed: np.ndarray, k: int, p
     kept = 1.0
     if selection.checked and len(rows):
         some = rows[:: max(1, len(rows) // SAMPLE)]
-        kept = float(selection.check(own[:: max(1, len(own) // SAMPLE), None], some).mean())
-    wanted = int((2 if per_group is not None else 1.2) * k / max(kept, 1e-3)) + 16
+        each = selection.check(own[:: max(1, len(own) // SAMPLE), None], some).mean(axis=1)
+        kept = max(float(np.quantile(each, 0.1)), 1e-3)
+    wanted = 2 * k if per_group is not None else k
+    # Hits that fall away at random leave `wanted` of them but for three deviations.
+    wanted = int((wanted + 3 * np.sqrt(wanted * (1 - kept))) / kept) + 2
     return max(1, min(MAX_K, wanted, len(rows)))
 
 
