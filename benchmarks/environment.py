@@ -36,12 +36,14 @@ def _output(*command: str) -> str:
         return ""
 
 
-def commit() -> str:
+def commit(checkout: Path = ROOT) -> str:
     """The source commit, with `+` when tracked files differ from it; "unknown" outside a checkout."""
-    found = _output("git", "rev-parse", "--short=12", "HEAD")
+    found = _output("git", "-C", str(checkout), "rev-parse", "--short=12", "HEAD")
     if not found:
         return os.environ.get("TGQ_COMMIT", "unknown")
-    changed = _output("git", "status", "--porcelain", "--untracked-files=no", "--", ":!benchmarks/results")
+    changed = _output(
+        "git", "-C", str(checkout), "status", "--porcelain", "--untracked-files=no", "--", ":!benchmarks/results"
+    )
     return found + ("+" if changed else "")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks.environment import ROOT, slug
 from benchmarks.results import Results, result_files
 
-_COLOURS = {"ours": "#2a6fbb", "reference": "#9a9a9a", "peer": "#d98032", "ceiling": "#6b9e5b"}
+_COLOURS = {"ours": "#2a6fbb", "before": "#8fb4da", "reference": "#9a9a9a", "peer": "#d98032", "ceiling": "#6b9e5b"}
 
 
 def plot_operator(results: Results, op: str, path: Path) -> bool:

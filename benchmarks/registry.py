@@ -12,7 +12,7 @@ from benchmarks.ceilings import Work
 from benchmarks.parity import Verdict
 
 Direction = Literal["forward", "backward", "full"]
-Kind = Literal["ours", "reference", "peer", "ceiling"]
+Kind = Literal["ours", "before", "reference", "peer", "ceiling"]
 Call = Callable[[int], Any]
 
 
@@ -32,6 +32,7 @@ class Setting:
         check_only: check every variant and time none.
         variants: shell globs; only variants that match one run. Empty: all.
         embeddings: an item pool folder or .npy file [n, D] of real embeddings, or None.
+        against: another checkout of this package, with its extension built, to compare with; or None.
     """
 
     device: str = "cpu"
@@ -41,6 +42,7 @@ class Setting:
     check_only: bool = False
     variants: tuple[str, ...] = ()
     embeddings: Path | None = None
+    against: Path | None = None
 
 
 @dataclass
@@ -48,8 +50,8 @@ class Variant:
     """One way to do a case's job.
 
     Attributes:
-        kind: "ours", "reference" (the definition, run eagerly), "peer", or "ceiling" (does less than the job; never
-            counted as a peer).
+        kind: "ours", "before" (ours, of another checkout), "reference" (the definition, run eagerly), "peer", or
+            "ceiling" (does less than the job; never counted as a peer).
         prepare: does what is not timed (compile, build an index) and returns the timed call, which takes the number of
             an input set. Raises UnavailableError where the variant cannot run.
         compiled: goes through torch.compile.

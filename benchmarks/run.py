@@ -34,6 +34,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--sample-s", type=float, default=3.0, help="sampling seconds per case")
     found.add_argument("--budget-s", type=float, default=0.0, help="start no case after this many seconds; 0: run all")
     found.add_argument("--embeddings", type=Path, help="item pool folder or .npy file of real embeddings")
+    found.add_argument("--against", type=Path, help="another checkout with its extension built: the build before")
     found.add_argument("--no-compile", action="store_true", help="leave out the torch.compile variants")
     found.add_argument(
         "--tiny", action="store_true", help="small shapes, every device's cases: tries the plumbing only"
@@ -66,6 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_only=options.check_only,
         variants=tuple(options.variant),
         embeddings=options.embeddings,
+        against=options.against,
     )
     results, path = _open(options, setting)
     finished = _run(chosen, setting, results, path, options)

@@ -154,7 +154,7 @@ def _build(case: Case, sizes: dict[str, Any], setting: Setting) -> Workload:
             known["ours"] = known["truth"].allowed(torch.float32)
             known["peer"] = known["truth"].allowed(problem.pool.dtype)
         lost = known["truth"].shortfall(indices)
-        allowed = slack_of(variant) * known["ours" if variant.kind == "ours" else "peer"]
+        allowed = slack_of(variant) * known["ours" if variant.kind in ("ours", "before") else "peer"]
         if lost <= allowed:
             return Verdict(True, max(0.0, lost))
         return Verdict(False, lost, f"true scores fall short by {lost:.3g}, allowed {allowed:.3g}")

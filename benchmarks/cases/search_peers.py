@@ -8,12 +8,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.cases.faiss_process import Avx2Process
+from benchmarks.cases.other_build import OtherBuild
 from benchmarks.cases.panorama import panorama
 from benchmarks.registry import Call, Setting, UnavailableError, Variant
 from tgq_fast.errors import ArgumentError, BackendError
@@ -71,6 +73,8 @@ def variants(problem: Problem, setting: Setting) -> list[Variant]:
             found.append(Variant("faiss-gpu flat", "peer", lambda: _faiss_gpu(problem)))
         return found
     found.append(_ours_codes(problem))
+    if setting.against is not None:
+        found += [_before(problem, setting.against, codes) for codes in (False, True)]
     if problem.queries[0] is problem.pool:
         found.append(Variant("tgq_fast, not as a self-join", "ours", lambda: _ours_square(problem)))
     found.append(Variant("tgq_fast, AVX2 forced", "ours", lambda: _ours_isa(problem, "avx2")))
@@ -123,6 +127,18 @@ def _read_with(problem: Problem, codes: Codes) -> str:
     once = len(problem.pool) * (basis.first + 8)
     each = f"{scored * row / 2**20:.3g} MiB of {scored:.0f} rows for each"
     return f"{levels}: {once / 2**20:.3g} MiB for all queries, {each}"
+
+
+def _before(problem: Problem, checkout: Path, codes: bool) -> Variant:
+    """The same search by another checkout of this package."""
+    made: list[OtherBuild] = []
+
+    def prepare() -> Call:
+        made.append(OtherBuild(checkout, problem.pool, problem.queries, problem.k, problem.threads, codes))
+        return made[-1]
+
+    name = "tgq_fast before" + (", stored codes" if codes else "")
+    return Variant(name, "before", prepare, describe=lambda: made[-1].facts)
 
 
 def _ours_square(problem: Problem) -> Call:

@@ -44,7 +44,7 @@ def dtype_of(case: Case) -> torch.dtype:
 
 def slack_of(variant: Variant) -> float:
     """How much of the allowed error a variant may take."""
-    return OWN_SLACK if variant.kind == "ours" else PEER_SLACK
+    return OWN_SLACK if variant.kind in ("ours", "before") else PEER_SLACK
 
 
 def compiled_statically(function: Function) -> Function:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +13,10 @@ import torch
 from tgq_fast import _native
 from tgq_fast.data import Catalog, Item
 from tgq_fast.errors import ArgumentError, NonFiniteError
-from tgq_fast.evaluation.evaluate import compare, evaluate, format_table, positive_ranks
+from tgq_fast.evaluation import ranks as ranks_module
+from tgq_fast.evaluation.evaluate import compare, evaluate, format_table
 from tgq_fast.evaluation.metrics import ABSENT
+from tgq_fast.evaluation.ranks import positive_ranks
 from tgq_fast.pool.item_pool import ItemPool
 from tgq_fast.search import topk_native
 
@@ -54,7 +56,7 @@ def integer_embeddings(n: int, width: int = 6, seed: int = 0) -> torch.Tensor:
 
 @pytest.mark.parametrize("depth", [0, 1, 7, 200])
 def test_ranks_equal_brute_force(depth: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules[positive_ranks.__module__], "_SCORE_BYTES", 1000)  # five queries
+    monkeypatch.setattr(ranks_module, "_SCORE_BYTES", 1000)  # five queries
     embeddings = integer_embeddings(50)
     rng = np.random.default_rng(0)
     query, target = rng.integers(50, size=60), rng.integers(50, size=60)
@@ -62,6 +64,51 @@ def test_ranks_equal_brute_force(depth: int, monkeypatch: pytest.MonkeyPatch) ->
     assert hits.shape == (len(np.unique(query)), depth)
     for q, p, rank in zip(query.tolist(), target.tolist(), ranks.tolist(), strict=True):
         assert rank == (ABSENT if p == q else brute_rank(embeddings, q, p))
+
+
+@pytest.mark.parametrize("depth", [0, 1, 7])
+@pytest.mark.parametrize("part", [1, 7, 17, 64])
+def test_ranks_are_the_same_from_a_pool_on_disk(
+    depth: int, part: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ranks_module, "_SCORE_BYTES", 4 * 5 * part)  # five queries
+    monkeypatch.setattr(ranks_module, "_PART_ROWS", part)
+    monkeypatch.setattr(ranks_module, "_TILE_QUERIES", 9)
+    embeddings = integer_embeddings(50)
+    embeddings[20:30] = embeddings[10:20]  # equal scores in several parts
+    rng = np.random.default_rng(1)
+    query, target = rng.integers(50, size=90), rng.integers(50, size=90)
+    with ItemPool.create(tmp_path / "pool", dims=6, shard_size=17) as pool:
+        pool.append([str(i) for i in range(60)], torch.cat((embeddings[:30], torch.ones(10, 6), embeddings[30:])))
+        pool.delete([str(i) for i in range(30, 40)])
+    steps: list[tuple[int, int]] = []
+    with ItemPool.open(tmp_path / "pool") as pool:
+        ranks, hits = positive_ranks(pool, query, target, depth=depth, progress=lambda d, of: steps.append((d, of)))
+        asked, asked_hits = positive_ranks(pool, query, target, depth=depth, asked=embeddings.flip(0))
+    for q, p, rank in zip(query.tolist(), target.tolist(), ranks.tolist(), strict=True):
+        assert rank == (ABSENT if p == q else brute_rank(embeddings, q, p))
+    expected, expected_hits = positive_ranks(embeddings, query, target, depth=depth)
+    assert np.array_equal(ranks, expected) and torch.equal(hits, expected_hits)
+    expected, expected_hits = positive_ranks(embeddings, query, target, depth=depth, asked=embeddings.flip(0))
+    assert np.array_equal(asked, expected) and torch.equal(asked_hits, expected_hits)
+    assert [done for done, _ in steps] == sorted(done for done, _ in steps) and steps[-1][0] == steps[-1][1]
+
+
+def test_a_large_pool_is_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    catalog = make_catalog()
+    embeddings = torch.nn.functional.normalize(torch.randn(len(catalog.items), 8), dim=1)
+    asked = embeddings + 0.1 * torch.randn_like(embeddings)
+    asked[3] = float("nan")
+    with ItemPool.create(tmp_path / "pool", dims=8, shard_size=17) as pool:
+        pool.append([item.id for item in reversed(catalog.items)], embeddings.flip(0))
+    with ItemPool.open(tmp_path / "pool") as pool:
+        whole = [evaluate(catalog, pool, ks=(1, 10), samples=20, queries=q) for q in (None, asked)]
+        monkeypatch.setattr(importlib.import_module("tgq_fast.evaluation.evaluate"), "_HELD_BYTES", 0)
+        monkeypatch.setattr(ItemPool, "embeddings", None)  # not to be called
+        monkeypatch.setattr(ranks_module, "_PART_ROWS", 5)
+        parts = [evaluate(catalog, pool, ks=(1, 10), samples=20, queries=q) for q in (None, asked)]
+    for one, other in zip(whole, parts, strict=True):
+        assert one.to_dict() == other.to_dict() and np.array_equal(one.rank, other.rank)
 
 
 @needs_extension

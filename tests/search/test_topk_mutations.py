@@ -26,7 +26,7 @@ from tgq_fast.search.topk import topk
 
 needs_extension = pytest.mark.skipif(not _native.available(), reason=_native.why_missing() or "built")
 TOPK = importlib.import_module("tgq_fast.search.topk")  # the package has a function of this name
-EVALUATE = importlib.import_module("tgq_fast.evaluation.evaluate")
+RANKS = importlib.import_module("tgq_fast.evaluation.ranks")
 QUERIES, ROWS, WIDTH, K = 9, 730, 5, 40
 
 
@@ -94,7 +94,7 @@ def ranks(folder: Path) -> None:
     embeddings = problem()[1].nan_to_num(0.0, neginf=-1.0)[:120]
     query, target = torch.arange(120).repeat(2).numpy(), torch.randperm(240).remainder(120).numpy()
     for depth in (0, 7):
-        found, _ = EVALUATE.positive_ranks(embeddings, query, target, depth=depth)
+        found, _ = RANKS.positive_ranks(embeddings, query, target, depth=depth)
         for q, p, rank in zip(query.tolist(), target.tolist(), found.tolist(), strict=True):
             order = exact_topk(embeddings[q : q + 1], embeddings, 120, exclude=torch.tensor([q])).indices[0].tolist()
             assert p == q or rank == order.index(p) + 1
@@ -204,14 +204,14 @@ FAULTS: dict[str, tuple[object, str, str, str, Callable[[Path], None]]] = {
         DISK,
     ),
     "self counted as a rival": (
-        EVALUATE,
-        "positive_ranks",
-        'scores[torch.arange(len(part)), part] = float("-inf")',
+        RANKS,
+        "_ranks",
+        'scores[inside, rows[inside] - start] = float("-inf")',
         "pass",
         RANKED,
     ),
-    "ties ranked late": (EVALUATE, "positive_ranks", "(columns < positive)", "(columns <= positive)", RANKED),
-    "rank off by one": (EVALUATE, "positive_ranks", ".numpy()[inside] + 1", ".numpy()[inside]", RANKED),
+    "ties ranked late": (RANKS, "_ranks", "(columns < positive)", "(columns > positive)", RANKED),
+    "rank off by one": (RANKS, "positive_ranks", ".numpy()[inside] + 1", ".numpy()[inside]", RANKED),
 }
 
 

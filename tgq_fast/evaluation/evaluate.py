@@ -27,17 +27,17 @@ from tgq_fast.evaluation.metrics import (
     query_table,
     ranking_metrics,
 )
+from tgq_fast.evaluation.ranks import positive_ranks
 from tgq_fast.io.files import write_atomic
 from tgq_fast.pool.item_pool import ItemPool
-from tgq_fast.search.topk import topk
 from tgq_fast.search.topk_arguments import MAX_K
 
 if TYPE_CHECKING:
     from tgq_fast.data import Catalog
 
-__all__ = ["Comparison", "Evaluation", "compare", "evaluate", "positive_ranks"]
+__all__ = ["Comparison", "Evaluation", "compare", "evaluate"]
 
-_SCORE_BYTES = 64 << 20  # score block of the exact rank count
+_HELD_BYTES = 512 << 20  # a pool of no more fp32 rows is read at once: a search of all its rows is one triangle then
 
 
 @dataclass(frozen=True)
@@ -150,71 +150,6 @@ def format_table(evaluations: dict[str, Evaluation]) -> str:
     return "\n".join([notes, lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
-@torch.no_grad()
-def positive_ranks(
-    embeddings: Tensor,
-    query: np.ndarray,
-    target: np.ndarray,
-    *,
-    depth: int = 0,
-    asked: Tensor | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> tuple[np.ndarray, Tensor]:
-    """Exact 1-based rank of each target among all rows but the query, and the top `depth` rows per distinct query.
-
-    Ranks down to `depth` come from the search itself; deeper ones are counted: one plus the rows that score higher, or
-    score the same and have a lower index. Nothing of size queries × pool is kept.
-
-    Args:
-        embeddings: [N, D] fp32 rows; queries are rows too.
-        query, target: [P] row numbers.
-        depth: search depth k.
-        asked: [N, D] fp32 what the rows ask with when they are queries; None: with their own embedding.
-        progress: called with (queries done, queries).
-
-    Returns:
-        ([P] int64 ranks; :data:`ABSENT` where target is the query itself, [U, depth] int64 hits of `np.unique(query)`).
-    """
-    size = embeddings.shape[0]
-    asking_rows = embeddings if asked is None else asked
-    queries, label = np.unique(query, return_inverse=True)
-    ranks = np.full(len(query), ABSENT, dtype=np.int64)
-    pairs = np.flatnonzero(target != query)
-    hits = torch.full((len(queries), depth), -1, dtype=torch.int64)
-    if depth and len(queries):
-        rows = torch.from_numpy(queries)
-        # The very same tensor when every row is a query: the search then computes one triangle of the scores.
-        wanted = embeddings if len(queries) == size and asked is None else asking_rows[rows]
-        report = None if progress is None else lambda share: progress(int(share * len(queries)), len(queries))
-        hits = topk(wanted, embeddings, depth, exclude=rows, progress=report).indices
-        deep = []
-        for some in np.array_split(pairs, max(1, len(pairs) * depth * 8 // _SCORE_BYTES)):
-            found = hits[label[some]] == torch.from_numpy(target[some])[:, None]  # [pairs, depth]
-            inside = found.any(dim=1).numpy()
-            ranks[some[inside]] = found.to(torch.int8).argmax(dim=1).numpy()[inside] + 1
-            deep.append(some[~inside])
-        pairs = np.concatenate(deep)
-    # Positives beyond the search depth: their queries' scores, block by block.
-    pairs = pairs[np.argsort(label[pairs], kind="stable")]
-    columns = torch.arange(size)
-    asking, starts = np.unique(label[pairs], return_index=True)
-    block = max(1, _SCORE_BYTES // max(1, 4 * size))
-    for first in range(0, len(asking), block):
-        part = torch.from_numpy(queries[asking[first : first + block]])
-        scores = asking_rows[part] @ embeddings.T  # [block, N]
-        scores[torch.arange(len(part)), part] = float("-inf")
-        stop = starts[first + block] if first + block < len(asking) else len(pairs)
-        for pair in pairs[starts[first] : stop].tolist():
-            line, positive = scores[np.searchsorted(asking, label[pair]) - first], int(target[pair])
-            mine = line[positive]
-            above = int((line > mine).sum()) + int(((line == mine) & (columns < positive)).sum())
-            # Search and count may round a near tie differently; the search decided it is not among its hits.
-            ranks[pair] = max(above + 1, depth + 1)
-    if progress is not None:
-        progress(len(queries), len(queries))
-    return ranks, hits
-
-
 @plain_defaults()
 def evaluate(
     catalog: Catalog,
@@ -253,16 +188,17 @@ def evaluate(
     pairs = catalog.split_pairs(split, every=True)
     if not len(pairs.query):
         raise ArgumentError("split", repr(split), "a split with at least one pair", "check the catalogue's pairs file")
-    vectors, row_of = _vectors(catalog, embedded)
+    candidates, row_of = _candidates(catalog, embedded)
     query_row, target_row = row_of[pairs.query], row_of[pairs.target]  # pool rows, -1 when not embedded
     known = (query_row >= 0) & (target_row >= 0)
     rank = np.full(len(pairs.query), ABSENT, dtype=np.int64)
-    asked = None if queries is None else _asked(catalog, queries, vectors.shape[1], row_of)
+    width = candidates.dims if isinstance(candidates, ItemPool) else candidates.shape[1]
+    asked = None if queries is None else _Asked(catalog, queries, width, row_of)
     if asked is not None:
-        known &= torch.isfinite(asked).all(dim=1).numpy()[query_row]
+        known[known] = torch.isfinite(asked[torch.from_numpy(query_row[known])]).all(dim=1).numpy()
     depth = min(cuts[-1], MAX_K)
     found, hits = positive_ranks(
-        vectors, query_row[known], target_row[known], depth=depth, asked=asked, progress=progress
+        candidates, query_row[known], target_row[known], depth=depth, asked=asked, progress=progress
     )
     rank[known] = found
     weight = np.asarray(pairs.weight, dtype=np.float64)
@@ -281,7 +217,7 @@ def evaluate(
         metrics["1-NN"] = Interval(value, low, high)
     return Evaluation(
         split=split,
-        pool_size=vectors.shape[0],
+        pool_size=len(candidates),
         queries=len(np.unique(pairs.query)),
         pairs=len(pairs.query),
         missing_pairs=int((~known).sum()),
@@ -298,21 +234,27 @@ def evaluate(
     )
 
 
-def _asked(catalog: Catalog, queries: Tensor | np.ndarray, width: int, row_of: np.ndarray) -> Tensor:
-    """fp32 [N, D] what the embedded rows ask with; NaN where a query has no embedding."""
-    given = torch.as_tensor(queries).detach().cpu()
-    if given.shape != (len(catalog.items), width) or not given.is_floating_point():
-        raise ArgumentError(
-            "queries", f"{tuple(given.shape)} {given.dtype}", f"floating [{len(catalog.items)}, {width}]"
-        )
-    items = np.flatnonzero(row_of >= 0)
-    asked = torch.full((len(items), width), float("nan"))
-    asked[torch.from_numpy(row_of[items])] = given.float()[torch.from_numpy(items)]
-    return asked
+class _Asked:
+    """What embedded rows ask with; NaN where a query has no embedding."""
+
+    def __init__(self, catalog: Catalog, queries: Tensor | np.ndarray, width: int, row_of: np.ndarray) -> None:
+        size = len(catalog.items)
+        self._given = torch.as_tensor(queries).detach().cpu()
+        if self._given.shape != (size, width) or not self._given.is_floating_point():
+            raise ArgumentError(
+                "queries", f"{tuple(self._given.shape)} {self._given.dtype}", f"floating [{size}, {width}]"
+            )
+        items = np.flatnonzero(row_of >= 0)
+        item_of = np.empty(len(items), dtype=np.int64)
+        item_of[row_of[items]] = items
+        self._item_of = torch.from_numpy(item_of)
+
+    def __getitem__(self, rows: Tensor) -> Tensor:
+        return self._given[self._item_of[rows]].float()
 
 
-def _vectors(catalog: Catalog, embedded: ItemPool | Tensor | np.ndarray) -> tuple[Tensor, np.ndarray]:
-    """fp32 [N, D] and, for each catalogue row, its row in them or -1."""
+def _candidates(catalog: Catalog, embedded: ItemPool | Tensor | np.ndarray) -> tuple[Tensor | ItemPool, np.ndarray]:
+    """fp32 [N, D], or the pool where that is large, and, for each catalogue row, its row in them or -1."""
     size = len(catalog.items)
     if isinstance(embedded, ItemPool):
         row_of = embedded.rows([item.id for item in catalog.items], missing="mark")
@@ -322,7 +264,8 @@ def _vectors(catalog: Catalog, embedded: ItemPool | Tensor | np.ndarray) -> tupl
                 f"{len(embedded)} items, {(row_of >= 0).sum()} of them in the catalogue",
                 "a pool of this catalogue",
             )
-        return embedded.embeddings().float(), row_of
+        large = 4 * len(embedded) * embedded.dims > _HELD_BYTES
+        return embedded if large else embedded.embeddings().float(), row_of
     vectors = torch.as_tensor(embedded).detach().cpu()
     if vectors.ndim != 2 or vectors.shape[0] != size or not vectors.is_floating_point():
         raise ArgumentError(

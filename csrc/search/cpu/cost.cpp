@@ -12,6 +12,7 @@ constexpr double kEncode = 0.6;   // a column of a row, read and encoded
 constexpr double kHit = 16;       // a pair that the first level leaves
 constexpr double kRefine = 8;     // its bound from the second
 constexpr double kRandom = 40;    // a row that is read out of order, beside its bytes
+constexpr double kNear = 4;       // a row of the block at hand
 
 }  // namespace
 
@@ -20,7 +21,9 @@ double cost_with_codes(const Costs& costs, const Call& call) {
   const double read = call.rows * (columns + 8) * kStream;
   const double bounds = tiles * call.rows * (costs.bound + costs.line * call.lines);
   const double hit = kHit + (call.second ? kRefine + columns / 8 : 0.0);
-  const double exact = kRandom + call.dims * (call.item_bytes * kApart + costs.exact);
+  // In a triangle rows are scored block by block, so that many queries find them in the cache.
+  const double fetch = call.triangle ? kNear : kRandom + call.dims * call.item_bytes * kApart;
+  const double exact = fetch + call.dims * costs.exact;
   return std::max(read, call.triangle ? bounds / 2 : bounds) + call.queries * call.rows * (call.left * hit + call.rescored * exact);
 }
 
@@ -30,7 +33,9 @@ double cost_without(const Costs& costs, const Call& call) {
   constexpr double kPanel = 32;
   const double tiles = std::ceil(call.queries / kPanel) * kPanel;
   const double filter = tiles * call.rows * (costs.pair + costs.column * call.dims);
-  return call.rows * call.dims * kEncode + (call.triangle ? filter / 2 : filter) + call.queries * call.hits * 3 * (kHit + call.dims * costs.exact);
+  // Three times as many as hits reach a sampled threshold; where rows are as good as each other, no filter tells them apart.
+  const double scored = std::max(3 * call.hits, call.rows * call.rescored);
+  return call.rows * call.dims * kEncode + (call.triangle ? filter / 2 : filter) + call.queries * scored * (kHit + call.dims * costs.exact);
 }
 
 }  // namespace tgq

@@ -9,7 +9,8 @@
 namespace tgq {
 namespace {
 
-constexpr float kSampleMargin = 0.125f;  // of the proved margin: about three standard deviations of the filter's error
+// Of the proved margin: about six standard deviations of the filter's error, and three of the codes', whose margin is larger.
+constexpr float kFilterSlack = 0.25f, kCodeSlack = 0.125f;
 
 void raise(std::vector<float>& to, const std::vector<float>& from) {
   if (to.empty()) to = from;
@@ -49,11 +50,12 @@ void SampleScan::merge(Tile& tile) {
       // Scores that differ by less than the filter's usual error are in no order: where many rows are as good as the k-th
       // best, the threshold must not be above all of them.
       const float margin = tile.mean_margin[static_cast<std::size_t>(q)], least = tile.fine_margin[static_cast<std::size_t>(q)];
-      const float score = best[static_cast<std::size_t>(rank_) - 1] - kSampleMargin * margin;
+      const float slack = (plan_.codes == nullptr ? kFilterSlack : kCodeSlack) * margin;
+      const float score = best[static_cast<std::size_t>(rank_) - 1] - slack;
       if (score >= -FLT_MAX) thresholds_[static_cast<std::size_t>(tile.begin + q)] = threshold_at(score);
       if (plan_.codes == nullptr) continue;
       std::nth_element(best.begin(), best.begin() + hits_ - 1, best.begin() + rank_, std::greater<float>());
-      const float last = best[static_cast<std::size_t>(hits_) - 1] - kSampleMargin * margin;
+      const float last = best[static_cast<std::size_t>(hits_) - 1] - slack;
       const double reach = share(best, score - margin), remain = share(best, last - least);
       const std::lock_guard<std::mutex> lock(mutex_);
       left += reach;
