@@ -1,4 +1,4 @@
-"""What :mod:`benchmarks.cases.other_build` runs in a process of another checkout: nothing of this one may be imported.
+"""What :mod:`benchmarks.cases.other_build` runs in a process of another checkout: nothing of this one is imported.
 
 Arguments: folder with the problem, whether the queries are the pool, k, threads, whether codes are stored. Then, line by
 line: ``i n`` runs n calls from query set i on and answers with their seconds, when the rows of the last are written.
@@ -45,10 +45,10 @@ def main(folder: Path, same: bool, k: int, threads: int, with_codes: bool) -> No
     if module is None:
         raise SystemExit("no compiled extension: " + _native.why_missing())
     found = np.load(folder / "found.npy", mmap_mode="r+")
-    print(f"ready {module.build_info()['commit']} {Path(module.__file__).parent}", flush=True)
+    print(f"ready {module.build_info()['commit']} {Path(str(module.__file__)).parent}", flush=True)
     for line in sys.stdin:
         first, count = map(int, line.split())
-        rows = None
+        rows = torch.empty(0)
         begin = time.perf_counter()
         for i in range(first, first + count):
             rows = topk(sets[i % len(sets)], pool, k, num_threads=threads, **more).indices

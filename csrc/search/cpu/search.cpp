@@ -31,6 +31,7 @@ constexpr std::int64_t kMinRowsToSample = 4096;
 constexpr std::int64_t kMinSelfJoin = 2048;
 constexpr int kSampleStride = 16;
 constexpr std::int64_t kProbe = 64;               // queries that say whether stored codes pay
+constexpr double kAdvantage = 1.1;                // of them by the model, so that its errors make no call slower
 constexpr int kSlotsPerRank = 8;         // few enough of the best scores meet in one slot
 constexpr int kMinSlots = 256;
 
@@ -282,7 +283,7 @@ class Search {
     call.left = std::min(1.0, left);
     call.rescored = std::max(request_.k / call.rows, std::min(1.0, scored));
     call.few = request_.queries.rows < kSmallQueries;
-    if (cost_with_codes(*set_.costs, call) > cost_without(*set_.costs, call)) choose_filter();
+    if (kAdvantage * cost_with_codes(*set_.costs, call) > cost_without(*set_.costs, call)) choose_filter();
   }
 
   Status scan(std::int64_t queries, bool self_join, std::vector<std::int64_t>* failed) {
