@@ -1,7 +1,7 @@
 """What :mod:`benchmarks.cases.other_build` runs in a process of another checkout: nothing of this one is imported.
 
-Arguments: folder with the problem, whether the queries are the pool, k, threads, whether codes are stored. Then, line by
-line: ``i n`` runs n calls from query set i on and answers with their seconds, when the rows of the last are written.
+Arguments: folder with the problem, whether the queries are the pool, k, threads, whether codes are stored. Then, line
+by line: ``i n`` runs n calls from query set i on and answers with their seconds, when the rows of the last are written.
 """
 
 from __future__ import annotations
