@@ -313,3 +313,15 @@ def _as_shopify(path: Path, items: tuple[Item, ...], host: str) -> Path:
                 row = [handle, *head, "", "", item.id, "", image, image, item.title, item.brand]
                 writer.writerow([*row, *(item.attributes.get(name, "") for name in names)])
     return path
+
+
+def test_what_is_mistyped_is_refused_before_anything_is_fetched(tmp_path: Path, images: Path) -> None:
+    table = tmp_path / "feed.csv"
+    table.write_text("id,image\na,https://pictures.invalid/a.png\n")
+    with pytest.raises(ArgumentError, match=r"images: got .*nowhere.*a folder of pictures"):
+        run("table", table, images=tmp_path / "nowhere")
+    with pytest.raises(CatalogError, match="a folder; expected the exported file"):
+        run("merchant", images)
+    table.write_text("id,image\na,lost.png\n")
+    with pytest.raises(CatalogError, match=r"pictures are looked for under .*`images` names another folder"):
+        run("table", table)

@@ -66,7 +66,8 @@ def import_catalog(
         what was imported and what was left out, with reasons.
 
     Raises:
-        ArgumentError: unknown source, `out` already holds a catalogue, or another import is writing there.
+        ArgumentError: unknown source, `out` already holds a catalogue, another import is writing there, or
+            `options.images` is no folder.
         CatalogError: `path` is not of that form, or nothing in it can be used.
         StorageError: `out` cannot be written to.
     """
@@ -77,6 +78,10 @@ def import_catalog(
     path = Path(path)
     if not path.exists():
         raise CatalogError(path, ["no such file or folder"])
+    if source in ("merchant", "shopify", "woocommerce") and path.is_dir():
+        raise CatalogError(path, ["a folder; expected the exported file"])
+    if options is not None and options.images is not None and not options.images.is_dir():
+        raise ArgumentError("images", str(options.images), "a folder of pictures")
     with CatalogWriter(source, out, limit=limit, placement=copy) as writer:
         if source in SHOP:
             SHOP[source](path, writer, options or ShopOptions())
@@ -84,5 +89,7 @@ def import_catalog(
             PUBLIC[source](path, writer)
         if not writer.report.items:
             reasons = [f"{count} × {reason}" for reason, count in writer.report.skipped.items()]
+            if "picture missing" in writer.report.skipped and source in SHOP:
+                reasons.append(f"pictures are looked for under {path.parent.resolve()}; `images` names another folder")
             raise CatalogError(path, ["no usable item", *reasons, *writer.report.examples[:5]])
     return writer.report
