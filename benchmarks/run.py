@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
+from benchmarks.case import Case, Setting
 from benchmarks.ceilings import measure_ceilings
 from benchmarks.environment import default_result_path, environment, usable_cores
-from benchmarks.registry import Case, Setting, cases
+from benchmarks.registry import cases
 from benchmarks.results import OK, Results
 from benchmarks.runner import run_case
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
+from benchmarks.case import Call, Case, Setting, UnavailableError, Variant, Workload
 from benchmarks.ceilings import Work, floor
 from benchmarks.memory import peak_bytes
-from benchmarks.registry import Call, Case, Setting, UnavailableError, Variant, Workload
 from benchmarks.timing import Timing, measure
 
 _SLOW_S = 0.5  # a CPU call above this is warm after one input set

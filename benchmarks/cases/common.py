@@ -1,4 +1,4 @@
-"""Pieces that the cases of plain operators share: registration, and candidates with a forced backend."""
+"""Pieces that the cases of plain operators share: one case per dtype and direction, candidates of forced backends."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.case import Case, Direction, Setting, Workload
 from benchmarks.cases.tensors import Candidate, Function
-from benchmarks.registry import Case, Direction, Setting, Workload, register
 
 Build = Callable[[Case, dict[str, Any], Setting], Workload]
 
 
-def register_all(
+def each(
     op: str,
     shape_class: str,
     shape: dict[str, Any],
@@ -26,11 +26,13 @@ def register_all(
     dtypes: tuple[str, ...],
     directions: tuple[Direction, ...],
     priority: int,
-) -> None:
+) -> list[Case]:
     """One case per dtype and direction."""
-    for dtype in dtypes:
-        for direction in directions:
-            register(Case(op, shape_class, dtype, direction, shape, tiny, frozenset({device}), build, priority))
+    return [
+        Case(op, shape_class, dtype, direction, shape, tiny, frozenset({device}), build, priority)
+        for dtype in dtypes
+        for direction in directions
+    ]
 
 
 def own_candidates(

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.cases.common import Normal, register_all
+from benchmarks.case import Call, Case, Kind, Setting, UnavailableError, Variant, Workload
+from benchmarks.cases.common import Normal, each
 from benchmarks.cases.tensors import compiled_statically, dtype_of, slack_of
 from benchmarks.ceilings import Work
 from benchmarks.parity import Verdict, check, higher_precision
-from benchmarks.registry import Call, Case, Kind, Setting, UnavailableError, Variant, Workload
 from benchmarks.timing import input_sets
 from tgq_fast import ops
 
@@ -278,6 +278,7 @@ def _work(model: nn.Module, sizes: dict[str, Any], direction: str, dtype: torch.
 _TINY = {"B": 2, "N": 4, "L": 11, "M": 5, "d": 32, "dv": 24, "H": 4, "layers": 2}
 _PAPER = {"N": 16, "L": 197, "d": 768, "dv": 768, "H": 12, "layers": 6}
 # M: metadata tokens. every: cross-attention in every c-th layer (BLIP-2 and the paper preset: 2).
+CASES: list[Case] = []
 for _name, _shape, _device, _dtypes, _directions, _priority in (
     ("paper-b256", {"B": 256, "M": 32, "every": 2}, "cuda", ("bfloat16",), ("forward", "full"), 1),
     ("paper-b256-every-layer", {"B": 256, "M": 32, "every": 1}, "cuda", ("bfloat16",), ("forward",), 4),
@@ -286,7 +287,7 @@ for _name, _shape, _device, _dtypes, _directions, _priority in (
     ("paper-b16-every-layer", {"B": 16, "M": 16, "every": 1}, "cpu", ("float32", "bfloat16"), ("forward",), 2),
     ("paper-b16-step", {"B": 16, "M": 16, "every": 2}, "cpu", ("float32",), ("full",), 5),
 ):
-    register_all(
+    CASES += each(
         "connector",
         _name,
         {**_PAPER, **_shape},

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import linear, scaled_dot_product_attention
 
+from benchmarks.case import Case, Direction, Setting, Workload
 from benchmarks.cases.tensors import Candidate, Function, dtype_of, tensor_workload
 from benchmarks.ceilings import Work
-from benchmarks.registry import Case, Direction, Setting, Workload, register
 from tgq_fast import ops, reference
 
 _NAMES = (
@@ -230,7 +230,10 @@ _SIGLIP = {"N": 16, "L": 729, "d": 1152, "dv": 1152, "H": 16}
 _WIDE = {"N": 64, "L": 257, "d": 1024, "dv": 1024, "H": 16}
 
 
-def _register(
+CASES: list[Case] = []
+
+
+def _add(
     shape_class: str,
     shape: dict[str, int],
     dtypes: tuple[str, ...],
@@ -243,7 +246,7 @@ def _register(
 ) -> None:
     for dtype in dtypes:
         for direction in directions:
-            register(
+            CASES.append(
                 Case(
                     "attention",
                     shape_class,
@@ -259,17 +262,17 @@ def _register(
 
 
 # First what no peer decides: which of our own forms and sizes is right.
-_register("paper-b1", {"B": 1, **_PAPER}, ("bfloat16",), ("forward",), "cuda", priority=0)
-_register("paper-b8", {"B": 8, **_PAPER}, ("bfloat16",), ("forward",), "cuda", priority=0)
-_register("chunks-b1024", {"B": 1024, **_PAPER}, ("bfloat16",), ("forward",), "cuda", priority=0, chunks=True)
-_register("paper-b1024", {"B": 1024, **_PAPER}, ("bfloat16",), ("forward", "full"), "cuda", priority=1, compiled=True)
-_register("siglip-b256", {"B": 256, **_SIGLIP}, ("bfloat16",), ("forward", "full"), "cuda", priority=2, compiled=True)
-_register("wide-b256", {"B": 256, **_WIDE}, ("bfloat16",), ("forward", "full"), "cuda", priority=3)
-_register("siglip-b1", {"B": 1, **_SIGLIP}, ("bfloat16",), ("forward",), "cuda", priority=2)
-_register("paper-b32", {"B": 32, **_PAPER}, ("bfloat16",), ("forward",), "cuda", priority=3)
-_register("paper-b1024-more", {"B": 1024, **_PAPER}, ("float16",), ("forward",), "cuda", priority=6)
-_register("paper-b1024-more", {"B": 1024, **_PAPER}, ("bfloat16",), ("backward",), "cuda", priority=6)
-_register("paper-b256-fp32", {"B": 256, **_PAPER}, ("float32",), ("forward",), "cuda", priority=6)
-_register("paper-b16", {"B": 16, **_PAPER}, ("float32", "bfloat16"), ("forward", "full"), "cpu", priority=3)
-_register("siglip-b4", {"B": 4, **_SIGLIP}, ("float32", "bfloat16"), ("forward",), "cpu", priority=4)
-_register("wide-b4", {"B": 4, **_WIDE}, ("float32", "bfloat16"), ("forward",), "cpu", priority=5)
+_add("paper-b1", {"B": 1, **_PAPER}, ("bfloat16",), ("forward",), "cuda", priority=0)
+_add("paper-b8", {"B": 8, **_PAPER}, ("bfloat16",), ("forward",), "cuda", priority=0)
+_add("chunks-b1024", {"B": 1024, **_PAPER}, ("bfloat16",), ("forward",), "cuda", priority=0, chunks=True)
+_add("paper-b1024", {"B": 1024, **_PAPER}, ("bfloat16",), ("forward", "full"), "cuda", priority=1, compiled=True)
+_add("siglip-b256", {"B": 256, **_SIGLIP}, ("bfloat16",), ("forward", "full"), "cuda", priority=2, compiled=True)
+_add("wide-b256", {"B": 256, **_WIDE}, ("bfloat16",), ("forward", "full"), "cuda", priority=3)
+_add("siglip-b1", {"B": 1, **_SIGLIP}, ("bfloat16",), ("forward",), "cuda", priority=2)
+_add("paper-b32", {"B": 32, **_PAPER}, ("bfloat16",), ("forward",), "cuda", priority=3)
+_add("paper-b1024-more", {"B": 1024, **_PAPER}, ("float16",), ("forward",), "cuda", priority=6)
+_add("paper-b1024-more", {"B": 1024, **_PAPER}, ("bfloat16",), ("backward",), "cuda", priority=6)
+_add("paper-b256-fp32", {"B": 256, **_PAPER}, ("float32",), ("forward",), "cuda", priority=6)
+_add("paper-b16", {"B": 16, **_PAPER}, ("float32", "bfloat16"), ("forward", "full"), "cpu", priority=3)
+_add("siglip-b4", {"B": 4, **_SIGLIP}, ("float32", "bfloat16"), ("forward",), "cpu", priority=4)
+_add("wide-b4", {"B": 4, **_WIDE}, ("float32", "bfloat16"), ("forward",), "cpu", priority=5)

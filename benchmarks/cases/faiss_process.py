@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.registry import UnavailableError
+from benchmarks.case import UnavailableError
 
 # faiss' own code, and the BLAS in its wheel.
 RESTRICTIONS = {"FAISS_SIMD_LEVEL": "AVX2", "OPENBLAS_CORETYPE": "Haswell"}

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
-from benchmarks.cases.common import Normal, own_candidates, reference_candidates, register_all
+from benchmarks.case import Case, Setting, Workload
+from benchmarks.cases.common import Normal, each, own_candidates, reference_candidates
 from benchmarks.cases.tensors import Candidate, dtype_of, tensor_workload
 from benchmarks.ceilings import Work
-from benchmarks.registry import Case, Setting, Workload
 from tgq_fast import ops, reference
 
 
@@ -77,11 +77,12 @@ def _build(case: Case, sizes: dict[str, Any], setting: Setting) -> Workload:
     )
 
 
+CASES: list[Case] = []
 for _device, _shape, _dtype, _name, _priority in (
     ("cuda", {"items": 16384, "D": 256}, "bfloat16", "items16384", 4),
     ("cpu", {"items": 4096, "D": 256}, "float32", "items4096", 6),
 ):
-    register_all(
+    CASES += each(
         "info_nce",
         _name,
         _shape,

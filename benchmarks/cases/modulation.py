@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.cases.common import Normal, own_candidates, reference_candidates, register_all
+from benchmarks.case import Case, Setting, Workload
+from benchmarks.cases.common import Normal, each, own_candidates, reference_candidates
 from benchmarks.cases.tensors import dtype_of, tensor_workload
 from benchmarks.ceilings import Work
-from benchmarks.registry import Case, Setting, Workload
 from tgq_fast import ops, reference
 from tgq_fast.reference import GateParameters
 
@@ -90,12 +90,13 @@ def _build(case: Case, sizes: dict[str, Any], setting: Setting) -> Workload:
 
 _TINY = {"B": 3, "N": 6, "d": 32, "dg": 16, "r": 16}
 _SHAPE = {"N": 16, "d": 768, "dg": 512, "r": 128}
+CASES: list[Case] = []
 for _device, _batch, _dtypes, _priority in (
     ("cuda", 1024, ("bfloat16",), 2),
     ("cuda", 64, ("bfloat16",), 5),
     ("cpu", 256, ("float32",), 5),
 ):
-    register_all(
+    CASES += each(
         "modulation",
         f"paper-b{_batch}",
         {"B": _batch, **_SHAPE},

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.case import UnavailableError
 from benchmarks.environment import commit
-from benchmarks.registry import UnavailableError
 
 _WORKER = Path(__file__).with_name("other_build_worker.py")
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.registry import Call, UnavailableError, Variant
+from benchmarks.case import Call, UnavailableError, Variant
 
 # What is tried; the faster of all is the row, and its choice says which it was.
 _LEVELS, _BATCHES = (4, 8, 16, 32), (128, 1024)

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.cases.common import Normal, register_all
+from benchmarks.case import Call, Case, Kind, Setting, Variant, Workload
+from benchmarks.cases.common import Normal, each
 from benchmarks.cases.connector import configuration, randomise
 from benchmarks.cases.tensors import dtype_of
 from benchmarks.ceilings import Work
 from benchmarks.parity import Verdict, check, higher_precision
-from benchmarks.registry import Call, Case, Kind, Setting, Variant, Workload
 from tgq_fast import ops
 
 if TYPE_CHECKING:
@@ -223,8 +223,9 @@ _TINY = {
     "llm_heads": 3,
     "prompt": 12,
 }
+CASES: list[Case] = []
 for _device, _batch, _dtypes in (("cuda", 64, ("bfloat16",)), ("cpu", 8, ("float32", "bfloat16"))):
-    register_all(
+    CASES += each(
         "pipeline",
         f"vit-b16-smollm2-b{_batch}",
         {"B": _batch, **_SHAPE},

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.cases.common import Normal, own_candidates, reference_candidates, register_all
+from benchmarks.case import Case, Setting, Workload
+from benchmarks.cases.common import Normal, each, own_candidates, reference_candidates
 from benchmarks.cases.tensors import dtype_of, tensor_workload
 from benchmarks.ceilings import Work
-from benchmarks.registry import Case, Setting, Workload
 from tgq_fast import ops, reference
 
 
@@ -49,11 +49,12 @@ def _build(case: Case, sizes: dict[str, Any], setting: Setting) -> Workload:
     )
 
 
+CASES: list[Case] = []
 for _device, _shape, _dtype, _name, _priority in (
     ("cuda", {"B": 65536, "d": 768}, "bfloat16", "b65536", 5),
     ("cpu", {"B": 4096, "d": 768}, "float32", "b4096", 6),
 ):
-    register_all(
+    CASES += each(
         "redundancy",
         _name,
         _shape,

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from benchmarks.cases.common import register_all
+from benchmarks.case import Case, Setting, UnavailableError, Variant, Workload
+from benchmarks.cases.common import each
 from benchmarks.cases.search_peers import Problem, variants
 from benchmarks.cases.tensors import dtype_of, slack_of
 from benchmarks.ceilings import Work
 from benchmarks.parity import Verdict
-from benchmarks.registry import Case, Setting, UnavailableError, Variant, Workload
 
 _CHECKED_QUERIES = 64
 _ROWS_AT_A_TIME = 65536
@@ -173,24 +173,29 @@ def _work(sizes: dict[str, Any], problem: Problem) -> Work:
 _TINY = {"Q": 5, "pool": 700, "D": 24, "k": 9}
 
 
-def _register(
+CASES: list[Case] = []
+
+
+def _add(
     name: str, shape: dict[str, Any], *, device: str, dtypes: tuple[str, ...] = ("float32",), priority: int = 4
 ) -> None:
     full = {"k": 100, "data": "random", "self_join": False, **shape}
-    register_all(
-        "topk", name, full, _TINY, _build, device=device, dtypes=dtypes, directions=("forward",), priority=priority
+    CASES.extend(
+        each(
+            "topk", name, full, _TINY, _build, device=device, dtypes=dtypes, directions=("forward",), priority=priority
+        )
     )
 
 
 _K, _M = 1000, 1_000_000
-_register("q256-n200k-d256", {"Q": 256, "pool": 200 * _K, "D": 256}, device="cpu", priority=1)
-_register("q256-n200k-d768", {"Q": 256, "pool": 200 * _K, "D": 768}, device="cpu", priority=2)
-_register("q1-n200k-d256", {"Q": 1, "pool": 200 * _K, "D": 256}, device="cpu", priority=2)
-_register("q1-n200k-d768", {"Q": 1, "pool": 200 * _K, "D": 768}, device="cpu", priority=3)
-_register("q256-n1m-d256", {"Q": 256, "pool": _M, "D": 256}, device="cpu", dtypes=("bfloat16", "float32"), priority=3)
-_register("clustered-q256-n200k-d256", {"Q": 256, "pool": 200 * _K, "D": 256, "data": "clustered"}, device="cpu")
-_register("self-n20k-d256", {"Q": 20 * _K, "pool": 20 * _K, "D": 256, "self_join": True}, device="cpu")
-_register(
+_add("q256-n200k-d256", {"Q": 256, "pool": 200 * _K, "D": 256}, device="cpu", priority=1)
+_add("q256-n200k-d768", {"Q": 256, "pool": 200 * _K, "D": 768}, device="cpu", priority=2)
+_add("q1-n200k-d256", {"Q": 1, "pool": 200 * _K, "D": 256}, device="cpu", priority=2)
+_add("q1-n200k-d768", {"Q": 1, "pool": 200 * _K, "D": 768}, device="cpu", priority=3)
+_add("q256-n1m-d256", {"Q": 256, "pool": _M, "D": 256}, device="cpu", dtypes=("bfloat16", "float32"), priority=3)
+_add("clustered-q256-n200k-d256", {"Q": 256, "pool": 200 * _K, "D": 256, "data": "clustered"}, device="cpu")
+_add("self-n20k-d256", {"Q": 20 * _K, "pool": 20 * _K, "D": 256, "self_join": True}, device="cpu")
+_add(
     "clustered-self-n20k-d256",
     {"Q": 20 * _K, "pool": 20 * _K, "D": 256, "data": "clustered", "self_join": True},
     device="cpu",
@@ -198,28 +203,28 @@ _register(
 for _queries, _more in ((1, {}), (16, {}), (256, {}), (256, {"k": 10}), (4096, {})):
     _name = "-".join([f"trained-q{_queries}-n200k-d256", *(f"k{k}" for k in _more.values())])
     _shape = {"Q": _queries, "pool": 200 * _K, "D": 256, "data": "trained", **_more}
-    _register(_name, _shape, device="cpu", priority=2 if _queries < 4096 else 4)
-_register("trained-q20k-n1m-d256", {"Q": 20 * _K, "pool": _M, "D": 256, "data": "trained"}, device="cpu", priority=5)
+    _add(_name, _shape, device="cpu", priority=2 if _queries < 4096 else 4)
+_add("trained-q20k-n1m-d256", {"Q": 20 * _K, "pool": _M, "D": 256, "data": "trained"}, device="cpu", priority=5)
 for _queries in (1, 16, 256):
     _shape = {"Q": _queries, "pool": 100 * _K, "D": 384, "data": "texts"}
-    _register(f"texts-q{_queries}-n100k-d384", _shape, device="cpu", priority=3)
-    _register(f"grown-q{_queries}-n200k", {"Q": _queries, "pool": 200 * _K, "D": 0, "data": "grown"}, device="cpu")
-_register("real-q256", {"Q": 256, "pool": 0, "D": 0, "data": "real"}, device="cpu")
-_register("real-self", {"Q": 0, "pool": 0, "D": 0, "data": "real", "self_join": True}, device="cpu")
+    _add(f"texts-q{_queries}-n100k-d384", _shape, device="cpu", priority=3)
+    _add(f"grown-q{_queries}-n200k", {"Q": _queries, "pool": 200 * _K, "D": 0, "data": "grown"}, device="cpu")
+_add("real-q256", {"Q": 256, "pool": 0, "D": 0, "data": "real"}, device="cpu")
+_add("real-self", {"Q": 0, "pool": 0, "D": 0, "data": "real", "self_join": True}, device="cpu")
 
-_register("q4096-n1m-d256", {"Q": 4096, "pool": _M, "D": 256}, device="cuda", dtypes=("bfloat16",), priority=1)
-_register("q4096-n1m-d256", {"Q": 4096, "pool": _M, "D": 256}, device="cuda", dtypes=("float32",), priority=2)
-_register("q1024-n1m-d768", {"Q": 1024, "pool": _M, "D": 768}, device="cuda", dtypes=("bfloat16",), priority=3)
-_register("q1-n1m-d256", {"Q": 1, "pool": _M, "D": 256}, device="cuda", dtypes=("bfloat16",), priority=3)
-_register("q16-n1m-d256", {"Q": 16, "pool": _M, "D": 256}, device="cuda", dtypes=("bfloat16",), priority=2)
-_register(
+_add("q4096-n1m-d256", {"Q": 4096, "pool": _M, "D": 256}, device="cuda", dtypes=("bfloat16",), priority=1)
+_add("q4096-n1m-d256", {"Q": 4096, "pool": _M, "D": 256}, device="cuda", dtypes=("float32",), priority=2)
+_add("q1024-n1m-d768", {"Q": 1024, "pool": _M, "D": 768}, device="cuda", dtypes=("bfloat16",), priority=3)
+_add("q1-n1m-d256", {"Q": 1, "pool": _M, "D": 256}, device="cuda", dtypes=("bfloat16",), priority=3)
+_add("q16-n1m-d256", {"Q": 16, "pool": _M, "D": 256}, device="cuda", dtypes=("bfloat16",), priority=2)
+_add(
     "clustered-q1024-n1m-d256",
     {"Q": 1024, "pool": _M, "D": 256, "data": "clustered"},
     device="cuda",
     dtypes=("bfloat16", "float32"),
     priority=5,
 )
-_register(
+_add(
     "self-n200k-d256",
     {"Q": 200 * _K, "pool": 200 * _K, "D": 256, "self_join": True},
     device="cuda",

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.case import Call, Setting, UnavailableError, Variant
 from benchmarks.cases.faiss_process import Avx2Process
 from benchmarks.cases.other_build import OtherBuild
 from benchmarks.cases.panorama import panorama
-from benchmarks.registry import Call, Setting, UnavailableError, Variant
 from tgq_fast.errors import ArgumentError, BackendError
 from tgq_fast.search import Codes, TopK, build_codes, topk, topk_cuda, topk_native
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks.cases.common import Normal, own_candidates, reference_candidates, register_all
+from benchmarks.case import Case, Setting, Workload
+from benchmarks.cases.common import Normal, each, own_candidates, reference_candidates
 from benchmarks.cases.tensors import Candidate, dtype_of, tensor_workload
 from benchmarks.ceilings import Work
-from benchmarks.registry import Case, Setting, Workload
 from tgq_fast import ops, reference
 from tgq_fast.reference.stream_attention import stream_mask
 
@@ -92,11 +92,12 @@ def _build(case: Case, sizes: dict[str, Any], setting: Setting) -> Workload:
 
 _TINY = {"B": 2, "N": 6, "M": 5, "H": 2, "dh": 16}
 _SHAPE = {"N": 16, "M": 32, "H": 12, "dh": 64}
+CASES: list[Case] = []
 for _device, _batch, _dtypes, _name in (
     ("cuda", 1024, ("bfloat16",), "paper-b1024"),
     ("cpu", 32, ("float32",), "paper-b32"),
 ):
-    register_all(
+    CASES += each(
         "streams",
         _name,
         {"B": _batch, **_SHAPE},

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.case import Call, Case, Kind, Setting, UnavailableError, Variant, Workload
 from benchmarks.ceilings import Work
 from benchmarks.parity import OWN_SLACK, PEER_SLACK, Verdict, check, higher_precision
-from benchmarks.registry import Call, Case, Kind, Setting, UnavailableError, Variant, Workload
 from benchmarks.timing import input_sets
 
 # Named tensors in, named tensors out.

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import gpu_check, run
-from benchmarks.registry import Setting, cases, register
+from benchmarks.case import Setting
+from benchmarks.registry import EVERY, cases, distinct
 from benchmarks.runner import run_case
 from benchmarks.steps import run_step
 
@@ -54,7 +55,7 @@ def test_selection() -> None:
 
 def test_names_are_unique() -> None:
     with pytest.raises(ValueError, match="two benchmark cases"):
-        register(cases()[0])
+        distinct([*EVERY, EVERY[0]])
 
 
 def test_chunk_sizes_are_variants_of_one_result() -> None:

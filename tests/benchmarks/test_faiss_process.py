@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.case import UnavailableError
 from benchmarks.cases import faiss_process
-from benchmarks.registry import UnavailableError
 
 pytest.importorskip("faiss")
 pytest.importorskip("threadpoolctl")

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from benchmarks import memory, timing
+from benchmarks.case import Case, Setting, UnavailableError, Variant, Workload
 from benchmarks.ceilings import Work, floor, measure_ceilings
 from benchmarks.parity import Verdict
-from benchmarks.registry import Case, Setting, UnavailableError, Variant, Workload
 from benchmarks.run import table_lines
 from benchmarks.runner import run_case
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.case import UnavailableError
 from benchmarks.cases.other_build import OtherBuild
-from benchmarks.registry import UnavailableError
 from benchmarks.timing import measure
 from tgq_fast.search import topk
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.case import UnavailableError
 from benchmarks.cases.search import _Truth, load_embeddings
 from benchmarks.cases.search_peers import Problem
 from benchmarks.parity import PEER_SLACK, check, higher_precision
-from benchmarks.registry import UnavailableError
 
 
 @pytest.fixture
