@@ -86,7 +86,7 @@ docs: setup-dev
 
 lint: setup-dev
 	$(PY) -m ruff check .
-	$(PY) -m mypy tgq_fast
+	$(PY) -m mypy
 
 # One folder of build/ for each kind of C++ test: plain, and under the sanitizers that SANITIZE_KIND names.
 CTESTS := ctest sanitize-address sanitize-thread

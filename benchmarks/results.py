@@ -95,7 +95,8 @@ def result_files(folder: str | Path) -> Iterator[tuple[Path, Results]]:
         loaded = [(path, Results.load(path)) for path in sorted(device.glob("*.json"))]
         loaded = [item for item in loaded if not item[1].environment.get("tiny")]
         whole = [item for item in loaded if item[1].complete] or loaded
-        found, seen = [], set[str]()
+        found: list[tuple[Path, Results]] = []
+        seen = set[str]()
         for path, results in sorted(whole, key=lambda item: item[1].environment.get("started", ""), reverse=True):
             rows = [row for row in results.rows if row["case"] not in seen]
             seen |= {row["case"] for row in rows}

@@ -171,11 +171,11 @@ def _targets(results: Results, measured: set[str]) -> str:
         target, value = outcome.target, outcome.value
         if target.case in left_out:
             continue
-        measured = "" if value is None else f"{100 * value:.0f} %" if target.metric == "floor" else _times(value)
+        reached = "" if value is None else f"{100 * value:.0f} %" if target.metric == "floor" else _times(value)
         verdict = {None: "not measured", True: "met", False: "missed"}[outcome.met]
         against = "" if target.metric == "floor" else outcome.against
         ours = "" if target.variant == "tgq_fast" else f" ({target.variant})"
-        lines.append((f"`{target.case}`{ours}", against, _goal(target), measured, verdict))
+        lines.append((f"`{target.case}`{ours}", against, _goal(target), reached, verdict))
     return _rows(("case", "against", "goal", "measured", ""), lines)
 
 

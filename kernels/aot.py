@@ -131,13 +131,13 @@ KERNELS: dict[str, Kernel] = {
         modulation.modulation_forward,
         "a e agreement has_metadata image flag_a w1a b1a w2a b2a w1e b1e w2e b2e out_a out_e gate_a gate_e mean_a "
         "mean_e",
-        "pre_a pre_e moments", floats="alpha", ones="b2_c", flags=(("WANT_MOMENTS", True),), width=_RANK,
+        "pre_a pre_e", floats="alpha", ones="b2_c", width=_RANK,
     ),
     "modulation_backward": Kernel(
         modulation.modulation_backward,
-        "a e d_out_a d_out_e d_gate_a d_gate_e d_mean_a d_mean_e gate_a gate_e w1a w2a w1e w2e d_a d_e d_image",
+        "a e d_out_a d_out_e d_gate_a d_gate_e gate_a gate_e w1a w2a w1e w2e d_a d_e d_image",
         "pre_a pre_e d_logit_a d_logit_e d_pre_a d_pre_e", floats="alpha", ones="gate_c",
-        flags=(("HAS_D_GATE", True), ("HAS_D_MEAN", True)), width=_RANK,
+        flags=(("HAS_D_GATE", True),), width=_RANK,
     ),
     "block_moments": Kernel(redundancy.block_moments, "a e", "out", tile="redundancy", matrix=False),
     "merge_moments": Kernel(
@@ -201,7 +201,8 @@ class Report:
 def rows(name: str, arch: int, bits: int) -> list[dict[str, int]]:
     """Tile rows of a kernel in the shipped table of an architecture."""
     data = json.loads((FOLDER / f"sm_{arch}.json").read_text(encoding="utf-8"))
-    return data["kernels"].get(KERNELS[name].tile or name, {}).get(str(bits), [])
+    found: list[dict[str, int]] = data["kernels"].get(KERNELS[name].tile or name, {}).get(str(bits), [])
+    return found
 
 
 def variants(archs: tuple[int, ...] = (80, 90, 100)) -> Iterator[tuple[str, int, int, dict[str, int]]]:

@@ -113,8 +113,8 @@ def absorbed_forward(
         peak = tl.max(s, 1)
         peak = tl.where(peak == float("-inf"), 0.0, peak)  # a segment without visible keys: p = exp2(-inf) = 0
         p = tl.exp2(s - peak[:, None])
-        weights = weights + (p.to(x.dtype.element_ty),)  # noqa: RUF005
-        maxima = maxima + (peak,)  # noqa: RUF005
+        weights = weights + (p.to(x.dtype.element_ty),)  # noqa: RUF005  # type: ignore[assignment]
+        maxima = maxima + (peak,)  # noqa: RUF005  # type: ignore[assignment]
         partial = tl.sum(p, 1)
         new_top = tl.maximum(top, tl.where(partial > 0, peak, float("-inf")))
         shift = tl.where(new_top == float("-inf"), 0.0, new_top)
@@ -177,12 +177,13 @@ def forward(
         return
     resident = options["SEGMENTS"] * options["BLOCK_L"]
     groups = max(1, triton.cdiv(length, resident))
-    parts = [(out, lse, entropy, mass)]
+    parts: list[tuple[Tensor, Tensor, Tensor | None, Tensor | None]] = [(out, lse, entropy, mass)]
     if groups > 1:
         pooled = torch.empty(groups, *q.shape, dtype=torch.float32, device=q.device)
         wanted = entropy is not None, mass is not None
         stacked = pooled, *new_statistics((groups, *lse.shape), q.device, *wanted)
-        parts = [tuple(None if s is None else s[i] for s in stacked) for i in range(groups)]
+        optional = ([None] * groups if s is None else s.unbind() for s in stacked[2:])
+        parts = list(zip(stacked[0], stacked[1], *optional))
     none = placeholder(q.device)
     steer, strength, guided = guide_arguments(guide, guide_scale, q)
     for i, (target, *stats) in enumerate(parts):

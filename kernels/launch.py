@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-def on_device(like: Tensor) -> contextlib.AbstractContextManager:
+def on_device(like: Tensor) -> contextlib.AbstractContextManager[object]:
     """Make the tensor's GPU current, as Triton launches on the current one."""
     return torch.cuda.device(like.device) if like.is_cuda else contextlib.nullcontext()
 

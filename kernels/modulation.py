@@ -5,9 +5,6 @@ A program owns ITEMS items. Forward, first walk over the channels: token means, 
 tokens read again (from L2: a program's tokens are small) and scaled. Backward walks the same way: gate gradients and
 their product with W2 first, then token, mean and image gradients. Weight gradients are sums over items of outer
 products: the kernel leaves the factors in memory and the launcher multiplies them, so nothing is atomic.
-
-Where asked, the forward also leaves per-program moments of the means (count, mean, centred second moments), from which
-the redundancy loss follows without another pass over the batch; see :mod:`tgq_fast.kernels.redundancy`.
 """
 
 from __future__ import annotations
@@ -20,7 +17,6 @@ import triton.language as tl
 from torch import Tensor
 
 from tgq_fast.kernels.launch import on_device, placeholder, unit_stride
-from tgq_fast.kernels.redundancy import store_moments
 from tgq_fast.kernels.tiling import precision, tile
 
 _SIZES = ["batch", "n_a", "n_e"]
@@ -92,11 +88,11 @@ def _own_items(batch, ITEMS: tl.constexpr, BLOCK_M: tl.constexpr):
 @triton.jit(do_not_specialize=_SIZES)
 def modulation_forward(
     a, e, agreement, has_metadata, image, flag_a, w1a, b1a, w2a, b2a, w1e, b1e, w2e, b2e,
-    out_a, out_e, gate_a, gate_e, pre_a, pre_e, mean_a, mean_e, moments,
+    out_a, out_e, gate_a, gate_e, pre_a, pre_e, mean_a, mean_e,
     alpha, batch, n_a, n_e, width, image_width, rank_a, rank_e, gate_width,
     a_b, a_n, e_b, e_n, image_b, w1a_r, w1e_r, w2a_c, w2e_c, b2_c, oa_b, oa_n, oe_b, oe_n,
-    WANT_MOMENTS: tl.constexpr, PRECISION: tl.constexpr, ITEMS: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, RANK: tl.constexpr,
+    PRECISION: tl.constexpr, ITEMS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
     """ITEMS ≤ BLOCK_M items; flag_a is [2, rank_a], w1a the anchored W1 without its two flag columns."""
     dtype = a.dtype.element_ty
@@ -130,9 +126,6 @@ def modulation_forward(
         there = item_ok[:, None] & in_width[None, :]
         tl.store(mean_a + item[:, None] * width + col[None, :], ma.to(dtype), mask=there)
         tl.store(mean_e + item[:, None] * width + col[None, :], me.to(dtype), mask=there)
-        if WANT_MOMENTS:
-            place = tl.program_id(0).to(tl.int64) * 6 * width
-            store_moments(ma, me, item_ok, moments + place, width, col, in_width)
         waa = _weights(w1a + image_width, unit, in_a, w1a_r, col, width)
         wae = _weights(w1a + image_width + width, unit, in_a, w1a_r, col, width)
         wee = _weights(w1e + image_width, unit, in_e, w1e_r, col, width)
@@ -201,12 +194,12 @@ def _token_gradient(d_out, d_x, factor, shift, item, item_ok, tokens, col, in_wi
 
 @triton.jit(do_not_specialize=_SIZES)
 def modulation_backward(
-    a, e, d_out_a, d_out_e, d_gate_a, d_gate_e, d_mean_a, d_mean_e, gate_a, gate_e, pre_a, pre_e, w1a, w2a, w1e, w2e,
+    a, e, d_out_a, d_out_e, d_gate_a, d_gate_e, gate_a, gate_e, pre_a, pre_e, w1a, w2a, w1e, w2e,
     d_a, d_e, d_image, d_logit_a, d_logit_e, d_pre_a, d_pre_e,
     alpha, batch, n_a, n_e, width, image_width, rank_a, rank_e, gate_width, gate_c,
     a_b, a_n, e_b, e_n, ga_b, ga_n, ge_b, ge_n, w1a_r, w1e_r, w2a_c, w2e_c, da_b, da_n, de_b, de_n,
-    HAS_D_GATE: tl.constexpr, HAS_D_MEAN: tl.constexpr, PRECISION: tl.constexpr, ITEMS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, RANK: tl.constexpr,
+    HAS_D_GATE: tl.constexpr, PRECISION: tl.constexpr, ITEMS: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
     """Token and image gradients; d_logit [B, width] and d_pre [B, rank] fp32 are factors of the weight gradients."""
     dtype = a.dtype.element_ty
@@ -249,9 +242,6 @@ def modulation_backward(
         wee = _weights(w1e + image_width, unit, in_e, w1e_r, col, width)
         dma = tl.dot(low_a, waa, input_precision=PRECISION)
         dme = tl.dot(low_e, wee, tl.dot(low_a, wae, input_precision=PRECISION), input_precision=PRECISION)
-        if HAS_D_MEAN:
-            dma += tl.load(d_mean_a + item[:, None] * width + col[None, :], mask=there, other=0.0).to(tl.float32)
-            dme += tl.load(d_mean_e + item[:, None] * width + col[None, :], mask=there, other=0.0).to(tl.float32)
         offset = item[:, None] * gate_width + (col * gate_c)[None, :]
         ga = tl.load(gate_a + offset, mask=there, other=0.0).to(tl.float32)
         ge = tl.load(gate_e + offset, mask=there, other=0.0).to(tl.float32)
@@ -290,7 +280,6 @@ class Forward(NamedTuple):
     pre_e: Tensor
     mean_a: Tensor
     mean_e: Tensor
-    moments: Tensor | None
 
 
 def _prepared(gate: Gate) -> Gate:
@@ -298,12 +287,13 @@ def _prepared(gate: Gate) -> Gate:
 
 
 def _options(kernel: str, a: Tensor, rank: int) -> dict[str, int]:
-    return tile(kernel, a, rank=rank) | {"RANK": max(16, triton.next_power_of_2(rank))}
+    options: dict[str, int] = tile(kernel, a, rank=rank)
+    return options | {"RANK": max(16, triton.next_power_of_2(rank))}
 
 
 def forward(
     a: Tensor, e: Tensor, agreement: Tensor, has_metadata: Tensor, image: Tensor, gate_a: Gate, gate_e: Gate,
-    alpha: float, want_moments: bool,
+    alpha: float,
 ) -> Forward:  # fmt: skip
     """Modulated streams; shapes as in :func:`tgq_fast.reference.dual_gated_modulation`, one dtype for all."""
     a, e, image = unit_stride(a), unit_stride(e), unit_stride(image)
@@ -312,12 +302,11 @@ def forward(
     n_e, image_width = e.shape[1], image.shape[1]
     rank_a, rank_e, gate_width = gate_a.w1.shape[0], gate_e.w1.shape[0], gate_a.w2.shape[0]
     out_a, out_e = a.new_empty(a.shape), e.new_empty(e.shape)
-    gates = [a.new_empty(batch, gate_width) for _ in range(2)]
+    made_a, made_e = (a.new_empty(batch, gate_width) for _ in range(2))
     pre_a, pre_e = (a.new_empty(batch, rank, dtype=torch.float32) for rank in (rank_a, rank_e))
     mean_a, mean_e = a.new_empty(batch, width), a.new_empty(batch, width)
     options = _options("modulation_forward", a, max(rank_a, rank_e))
     grid = (triton.cdiv(batch, options["ITEMS"]),)
-    moments = a.new_empty(grid[0], 6, width, dtype=torch.float32) if want_moments else None
     vector = gate_width > 1 or width == 1
     if grid[0]:
         # The two flag columns leave the anchored W1, so that the rest of its rows can be read 16 bytes at a time.
@@ -325,15 +314,14 @@ def forward(
         with on_device(a):
             modulation_forward[grid](
                 a, e, agreement.contiguous(), has_metadata.to(a.dtype).contiguous(), image,
-                flags, body, *gate_a[1:], *gate_e, out_a, out_e, *gates, pre_a, pre_e, mean_a, mean_e,
-                pre_a if moments is None else moments,
+                flags, body, *gate_a[1:], *gate_e, out_a, out_e, made_a, made_e, pre_a, pre_e, mean_a, mean_e,
                 alpha, batch, n_a, n_e, width, image_width, rank_a, rank_e, gate_width,
                 *a.stride()[:2], *e.stride()[:2], image.stride(0), body.stride(0), gate_e.w1.stride(0),
                 gate_a.w2.stride(0) if vector else 0, gate_e.w2.stride(0) if vector else 0, int(vector),
                 *out_a.stride()[:2], *out_e.stride()[:2],
-                WANT_MOMENTS=want_moments, PRECISION=precision(a), **options,
+                PRECISION=precision(a), **options,
             )  # fmt: skip
-    return Forward(out_a, out_e, *gates, pre_a, pre_e, mean_a, mean_e, moments)
+    return Forward(out_a, out_e, made_a, made_e, pre_a, pre_e, mean_a, mean_e)
 
 
 class Gradients(NamedTuple):
@@ -358,11 +346,11 @@ def _weight_gradients(d_pre: Tensor, inputs: list[Tensor], d_logit: Tensor, pre:
 
 
 def backward(
-    d_out_a: Tensor, d_out_e: Tensor, d_gate_a: Tensor | None, d_gate_e: Tensor | None, d_mean_a: Tensor | None,
-    d_mean_e: Tensor | None, a: Tensor, e: Tensor, agreement: Tensor, has_metadata: Tensor, image: Tensor,
-    gate_a: Gate, gate_e: Gate, saved: Forward, alpha: float,
+    d_out_a: Tensor, d_out_e: Tensor, d_gate_a: Tensor | None, d_gate_e: Tensor | None, a: Tensor,
+    e: Tensor, agreement: Tensor, has_metadata: Tensor, image: Tensor, gate_a: Gate, gate_e: Gate, saved: Forward,
+    alpha: float,
 ) -> Gradients:  # fmt: skip
-    """All gradients; d_gate_* and d_mean_* come in pairs or not at all."""
+    """All gradients; d_gate_* come both or not at all."""
     a, e, d_out_a, d_out_e = (unit_stride(t) for t in (a, e, d_out_a, d_out_e))
     gate_a, gate_e = _prepared(gate_a), _prepared(gate_e)
     batch, n_a, width = a.shape
@@ -376,7 +364,7 @@ def backward(
     grid = (triton.cdiv(batch, options["ITEMS"]),)
     vector = gate_width > 1 or width == 1
     none = placeholder(a.device)
-    optional = [none if t is None else t.contiguous() for t in (d_gate_a, d_gate_e, d_mean_a, d_mean_e)]
+    optional = [none if t is None else t.contiguous() for t in (d_gate_a, d_gate_e)]
     if grid[0]:
         body = gate_a.w1[:, 2:].contiguous()
         with on_device(a):
@@ -387,7 +375,7 @@ def backward(
                 *a.stride()[:2], *e.stride()[:2], *d_out_a.stride()[:2], *d_out_e.stride()[:2],
                 body.stride(0), gate_e.w1.stride(0), gate_a.w2.stride(0) if vector else 0,
                 gate_e.w2.stride(0) if vector else 0, *d_a.stride()[:2], *d_e.stride()[:2],
-                HAS_D_GATE=d_gate_a is not None, HAS_D_MEAN=d_mean_a is not None, PRECISION=precision(a), **options,
+                HAS_D_GATE=d_gate_a is not None, PRECISION=precision(a), **options,
             )  # fmt: skip
     flags = torch.stack((agreement.float(), has_metadata.float()), dim=1)
     grad_a = _weight_gradients(d_pre_a, [flags, image, saved.mean_a, saved.mean_e], d_logits[0], saved.pre_a, gate_a)

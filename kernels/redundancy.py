@@ -1,8 +1,7 @@
 """Redundancy loss in one streaming pass: centred moments per block of items, merged in a fixed order.
 
-Moments are [blocks, 6, d] fp32: count, mean of ā, mean of ē, centred Σ ā², Σ ē² and Σ ā ē. They come from
-:func:`moments` or, without another pass over the batch, from the modulation kernel. Merging by Chan's update keeps the
-precision that plain sums of squares would lose.
+Moments are [blocks, 6, d] fp32: count, mean of ā, mean of ē, centred Σ ā², Σ ē² and Σ ā ē. Merging by Chan's update
+keeps the precision that plain sums of squares would lose.
 """
 
 from __future__ import annotations
@@ -16,23 +15,6 @@ from tgq_fast.kernels.launch import on_device, unit_stride
 from tgq_fast.kernels.tiling import tile
 
 
-@triton.jit
-def store_moments(a, e, item_ok, target, width, col, in_width):
-    """Count, means and centred second moments of one program's items, per channel: [6, width] fp32."""
-    valid = item_ok[:, None]
-    count = tl.sum(item_ok.to(tl.float32), 0)
-    center_a = tl.sum(tl.where(valid, a, 0.0), 0) / tl.maximum(count, 1.0)
-    center_e = tl.sum(tl.where(valid, e, 0.0), 0) / tl.maximum(count, 1.0)
-    a = tl.where(valid, a - center_a[None, :], 0.0)
-    e = tl.where(valid, e - center_e[None, :], 0.0)
-    tl.store(target + col, tl.zeros_like(center_a) + count, mask=in_width)
-    tl.store(target + width + col, center_a, mask=in_width)
-    tl.store(target + 2 * width + col, center_e, mask=in_width)
-    tl.store(target + 3 * width + col, tl.sum(a * a, 0), mask=in_width)
-    tl.store(target + 4 * width + col, tl.sum(e * e, 0), mask=in_width)
-    tl.store(target + 5 * width + col, tl.sum(a * e, 0), mask=in_width)
-
-
 @triton.jit(do_not_specialize=["batch"])
 def block_moments(a, e, out, batch, width, a_b, e_b, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr):
     """Moments of BLOCK_B items × BLOCK_C channels; grid (blocks of items, chunks of channels)."""
@@ -44,7 +26,18 @@ def block_moments(a, e, out, batch, width, a_b, e_b, BLOCK_B: tl.constexpr, BLOC
     there = row_ok[:, None] & in_width[None, :]
     va = tl.load(a + row[:, None] * a_b + col[None, :], mask=there, other=0.0).to(tl.float32)
     ve = tl.load(e + row[:, None] * e_b + col[None, :], mask=there, other=0.0).to(tl.float32)
-    store_moments(va, ve, row_ok, out + tl.program_id(0).to(tl.int64) * 6 * width, width, col, in_width)
+    count = tl.sum(row_ok.to(tl.float32), 0)
+    center_a = tl.sum(va, 0) / tl.maximum(count, 1.0)
+    center_e = tl.sum(ve, 0) / tl.maximum(count, 1.0)
+    va = tl.where(row_ok[:, None], va - center_a[None, :], 0.0)
+    ve = tl.where(row_ok[:, None], ve - center_e[None, :], 0.0)
+    target = out + tl.program_id(0).to(tl.int64) * 6 * width + col
+    tl.store(target, tl.zeros_like(center_a) + count, mask=in_width)
+    tl.store(target + width, center_a, mask=in_width)
+    tl.store(target + 2 * width, center_e, mask=in_width)
+    tl.store(target + 3 * width, tl.sum(va * va, 0), mask=in_width)
+    tl.store(target + 4 * width, tl.sum(ve * ve, 0), mask=in_width)
+    tl.store(target + 5 * width, tl.sum(va * ve, 0), mask=in_width)
 
 
 @triton.jit(do_not_specialize=["blocks"])

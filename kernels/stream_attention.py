@@ -192,7 +192,7 @@ def count_tiles(lengths: tuple[int, int, int], block: int) -> int:
 
 
 def tile_options(kernel: str, q: Tensor, k: Tensor, lengths: tuple[int, int, int]) -> dict[str, int]:
-    options = tile(kernel, q, rows=max(lengths), keys=k.shape[1], head=q.shape[3])
+    options: dict[str, int] = tile(kernel, q, rows=max(lengths), keys=k.shape[1], head=q.shape[3])
     return options | {"BLOCK_D": max(16, triton.next_power_of_2(q.shape[3]))}
 
 

@@ -47,7 +47,8 @@ def table(name: str) -> dict[str, Any] | None:
     for folder in (*folders, FOLDER):
         path = folder / f"{name}.json"
         if path.is_file():
-            return json.loads(path.read_text(encoding="utf-8"))
+            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            return found
     return None
 
 

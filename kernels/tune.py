@@ -14,6 +14,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,37 +55,23 @@ def cases(device: torch.device, dtype: torch.dtype, batch: int = 256) -> Iterato
         out, stats = torch.empty_like(q), torch.zeros(batch, 12, 16, device=device)
         sizes = {"keys": keys, "rows": 192}
 
-        def forward(q=q, x=x, out=out, stats=stats):  # type: ignore[no-untyped-def]
-            cross_attention.forward(q, x, *(None,) * 4, 0.1, out, stats)
-
-        def backward(q=q, x=x, out=out, stats=stats):  # type: ignore[no-untyped-def]
-            cross_attention_backward.backward_rows(q, x, *(None,) * 3, q, stats, stats, 0.1, out)
-
-        yield "absorbed_forward", sizes, forward
-        yield "absorbed_backward_rows", sizes, backward
+        yield "absorbed_forward", sizes, partial(cross_attention.forward, q, x, *(None,) * 4, 0.1, out, stats)
+        given = q, x, None, None, None, q, stats, stats, 0.1, out
+        yield "absorbed_backward_rows", sizes, partial(cross_attention_backward.backward_rows, *given)
     weight = new(768, 768)
     for keys, items in ((64, 1), (128, 4), (256, 8)):
         q, x = new(items, 16, 12, 64), new(items, keys, 768)
-
-        def project(q=q, x=x):  # type: ignore[no-untyped-def]
-            cross_attention_fused.forward(q, x, weight, weight, *(None,) * 5, 0.125, False)
-
+        project = partial(cross_attention_fused.forward, q, x, weight, weight, *(None,) * 5, 0.125, False)
         yield "fused_forward", {"keys": keys, "rows": 16, "head": 64}, project
     for rows in (16, 64):
-        heads = [new(batch, 2 * rows, 12, 64) for _ in range(3)]
-        arguments = ((rows // 2, rows // 2, rows), "block", False, None, rows)
-
-        def attend(heads=heads, arguments=arguments):  # type: ignore[no-untyped-def]
-            stream_attention.forward(*heads, *arguments, *(None,) * 3, 0.125, False)
-
+        q, k, v = (new(batch, 2 * rows, 12, 64) for _ in range(3))
+        structure = (rows // 2, rows // 2, rows), "block", False, None, rows
+        attend = partial(stream_attention.forward, q, k, v, *structure, *(None,) * 3, 0.125, False)
         yield "stream_forward", {"keys": 2 * rows, "rows": rows, "head": 64}, attend
     inputs = 768 + 2 * 768 + 2, 768 + 768
-    gates = [modulation.Gate(new(64, n), new(64), new(768, 64), new(768)) for n in inputs]
+    gates = (modulation.Gate(new(64, n), new(64), new(768, 64), new(768)) for n in inputs)
     tokens, scalar, image = new(1024, 8, 768), new(1024), new(1024, 768)
-
-    def modulate() -> None:
-        modulation.forward(tokens, tokens, scalar, scalar, image, *gates, 1.0, False)
-
+    modulate = partial(modulation.forward, tokens, tokens, scalar, scalar, image, *gates, 1.0)
     yield "modulation_forward", {"rank": 64}, modulate
 
 

@@ -100,6 +100,14 @@ def test_benchmarks_and_tests_are_not_imported_by_the_package() -> None:
             assert name.split(".")[0] not in ("benchmarks", "tests"), f"{path}:{line}"
 
 
+def test_only_device_functions_of_kernels_go_without_types() -> None:
+    """mypy takes functions without types in kernels/, because Triton's have none."""
+    for path, own, tree in library():
+        for node in ast.walk(tree) if own == "kernels" else ():
+            if isinstance(node, ast.FunctionDef) and node.returns is None:
+                assert any("triton.jit" in ast.unparse(made) for made in node.decorator_list), f"{path}:{node.lineno}"
+
+
 TERMINAL = {"app"}
 """Written for the command line: it prints, or says which command comes next."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 
 import torch
 
@@ -26,7 +26,14 @@ def single_precision() -> Iterator[None]:
 
 @contextmanager
 def plain_defaults() -> Iterator[None]:
-    """New tensors are fp32 on the CPU within, unless told otherwise, whatever the caller's defaults."""
-    elsewhere = torch.get_default_device().type != "cpu"
-    with single_precision(), torch.device("cpu") if elsewhere else nullcontext():
+    """New tensors are fp32 on the CPU within, unless told otherwise, and products in the dtype of their factors, whatever
+    the caller's default dtype, default device and autocast.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(single_precision())
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
         yield

@@ -115,12 +115,14 @@ def our_model(theirs: nn.Module, queries: Tensor, sizes: dict[str, Any]) -> nn.M
 
 def _call_theirs(model: nn.Module, queries: Tensor, t: Inputs) -> Tensor:
     batch, count = t["visual"].shape[0], queries.shape[1]
-    return model(
+    output = model(
         input_ids=t["ids"],
         attention_mask=t["attended"],
         query_embeds=queries.expand(batch, -1, -1),
         encoder_hidden_states=t["visual"],
-    ).last_hidden_state[:, :count]
+    )
+    hidden: Tensor = output.last_hidden_state
+    return hidden[:, :count]
 
 
 def _call_ours(model: nn.Module, backend: str | None, make_features: Callable[..., Any], t: Inputs) -> Tensor:
@@ -132,7 +134,8 @@ def _call_ours(model: nn.Module, backend: str | None, make_features: Callable[..
         field_ids=t["field_ids"],
     )
     with ops.use_backend(backend) if backend else contextlib.nullcontext():
-        return model(features).tokens
+        tokens: Tensor = model(features).tokens
+    return tokens
 
 
 def _inputs(theirs: nn.Module, sizes: dict[str, Any], setting: Setting, dtype: torch.dtype, seed: int) -> Inputs:
@@ -222,7 +225,7 @@ def _build(case: Case, sizes: dict[str, Any], setting: Setting) -> Workload:
         model = model.to(precision)
         queries = source_queries.to(device, precision).requires_grad_(True)
         forward: Model = partial(_call_theirs, model, queries)
-        return _Implementation(model, compiled_statically(forward) if compiled else forward, queries, case.direction)  # type: ignore[arg-type]
+        return _Implementation(model, compiled_statically(forward) if compiled else forward, queries, case.direction)
 
     def variant(name: str, kind: Kind, make: Callable[[], _Implementation], *, compiled: bool = False) -> Variant:
         def prepare() -> Call:

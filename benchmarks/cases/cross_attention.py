@@ -92,7 +92,8 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, *, backend: SDPBackend | None = None)
 def _flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     from flash_attn import flash_attn_func
 
-    return flash_attn_func(q, k, v)
+    out: Tensor = flash_attn_func(q, k, v)
+    return out
 
 
 def _no_flash() -> str:

@@ -80,7 +80,7 @@ class Avx2Process:
         """Rows [Q, k] int64 for query set `i`."""
         self._connection.send(i)
         self._receive()
-        return np.ndarray(self._shape, np.int64, self._found.buf).copy()
+        return np.array(np.ndarray(self._shape, np.int64, self._found.buf))
 
     def _receive(self) -> Any:
         try:

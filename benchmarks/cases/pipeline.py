@@ -9,7 +9,7 @@ import copy
 import dataclasses
 import tempfile
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,14 @@ if TYPE_CHECKING:
     from tgq_fast.models.processing import PromptInputs
 
 
+class Metadata(TypedDict):
+    """[B, M, d] tokens, [B, M] bool which are real, [B, M] field ids."""
+
+    metadata_tokens: Tensor
+    metadata_mask: Tensor
+    field_ids: Tensor
+
+
 class _Pipeline:
     """The three stages with random weights: a ViT-B/16, the paper's connector, an LLM of SmolLM2-135M's shape."""
 
@@ -37,7 +45,7 @@ class _Pipeline:
         from tgq_fast.models.zoo.budget import build_connector
 
         self.sizes = sizes
-        self.vision: nn.Module = ViTModel(
+        self.vision = ViTModel(
             ViTConfig(
                 hidden_size=sizes["dv"],
                 num_hidden_layers=sizes["vision_layers"],
@@ -50,7 +58,8 @@ class _Pipeline:
         ).eval()
         config = configuration("tgq", {**sizes, "L": (sizes["image"] // 16) ** 2 + 1, "every": 2, "layers": 6})
         config.agreement = "alignment"  # a ViT is no dual encoder
-        self.connector = build_connector(config).eval()
+        self.config = config
+        self.connector: nn.Module = build_connector(config).eval()
         randomise(self.connector)
         llm = LlamaModel(
             LlamaConfig(
@@ -66,7 +75,7 @@ class _Pipeline:
             llm.save_pretrained(folder)
             config = copy.deepcopy(config)
             config.llm, config.lora_rank = folder, 0
-            self.reader = LLMReader(config).eval()
+            self.reader: nn.Module = LLMReader(config).eval()
 
     def to(self, device: str, dtype: torch.dtype) -> _Pipeline:
         other = copy.deepcopy(self)
@@ -75,28 +84,28 @@ class _Pipeline:
         return other
 
     @torch.no_grad()
-    def see(self, pixels: Tensor, metadata: dict[str, Tensor]) -> FrozenFeatures:
+    def see(self, pixels: Tensor, metadata: Metadata) -> FrozenFeatures:
         from tgq_fast.models.outputs import FrozenFeatures
 
-        tokens = self.vision(pixel_values=pixels).last_hidden_state
+        tokens: Tensor = self.vision(pixel_values=pixels).last_hidden_state
         return FrozenFeatures(visual_tokens=tokens, global_image=tokens[:, 0], **metadata)
 
     @torch.no_grad()
     def connect(self, features: FrozenFeatures) -> Tensor:
-        return self.connector(features).tokens
+        tokens: Tensor = self.connector(features).tokens
+        return tokens
 
     @torch.no_grad()
     def read(self, tokens: Tensor, features: FrozenFeatures, prompt: PromptInputs) -> Tensor:
-        return self.reader(tokens, features, prompt).embedding
+        embedding: Tensor = self.reader(tokens, features, prompt).embedding
+        return embedding
 
-    def embed(self, pixels: Tensor, metadata: dict[str, Tensor], prompt: PromptInputs) -> Tensor:
+    def embed(self, pixels: Tensor, metadata: Metadata, prompt: PromptInputs) -> Tensor:
         features = self.see(pixels, metadata)
         return self.read(self.connect(features), features, prompt)
 
 
-def _inputs(
-    sizes: dict[str, Any], setting: Setting, dtype: torch.dtype
-) -> tuple[Tensor, dict[str, Tensor], PromptInputs]:
+def _inputs(sizes: dict[str, Any], setting: Setting, dtype: torch.dtype) -> tuple[Tensor, Metadata, PromptInputs]:
     from tgq_fast.models.processing import PromptInputs
 
     device, b, n, m, prompt = setting.device, sizes["B"], sizes["N"], sizes["M"], sizes["prompt"]
@@ -104,7 +113,7 @@ def _inputs(
     normal = Normal(generator, device, dtype)
     real = torch.randint(1, m + 1, (b, 1), generator=generator, device=device)
     mask = torch.arange(m, device=device) < real
-    metadata = {
+    metadata: Metadata = {
         "metadata_tokens": normal(b, m, sizes["d"]) * mask[..., None],
         "metadata_mask": mask,
         "field_ids": mask.long(),
@@ -142,7 +151,7 @@ def _build(case: Case, sizes: dict[str, Any], setting: Setting) -> Workload:
         if not known:
             high = higher_precision(dtype)
             exact = source.to(setting.device, high)
-            wide = {name: t.to(high) if t.is_floating_point() else t for name, t in metadata.items()}
+            wide: Metadata = {**metadata, "metadata_tokens": metadata["metadata_tokens"].to(high)}
             with ops.use_backend("torch"):
                 known["reference"] = {"embedding": exact.embed(pixels.to(high), wide, prompt)}
                 seen = dataclasses.replace(features, **wide)
@@ -183,7 +192,7 @@ def _work(model: _Pipeline, sizes: dict[str, Any], dtype: torch.dtype, device: s
         sum(p.numel() for name, p in module.named_parameters() if "embed" not in name)
         for module in (model.vision, model.reader)
     )
-    config, size = model.connector.config, dtype.itemsize
+    config, size = model.config, dtype.itemsize
     cost, length, batch = connector_cost(config, device=device), config.num_visual_tokens, sizes["B"]
 
     def stage(macs: float, weights: int, values: int) -> Work:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from benchmarks.timing import input_sets
 
 # Named tensors in, named tensors out.
 Function = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+AnyFunction = TypeVar("AnyFunction", bound=Callable[..., Any])
 
 
 @dataclass
@@ -47,9 +48,9 @@ def slack_of(variant: Variant) -> float:
     return OWN_SLACK if variant.kind in ("ours", "before") else PEER_SLACK
 
 
-def compiled_statically(function: Function) -> Function:
+def compiled_statically(function: AnyFunction) -> AnyFunction:
     """`function` through torch.compile with static shapes."""
-    return torch.compile(function, dynamic=False)
+    return torch.compile(function, dynamic=False)  # type: ignore[return-value]
 
 
 def tensor_workload(

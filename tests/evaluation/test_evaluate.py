@@ -298,3 +298,13 @@ def test_default_device_changes_nothing() -> None:
         assert evaluate(catalog, vectors.numpy(), samples=5).metrics == expected.metrics
     finally:
         torch.set_default_device(None)
+
+
+def test_autocast_changes_nothing() -> None:
+    """Ranks beyond the search depth are counted from products, which autocast would round to 16 bit."""
+    rows = torch.nn.functional.normalize(torch.randn(300, 16, generator=torch.Generator().manual_seed(0)), dim=1)
+    query, target = np.arange(299), np.arange(1, 300)
+    expected, _ = positive_ranks(rows, query, target)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, _ = positive_ranks(rows, query, target)
+    np.testing.assert_array_equal(found, expected)

@@ -84,8 +84,8 @@ def main() -> None:
             modulation.Gate(*(torch.empty(*s).half() for s in ((16, n), (16,), (32, 16), (32,)))) for n in (82, 48)
         ]
         scalars, image = torch.empty(length).half(), torch.empty(length, 16).half()
-        saved = modulation.forward(tokens, tokens, scalars, scalars, image, *gates, 1.0, True)
-        pair = (saved.out_a, saved.out_e, None, None, None, None)
+        saved = modulation.forward(tokens, tokens, scalars, scalars, image, *gates, 1.0)
+        pair = (saved.out_a, saved.out_e, None, None)
         modulation.backward(*pair, tokens, tokens, scalars, scalars, image, *gates, saved, 1.0)
         means = torch.empty(length, 32)
         merged, _ = redundancy.merge(redundancy.moments(means, means), 1e-6)

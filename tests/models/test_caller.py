@@ -55,6 +55,16 @@ def test_default_dtype_changes_nothing(saved: Path, catalog: Catalog, double: No
     assert {p.dtype for p in odd.parameters()} == {torch.float32}
 
 
+def test_autocast_changes_nothing(saved: Path, catalog: Catalog) -> None:
+    """An item has one embedding, with the dtype of the model's weights."""
+    model = TGQFormerModel.from_pretrained(saved)
+    expected = model.encode(catalog, root=catalog.root)
+    with torch.autocast("cpu", torch.bfloat16):
+        given = model.encode(catalog, root=catalog.root)
+        assert torch.is_autocast_enabled("cpu")
+    assert torch.equal(given, expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_towers_are_the_same_whatever_the_default_dtype(vit: Path, llama: Path, dtype: torch.dtype) -> None:
     keys = load_vision_tower(str(vit)).key, load_text_tower(str(llama)).key

@@ -9,7 +9,7 @@ from op_checks import DEVICE, check_cross, check_info_nce, check_modulation, che
 from tgq_fast import ops, reference
 from tgq_fast.ops.cross_attention_triton import absorbed_attention
 from tgq_fast.ops.info_nce import info_nce_forward
-from tgq_fast.ops.modulation_triton import modulate
+from tgq_fast.ops.modulation import modulate
 from tgq_fast.ops.redundancy import redundancy_forward
 from tgq_fast.ops.stream_attention_triton import stream_attention
 
@@ -56,7 +56,7 @@ def modulation() -> tuple:
     has = torch.tensor([1.0, 0.0], device=DEVICE)
     anchored, exploratory = gate_parameters(6, 8)
     inputs = (leaf(2, 2, 8), leaf(2, 3, 8), leaf(2), has, leaf(2, 6))
-    return modulate, *inputs, *anchored, *exploratory, 1.0, True
+    return modulate, *inputs, *anchored, *exploratory, 1.0
 
 
 def info_nce(triton: bool) -> tuple:
@@ -65,7 +65,7 @@ def info_nce(triton: bool) -> tuple:
 
 
 def redundancy(triton: bool) -> tuple:
-    return redundancy_forward, leaf(4, 8), leaf(4, 8), None, 1e-6, triton
+    return redundancy_forward, leaf(4, 8), leaf(4, 8), 1e-6, triton
 
 
 OPERATORS: dict[str, Callable[[], tuple]] = {

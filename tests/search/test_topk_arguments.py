@@ -12,7 +12,7 @@ import torch
 
 from tgq_fast import _native
 from tgq_fast.errors import ArgumentError
-from tgq_fast.search import build_codes, topk
+from tgq_fast.search import build_codes, merge_topk, topk
 
 needs_extension = pytest.mark.skipif(not _native.available(), reason=_native.why_missing())
 Q, P = torch.randn(4, 16, generator=torch.Generator().manual_seed(0)), torch.randn(50, 16)
@@ -151,3 +151,48 @@ class TestTensorsWithoutMemory:
         for view in (base[:, :16], base[:, 17:], base[::2, 1:17], base[3:4, 17:].expand(20, 16), base[:0, :16]):
             expected = topk(torch.ones(1, 16), view.clone(), 2)
             assert torch.equal(topk(torch.ones(1, 16), view, 2).indices, expected.indices)
+
+
+@pytest.mark.parametrize("backend", ["torch", pytest.param("cpp", marks=needs_extension)])
+def test_autocast_changes_nothing(backend: str) -> None:
+    """Its products in 16 bit would have scores of another width, and another order."""
+    want = topk(Q, P, 5, backend=backend)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = topk(Q, P, 5, backend=backend)
+        assert torch.is_autocast_enabled("cpu")  # the caller's own stays on
+    assert torch.equal(found.indices, want.indices) and torch.equal(found.scores, want.scores)
+
+
+@needs_extension
+def test_codes_learned_under_autocast_are_the_same() -> None:
+    want = build_codes(P)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = build_codes(P)
+    assert torch.equal(found.codes, want.codes) and found.step == want.step and found.norm == want.norm
+
+
+def test_codes_of_another_kind_are_refused() -> None:
+    with pytest.raises(ArgumentError, match=r"^codes\b"):
+        topk(Q, P, 5, codes="codes")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        (np.zeros((4, 2)), np.zeros((4, 2), dtype=np.int32)),
+        (torch.zeros(4, 2), torch.zeros(4, 3, dtype=torch.int64)),
+        (torch.zeros(4), torch.zeros(4, dtype=torch.int64)),
+        torch.zeros(4, 2),
+        (torch.zeros(3, 2), torch.zeros(3, 2, dtype=torch.int64)),
+    ],
+)
+def test_results_that_cannot_be_merged_are_refused(part: Any) -> None:
+    with pytest.raises(ArgumentError, match=r"^parts\b"):
+        merge_topk([topk(Q, P, 2), part], 2)
+
+
+def test_merge_reads_numpy_and_lazy_results() -> None:
+    want = topk(Q, P, 5)
+    for part in ((negated(want.scores), want.indices), (want.scores.numpy(), want.indices.numpy())):
+        found = merge_topk([part], 5)
+        assert torch.equal(found.scores, want.scores) and torch.equal(found.indices, want.indices)

@@ -1,10 +1,11 @@
 """Configuration, frozen towers, processor, connectors, readers, feature cache and the assembled model."""
 
-from tgq_fast.models.configuration import PRESETS, TGQFormerConfig
+from tgq_fast.models.configuration import TGQFormerConfig
 from tgq_fast.models.connector import TGQFormerConnector
 from tgq_fast.models.features import FeatureStore
 from tgq_fast.models.modeling import TGQFormerModel
 from tgq_fast.models.outputs import ConnectorOutput, FrozenFeatures, TGQFormerOutput
+from tgq_fast.models.presets import PRESETS
 from tgq_fast.models.processing import ProcessedItems, PromptInputs, TGQFormerProcessor
 from tgq_fast.models.qformer_weights import load_qformer_weights
 from tgq_fast.models.towers import TextTower, VisionTower, load_text_tower, load_vision_tower

@@ -13,10 +13,11 @@ from torch.nn import functional as F
 
 from tgq_fast.errors import ArgumentError, CheckpointError, DependencyError
 from tgq_fast.models import backbones
-from tgq_fast.models.configuration import ZERO_SHOT, TGQFormerConfig
+from tgq_fast.models.configuration import TGQFormerConfig
 from tgq_fast.models.hub import hub_model
 from tgq_fast.models.outputs import FrozenFeatures
 from tgq_fast.models.processing import PromptInputs
+from tgq_fast.models.zoo.registry import ZERO_SHOT
 from tgq_fast.ops.plain import why_not_plain
 
 __all__ = ["ImageReader", "LLMReader", "LateFusion", "LightReader", "ReaderOutput", "build_reader", "merged_adapters"]

@@ -7,7 +7,7 @@ Same names and signatures as :mod:`tgq_fast.reference`, plus `backend=None`. Whi
 from tgq_fast.ops.cross_attention import hybrid_cross_attention
 from tgq_fast.ops.dispatch import BACKENDS, Decision, explain, use_backend
 from tgq_fast.ops.info_nce import info_nce
-from tgq_fast.ops.modulation import StreamMoments, dual_gated_modulation, dual_gated_modulation_with_moments
+from tgq_fast.ops.modulation import dual_gated_modulation
 from tgq_fast.ops.patch import patch, unpatch
 from tgq_fast.ops.redundancy import redundancy_loss
 from tgq_fast.ops.stream_attention import stream_self_attention
@@ -20,9 +20,7 @@ __all__ = [
     "GateParameters",
     "HybridAttentionOutput",
     "ModulationOutput",
-    "StreamMoments",
     "dual_gated_modulation",
-    "dual_gated_modulation_with_moments",
     "explain",
     "hybrid_cross_attention",
     "info_nce",

@@ -22,7 +22,6 @@ def redundancy_loss(
     exploratory: Tensor,
     *,
     eps: float = 1e-6,
-    moments: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """mean_i C_ii² with C the batch correlation matrix of ā against ē.
@@ -30,18 +29,14 @@ def redundancy_loss(
     Arguments and result are those of :func:`tgq_fast.reference.redundancy_loss`; `backend` as in
     :mod:`tgq_fast.ops.dispatch`. The kernels stream over the batch once, the CPU over what fits in its caches.
 
-    Args:
-        moments: [5, d] of :func:`tgq_fast.ops.dual_gated_modulation_with_moments` over the very same means: the
-            forward then does not read the means at all.
-
     Raises:
         ArgumentError: the two streams' means differ in shape.
         BackendError: a backend that was asked for by name cannot run this call.
     """
-    decision = _decide(anchored, exploratory, eps=eps, moments=moments, backend=backend)
+    decision = _decide(anchored, exploratory, eps=eps, backend=backend)
     triton = decision.backend == "triton"
     if anchored.shape[0] >= 2 and (triton or anchored.device.type == "cpu"):
-        return redundancy_forward(anchored, exploratory.to(anchored.dtype), moments, eps, triton)[0]
+        return redundancy_forward(anchored, exploratory.to(anchored.dtype), eps, triton)[0]
     return reference.redundancy_loss(anchored, exploratory, eps=eps)
 
 
@@ -51,7 +46,6 @@ def _decide(
     exploratory: Tensor,
     *,
     eps: float = 1e-6,
-    moments: Tensor | None = None,
     backend: str | None = None,
 ) -> Decision:
     if anchored.ndim != 2 or anchored.shape != exploratory.shape:
@@ -84,25 +78,20 @@ def _moments(a: Tensor, e: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("tgq_fast::redundancy_loss", mutates_args=())
-def redundancy_forward(
-    anchored: Tensor, exploratory: Tensor, moments: Tensor | None, eps: float, triton: bool
-) -> tuple[Tensor, Tensor]:
-    """Loss [] and merged moments [5, d] of [B, d] means, fp32 (fp64 for fp64 input); B ≥ 2.
-
-    Moments that are known save the pass.
-    """
-    if moments is None and triton:
+def redundancy_forward(anchored: Tensor, exploratory: Tensor, eps: float, triton: bool) -> tuple[Tensor, Tensor]:
+    """Loss [] and merged moments [5, d] of [B, d] means, fp32 (fp64 for fp64 input); B ≥ 2."""
+    if triton:
         from tgq_fast.kernels import redundancy as kernel
 
         merged, terms = kernel.merge(kernel.moments(anchored, exploratory), eps)
         return terms.sum(), merged
-    moments = _moments(anchored, exploratory) if moments is None else moments.clone()
+    moments = _moments(anchored, exploratory)
     var_a, var_e, cov = moments[2:]
     return (cov.square() / ((var_a + eps) * (var_e + eps))).mean(), moments
 
 
 @redundancy_forward.register_fake
-def _(anchored, exploratory, moments, eps, triton):  # type: ignore[no-untyped-def]
+def _(anchored, exploratory, eps, triton):  # type: ignore[no-untyped-def]
     dtype = torch.promote_types(anchored.dtype, torch.float32)
     return anchored.new_empty((), dtype=dtype), anchored.new_empty(5, anchored.shape[1], dtype=dtype)
 
@@ -132,7 +121,7 @@ def _(d_loss, anchored, exploratory, merged, eps, triton):  # type: ignore[no-un
 
 
 def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    anchored, exploratory, _, *ctx.options = inputs
+    anchored, exploratory, *ctx.options = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(anchored, exploratory, output[1])
@@ -140,8 +129,8 @@ def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
 
 def _backward(ctx, d_loss, _):  # type: ignore[no-untyped-def]
     if d_loss is None:
-        return (None,) * 5
-    return (*redundancy_backward(d_loss, *ctx.saved_tensors, *ctx.options), None, None, None)
+        return (None,) * 4
+    return (*redundancy_backward(d_loss, *ctx.saved_tensors, *ctx.options), None, None)
 
 
 redundancy_forward.register_autograd(_backward, setup_context=_setup)

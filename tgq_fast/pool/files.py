@@ -179,7 +179,7 @@ class PoolFiles:
             assert shard.index is not None
             index = IdIndex(*(tensor.numpy() for tensor in self._tensors(shard.index, "hash", "row")))
             shapes = [(array.shape, array.dtype) for array in index]
-            if shapes != [((shard.rows,), np.uint64), ((shard.rows,), np.uint32)]:
+            if shapes != [((shard.rows,), np.dtype(np.uint64)), ((shard.rows,), np.dtype(np.uint32))]:
                 raise PoolError(f"{self.folder / shard.index.name}: not the index of {shard.rows} ids; corrupt")
             return index
 

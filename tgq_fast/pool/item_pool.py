@@ -397,4 +397,4 @@ class ItemPool:
     to_lance = exports.to_lance
     to_qdrant = exports.to_qdrant
     to_pgvector = exports.to_pgvector
-    from_faiss = classmethod(faiss_index.from_faiss)
+    from_faiss = classmethod(faiss_index.from_faiss)  # type: ignore[arg-type]

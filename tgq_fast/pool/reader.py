@@ -22,6 +22,7 @@ from tgq_fast.pool.files import PoolFiles
 from tgq_fast.pool.ids import hash_ids, match
 from tgq_fast.pool.manifest import Manifest, ShardRecord
 from tgq_fast.pool.pins import Pin
+from tgq_fast.search.topk_arguments import as_tensor
 
 
 class PoolReader:
@@ -160,8 +161,11 @@ class PoolReader:
 
     def locate(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(number of the shard, position in it) of pool rows, [n] each; -1 stays."""
+        if rows.ndim != 1 or rows.dtype.kind not in "iu":
+            raise ArgumentError("rows", f"{rows.dtype} {rows.shape}", "a numpy array [n] of whole numbers")
         if rows.size and int(rows.max()) >= len(self):
             raise ArgumentError("rows", int(rows.max()), f"pool rows below {len(self)}")
+        rows = rows.astype(np.int64, copy=False)
         shard_of = np.where(rows < 0, -1, np.searchsorted(self.starts, rows, side="right") - 1)
         position = np.where(rows < 0, -1, rows - self.starts[shard_of])
         if not self.manifest.dead:
@@ -187,8 +191,10 @@ class PoolReader:
 
     def take(self, rows: np.ndarray) -> Tensor:
         """[n, D] embeddings of pool rows, copied. Reads the shards that are named only."""
-        out = torch.empty(len(rows), self.files.dims, dtype=self.files.dtype, device="cpu")
         shard_of, position = self.locate(rows)
+        if (shard_of < 0).any():
+            raise ArgumentError("rows", int(np.min(rows)), "pool rows from 0 on")
+        out = torch.empty(len(shard_of), self.files.dims, dtype=self.files.dtype, device="cpu")
         for number, here in self._by_shard(shard_of):
             out[here] = self.files.tensor(self.manifest.shards[number])[position[here]]
         return out
@@ -215,6 +221,9 @@ class PoolReader:
 
     def ids_at(self, indices: Tensor) -> list[list[str | None]]:
         """Ids of [Q, k] pool rows; None for negative rows."""
+        indices = as_tensor("indices", indices)
+        if indices.ndim != 2 or indices.is_meta:
+            raise ArgumentError("indices", f"{tuple(indices.shape)} on {indices.device}", "pool rows [Q, k]")
         flat = self.names(indices.cpu().numpy().reshape(-1))
         width = indices.shape[1]
         return [flat[row * width : (row + 1) * width] for row in range(indices.shape[0])]

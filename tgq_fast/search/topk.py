@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tgq_fast.defaults import plain_defaults
 from tgq_fast.errors import ArgumentError, BackendError
 from tgq_fast.reference import TopK
 from tgq_fast.search import topk_arguments as arguments
@@ -74,6 +75,23 @@ def topk(
     """
     if torch.compiler.is_compiling():
         return TopK(*_topk_op(queries, pool, k, exclude, backend, precision, num_threads, allowed))
+    with plain_defaults():
+        return _topk(queries, pool, k, exclude, allowed, backend, precision, num_threads, out, progress, codes)
+
+
+def _topk(
+    queries: Any,
+    pool: Any,
+    k: int,
+    exclude: Any,
+    allowed: Any,
+    backend: str,
+    precision: str,
+    num_threads: int | None,
+    out: Any,
+    progress: Callable[[float], None] | None,
+    codes: Codes | None,
+) -> TopK:
     arguments.check_choice("backend", backend, BACKENDS)
     arguments.check_choice("precision", precision, arguments.PRECISIONS)
     k = arguments.check_k(k)
@@ -81,6 +99,8 @@ def topk(
     q, p = arguments.check_matrices(queries, pool)
     if progress is not None and not callable(progress):
         raise ArgumentError("progress", type(progress).__name__, "a function of one float, or None")
+    if codes is not None and not isinstance(codes, Codes):
+        raise ArgumentError("codes", type(codes).__name__, "what tgq_fast.search.build_codes made, or None")
     excluded = arguments.check_exclude(exclude, q.shape[0], p.shape[0], q.device)
     mask = arguments.check_allowed(allowed, p.shape[0], p.device)
     result = arguments.check_out(out, q.shape[0], k, q.device)
@@ -153,15 +173,21 @@ def merge_topk(parts: Sequence[TopK], k: int, offsets: Sequence[int] | None = No
     Args:
         parts: results [Q, k_i] of the same queries over each part, in any order.
         offsets: the first pool row of each part, added to its indices; default: indices are whole-pool rows already.
+
+    Raises:
+        ArgumentError: no parts, other shapes or dtypes than those of results, or offsets of another number.
     """
     k = arguments.check_k(k)
     if not parts:
         raise ArgumentError("parts", "none", "at least one TopK")
     if offsets is not None and len(offsets) != len(parts):
         raise ArgumentError("offsets", f"{len(offsets)} values", f"one for each of the {len(parts)} parts")
-    scores = torch.cat([part.scores for part in parts], dim=1)  # [Q, sum k_i]
+    checked = [arguments.check_result(part) for part in parts]
+    if len({(part.scores.shape[0], part.scores.device) for part in checked}) > 1:
+        raise ArgumentError("parts", [tuple(part.scores.shape) for part in checked], "one number of queries, one device")
+    scores = torch.cat([part.scores for part in checked], dim=1)  # [Q, sum k_i]
     shifts = offsets or [0] * len(parts)
-    indices = torch.cat([_shift(part.indices, shift) for part, shift in zip(parts, shifts)], dim=1)
+    indices = torch.cat([_shift(part.indices, shift) for part, shift in zip(checked, shifts)], dim=1)
     # Rows ascending first, then a stable sort by score; missing hits (row -1) go last.
     missing = indices < 0
     order = torch.where(missing, torch.iinfo(torch.int64).max, indices).argsort(dim=1, stable=True)

@@ -94,6 +94,8 @@ def floating_rows(name: str, value: Any, dims: int) -> Tensor:
     if rows.ndim != 2 or rows.shape[1] != dims or rows.dtype not in (*DTYPES, torch.float64):
         given = f"{tuple(rows.shape)} {rows.dtype}"
         raise ArgumentError(name, given, f"[n, {dims}] of float32, float16, bfloat16 or float64")
+    if rows.is_meta:
+        raise ArgumentError(name, "a tensor on the meta device", "one that holds values")
     return rows.cpu()
 
 
@@ -203,6 +205,17 @@ def check_out(out: Any, num_queries: int, k: int, device: torch.device) -> TopK:
             raise ArgumentError(name, f"strides {value.strides}", "memory that can be written in place")
         checked.append(tensor)
     return TopK(*checked)
+
+
+def check_result(part: Any) -> TopK:
+    """A result that is to be merged, its values in memory."""
+    if not isinstance(part, (tuple, list)) or len(part) != 2:
+        raise ArgumentError("parts", type(part).__name__, "TopK, or pairs (scores, indices)")
+    scores, indices = as_tensor("parts", part[0]), as_tensor("parts", part[1])
+    if scores.ndim != 2 or indices.shape != scores.shape or indices.dtype != torch.int64 or not scores.is_floating_point():
+        given = f"{scores.dtype} {tuple(scores.shape)} and {indices.dtype} {tuple(indices.shape)}"
+        raise ArgumentError("parts", given, "floating scores and int64 indices, [Q, k] both")
+    return TopK(scores, indices)
 
 
 def check_threads(num_threads: Any) -> int:

@@ -21,8 +21,9 @@ from tgq_fast.data.conditions import CLEAN, Condition, parse_conditions
 from tgq_fast.data.pairs import SPLITS, Pairs
 from tgq_fast.errors import ArgumentError
 from tgq_fast.io.identity import package_identity
-from tgq_fast.models.configuration import CONNECTORS, TGQFormerConfig
+from tgq_fast.models.configuration import TGQFormerConfig
 from tgq_fast.models.views import ViewRecipe
+from tgq_fast.models.zoo.registry import CONNECTORS
 
 __all__ = ["ABLATIONS", "CONDITIONS", "Job", "Plan", "fold_catalog", "folds_of"]
 

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from tgq_fast.errors import CheckpointError
 from tgq_fast.models.checkpoint import load_config, load_into, load_state, state_digest
-from tgq_fast.models.configuration import ZERO_SHOT, TGQFormerConfig
+from tgq_fast.models.configuration import TGQFormerConfig
 from tgq_fast.models.modeling import TGQFormerModel
 from tgq_fast.models.whitening import Whitening
+from tgq_fast.models.zoo.registry import ZERO_SHOT
 from tgq_fast.training.folder import TRAINED
 
 __all__ = ["WarmStart", "warm_start"]

@@ -63,7 +63,7 @@ def study(
     """
     from tgq_fast.app.intake import load_catalog
     from tgq_fast.data.guides import suggest_fields
-    from tgq_fast.models.configuration import CONNECTORS
+    from tgq_fast.models.zoo.registry import CONNECTORS
     from tgq_fast.study.engine import run_study
     from tgq_fast.study.page import text_table, verdict
     from tgq_fast.study.plan import ABLATIONS, CONDITIONS, Plan
