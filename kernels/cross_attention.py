@@ -113,8 +113,8 @@ def absorbed_forward(
         peak = tl.max(s, 1)
         peak = tl.where(peak == float("-inf"), 0.0, peak)  # a segment without visible keys: p = exp2(-inf) = 0
         p = tl.exp2(s - peak[:, None])
-        weights = weights + (p.to(x.dtype.element_ty),)  # noqa: RUF005  # type: ignore[assignment]
-        maxima = maxima + (peak,)  # noqa: RUF005  # type: ignore[assignment]
+        weights = weights + (p.to(x.dtype.element_ty),)  # type: ignore[assignment] # noqa: RUF005
+        maxima = maxima + (peak,)  # type: ignore[assignment] # noqa: RUF005
         partial = tl.sum(p, 1)
         new_top = tl.maximum(top, tl.where(partial > 0, peak, float("-inf")))
         shift = tl.where(new_top == float("-inf"), 0.0, new_top)

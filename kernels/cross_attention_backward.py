@@ -95,7 +95,7 @@ def absorbed_backward_rows(
             steered += tl.sum(d_s * value[None, :], 1)
             excess += tl.sum(d_s, 1)
             level += tl.sum(p * value[None, :], 1)
-        gradients = gradients + ((d_s * scale).to(x.dtype.element_ty),)  # noqa: RUF005  # type: ignore[assignment]
+        gradients = gradients + ((d_s * scale).to(x.dtype.element_ty),)  # type: ignore[assignment] # noqa: RUF005
 
     if HAS_GUIDE:
         guided, place, _ = guide_of_rows(guide_scale, row // num_queries, row % num_queries, row_ok, num_guided)
@@ -159,8 +159,8 @@ def absorbed_backward_tokens(
             s += guide_bias(guided[None, :], strength[None, :], guide_of_keys(guide, key, visible, guide_l)[:, None])
         p = tl.where(visible[:, None] & some[None, :], tl.exp2(s - log_sum[None, :]), 0.0)
         d_p = row_scores(x, d_out, width, x_rows, g_rows, key_ok, row_ok, BLOCK_L, BLOCK_R, BLOCK_C, PRECISION)
-        weights = weights + (p.to(x.dtype.element_ty),)  # noqa: RUF005  # type: ignore[assignment]
-        gradients = gradients + ((p * (d_p - dot_out[None, :]) * scale).to(x.dtype.element_ty),)  # noqa: RUF005  # type: ignore[assignment]
+        weights = weights + (p.to(x.dtype.element_ty),)  # type: ignore[assignment] # noqa: RUF005
+        gradients = gradients + ((p * (d_p - dot_out[None, :]) * scale).to(x.dtype.element_ty),)  # type: ignore[assignment] # noqa: RUF005
 
     for start in range(0, width, BLOCK_O):
         col = start + tl.arange(0, BLOCK_O)

@@ -26,8 +26,8 @@ def single_precision() -> Iterator[None]:
 
 @contextmanager
 def plain_defaults() -> Iterator[None]:
-    """New tensors are fp32 on the CPU within, unless told otherwise, and products in the dtype of their factors, whatever
-    the caller's default dtype, default device and autocast.
+    """Within, new tensors are fp32 on the CPU unless told otherwise, and products have the dtype of their factors:
+    whatever the caller's default dtype, default device and autocast are.
     """
     with ExitStack() as stack:
         stack.enter_context(single_precision())

@@ -120,7 +120,7 @@ FAULTS: dict[str, tuple[str, str, str, Callable[[], None]]] = {
     "delta dropped": ("cross_attention_backward", "p * (d_p - dot_out[:, None])", "p * d_p", absorbed),
     "token gradient without values": (
         "cross_attention_backward",
-        "weights = weights + (p.to(x.dtype.element_ty),)  # noqa: RUF005  # type: ignore[assignment]\n        gradients",
+        "weights = weights + (p.to(x.dtype.element_ty),)  # type: ignore[assignment] # noqa: RUF005\n        gradients",
         "weights = weights + ((p * 0).to(x.dtype.element_ty),)\n        gradients",
         absorbed,
     ),

@@ -67,7 +67,7 @@ def test_modulation_and_redundancy(rank: int, dtype: torch.dtype) -> None:
 
 # A tensor of more than 2³¹ elements; its last items must give the bits that they give alone. Without a GPU a few items
 # more than those go through the interpreter: the calls below then still fit the launchers.
-LAST = 16 if ON_GPU else 2
+LAST, WIDTH, HEADS = (16, 768, 12) if ON_GPU else (1, 32, 1)
 
 
 def large(items: int, *shape: int) -> Tensor:
@@ -103,8 +103,8 @@ def assert_same_ends(run: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -
 
 @large_test
 def test_large_absorbed() -> None:
-    x = large(43_712, 64, 768)
-    q = torch.randn(len(x), 1, 1, 768, dtype=x.dtype, device=x.device)
+    x = large(43_712, 64, WIDTH)
+    q = torch.randn(len(x), 1, 1, WIDTH, dtype=x.dtype, device=x.device)
 
     def run(q: Tensor, x: Tensor) -> tuple[Tensor, ...]:
         out, lse, d_q = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32), torch.empty_like(q)
@@ -118,15 +118,15 @@ def test_large_absorbed() -> None:
 
 @large_test
 def test_large_fused() -> None:
-    x = large(43_712, 64, 768)
+    x = large(43_712, 64, WIDTH)
     q = torch.randn(len(x), 1, 1, 64, dtype=x.dtype, device=x.device)
-    weights = [torch.randn(64, 768, dtype=x.dtype, device=x.device) / 28 for _ in range(2)]
+    weights = [torch.randn(64, WIDTH, dtype=x.dtype, device=x.device) / 28 for _ in range(2)]
     assert_same_ends(lambda q, x: cross_attention_fused.forward(q, x, *weights, *(None,) * 5, 0.125, False)[:2], q, x)
 
 
 @large_test
 def test_large_streams() -> None:
-    q = large(43_712, 64, 12, 64)
+    q = large(43_712, 64, HEADS, 64)
     lengths = (8, 24, 32)
 
     def run(q: Tensor) -> tuple[Tensor, ...]:
@@ -139,12 +139,12 @@ def test_large_streams() -> None:
 
 @large_test
 def test_large_modulation() -> None:
-    tokens = large(349_536, 8, 768)
-    image = torch.randn(len(tokens), 768, dtype=tokens.dtype, device=tokens.device)
+    tokens = large(349_536, 8, WIDTH)
+    image = torch.randn(len(tokens), WIDTH, dtype=tokens.dtype, device=tokens.device)
     scalar = torch.ones(len(tokens), dtype=tokens.dtype, device=tokens.device)
     gates = [
         modulation.Gate(*(torch.randn(*s, dtype=tokens.dtype, device=tokens.device) / 8 for s in shapes))
-        for shapes in (((64, n), (64,), (768, 64), (768,)) for n in (2 + 3 * 768, 2 * 768))
+        for shapes in (((64, n), (64,), (WIDTH, 64), (WIDTH,)) for n in (2 + 3 * WIDTH, 2 * WIDTH))
     ]
 
     def run(tokens: Tensor, image: Tensor, scalar: Tensor) -> tuple[Tensor, ...]:

@@ -347,25 +347,6 @@ def test_search_bad_arguments(tmp_path: Path) -> None:
         pool.get(["nobody"])
 
 
-@pytest.mark.parametrize("rows", [[-1], [0.5], [True], [25], [[0]]])
-def test_rows_that_no_item_has_are_refused(tmp_path: Path, rows: list) -> None:
-    pool = ItemPool.open(make(tmp_path / "pool"))
-    with pytest.raises(ArgumentError, match=r"^rows\b"):
-        pool.take(np.array(rows))
-    assert torch.equal(pool.take(np.array([3, 24], dtype=np.uint64)), vectors(25)[[3, 24]])
-
-
-def test_tensors_without_values_are_refused(tmp_path: Path) -> None:
-    with ItemPool.create(tmp_path / "pool", dims=8) as pool, pytest.raises(ArgumentError, match="meta"):
-        pool.append(names(3), vectors(3).to("meta"))
-    pool = ItemPool.open(make(tmp_path / "made"))
-    with pytest.raises(ArgumentError, match="meta"):
-        pool.search(vectors(3).to("meta"), 2)
-    for indices in ([[0]], torch.zeros(3, dtype=torch.int64), torch.zeros(1, 1).to("meta"), torch.zeros(1, 1)):
-        with pytest.raises(ArgumentError):
-            pool.ids_at(indices)  # type: ignore[arg-type]
-
-
 def test_empty_pool(tmp_path: Path) -> None:
     ItemPool.create(tmp_path / "pool", dims=8).close()
     pool = ItemPool.open(tmp_path / "pool")

@@ -184,7 +184,8 @@ def merge_topk(parts: Sequence[TopK], k: int, offsets: Sequence[int] | None = No
         raise ArgumentError("offsets", f"{len(offsets)} values", f"one for each of the {len(parts)} parts")
     checked = [arguments.check_result(part) for part in parts]
     if len({(part.scores.shape[0], part.scores.device) for part in checked}) > 1:
-        raise ArgumentError("parts", [tuple(part.scores.shape) for part in checked], "one number of queries, one device")
+        shapes = [tuple(part.scores.shape) for part in checked]
+        raise ArgumentError("parts", shapes, "one number of queries, one device")
     scores = torch.cat([part.scores for part in checked], dim=1)  # [Q, sum k_i]
     shifts = offsets or [0] * len(parts)
     indices = torch.cat([_shift(part.indices, shift) for part, shift in zip(checked, shifts)], dim=1)

@@ -212,7 +212,8 @@ def check_result(part: Any) -> TopK:
     if not isinstance(part, (tuple, list)) or len(part) != 2:
         raise ArgumentError("parts", type(part).__name__, "TopK, or pairs (scores, indices)")
     scores, indices = as_tensor("parts", part[0]), as_tensor("parts", part[1])
-    if scores.ndim != 2 or indices.shape != scores.shape or indices.dtype != torch.int64 or not scores.is_floating_point():
+    kinds = scores.is_floating_point() and indices.dtype == torch.int64
+    if scores.ndim != 2 or indices.shape != scores.shape or not kinds:
         given = f"{scores.dtype} {tuple(scores.shape)} and {indices.dtype} {tuple(indices.shape)}"
         raise ArgumentError("parts", given, "floating scores and int64 indices, [Q, k] both")
     return TopK(scores, indices)
