@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tgq_fast.defaults import plain_defaults
 from tgq_fast.evaluation.metrics import ABSENT
 from tgq_fast.pool.item_pool import ItemPool
 from tgq_fast.search.topk import topk
@@ -32,6 +33,7 @@ class Asking(Protocol):
 
 
 @torch.no_grad()
+@plain_defaults()
 def positive_ranks(
     embeddings: Tensor | ItemPool,
     query: np.ndarray,
