@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 from cli_world import World, call
+from typer.testing import CliRunner
 
-from tgq_fast.app import console, intake
+from tgq_fast.app import cli, console, intake
 from tgq_fast.app.cli.options import assignments, names
 from tgq_fast.errors import ArgumentError
 from tgq_fast.models import CONNECTORS
@@ -22,6 +23,21 @@ def test_names_with_commas_and_equals_signs() -> None:
     assert assignments(['"a=b"=c=d', "x=y=z"], "--field") == {"a=b": "c=d", "x": "y=z"}
     with pytest.raises(ArgumentError, match='"a=b"=value'):
         assignments(["nothing"], "--field")
+
+
+def test_a_shell_completes_verbs_and_options() -> None:
+    def completed(words: str) -> list[str]:
+        given = {"_TGQ_FAST_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+        return CliRunner().invoke(cli.app, [], env=given, prog_name="tgq-fast").output.split()
+
+    assert completed("tgq-fast ne") == ["neighbours"]
+    assert completed("tgq-fast embed --zero") == ["--zero-shot"]
+
+
+def test_a_command_to_be_copied_is_not_broken(capsys: pytest.CaptureFixture[str]) -> None:
+    line = "next: tgq-fast embed " + "long/" * 20 + "shop --out pools/first"
+    console.note(line)
+    assert line + "\n" == capsys.readouterr().err
 
 
 def test_what_the_disk_says_is_a_typed_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -100,8 +100,8 @@ def print_json(document: Any) -> None:
 
 
 def note(message: str) -> None:
-    """One line for the person watching, on stderr."""
-    stderr().print(escape(printable(message)))
+    """One line for the person watching, on stderr; a command in it stays in one piece, to be copied."""
+    stderr().print(escape(printable(message)), soft_wrap="tgq-fast " in message)
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], *, left: int = 1) -> None:
