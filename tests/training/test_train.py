@@ -99,7 +99,7 @@ def test_best_checkpoint_is_the_model(tmp_path: Path, monkeypatch: pytest.Monkey
         return original(self, *args, **kwargs)
 
     monkeypatch.setattr(module, "evaluate", evaluation)
-    monkeypatch.setattr("tgq_fast.training.run.judge", lambda *_: None)
+    monkeypatch.setattr("tgq_fast.training.finish.judge", lambda *_: None)
     monkeypatch.setattr(module.TGQTrainer, "evaluate", spy)
     result = run(tmp_path / "run")
     loaded = TGQFormerModel.from_pretrained(result.path).state_dict()
@@ -122,11 +122,11 @@ from pathlib import Path
 import torch
 from test_train import run
 from tgq_fast.io.identity import package_identity
-from tgq_fast.training import run as runs, trainer
+from tgq_fast.training import finish, trainer
 
 torch.set_num_threads(1)
 package_identity()
-write = runs.write_manifest
+write = finish.write_manifest
 
 def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -143,7 +143,7 @@ for line in sys.stdin:
         if moment == "torn":
             trainer.seal_checkpoint = die
         if moment == "end":
-            runs.write_manifest = end
+            finish.write_manifest = end
         step = int(moment) if moment.isdigit() else -1
         run(Path(folder), resume=True, checkpoint_steps=4, on_event=lambda e: e.get("step") == step and die())
         os._exit(0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from huggingface_hub import EvalResult, ModelCardData
 
@@ -14,7 +14,6 @@ from tgq_fast.io.sealed import unseal
 from tgq_fast.models import backbones
 
 if TYPE_CHECKING:
-    from tgq_fast.evaluation.evaluate import Evaluation
     from tgq_fast.models.configuration import TGQFormerConfig
 
 __all__ = ["CARD", "model_card", "read_run"]
@@ -61,6 +60,32 @@ repository: they are loaded by name, and refused if their weights are not the on
 """
 
 
+class Measured(Protocol):
+    """A value with its interval."""
+
+    @property
+    def value(self) -> float: ...
+    @property
+    def low(self) -> float: ...
+    @property
+    def high(self) -> float: ...
+
+
+class Figures(Protocol):
+    """What a card tells of an evaluation, such as :class:`tgq_fast.evaluation.Evaluation`."""
+
+    @property
+    def split(self) -> str: ...
+    @property
+    def queries(self) -> int: ...
+    @property
+    def pool_size(self) -> int: ...
+    @property
+    def confidence(self) -> float: ...
+    @property
+    def metrics(self) -> Mapping[str, Measured]: ...
+
+
 def read_run(folder: str | Path) -> dict[str, Any] | None:
     """run.json of a run folder; None where there is none.
 
@@ -82,7 +107,7 @@ def model_card(
     *,
     name: str,
     license: str | None = None,
-    evaluation: Evaluation | None = None,
+    evaluation: Figures | None = None,
     tags: list[str] | None = None,
 ) -> str:
     """A model card in Markdown, with the metadata that the hub reads at its head.
@@ -163,7 +188,7 @@ def _training(run: Mapping[str, Any] | None) -> str:
     )
 
 
-def _figures(run: Mapping[str, Any] | None, evaluation: Evaluation | None) -> str:
+def _figures(run: Mapping[str, Any] | None, evaluation: Figures | None) -> str:
     said = []
     verdict = (((run or {}).get("result") or {}).get("verdict") or {}).get("words")
     if verdict:
@@ -181,7 +206,7 @@ def _figures(run: Mapping[str, Any] | None, evaluation: Evaluation | None) -> st
     return "\n\n".join(said) or "None were given. `tgq-fast evaluate` measures them on held-out products."
 
 
-def _results(evaluation: Evaluation) -> list[EvalResult]:
+def _results(evaluation: Figures) -> list[EvalResult]:
     return [
         EvalResult(
             task_type="image-feature-extraction",

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tgq_fast.io.files import write_atomic
-from tgq_fast.models.card import CARD, model_card, read_run
+from tgq_fast.models.card import CARD, Figures, model_card, read_run
 from tgq_fast.models.configuration import TGQFormerConfig
 from tgq_fast.models.hub import FILES
-
-if TYPE_CHECKING:
-    from tgq_fast.evaluation.evaluate import Evaluation
 
 __all__ = ["Publishing"]
 
@@ -31,7 +28,7 @@ class Publishing:
         repo_id: str,
         *,
         license: str | None = None,
-        evaluation: Evaluation | None = None,
+        evaluation: Figures | None = None,
         commit_message: str | None = None,
         commit_description: str | None = None,
         private: bool | None = None,
@@ -80,7 +77,7 @@ class Publishing:
         repo_id: str,
         *,
         license: str | None = None,
-        evaluation: Evaluation | None = None,
+        evaluation: Figures | None = None,
         tags: list[str] | None = None,
         private: bool | None = None,
         token: bool | str | None = None,

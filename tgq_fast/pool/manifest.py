@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from tgq_fast.io.identity import sha256_file
+
 FORMAT = "tgq-fast item pool"
 FORMAT_VERSION = 2
 DTYPES = ("float32", "float16", "bfloat16")
@@ -27,6 +29,11 @@ class FileRecord:
     name: str
     bytes: int
     sha256: str
+
+    @classmethod
+    def of(cls, path: Path) -> FileRecord:
+        """Of a file that lies there."""
+        return cls(path.name, path.stat().st_size, sha256_file(path))
 
     @classmethod
     def parse(cls, value: dict[str, Any]) -> FileRecord:

@@ -30,7 +30,7 @@ from torch import Tensor
 from tgq_fast import _native
 from tgq_fast.errors import ArgumentError, NonFiniteError, PoolError
 from tgq_fast.io.files import fsync_folder
-from tgq_fast.io.identity import package_identity, sha256_file
+from tgq_fast.io.identity import package_identity
 from tgq_fast.pool.code_files import codes_source, write_codes
 from tgq_fast.pool.files import REJECTS_NAME, PoolFiles
 from tgq_fast.pool.ids import HashLevels, build_index, check_ids, hash_ids, index_bytes
@@ -262,7 +262,7 @@ class PoolWriter:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-        return ShardRecord(len(names), *(_record(stem.with_suffix(suffix)) for suffix in files))
+        return ShardRecord(len(names), *(FileRecord.of(stem.with_suffix(suffix)) for suffix in files))
 
     def _append_rejects(self, lines: str) -> FileRecord:
         path = self.folder / REJECTS_NAME
@@ -272,7 +272,7 @@ class PoolWriter:
             handle.write(lines.encode("utf-8"))
             handle.flush()
             os.fsync(handle.fileno())
-        return _record(path)
+        return FileRecord.of(path)
 
     # --------------------------------------------------------------- compact
 
@@ -395,7 +395,3 @@ def _check_content(content: Sequence[bytes | None] | None, count: int) -> pa.Arr
     if len(content) != count or not all(key is None or (isinstance(key, bytes) and len(key) == 16) for key in content):
         raise ArgumentError("content", f"{len(content)} values", f"{count} keys of 16 bytes, or None")
     return pa.array(content, type=pa.binary(16))
-
-
-def _record(path: Path) -> FileRecord:
-    return FileRecord(path.name, path.stat().st_size, sha256_file(path))

@@ -15,8 +15,6 @@ from transformers import TrainingArguments, set_seed
 from tgq_fast.data import Catalog, RejectLog
 from tgq_fast.defaults import plain_defaults
 from tgq_fast.errors import ArgumentError, CheckpointError
-from tgq_fast.evaluation import Evaluation
-from tgq_fast.io.identity import sha256_file
 from tgq_fast.models.configuration import TGQFormerConfig
 from tgq_fast.models.features import FeatureStore
 from tgq_fast.models.modeling import TGQFormerModel
@@ -25,14 +23,12 @@ from tgq_fast.models.processing import TGQFormerProcessor
 from tgq_fast.models.towers import TextTower, VisionTower, load_text_tower, load_vision_tower
 from tgq_fast.models.views import ViewStore
 from tgq_fast.models.whitening import Whitening, fit_whitening, whitened_pictures, whitening_rows
-from tgq_fast.pool.embed import WHITENED_FLOOR
+from tgq_fast.training.finish import finish_run
 from tgq_fast.training.folder import (
     CHECKPOINTS,
     LOCK,
     LOG,
-    MODEL_FILES,
     REJECTS,
-    TRAINED,
     RunLog,
     TrainResult,
     claim,
@@ -43,7 +39,7 @@ from tgq_fast.training.pairs import DistinctBatchSampler, PairCollator, PairData
 from tgq_fast.training.ranks import Team
 from tgq_fast.training.reporting import check_reporters, reporters
 from tgq_fast.training.trainer import BEST_METRIC, Event, TGQTrainer, last_complete_checkpoint
-from tgq_fast.training.verdict import judge, measure_floors
+from tgq_fast.training.verdict import measure_floors
 from tgq_fast.training.warm import WarmStart, warm_start
 
 __all__ = ["TrainResult", "train"]
@@ -368,47 +364,7 @@ def _run(
     team.meet()  # everybody has read the best checkpoint
     trainer.finish()
     finished = team.lead(
-        lambda: _finish(folder, config, manifest, arguments, trainer, model, floors, whitening, sampler.batch_size)
+        lambda: finish_run(folder, config, manifest, arguments, trainer, model, floors, whitening, sampler.batch_size)
     )
     send({"event": "end", **finished["result"]})
     return load_result(folder, finished, resumed_from=start)
-
-
-def _finish(
-    folder: Path,
-    config: TGQFormerConfig,
-    manifest: dict[str, Any],
-    arguments: dict[str, Any],
-    trainer: TGQTrainer,
-    model: TGQFormerModel,
-    floors: dict[str, Evaluation],
-    whitening: Whitening | None,
-    batch_size: int,
-) -> dict[str, Any]:
-    """Judge the trained model, write what is kept and say so in run.json, whose content is returned."""
-    state = trainer.state
-    has_validation = bool(floors)
-    verdict = judge(trainer.validate(), floors) if floors else None
-    if verdict is not None and verdict.keep != "trained" and arguments["keep"] == "best":
-        model.save_pretrained(folder / TRAINED)
-        floor_model = TGQFormerModel.zero_shot(config, whitening if verdict.keep == WHITENED_FLOOR else None)
-        floor_model.save_pretrained(folder)
-    else:
-        model.save_pretrained(folder)
-    finished = {
-        **manifest,
-        "status": "finished",
-        "result": {
-            "steps": state.global_step,
-            "best_step": state.best_global_step or state.global_step,
-            "best_metric": state.best_metric,
-            "metric": f"validation {BEST_METRIC}" if has_validation else None,
-            "batch_size": batch_size,
-            "trainable_parameters": sum(p.numel() for _, p in model.trainable_parameters()),
-            "verdict": None if verdict is None else verdict.to_dict(),
-        },
-        "files": {name: sha256_file(folder / name) for name in (*MODEL_FILES, LOG)},
-    }
-    write_manifest(folder, finished)
-    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-    return finished
