@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 __all__ = [
@@ -57,7 +57,7 @@ class ArgumentError(TGQError, ValueError):
 class CatalogError(TGQError, ValueError):
     """A catalogue cannot be read; `problems` lists `row N: …` lines."""
 
-    def __init__(self, path: str | Path, problems: Sequence[str], hint: str = "") -> None:
+    def __init__(self, path: str | PurePath, problems: Sequence[str], hint: str = "") -> None:
         self.path, self.problems = str(path), tuple(problems)
         shown = "\n  ".join(self.problems[:10])
         more = f"\n  … and {len(self.problems) - 10} more" if len(self.problems) > 10 else ""

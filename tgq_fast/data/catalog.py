@@ -19,6 +19,7 @@ from tgq_fast.data.loading import (
     catalog_root,
     embedded_pictures,
     find_table,
+    listed_parts,
     load_pairs,
     metadata_file,
     read_metadata,
@@ -38,6 +39,7 @@ from tgq_fast.data.pictures import Picture, PictureSource, picture_of
 from tgq_fast.data.shown import catalog_html
 from tgq_fast.data.validation import ValidationReport
 from tgq_fast.errors import ArgumentError, CatalogError
+from tgq_fast.io.places import Place, place
 
 __all__ = ["Catalog", "Policy"]
 
@@ -68,13 +70,16 @@ class Catalog:
         object.__setattr__(self, "items", ItemTable.of(self.items))
 
     @classmethod
-    def load(cls, path: str | Path, *, policy: Policy = "raise", pairs_policy: Policy | None = None) -> Catalog:
+    def load(
+        cls, path: str | Path | Sequence[str | Path], *, policy: Policy = "raise", pairs_policy: Policy | None = None
+    ) -> Catalog:
         """Read and check a catalogue.
 
         Args:
-            path: folder with metadata.jsonl|csv|parquet and optional pairs.jsonl|csv|parquet (.jsonl and .csv also as
-                .gz, and each also as a folder of parts), or the metadata file. A Parquet column with the bytes of
-                pictures (`image` struct{bytes, path}) is read from the file when a picture is asked for.
+            path: folder with metadata.jsonl|csv|parquet|tar and optional pairs.jsonl|csv|parquet (.jsonl and .csv also
+                as .gz, and each also as a folder of parts), or the metadata file, or a folder or list of Parquet files
+                or WebDataset shards; in an object store, too ("s3://bucket/shop"). Pictures in Parquet (`image`
+                struct{bytes, path}) and in tar files are read when they are asked for.
             policy: "raise" refuses a catalogue with any problem row; "skip" leaves those rows out and reports them.
             pairs_policy: the same for rows of the pairs file; None: `policy`.
 
@@ -83,9 +88,14 @@ class Catalog:
         """
         if policy not in ("raise", "skip"):
             raise ArgumentError("policy", repr(policy), "'raise' or 'skip'")
-        metadata = metadata_file(path)
-        root = catalog_root(metadata, Path(path))
-        report = ValidationReport(str(metadata))
+        metadata: Place | dict[str, Place]
+        if isinstance(path, (str, Path)):
+            metadata = metadata_file(path)
+            root, name = catalog_root(metadata, place(path)), str(metadata)
+        else:
+            root, metadata = listed_parts(path)
+            name = str(root)
+        report = ValidationReport(name)
         items = read_metadata(metadata, report)
         pairs_file = find_table(root, "pairs")
         pairs, cache = None, {}
@@ -96,10 +106,10 @@ class Catalog:
         stops = {"metadata": policy, "pairs": pairs_policy or policy}
         if any(stops[rejected.file] == "raise" for rejected in report.rejected):
             hint = "Mend the rows, or load with policy 'skip' to leave them out."
-            raise CatalogError(metadata, report.problems, hint)
+            raise CatalogError(name, report.problems, hint)
         if not items:
-            raise CatalogError(metadata, report.problems or ["no rows"])
-        catalog = cls(root, items, pairs, report, embedded_pictures(metadata), cache)
+            raise CatalogError(name, report.problems or ["no rows"])
+        catalog = cls(Path(root), items, pairs, report, embedded_pictures(metadata), cache)
         catalog._count()
         return catalog
 

@@ -14,6 +14,7 @@ from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
 from tgq_fast.data.values import RowError, amount, kind_of, plain_value, price_text, scalar_text
+from tgq_fast.io.places import is_remote
 
 __all__ = ["COLUMNS", "MAX_ID", "MAX_TEXT", "MAX_TITLE", "Item", "RowError", "clean_text", "parse_fields", "parse_item"]
 __all__ += ["read_identifier"]
@@ -220,6 +221,8 @@ def read_file_name(value: object, problems: list[str]) -> str | None:
             f"file_name {value[:40]!r} holds control characters or broken Unicode, or is longer than {MAX_PATH}"
         )
         return None
+    if is_remote(value) and ".." not in value.split("/"):
+        return value
     if "://" in value:
         problems.append(f"file_name {value[:80]!r} is a web address; `tgq-fast import table` fetches pictures")
         return None

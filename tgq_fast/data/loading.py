@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -15,12 +16,14 @@ from tgq_fast.data.columns import PICTURE_COLUMNS, Columns
 from tgq_fast.data.item_table import ItemTable, ItemTableBuilder
 from tgq_fast.data.items import Item, RowError, parse_item, read_identifier
 from tgq_fast.data.pairs import Pairs, make_pairs, read_pairs
-from tgq_fast.data.parquet_rows import ParquetPictures
+from tgq_fast.data.parquet_pictures import ParquetPictures
 from tgq_fast.data.pictures import PictureSource
 from tgq_fast.data.row_blocks import read_block
-from tgq_fast.data.rows import SUFFIXES, read_rows, table_parts
+from tgq_fast.data.rows import SUFFIXES, read_rows, suffix_of, table_parts
+from tgq_fast.data.tar_rows import TarPictures
 from tgq_fast.data.validation import ValidationReport
-from tgq_fast.errors import CatalogError
+from tgq_fast.errors import ArgumentError, CatalogError
+from tgq_fast.io.places import Place, place
 
 __all__ = ["catalog_root", "embedded_pictures", "find_table", "load_items", "load_pairs", "metadata_file"]
 __all__ += ["read_metadata", "repeated", "stream_items"]
@@ -31,7 +34,7 @@ _BLOCK = 256  # rows that are Python objects at a time
 _REQUIRED = ("id", *PICTURE_COLUMNS)
 
 
-def find_table(folder: Path, stem: str) -> Path | None:
+def find_table(folder: Place, stem: str) -> Place | None:
     """`<folder>/<stem>.jsonl|csv|parquet` (or .gz), or a folder `<stem>` of parts; None if there is none.
 
     Raises:
@@ -45,18 +48,26 @@ def find_table(folder: Path, stem: str) -> Path | None:
     return found[0] if found else None
 
 
-def metadata_file(path: str | Path) -> Path:
-    """The metadata that `path` means: a catalogue folder, its metadata file, or a folder of Parquet parts.
+def metadata_file(path: str | Place) -> Place:
+    """The metadata that `path` means: a catalogue folder, its metadata file, or a folder of Parquet or tar parts.
 
     Raises:
-        CatalogError: there is none.
+        CatalogError: there is none, or its store does not answer.
     """
-    path = Path(path)
+    there = place(path)
+    try:
+        return _metadata_file(there)
+    except OSError as error:
+        raise CatalogError(there, [f"cannot be read: {error}"]) from error
+
+
+def _metadata_file(path: Place) -> Place:
     if path.is_dir():
         found = find_table(path, "metadata")
         for folder in (path, path / "data"):  # parts as `datasets` and the hub write them
-            if found is None and folder.is_dir() and any(part.suffix == ".parquet" for part in table_parts(folder)):
-                found = folder
+            if found is None and folder.is_dir():
+                kinds = {suffix_of(part) for part in table_parts(folder)}
+                found = folder if kinds & {".parquet", ".tar"} else None
         if found is None:
             names = ", ".join(f"metadata{suffix}" for suffix in SUFFIXES)
             hint = "`tgq-fast import` converts a shop's export, a table, a folder of pictures or a public data set."
@@ -67,29 +78,46 @@ def metadata_file(path: str | Path) -> Path:
     return path
 
 
-def catalog_root(metadata: Path, given: Path) -> Path:
+def catalog_root(metadata: Place, given: Place) -> Place:
     """The folder that file names are relative to."""
     if metadata.is_dir() and metadata == given:
         return metadata
     return metadata.parent
 
 
-def stream_items(path: str | Path) -> Iterator[Item]:
+def listed_parts(paths: Sequence[str | Path]) -> tuple[Place, dict[str, Place]]:
+    """The folder that a list of table files has in common, and each by its path below that.
+
+    Raises:
+        ArgumentError: no file, or one twice, or files of different stores.
+    """
+    parts = [place(path) for path in paths]
+    try:
+        root = os.path.commonpath([str(part.parent) for part in parts])
+    except ValueError:
+        root = ""
+    below = {str(part)[len(root) :].lstrip("/\\"): part for part in parts}
+    if not root or len(below) < len(parts):
+        raise ArgumentError("path", [str(part) for part in parts], "files of one folder or its subfolders, each once")
+    return place(root), below
+
+
+def stream_items(path: str | Place) -> Iterator[Item]:
     """The usable rows of a metadata file, one by one; an id that is used again is not left out.
 
     Raises:
         CatalogError: the file is unreadable.
     """
     columns = Columns()
-    for number, raw in read_rows(Path(path), required=_REQUIRED):
+    for number, raw in read_rows(place(path), required=_REQUIRED):
         if not isinstance(raw, RowError):
             with suppress(RowError):
                 yield parse_item(columns.read(raw), number)[0]
 
 
-def read_metadata(path: str | Path, report: ValidationReport) -> ItemTable:
-    """:func:`load_items` of a metadata file; CatalogError also where it is unreadable."""
-    return load_items(read_rows(Path(path), required=_REQUIRED), path, report)
+def read_metadata(table: Place | Mapping[str, Place], report: ValidationReport) -> ItemTable:
+    """:func:`load_items` of a metadata file, or of parts by name; CatalogError also where it is unreadable."""
+    return load_items(read_rows(table, required=_REQUIRED), report.path, report)
 
 
 def load_items(rows: Iterable[Row], path: str | Path, report: ValidationReport) -> ItemTable:
@@ -163,15 +191,19 @@ def _report_columns(columns: Columns, pictures: bool, path: str | Path, report: 
         report.warn(f"{columns.more} row(s) name several pictures: the first is used")
 
 
-def embedded_pictures(metadata: Path) -> PictureSource | None:
-    """Pictures that lie in the metadata's own Parquet files."""
-    parts = table_parts(metadata) if metadata.is_dir() else [metadata]
-    if not parts or parts[0].suffix.lower() != ".parquet":
-        return None
-    return ParquetPictures({f"{metadata.name}/{p.name}" if metadata.is_dir() else p.name: p for p in parts})
+def embedded_pictures(metadata: Place | Mapping[str, Place]) -> PictureSource | None:
+    """Pictures that lie in the metadata's own Parquet or tar files."""
+    if isinstance(metadata, Mapping):
+        parts = dict(metadata)
+    elif metadata.is_dir():
+        parts = {f"{metadata.name}/{part.name}": part for part in table_parts(metadata)}
+    else:
+        parts = {metadata.name: metadata}
+    kinds = {suffix_of(part) for part in parts.values()}
+    return ParquetPictures(parts) if kinds == {".parquet"} else TarPictures(parts) if kinds == {".tar"} else None
 
 
-def load_pairs(path: Path, index: dict[str, int], rejected: frozenset[str], report: ValidationReport) -> Pairs:
+def load_pairs(path: Place, index: dict[str, int], rejected: frozenset[str], report: ValidationReport) -> Pairs:
     rows: dict[tuple[int, int, int], tuple[int, int, float, int]] = {}
     repeated = dropped = 0
     for number, row in read_pairs(path, index, rejected):

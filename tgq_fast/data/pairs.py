@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from tgq_fast.data.items import RowError, read_identifier
 from tgq_fast.data.rows import read_rows
 from tgq_fast.data.values import amount, kind_of, plain_value
 from tgq_fast.errors import ArgumentError
+from tgq_fast.io.places import Place
 
 __all__ = ["SPLITS", "PairSet", "Pairs", "components", "group_pairs", "read_pairs", "split_of_components"]
 
@@ -80,7 +80,7 @@ def make_pairs(rows: Sequence[tuple[int, int, float, int]]) -> Pairs:
 
 
 def read_pairs(
-    path: Path, index: Mapping[str, int], rejected: frozenset[str] = frozenset()
+    path: Place, index: Mapping[str, int], rejected: frozenset[str] = frozenset()
 ) -> Iterator[tuple[int, tuple[int, int, float, int] | RowError | None]]:
     """Stream a pairs file: (row number, (query, target, weight, split code)), an error, or None.
 

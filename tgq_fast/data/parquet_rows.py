@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-import errno
 import math
-import threading
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from itertools import islice
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from tgq_fast.data.values import RowError
 from tgq_fast.errors import CatalogError
-from tgq_fast.io.files import open_regular
+from tgq_fast.io.places import Place, open_place
 
-if TYPE_CHECKING:
-    import pyarrow as pa
-
-__all__ = ["EmbeddedPicture", "ParquetPictures", "looks_like_picture", "parquet_rows", "picture_columns"]
+__all__ = ["EmbeddedPicture", "looks_like_picture", "open_parquet", "parquet_rows", "picture_columns"]
 __all__ += ["python_rows"]
 
 _BATCH = 1024
-_SNIFFED = 256  # rows in which a picture column must show its first picture
+_BUFFER = 1 << 20  # bytes of a column that are read at a time: without it, a whole column chunk
 _MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"II*\x00", b"MM\x00*", b"P5", b"P6")
 
 
@@ -50,8 +45,6 @@ def picture_columns(file: Any) -> list[str]:
 
     The one called image comes first.
     """
-    import pyarrow as pa
-
     found = []
     for field in file.schema_arrow:
         binary = _is_binary(field.type)
@@ -59,20 +52,41 @@ def picture_columns(file: Any) -> list[str]:
             binary = any(child.name == "bytes" and _is_binary(child.type) for child in field.type)
         if not binary:
             continue
-        for batch in islice(file.iter_batches(batch_size=1, columns=[field.name], use_threads=False), _SNIFFED):
-            value = batch.column(0)[0].as_py()
-            data = value.get("bytes") if isinstance(value, dict) else value
-            if data is not None:
-                if looks_like_picture(data):
-                    found.append(field.name)
-                break
+        if looks_like_picture(_first_bytes(file, field.name)):
+            found.append(field.name)
     return sorted(found, key=lambda name: name.casefold() != "image")
 
 
+def _first_bytes(file: Any, column: str) -> object:
+    """What the first cell of a column holds that is no gap; groups of gaps are passed over unread."""
+    for group in range(file.metadata.num_row_groups):
+        facts = file.metadata.row_group(group)
+        chunks = [c for c in map(facts.column, range(facts.num_columns)) if c.path_in_schema.split(".")[0] == column]
+        if all(c.statistics is not None and c.statistics.null_count == facts.num_rows for c in chunks):
+            continue
+        with suppress(OSError, pa.ArrowException):  # a damaged group
+            for batch in file.iter_batches(batch_size=16, row_groups=[group], columns=[column], use_threads=False):
+                for cell in batch.column(0):
+                    value = cell.as_py()
+                    data = value.get("bytes") if isinstance(value, dict) else value
+                    if data is not None:
+                        return data
+    return None
+
+
+@contextmanager
+def open_parquet(path: Place) -> Iterator[Any]:
+    """A ParquetFile that reads a column piece by piece."""
+    with open_place(path) as raw, pq.ParquetFile(raw, buffer_size=_BUFFER) as file:
+        yield file
+
+
 def parquet_rows(
-    path: Path, name: str, check: Callable[[list[str]], None]
+    path: Place, name: str, check: Callable[[list[str]], None]
 ) -> Iterator[tuple[int, dict[str, Any] | RowError]]:
     """Rows of one file; pictures come as :class:`EmbeddedPicture` with addresses "<name>#<row>".
+
+    A row group that is damaged is one RowError, at its first unread row; the others are read.
 
     Args:
         path: the file.
@@ -82,36 +96,40 @@ def parquet_rows(
     Raises:
         CatalogError: not a readable Parquet file.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     try:
-        with open_regular(path) as raw, pq.ParquetFile(raw) as file:
+        with open_parquet(path) as file:
             schema = file.schema_arrow
             check(list(schema.names))
             found = picture_columns(file)
             pictures = _PictureColumn(file, found[0], name) if found else None
             plain = [column for column in schema.names if column not in found]
             narrow = {field.name for field in schema if field.name in plain and _has_narrow_float(field.type)}
-            number = 0
-            for rows in _plain_rows(file, plain if found else None, narrow):
-                addresses = pictures.rows(number, len(rows)) if pictures is not None else []
-                for offset, row in enumerate(rows):
-                    number += 1
-                    if pictures is not None:
-                        row.update(dict.fromkeys(found[1:]))
-                        row[pictures.column] = addresses[offset]
-                    yield number, row
+            end = 0
+            for group in range(file.metadata.num_row_groups):
+                number, end = end, end + file.metadata.row_group(group).num_rows
+                try:
+                    for rows in _plain_rows(file, group, plain if found else None, narrow):
+                        addresses = pictures.rows(number, len(rows)) if pictures is not None else []
+                        for offset, row in enumerate(rows):
+                            number += 1
+                            if pictures is not None:
+                                row.update(dict.fromkeys(found[1:]))
+                                row[pictures.column] = addresses[offset]
+                            yield number, row
+                except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+                    told = f"row group {group} of {name} is damaged, rows {number + 1} to {end} of the file are lost"
+                    yield number + 1, RowError([f"{told}: {str(error)[:200]}"])
     except (pa.ArrowException, UnicodeDecodeError) as error:
         raise CatalogError(path, [f"not a readable Parquet file: {str(error)[:200]}"]) from error
 
 
-def _plain_rows(file: Any, columns: list[str] | None, narrow: set[str]) -> Iterator[list[dict[str, Any]]]:
+def _plain_rows(file: Any, group: int, columns: list[str] | None, narrow: set[str]) -> Iterator[list[dict[str, Any]]]:
     if columns == []:  # pictures and nothing else: a batch without columns has no rows
-        for start in range(0, file.metadata.num_rows, _BATCH):
-            yield [{} for _ in range(min(_BATCH, file.metadata.num_rows - start))]
+        count = file.metadata.row_group(group).num_rows
+        for start in range(0, count, _BATCH):
+            yield [{} for _ in range(min(_BATCH, count - start))]
         return
-    for batch in file.iter_batches(batch_size=_BATCH, columns=columns, use_threads=False):
+    for batch in file.iter_batches(batch_size=_BATCH, row_groups=[group], columns=columns, use_threads=False):
         yield python_rows(batch, narrow)
 
 
@@ -150,14 +168,10 @@ def _cell(cell: Any) -> Any:
 
 
 def _is_binary(kind: pa.DataType) -> bool:
-    import pyarrow as pa
-
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind))
 
 
 def _has_narrow_float(kind: pa.DataType) -> bool:
-    import pyarrow as pa
-
     if pa.types.is_float32(kind) or pa.types.is_float16(kind):
         return True
     return any(_has_narrow_float(kind.field(i).type) for i in range(kind.num_fields))
@@ -165,8 +179,6 @@ def _has_narrow_float(kind: pa.DataType) -> bool:
 
 def _shortest(value: Any, kind: pa.DataType) -> Any:
     """Values of float32 and float16 by their own shortest text: 0.1, not 0.10000000149011612."""
-    import pyarrow as pa
-
     if isinstance(value, float):
         if not math.isfinite(value):
             return value
@@ -206,7 +218,6 @@ class _PictureColumn:
         return found
 
     def _read(self, group: int) -> None:
-        import pyarrow as pa
         import pyarrow.compute as pc
 
         facts = self.file.metadata.row_group(group)
@@ -225,72 +236,3 @@ class _PictureColumn:
             data = self.file.read_row_group(group, columns=[holder], use_threads=False).column(0)
             self._present = pc.is_valid(pc.struct_field(data, "bytes") if struct else data).to_pylist()
         self._group = group
-
-
-class ParquetPictures:
-    """Bytes of pictures that lie in Parquet files, read by row group. Safe to use from several threads.
-
-    Args:
-        files: table name, as addresses have it → file.
-    """
-
-    _KEPT = 2  # row groups in memory
-
-    def __init__(self, files: dict[str, Path]) -> None:
-        self._files = files
-        self._lock = threading.Lock()
-        self._groups: OrderedDict[tuple[str, int], tuple[int, Any]] = OrderedDict()
-        self._layout: dict[str, tuple[str, list[int]]] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"files": self._files}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["files"])  # type: ignore[misc]
-
-    def __contains__(self, address: object) -> bool:
-        table, mark, row = str(address).rpartition("#")
-        return bool(mark) and row.isdecimal() and table in self._files
-
-    def read(self, address: str) -> bytes:
-        """Bytes of one picture.
-
-        Raises:
-            OSError: the file cannot be read, has changed, or the row has no bytes.
-        """
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        table, _, row = address.rpartition("#")
-        number = int(row) - 1
-        try:
-            with self._lock:
-                column, ends = self._layout_of(table)
-                group = next((g for g, end in enumerate(ends) if number < end), None)
-                if group is None:
-                    raise OSError(errno.EIO, f"{self._files[table]}: has no row {row}; the file has changed")
-                first = ends[group - 1] if group else 0
-                if (table, group) not in self._groups:
-                    with open_regular(self._files[table]) as raw, pq.ParquetFile(raw) as file:
-                        data = file.read_row_group(group, columns=[column], use_threads=False).column(0)
-                    self._groups[table, group] = (first, data)
-                    while len(self._groups) > self._KEPT:
-                        self._groups.popitem(last=False)
-                self._groups.move_to_end((table, group))
-                value = self._groups[table, group][1][number - first].as_py()
-        except pa.ArrowException as error:
-            raise OSError(errno.EIO, f"{self._files[table]}: {str(error)[:200]}") from error
-        data = value.get("bytes") if isinstance(value, dict) else value
-        if not isinstance(data, bytes):
-            raise OSError(errno.EIO, f"{self._files[table]}: row {row} holds no picture; the file has changed")
-        return data
-
-    def _layout_of(self, table: str) -> tuple[str, list[int]]:
-        import pyarrow.parquet as pq
-
-        if table not in self._layout:
-            with open_regular(self._files[table]) as raw, pq.ParquetFile(raw) as file:
-                column = picture_columns(file)[0]
-                rows = [file.metadata.row_group(g).num_rows for g in range(file.metadata.num_row_groups)]
-            self._layout[table] = (column, np.cumsum(rows).tolist())
-        return self._layout[table]

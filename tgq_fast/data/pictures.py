@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 from tgq_fast.io.files import open_regular
+from tgq_fast.io.places import RemotePath, place, read_place
 
 __all__ = ["MemoryPictures", "OutsideError", "Picture", "PictureSource", "picture_of"]
 
@@ -103,6 +104,10 @@ def picture_of(root: Path, file_name: str, source: PictureSource | None) -> Pict
     path = root / file_name
     if source is not None and file_name in source:
         return Picture(path, read=_Reader(source, file_name))
+    there = place(file_name)  # an address of its own, else below the catalogue's
+    there = there if isinstance(there, RemotePath) else place(root) / file_name
+    if isinstance(there, RemotePath):
+        return Picture(Path(there), read=partial(read_place, there, MAX_BYTES + 1))
     return Picture(path, root=root)
 
 

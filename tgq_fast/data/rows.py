@@ -1,4 +1,4 @@
-"""Streaming readers of .jsonl, .csv (both also .gz) and .parquet, or folders of such parts.
+"""Streaming readers of .jsonl, .csv (both also .gz), .parquet and WebDataset .tar, or of several such parts.
 
 Each yields (row number, columns or the reason why the row is unreadable).
 """
@@ -9,80 +9,104 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from pathlib import PurePath
 from typing import Any, BinaryIO, cast
 
 from tgq_fast.data.csv_rows import MAX_ROW_BYTES, csv_header, csv_rows
 from tgq_fast.data.parquet_rows import parquet_rows
+from tgq_fast.data.tar_rows import tar_rows
 from tgq_fast.data.values import RowError
 from tgq_fast.errors import CatalogError
-from tgq_fast.io.files import open_regular
+from tgq_fast.io.places import Place, open_place
 
 __all__ = ["MAX_ROW_BYTES", "SUFFIXES", "check_header", "read_json_lines", "read_rows", "suffix_of", "table_parts"]
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".csv.gz", ".parquet")
+SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".csv.gz", ".parquet", ".tar")
 
 Row = tuple[int, "dict[str, Any] | RowError"]
 _decode = json.JSONDecoder().raw_decode
 _DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile)
 
 
-def suffix_of(path: Path) -> str:
+def suffix_of(path: PurePath) -> str:
     """The suffix in lower case, with .gz kept together with what it packs."""
     suffix = path.suffix.lower()
-    return Path(path.stem).suffix.lower() + suffix if suffix == ".gz" else suffix
+    return PurePath(path.stem).suffix.lower() + suffix if suffix == ".gz" else suffix
 
 
-def table_parts(folder: Path) -> list[Path]:
-    """Files of a table that lies in parts: every .parquet of a folder, else every .jsonl, else every .csv, by name."""
+def table_parts(folder: Place) -> list[Place]:
+    """Files of a table that lies in parts, by name: all .parquet of a folder, else all .jsonl, .csv, or .tar."""
     names = sorted(path for path in folder.iterdir() if not path.name.startswith((".", "_")) and path.is_file())
-    for kind in (".parquet", ".jsonl", ".csv"):
+    for kind in (".parquet", ".jsonl", ".csv", ".tar"):
         if parts := [path for path in names if suffix_of(path).removesuffix(".gz") == kind]:
             return parts
     return []
 
 
-def read_rows(path: Path, *, required: tuple[str, ...] = ()) -> Iterator[Row]:
+def read_rows(path: Place | Mapping[str, Place], *, required: tuple[str, ...] = ()) -> Iterator[Row]:
     """Stream a table.
 
     Args:
         path: file whose suffix is one of `SUFFIXES`, or a folder of such files, which are read in the order of their
-            names with rows numbered through.
+            names with rows numbered through, or the parts themselves, by the names that addresses of pictures have.
         required: columns of which at least one must exist (checked where the format has a header).
 
     Yields:
         (1-based row number, columns) or (row number, RowError) for a row that cannot be parsed. Only one row, or one
         Parquet row group slice, is in memory at a time.
 
+        Of several parts, one that cannot be read at all is a RowError, too.
+
     Raises:
-        CatalogError: the file as a whole is unreadable or lacks the required columns.
+        CatalogError: the file as a whole, or every part, is unreadable or lacks the required columns.
     """
+    if isinstance(path, Mapping):
+        yield from _read_parts(path, required)
+        return
     try:
-        if path.is_dir():
-            parts = table_parts(path)
-            if not parts:
-                raise CatalogError(path, [f"no {', '.join(SUFFIXES)} in the folder"])
-            before = last = 0
-            for part in parts:
-                for number, row in _read_file(part, required, f"{path.name}/{part.name}"):
-                    last = before + number
-                    yield last, row
-                before = last
+        folder = path.is_dir()
+        parts = table_parts(path) if folder else [path]
+        if not parts:
+            raise CatalogError(path, [f"no {', '.join(SUFFIXES)} in the folder"])
+        if folder:
+            yield from _read_parts({f"{path.name}/{part.name}": part for part in parts}, required)
         else:
             yield from _read_file(path, required, path.name)
     except OSError as error:
         raise CatalogError(path, [f"cannot be read: {error}"]) from error
 
 
-def _read_file(path: Path, required: tuple[str, ...], name: str) -> Iterator[Row]:
+def _read_parts(parts: Mapping[str, Place], required: tuple[str, ...]) -> Iterator[Row]:
+    before = last = 0
+    lost: CatalogError | None = None
+    read = False
+    for name, part in parts.items():
+        try:
+            for number, row in _read_file(part, required, name):
+                last = before + number
+                read = True
+                yield last, row
+        except (CatalogError, OSError) as error:
+            lost = error if isinstance(error, CatalogError) else CatalogError(part, [f"cannot be read: {error}"])
+            last += 1
+            yield last, RowError([f"a part is lost from here on: {error}"])
+        before = last
+    if lost is not None and not read:
+        raise lost
+
+
+def _read_file(path: Place, required: tuple[str, ...], name: str) -> Iterator[Row]:
     suffix = suffix_of(path)
     if suffix not in SUFFIXES:
         raise CatalogError(path, [f"suffix {path.suffix!r} is not one of {', '.join(SUFFIXES)}"])
     if suffix == ".parquet":
         yield from parquet_rows(path, name, lambda columns: check_header(path, columns, required))
         return
-    with open_regular(path) as raw:
+    if suffix == ".tar":
+        yield from tar_rows(path, name)
+        return
+    with open_place(path) as raw:
         file = cast("BinaryIO", gzip.GzipFile(fileobj=raw)) if suffix.endswith(".gz") else raw
         if suffix.startswith(".jsonl"):
             yield from read_json_lines(file)
@@ -90,7 +114,7 @@ def _read_file(path: Path, required: tuple[str, ...], name: str) -> Iterator[Row
             yield from _read_csv(path, file, required)
 
 
-def check_header(path: Path, columns: list[str], required: tuple[str, ...]) -> None:
+def check_header(path: Place, columns: list[str], required: tuple[str, ...]) -> None:
     """CatalogError for columns that appear twice, or when none of the required ones is there (whatever its case)."""
     named = [name for name in columns if name]
     if len(set(named)) != len(named):
@@ -139,7 +163,7 @@ def _json_of(text: str) -> Any:
     return json.loads(text)
 
 
-def _read_csv(path: Path, file: BinaryIO, required: tuple[str, ...]) -> Iterator[Row]:
+def _read_csv(path: Place, file: BinaryIO, required: tuple[str, ...]) -> Iterator[Row]:
     number = 0
     with io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
         try:

@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 from tgq_fast.data import Catalog
 from tgq_fast.errors import ArgumentError, PoolError
 from tgq_fast.io.files import atomic_writer, write_atomic
+from tgq_fast.io.places import absolute, is_remote
 from tgq_fast.io.sealed import seal, unseal
 
 __all__ = ["ITEMS_NAME", "NOTE_NAME", "ItemColumns", "facts_of", "read_items", "read_note", "table_of", "write_items"]
@@ -36,9 +37,9 @@ _NARROW = 1 << 19  # rows of at most 2,000 characters of 4 bytes
 
 def table_of(catalog: Catalog) -> pa.Table:
     """The table of a catalogue."""
-    items, root = catalog.items, os.path.abspath(catalog.root)
+    items, root = catalog.items, absolute(catalog.root)
     names = items.text("file_name").to_pylist()
-    files = [None if name is None else os.path.normpath(os.path.join(root, name)) for name in names]
+    files = [None if name is None else _file(root, name) for name in names]
     columns: dict[str, Any] = {"id": _narrow(items.text("id")), "file": pa.array(files, type=pa.string())}
     for name in ("title", "brand", "category", "group_id"):
         columns[name] = _narrow(items.text(name))
@@ -46,6 +47,12 @@ def table_of(catalog: Catalog) -> pa.Table:
     for name, _ in items.attribute_counts().most_common(MAX_ATTRIBUTES):
         columns[_ATTRIBUTE + name] = _narrow(items.attribute(name))
     return pa.table(columns)
+
+
+def _file(root: str, name: str) -> str:
+    if is_remote(name):
+        return name
+    return f"{root}/{name}" if is_remote(root) else os.path.normpath(os.path.join(root, name))
 
 
 def _narrow(texts: pa.LargeStringArray) -> pa.ChunkedArray:
@@ -58,8 +65,9 @@ def write_items(catalog: Catalog, folder: Path) -> None:
     """Write the table of a catalogue beside a pool, and a note of where the catalogue lay."""
     with atomic_writer(folder / ITEMS_NAME) as file:
         pq.write_table(table_of(catalog), file, compression="zstd", row_group_size=65_536, write_page_checksum=True)
+    at = catalog.report.path
     note = {
-        "catalog": str(Path(catalog.report.path).resolve()),
+        "catalog": os.path.realpath(at) if not is_remote(at) else absolute(at),
         "digest": catalog.digest(),
         "items_footer": _footer(folder / ITEMS_NAME),
     }

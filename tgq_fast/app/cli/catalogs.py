@@ -49,8 +49,8 @@ def import_(
     source: Annotated[
         str,
         typer.Argument(
-            help="Your own: merchant, shopify, woocommerce, table, pictures, dataset. Public: grocery, fashion, "
-            "amazon2023, abo.",
+            help="Your own: merchant, shopify, woocommerce, table, pictures, dataset, parquet, webdataset. "
+            "Public: grocery, fashion, amazon2023, abo.",
             show_default=False,
         ),
     ],

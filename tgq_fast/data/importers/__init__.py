@@ -13,11 +13,13 @@ from tgq_fast.data.importers.fashion import import_fashion
 from tgq_fast.data.importers.folders import import_dataset, import_pictures
 from tgq_fast.data.importers.grocery import import_grocery
 from tgq_fast.data.importers.merchant import import_merchant
+from tgq_fast.data.importers.shards import import_parquet, import_webdataset
 from tgq_fast.data.importers.shop import ShopOptions
 from tgq_fast.data.importers.shopify import import_shopify
 from tgq_fast.data.importers.table import import_table
 from tgq_fast.data.importers.woocommerce import import_woocommerce
 from tgq_fast.errors import ArgumentError, CatalogError
+from tgq_fast.io.places import RemotePath, place
 
 __all__ = ["PUBLIC", "SHOP", "DownloadLimits", "ImportReport", "ShopOptions", "import_catalog"]
 
@@ -36,8 +38,14 @@ SHOP: dict[str, Callable[[Path, CatalogWriter, ShopOptions], None]] = {
     "table": import_table,
     "pictures": import_pictures,
     "dataset": import_dataset,
+    "parquet": import_parquet,
+    "webdataset": import_webdataset,
 }
 """Form of a shop's own data → importer."""
+
+
+REMOTE = ("parquet", "webdataset")
+"""Sources that are read from object stores, too."""
 
 
 def import_catalog(
@@ -54,8 +62,9 @@ def import_catalog(
     Args:
         source: "merchant" (Google Merchant feed: RSS, Atom or tab-separated), "shopify" or "woocommerce" (product CSV),
             "table" (CSV, TSV, Excel, Parquet, JSON lines), "pictures" (a folder of them), "dataset" (what `datasets`
-            saved); or a public data set: "grocery" (GroceryStoreDataset), "fashion" (Kaggle fashion-product-images,
-            also -small), "amazon2023" (Amazon Reviews 2023 item metadata), "abo" (Amazon Berkeley Objects).
+            saved), "parquet" or "webdataset" (files or folders of them, in an object store, too); or a public data set:
+            "grocery" (GroceryStoreDataset), "fashion" (Kaggle fashion-product-images, also -small), "amazon2023"
+            (Amazon Reviews 2023 item metadata), "abo" (Amazon Berkeley Objects).
         path: the export, or the data set as downloaded and unpacked.
         out: catalogue folder to create; it must not hold a catalogue yet.
         limit: stop after this many items; None: all.
@@ -75,9 +84,15 @@ def import_catalog(
         raise ArgumentError("source", repr(source), "one of " + ", ".join((*SHOP, *PUBLIC)))
     if options is not None and source in PUBLIC:
         raise ArgumentError("options", "given", f"None: {source} is read in one way")
-    path = Path(path)
-    if not path.exists():
-        raise CatalogError(path, ["no such file or folder"])
+    there = place(path)
+    if isinstance(there, RemotePath) and source not in REMOTE:
+        raise ArgumentError("path", str(there), "a path of this machine; of stores, " + " and ".join(REMOTE) + " read")
+    try:
+        if not there.exists():
+            raise CatalogError(there, ["no such file or folder"])
+    except OSError as error:
+        raise CatalogError(there, [f"cannot be read: {error}"]) from error
+    path = Path(there)
     if source in ("merchant", "shopify", "woocommerce") and path.is_dir():
         raise CatalogError(path, ["a folder; expected the exported file"])
     if options is not None and options.images is not None and not options.images.is_dir():

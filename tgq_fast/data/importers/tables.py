@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from tgq_fast.data.csv_rows import csv_header, csv_rows
-from tgq_fast.data.parquet_rows import EmbeddedPicture, ParquetPictures
+from tgq_fast.data.parquet_pictures import ParquetPictures
+from tgq_fast.data.parquet_rows import EmbeddedPicture
 from tgq_fast.data.rows import read_rows, suffix_of
 from tgq_fast.data.values import RowError
 from tgq_fast.errors import CatalogError, DependencyError
