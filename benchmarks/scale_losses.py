@@ -137,7 +137,7 @@ class Losses:
         if self.driver is not None:
             self.driver.kill()
             self.driver.wait()
-        self.cluster.shutdown()
+        self.cluster.shutdown()  # type: ignore[no-untyped-call]
 
 
 def _parts(out: Path) -> Path:
