@@ -79,7 +79,7 @@ class Losses:
 
         self.token = os.environ[_TOKEN] = secrets.token_hex(8)
         self.shop, self.out, self.pause, self.batches = shop, out, pause, batches
-        self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+        self.cluster: Any = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
         self.nodes = [self._node() for _ in range(2)]
         self.driver: subprocess.Popen[bytes] | None = None
 
@@ -137,7 +137,7 @@ class Losses:
         if self.driver is not None:
             self.driver.kill()
             self.driver.wait()
-        self.cluster.shutdown()  # type: ignore[no-untyped-call]
+        self.cluster.shutdown()
 
 
 def _parts(out: Path) -> Path:
