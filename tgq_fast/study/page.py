@@ -96,7 +96,8 @@ def command(plan: Mapping[str, Any]) -> str:
     given += [("--set", f"{key}={value}") for key, value in plan["overrides"].items()]
     given += [("--preset", plan["preset"]), ("--batch-size", plan["batch_size"]), ("--lr", plan["lr"])]
     given += [("--epochs", plan["epochs"])] * (plan["epochs"] is not None)
-    given += [("--validations", plan["validations"])] * (plan.get("validations", 6) != 6)
+    validations = plan.get("validations", 6)  # studies of before do not name it
+    given += [("--validations", validations)] * (validations != 6)
     views = plan["views"]
     given.append(("--views", 0 if views is None else views.get("per_item", 4)))
     if views and views.get("kinds"):
