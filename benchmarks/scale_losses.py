@@ -17,8 +17,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -144,15 +144,6 @@ def _parts(out: Path) -> Path:
     return out.with_name(out.name + ".parts")
 
 
-@contextmanager
-def _losses(*given: Any, **options: Any) -> Iterator[Losses]:
-    run = Losses(*given, **options)
-    try:
-        yield run
-    finally:
-        run.close()
-
-
 def disturb(
     shop: Path, out: Path, losses: Sequence[str], *, pause: float, batches: int, seed: int = 0, limit: float = 600
 ) -> dict[str, Any]:
@@ -160,7 +151,7 @@ def disturb(
     chosen, begin, suffered = random.Random(seed), time.monotonic(), list[str]()
     shutil.rmtree(out, ignore_errors=True)
     shutil.rmtree(_parts(out), ignore_errors=True)
-    with _losses(shop, out, pause=pause, batches=batches) as run:
+    with closing(Losses(shop, out, pause=pause, batches=batches)) as run:
         run.start()
         due = list(losses)
         while True:

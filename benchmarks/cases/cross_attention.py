@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import linear, scaled_dot_product_attention
 
 from benchmarks.case import Case, Direction, Setting, Workload
+from benchmarks.cases.common import each
 from benchmarks.cases.tensors import Candidate, Function, dtype_of, tensor_workload
 from benchmarks.ceilings import Work
 from tgq_fast import ops, reference
@@ -245,21 +246,20 @@ def _add(
     compiled: bool = False,
     chunks: bool = False,
 ) -> None:
-    for dtype in dtypes:
-        for direction in directions:
-            CASES.append(
-                Case(
-                    "attention",
-                    shape_class,
-                    dtype,
-                    direction,
-                    shape,
-                    _TINY,
-                    frozenset({device}),
-                    partial(_build, compiled=compiled, chunks=chunks),
-                    priority,
-                )
-            )
+    build = partial(_build, compiled=compiled, chunks=chunks)
+    CASES.extend(
+        each(
+            "attention",
+            shape_class,
+            shape,
+            _TINY,
+            build,
+            device=device,
+            dtypes=dtypes,
+            directions=directions,
+            priority=priority,
+        )
+    )
 
 
 # First what no peer decides: which of our own forms and sizes is right.

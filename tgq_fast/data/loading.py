@@ -19,7 +19,7 @@ from tgq_fast.data.pairs import Pairs, make_pairs, read_pairs
 from tgq_fast.data.parquet_pictures import ParquetPictures
 from tgq_fast.data.pictures import PictureSource
 from tgq_fast.data.row_blocks import read_block
-from tgq_fast.data.rows import SUFFIXES, read_rows, suffix_of, table_parts
+from tgq_fast.data.rows import SUFFIXES, named_parts, read_rows, suffix_of, table_parts
 from tgq_fast.data.tar_rows import TarPictures
 from tgq_fast.data.validation import ValidationReport
 from tgq_fast.errors import ArgumentError, CatalogError
@@ -193,12 +193,7 @@ def _report_columns(columns: Columns, pictures: bool, path: str | Path, report: 
 
 def embedded_pictures(metadata: Place | Mapping[str, Place]) -> PictureSource | None:
     """Pictures that lie in the metadata's own Parquet or tar files."""
-    if isinstance(metadata, Mapping):
-        parts = dict(metadata)
-    elif metadata.is_dir():
-        parts = {f"{metadata.name}/{part.name}": part for part in table_parts(metadata)}
-    else:
-        parts = {metadata.name: metadata}
+    parts = dict(named_parts(metadata))
     kinds = {suffix_of(part) for part in parts.values()}
     return ParquetPictures(parts) if kinds == {".parquet"} else TarPictures(parts) if kinds == {".tar"} else None
 

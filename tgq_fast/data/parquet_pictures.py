@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from tgq_fast.data.parquet_rows import open_parquet, picture_columns
+from tgq_fast.data.parquet_rows import column_chunks, open_parquet, picture_columns
 from tgq_fast.io.places import Place
 
 __all__ = ["ParquetPictures"]
@@ -88,14 +88,7 @@ class ParquetPictures:
             with open_parquet(self._files[table]) as file:
                 column = picture_columns(file)[0]
                 groups = [file.metadata.row_group(g) for g in range(file.metadata.num_row_groups)]
-            sizes = [
-                sum(
-                    chunk.total_uncompressed_size
-                    for chunk in map(group.column, range(group.num_columns))
-                    if chunk.path_in_schema.split(".")[0] == column
-                )
-                for group in groups
-            ]
+            sizes = [sum(leaf.total_uncompressed_size for leaf in column_chunks(group, column)) for group in groups]
             self._layout[table] = (column, np.cumsum([group.num_rows for group in groups]).tolist(), sizes)
         return self._layout[table]
 

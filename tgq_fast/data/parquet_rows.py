@@ -61,7 +61,7 @@ def _first_bytes(file: Any, column: str) -> object:
     """What the first cell of a column holds that is no gap; groups of gaps are passed over unread."""
     for group in range(file.metadata.num_row_groups):
         facts = file.metadata.row_group(group)
-        chunks = [c for c in map(facts.column, range(facts.num_columns)) if c.path_in_schema.split(".")[0] == column]
+        chunks = column_chunks(facts, column)
         if all(c.statistics is not None and c.statistics.null_count == facts.num_rows for c in chunks):
             continue
         with suppress(OSError, pa.ArrowException):  # a damaged group
@@ -72,6 +72,12 @@ def _first_bytes(file: Any, column: str) -> object:
                     if data is not None:
                         return data
     return None
+
+
+def column_chunks(facts: Any, column: str) -> list[Any]:
+    """Metadata of the leaves of one column in a row group."""
+    leaves = map(facts.column, range(facts.num_columns))
+    return [leaf for leaf in leaves if leaf.path_in_schema.split(".")[0] == column]
 
 
 @contextmanager
@@ -106,10 +112,11 @@ def parquet_rows(
             narrow = {field.name for field in schema if field.name in plain and _has_narrow_float(field.type)}
             end = 0
             for group in range(file.metadata.num_row_groups):
-                number, end = end, end + file.metadata.row_group(group).num_rows
+                number = first = end
+                end += file.metadata.row_group(group).num_rows
                 try:
                     for rows in _plain_rows(file, group, plain if found else None, narrow):
-                        addresses = pictures.rows(number, len(rows)) if pictures is not None else []
+                        addresses = pictures.rows(group, first, number, len(rows)) if pictures is not None else []
                         for offset, row in enumerate(rows):
                             number += 1
                             if pictures is not None:
@@ -199,22 +206,18 @@ class _PictureColumn:
 
     def __init__(self, file: Any, column: str, name: str) -> None:
         self.file, self.column, self.name = file, column, name
-        counts = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
-        self._ends = np.cumsum(counts, dtype=np.int64)
         self._group = -1
         self._present: list[bool] = []
         self._paths: list[str | None] = []
 
-    def rows(self, start: int, count: int) -> list[EmbeddedPicture | str | None]:
-        """What rows `start` … say about their picture: its address, else its path, else None."""
+    def rows(self, group: int, first: int, start: int, count: int) -> list[EmbeddedPicture | str | None]:
+        """What rows `start` … of a group that begins at `first` say: address of a picture, else a path, else None."""
+        if group != self._group:
+            self._read(group)
         found: list[EmbeddedPicture | str | None] = []
         for row in range(start, start + count):
-            group = int(np.searchsorted(self._ends, row, side="right"))
-            if group != self._group:
-                self._read(group)
-            offset = row - (int(self._ends[group - 1]) if group else 0)
-            path = self._paths[offset]
-            found.append(EmbeddedPicture(f"{self.name}#{row + 1}", path) if self._present[offset] else path)
+            path = self._paths[row - first]
+            found.append(EmbeddedPicture(f"{self.name}#{row + 1}", path) if self._present[row - first] else path)
         return found
 
     def _read(self, group: int) -> None:
@@ -224,7 +227,7 @@ class _PictureColumn:
         kind = self.file.schema_arrow.field(self.column).type
         struct = pa.types.is_struct(kind)
         holder = f"{self.column}.bytes" if struct else self.column
-        chunk = next(c for c in map(facts.column, range(facts.num_columns)) if c.path_in_schema == holder)
+        chunk = next(leaf for leaf in column_chunks(facts, self.column) if leaf.path_in_schema == holder)
         whole = chunk.statistics is not None and chunk.statistics.has_null_count and chunk.statistics.null_count == 0
         self._paths = [None] * facts.num_rows
         if struct and any(child.name == "path" for child in kind):

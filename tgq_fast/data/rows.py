@@ -20,7 +20,16 @@ from tgq_fast.data.values import RowError
 from tgq_fast.errors import CatalogError
 from tgq_fast.io.places import Place, open_place
 
-__all__ = ["MAX_ROW_BYTES", "SUFFIXES", "check_header", "read_json_lines", "read_rows", "suffix_of", "table_parts"]
+__all__ = [
+    "MAX_ROW_BYTES",
+    "SUFFIXES",
+    "check_header",
+    "named_parts",
+    "read_json_lines",
+    "read_rows",
+    "suffix_of",
+    "table_parts",
+]
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".csv.gz", ".parquet", ".tar")
 
@@ -44,6 +53,16 @@ def table_parts(folder: Place) -> list[Place]:
     return []
 
 
+def named_parts(table: Place | Mapping[str, Place]) -> Mapping[str, Place]:
+    """The files of a table by the names that addresses of pictures have: of a file its own, of a folder's parts theirs
+    below it."""
+    if isinstance(table, Mapping):
+        return table
+    if table.is_dir():
+        return {f"{table.name}/{part.name}": part for part in table_parts(table)}
+    return {table.name: table}
+
+
 def read_rows(path: Place | Mapping[str, Place], *, required: tuple[str, ...] = ()) -> Iterator[Row]:
     """Stream a table.
 
@@ -65,14 +84,13 @@ def read_rows(path: Place | Mapping[str, Place], *, required: tuple[str, ...] = 
         yield from _read_parts(path, required)
         return
     try:
-        folder = path.is_dir()
-        parts = table_parts(path) if folder else [path]
+        parts = named_parts(path)
         if not parts:
             raise CatalogError(path, [f"no {', '.join(SUFFIXES)} in the folder"])
-        if folder:
-            yield from _read_parts({f"{path.name}/{part.name}": part for part in parts}, required)
-        else:
+        if path in parts.values():  # a file, not a folder
             yield from _read_file(path, required, path.name)
+        else:
+            yield from _read_parts(parts, required)
     except OSError as error:
         raise CatalogError(path, [f"cannot be read: {error}"]) from error
 

@@ -22,7 +22,7 @@ from tgq_fast.data.values import RowError
 from tgq_fast.errors import CatalogError
 from tgq_fast.io.places import Place, open_place
 
-__all__ = ["Member", "TarPictures", "sample_row", "tar_groups", "tar_rows"]
+__all__ = ["Member", "TarPictures", "pictures_of", "sample_row", "tar_groups", "tar_rows"]
 
 _TITLES, _CLASSES, _IDS = (".txt", ".caption"), (".cls",), "__key__"
 _ADDRESS = re.compile(r"(\d{1,18})\+(\d{1,18})")
@@ -63,7 +63,7 @@ def tar_rows(path: Place, name: str) -> Iterator[tuple[int, dict[str, Any] | Row
             if isinstance(sample, RowError):
                 yield number, sample
                 continue
-            pictures = _pictures(sample)
+            pictures = pictures_of(sample)
             addresses = [EmbeddedPicture(f"{name}#{m.offset}+{m.size}", m.name) for m in pictures]
             yield number, sample_row(sample, lambda m: _bytes(file, m), addresses)
 
@@ -75,8 +75,7 @@ def _samples(path: Place, file: BinaryIO) -> Iterator[list[Member] | RowError]:
         CatalogError: not a tar file.
     """
     damage: list[RowError] = []
-    for sample, _ in tar_groups(_members(path, file, damage)):
-        yield sample
+    yield from tar_groups(_members(path, file, damage))
     yield from damage
 
 
@@ -105,14 +104,14 @@ def _members(path: Place, file: BinaryIO, damage: list[RowError]) -> Iterator[Me
         damage.append(RowError([f"the tar file is damaged or cut off at byte {archive.offset}; what follows is lost"]))
 
 
-def tar_groups(members: Iterable[Member]) -> Iterator[tuple[list[Member], list[Member]]]:
-    """Members of each item, and those of them that are pictures."""
+def tar_groups(members: Iterable[Member]) -> Iterator[list[Member]]:
+    """Members of each item."""
     for _, group in groupby(members, key=lambda member: member.key):
-        sample = list(group)
-        yield sample, _pictures(sample)
+        yield list(group)
 
 
-def _pictures(members: list[Member]) -> list[Member]:
+def pictures_of(members: list[Member]) -> list[Member]:
+    """Those members of an item that are pictures."""
     return [member for member in members if _suffix(member) in PICTURE_SUFFIXES]
 
 

@@ -13,6 +13,7 @@ import io
 import os
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
 from pathlib import Path, PurePosixPath
@@ -144,19 +145,16 @@ def _system(scheme: str) -> Any:
         raise DependencyError(f"{scheme}:// addresses need a package: {error}") from error
 
 
-class _told:
+@contextmanager
+def _told(path: object) -> Iterator[None]:
     """Whatever a store's client raises becomes an OSError with an errno, as of a file that cannot be read."""
-
-    def __init__(self, path: object) -> None:
-        self.path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if not isinstance(error, Exception) or isinstance(error, DependencyError):
-            return
-        if isinstance(error, FileNotFoundError):
-            raise FileNotFoundError(errno.ENOENT, "no such object", str(self.path)) from error
-        if not isinstance(error, OSError) or error.errno is None:
-            raise OSError(errno.EIO, f"{str(error)[:200]}", str(self.path)) from error
+    try:
+        yield
+    except DependencyError:
+        raise
+    except FileNotFoundError as error:
+        raise FileNotFoundError(errno.ENOENT, "no such object", str(path)) from error
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise OSError(errno.EIO, str(error)[:200], str(path)) from error

@@ -10,6 +10,7 @@ from typing import Any
 from tgq_fast.io.files import write_atomic
 from tgq_fast.report.page import environment
 from tgq_fast.report.readme import beats_all
+from tgq_fast.study.plan import Plan
 
 __all__ = ["text_table", "verdict", "write_page"]
 
@@ -96,8 +97,8 @@ def command(plan: Mapping[str, Any]) -> str:
     given += [("--set", f"{key}={value}") for key, value in plan["overrides"].items()]
     given += [("--preset", plan["preset"]), ("--batch-size", plan["batch_size"]), ("--lr", plan["lr"])]
     given += [("--epochs", plan["epochs"])] * (plan["epochs"] is not None)
-    validations = plan.get("validations", 6)  # studies of before do not name it
-    given += [("--validations", validations)] * (validations != 6)
+    validations = plan.get("validations", Plan.validations)  # studies of before do not name it
+    given += [("--validations", validations)] * (validations != Plan.validations)
     views = plan["views"]
     given.append(("--views", 0 if views is None else views.get("per_item", 4)))
     if views and views.get("kinds"):

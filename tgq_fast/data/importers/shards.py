@@ -14,7 +14,7 @@ from tgq_fast.data.importers.shop import Product, ShopOptions, write_products
 from tgq_fast.data.loading import embedded_pictures
 from tgq_fast.data.parquet_rows import EmbeddedPicture
 from tgq_fast.data.rows import read_rows, suffix_of
-from tgq_fast.data.tar_rows import Member, sample_row, tar_groups
+from tgq_fast.data.tar_rows import Member, pictures_of, sample_row, tar_groups
 from tgq_fast.data.values import RowError
 from tgq_fast.errors import CatalogError
 from tgq_fast.io.places import Place, open_place, place
@@ -87,9 +87,9 @@ def _samples(part: Place, name: str) -> Iterator[dict[str, Any] | RowError]:
                         held[found.name] = file.read()
                         yield Member(found.name, found.offset_data, found.size)
 
-            for sample, pictures in tar_groups(members()):
+            for sample in tar_groups(members()):
                 data = {member.name: held.pop(member.name) for member in sample}
-                yield sample_row(sample, lambda m, data=data: data[m.name], [data[m.name] for m in pictures])
+                yield sample_row(sample, lambda m, data=data: data[m.name], [data[m.name] for m in pictures_of(sample)])
     except _DAMAGED as error:
         yield RowError([f"{name} is damaged or cannot be read; what follows in it is lost: {str(error)[:200]}"])
 
