@@ -1,8 +1,9 @@
 """Embedding over a Ray cluster while actors, nodes and drivers are killed: is the pool that of one process?
 
-    python -m benchmarks.scale_losses SHOP --work FOLDER --kills 20
+    python -m benchmarks.scale_losses SHOP --work FOLDER --kills 20 --json docs/results/scale/losses.json
 
-runs the scenarios `nothing`, `actor`, `node`, `driver` and `random` on a catalogue and prints one JSON line for each.
+runs the scenarios `nothing`, `actor`, `node`, `driver` and `random` on a catalogue, prints one JSON line for each and
+writes them to a file.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import os
 import random
 import secrets
+import shlex
 import shutil
 import signal
 import subprocess
@@ -19,13 +21,16 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import closing
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from benchmarks.environment import commit, cpu_name, versions
 from tgq_fast.data import Catalog, load_image
+from tgq_fast.io.files import write_atomic
 from tgq_fast.pool import embed_catalog
 from tgq_fast.scale import PartsEngine, ray_crew
 
@@ -174,11 +179,13 @@ def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("shop", type=Path)
-    parser.add_argument("--work", type=Path, default=Path("scale-losses"))
+    parser.add_argument("--work", type=Path, default=Path("scale-losses"), help="folder of pools")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--pause", type=float, default=1.0)
     parser.add_argument("--batches", type=int, default=2)
     parser.add_argument("--only", default="nothing,actor,node,driver,random")
+    parser.add_argument("--limit", type=float, default=3600, help="seconds for each scenario")
+    parser.add_argument("--json", type=Path, help="where results go")
     parser.add_argument("--out", type=Path, help="be the driver of a cluster")
     parser.add_argument("--address")
     given = parser.parse_args()
@@ -191,12 +198,29 @@ def main() -> None:
     given.work.mkdir(parents=True, exist_ok=True)
     embed(given.shop, given.work / "one")
     expected = contents(given.work / "one")
+    catalog = Catalog.load(given.shop)
+    document: dict[str, Any] = {
+        "command": shlex.join(["python", "-m", "benchmarks.scale_losses", *sys.argv[1:]]),
+        "machine": cpu_name(),
+        "commit": commit(),
+        "versions": versions() | {"ray": version("ray")},
+        "items": len(catalog),
+        "catalogue": catalog.digest(),
+        "parts": -(-len(catalog) // (16 * given.batches)),
+        "scenarios": [],
+    }
     plan = {name: [name] for name in ("actor", "node", "driver")} | {"nothing": []}
     plan["random"] = random.Random(1).choices(("actor", "node", "driver"), (3, 1, 1), k=given.kills)
     for name in given.only.split(","):
-        told = disturb(given.shop, given.work / "many", plan[name], pause=given.pause, batches=given.batches)
+        told = disturb(
+            given.shop, given.work / "many", plan[name], pause=given.pause, batches=given.batches, limit=given.limit
+        )
         told["same"] = contents(given.work / "many") == expected
-        print(json.dumps({"scenario": name, **told}), flush=True)
+        document["scenarios"].append({"scenario": name, **told})
+        print(json.dumps(document["scenarios"][-1]), flush=True)
+        if given.json is not None:
+            given.json.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(given.json, (json.dumps(document, indent=1) + "\n").encode())
 
 
 if __name__ == "__main__":
