@@ -69,6 +69,22 @@ tgq::Tuning tuning_of(const py::dict& options) {
   return tuning;
 }
 
+// What a search calls now and then: checks for signals and tells the progress function; false when either raised.
+std::function<bool(double)> poll_of(const py::object& progress, bool* raised) {
+  return [&progress, raised](double share) {
+    const py::gil_scoped_acquire gil;
+    if (PyErr_CheckSignals() != 0) {
+      *raised = true;
+    } else if (!progress.is_none()) {
+      PyObject* answer = PyObject_CallFunction(progress.ptr(), "d", share);
+      *raised = answer == nullptr;
+      Py_XDECREF(answer);
+    }
+    // The exception waits in the thread state, which releasing the lock does not clear.
+    return !*raised;
+  };
+}
+
 // Returns the status; raises what a signal handler or the progress function raised.
 int search_cpu(const py::tuple& queries, const py::tuple& pool, std::uint32_t k, std::uintptr_t exclude,
                std::int64_t exclude_width, std::uintptr_t scores, std::uintptr_t rows, int threads, bool self_join,
@@ -92,18 +108,7 @@ int search_cpu(const py::tuple& queries, const py::tuple& pool, std::uint32_t k,
   tgq::Counters counted;
   request.counters = &counted;
   bool raised = false;
-  request.poll = [&](double share) {
-    const py::gil_scoped_acquire gil;
-    if (PyErr_CheckSignals() != 0) {
-      raised = true;
-    } else if (!progress.is_none()) {
-      PyObject* answer = PyObject_CallFunction(progress.ptr(), "d", share);
-      raised = answer == nullptr;
-      Py_XDECREF(answer);
-    }
-    // The exception waits in the thread state, which releasing the lock does not clear.
-    return !raised;
-  };
+  request.poll = poll_of(progress, &raised);
   tgq::Status status;
   {
     const py::gil_scoped_release unlocked;
@@ -118,6 +123,38 @@ int search_cpu(const py::tuple& queries, const py::tuple& pool, std::uint32_t k,
     counters["coded"] = py::int_(counted.coded);
   }
   return static_cast<int>(status);
+}
+
+// marks: (starts, scores, rows, before), the arrays by address.
+int count_before(const py::tuple& queries, const py::tuple& pool, std::int64_t first_row, const py::tuple& marks, int threads,
+                 const py::object& isa, const py::object& progress) {
+  tgq::CountRequest request;
+  request.queries = matrix(queries);
+  request.pool = matrix(pool);
+  request.first_row = first_row;
+  request.starts = reinterpret_cast<const std::int64_t*>(marks[0].cast<std::uintptr_t>());
+  request.scores = reinterpret_cast<const float*>(marks[1].cast<std::uintptr_t>());
+  request.rows = reinterpret_cast<const std::int64_t*>(marks[2].cast<std::uintptr_t>());
+  request.before = reinterpret_cast<std::int64_t*>(marks[3].cast<std::uintptr_t>());
+  request.threads = threads;
+  const std::string isa_name = isa.is_none() ? std::string() : isa.cast<std::string>();
+  request.isa = isa.is_none() ? nullptr : isa_name.c_str();
+  bool raised = false;
+  request.poll = poll_of(progress, &raised);
+  tgq::Status status;
+  {
+    const py::gil_scoped_release unlocked;
+    status = tgq::count_before(request);
+  }
+  if (raised) throw py::error_already_set();
+  return static_cast<int>(status);
+}
+
+int score_rows(const py::tuple& queries, const py::tuple& rows, const py::object& isa, std::uintptr_t scores) {
+  const tgq::Matrix left = matrix(queries), right = matrix(rows);
+  const std::string isa_name = isa.is_none() ? std::string() : isa.cast<std::string>();
+  const py::gil_scoped_release unlocked;
+  return static_cast<int>(tgq::score_rows(left, right, isa_name.empty() ? nullptr : isa_name.c_str(), reinterpret_cast<float*>(scores)));
 }
 
 // Rows as tgq_fast/search/codes.py passes them. Returns (step, norm, energy in the first level, energy).
@@ -286,6 +323,8 @@ PYBIND11_MODULE(_C, module) {
              py::arg("exclude_width"), py::arg("scores"), py::arg("rows"), py::arg("threads"), py::arg("self_join"),
              py::arg("progress"), py::arg("isa"), py::arg("tuning"), py::arg("counters"),
              py::arg("codes") = py::none(), py::arg("allowed") = 0);
+  module.def("count_before", &count_before);
+  module.def("score_rows", &score_rows);
   module.def("encode_codes", &encode_codes);
   module.def("has_matrix_unit", &tgq::has_matrix_unit);
   module.def("packed_bytes", [](const py::tuple& shape) { return tgq::packed_bytes(packed_shape(shape)); });

@@ -66,6 +66,27 @@ struct Request {
 
 Status search_cpu(const Request& request);
 
+// How many rows come before given ones in the order of a search. A mark is a score and a row; a row comes before it with a higher
+// score, or the same one and a lower row; a NaN score never does. Scores are those of search_cpu, bit for bit, so counts of the
+// parts of a pool add up to those of the whole.
+struct CountRequest {
+  Matrix queries;                        // [Q, D]
+  Matrix pool;                           // [N, D]
+  std::int64_t first_row = 0;            // of the pool among the rows that marks name
+  const std::int64_t* starts = nullptr;  // [Q + 1] query q has the marks starts[q] … starts[q + 1]
+  const float* scores = nullptr;         // [M], no NaN
+  const std::int64_t* rows = nullptr;    // [M]
+  std::int64_t* before = nullptr;        // [M]
+  int threads = 1;
+  const char* isa = nullptr;
+  std::function<bool(double)> poll;
+};
+
+Status count_before(const CountRequest& request);
+
+// scores[i] = what row i of `rows` scores with row i of `queries`.
+Status score_rows(const Matrix& queries, const Matrix& rows, const char* isa, float* scores);
+
 // Rows to encode in the first level, and the arrays of Codes to write to.
 struct EncodeRequest {
   const double* turned;       // [count, 64 lines] centred and rotated, zeros where a row is not coded

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +69,30 @@ def test_evaluate_of_a_pool_reads_no_picture(world: World, tmp_path: Path) -> No
     assert RAW_FLOOR in asked and asked["tgq"] == alone["tgq"]
     assert json.loads(call(*arguments, "--cache", cache).stdout) == asked  # cached now
     assert RAW_FLOOR not in json.loads(call(*arguments, "--cache", cache, "--no-floor").stdout)
+
+
+def test_several_processes_evaluate_a_pool_as_one_does(world: World, tmp_path: Path) -> None:
+    """Processes that hold its shards, and two ranks of torchrun, of which one writes the file."""
+    common = ("evaluate", world.catalog, "--model", world.run, "--pool", world.pool, "--k", "1,5")
+    one = json.loads(call(*common, "--no-floor", "--json", "-").stdout)
+    assert json.loads(call(*common, "--workers", 2, "--json", "-").stdout) == one
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
+    command += ["--rdzv-endpoint", "localhost:0", "-m", "tgq_fast.app.cli", *map(str, common)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    ran = subprocess.run([*command, "--engine", "torchrun", "--json", str(tmp_path / "two.json")],
+                         capture_output=True, text=True, timeout=300, env=environment)  # fmt: skip
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert json.loads((tmp_path / "two.json").read_text()) == one
+    assert ran.stderr.count("wrote") == 1
+
+
+def test_several_processes_share_a_pool_and_nothing_else(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    common = ("evaluate", world.catalog, "--model", world.run, "--workers", 2)
+    pool = ("--pool", world.pool)
+    for options in ((), (*pool, "--floor"), (*pool, "--corrupt", "overlay:0.3:both")):
+        assert "a pool alone" in call(*common, *options, code=2).stderr
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert "torchrun -m tgq_fast.app.cli" in call(*common, *pool, "--engine", "torchrun", code=2).stderr
 
 
 def test_evaluate_refuses_the_pool_of_another_model(world: World) -> None:

@@ -18,7 +18,7 @@ from tgq_fast.evaluation.evaluate import compare, evaluate, format_table
 from tgq_fast.evaluation.metrics import ABSENT
 from tgq_fast.evaluation.ranks import positive_ranks
 from tgq_fast.pool.item_pool import ItemPool
-from tgq_fast.search import topk_native
+from tgq_fast.search import blocks, topk_native
 
 needs_extension = pytest.mark.skipif(not _native.available(), reason=_native.why_missing() or "built")
 
@@ -56,7 +56,8 @@ def integer_embeddings(n: int, width: int = 6, seed: int = 0) -> torch.Tensor:
 
 @pytest.mark.parametrize("depth", [0, 1, 7, 200])
 def test_ranks_equal_brute_force(depth: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ranks_module, "_SCORE_BYTES", 1000)  # five queries
+    monkeypatch.setattr(ranks_module, "_SCORE_BYTES", 1000)
+    monkeypatch.setattr(ranks_module, "_TILE_QUERIES", 9)
     embeddings = integer_embeddings(50)
     rng = np.random.default_rng(0)
     query, target = rng.integers(50, size=60), rng.integers(50, size=60)
@@ -71,8 +72,8 @@ def test_ranks_equal_brute_force(depth: int, monkeypatch: pytest.MonkeyPatch) ->
 def test_ranks_are_the_same_from_a_pool_on_disk(
     depth: int, part: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ranks_module, "_SCORE_BYTES", 4 * 5 * part)  # five queries
-    monkeypatch.setattr(ranks_module, "_PART_ROWS", part)
+    monkeypatch.setattr(ranks_module, "_SCORE_BYTES", 4 * 5 * part)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 4 * 6 * part)
     monkeypatch.setattr(ranks_module, "_TILE_QUERIES", 9)
     embeddings = integer_embeddings(50)
     embeddings[20:30] = embeddings[10:20]  # equal scores in several parts
@@ -105,7 +106,7 @@ def test_a_large_pool_is_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         whole = [evaluate(catalog, pool, ks=(1, 10), samples=20, queries=q) for q in (None, asked)]
         monkeypatch.setattr(importlib.import_module("tgq_fast.evaluation.evaluate"), "_HELD_BYTES", 0)
         monkeypatch.setattr(ItemPool, "embeddings", None)  # not to be called
-        monkeypatch.setattr(ranks_module, "_PART_ROWS", 5)
+        monkeypatch.setattr(blocks, "BLOCK_BYTES", 4 * 8 * 5)
         parts = [evaluate(catalog, pool, ks=(1, 10), samples=20, queries=q) for q in (None, asked)]
     for one, other in zip(whole, parts, strict=True):
         assert one.to_dict() == other.to_dict() and np.array_equal(one.rank, other.rank)

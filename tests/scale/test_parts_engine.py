@@ -17,7 +17,8 @@ from tgq_fast.errors import DependencyError, ImageError, TGQError, WorkerError
 from tgq_fast.pool import ItemPool, embed_catalog
 from tgq_fast.pool.embed_parts import EmbeddedPart, PartOptions
 from tgq_fast.scale import PartsEngine, ProcessCrew, ray_crew
-from tgq_fast.scale.crew import Answer, Job, Lost, Task, Worker
+from tgq_fast.scale.crew import Job, Lost, Worker
+from tgq_fast.scale.embed_job import Task
 from tgq_fast.scale.parts import cut, is_current, part_path, read_part, write_part
 
 ITEMS = 50
@@ -79,11 +80,14 @@ class HereCrew:
         assert worker not in [busy for busy, _ in self.given]
         self.given.append((worker, task))
 
-    def answer(self) -> tuple[int, Answer]:
+    def answer(self, seconds: float | None = None) -> tuple[int, Any]:
         worker, task = self.given.pop()
         if self.lose is not None and self.lose([i for i in task.catalog.ids if i not in task.refused]):
             return worker, Lost("signal 9")
-        return worker, self.worker.embed(task)
+        return worker, self.worker.do(task)
+
+    def stop(self) -> None:
+        self.given.clear()
 
     def close(self) -> None:
         self.closed = True

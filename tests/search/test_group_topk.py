@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from tgq_fast.errors import ArgumentError, PoolError, TGQError
+from tgq_fast.evaluation.ranks import positive_ranks
 from tgq_fast.pool.item_pool import ItemPool
 from tgq_fast.reference import TopK
 from tgq_fast.search.distributed import group_topk
@@ -19,9 +20,13 @@ from tgq_fast.search.topk import topk
 QUERIES, ROWS, WIDTH, K = 13, 90, 6, 12
 
 
+def seed(number: int) -> torch.Generator:
+    return torch.Generator().manual_seed(number)
+
+
 def problem() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Small integers: many ties, within and across the parts."""
-    generator = torch.Generator().manual_seed(1)
+    generator = seed(1)
     pool = torch.randint(-2, 3, (ROWS, WIDTH), generator=generator).float()
     pool[7] = pool[70]
     pool[11, 0] = float("nan")
@@ -103,7 +108,7 @@ def refusals(rank: int) -> None:
 def pool_on_disk(rank: int, folder: str) -> None:
     """Each rank reads its share of the shards only: the files of the others may be damaged."""
     queries, _, _ = problem()
-    rows = torch.randint(-2, 3, (ROWS, WIDTH), generator=torch.Generator().manual_seed(2)).float()
+    rows = torch.randint(-2, 3, (ROWS, WIDTH), generator=seed(2)).float()
     for shard_size in (7, 45, 100):  # 13, 2 and 1 shards
         path = Path(folder, f"pool-{shard_size}")
         if rank == 0:
@@ -121,6 +126,11 @@ def pool_on_disk(rank: int, folder: str) -> None:
         ]
         with pytest.raises(ArgumentError, match="k 12, 13 by rank"):
             pool.search(queries, K + rank, group=dist.group.WORLD)
+        pairs = torch.arange(ROWS).repeat(3).numpy(), torch.randperm(3 * ROWS, generator=seed(4)).numpy() % ROWS
+        for depth in (0, 5):
+            shared, hits_of = positive_ranks(pool, *pairs, depth=depth, group=dist.group.WORLD)
+            alone, hits_alone = positive_ranks(rows, *pairs, depth=depth)
+            assert (shared == alone).all() and torch.equal(hits_of, hits_alone) and shared.max() > 30
     damaged = Path(folder, "pool-45", "shard-000001.safetensors")
     dist.barrier()
     if rank == 0:

@@ -11,6 +11,7 @@ import inspect
 import textwrap
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from tgq_fast.pool import search as pool_search
 from tgq_fast.pool.item_pool import ItemPool
 from tgq_fast.reference import TopK, exact_topk
 from tgq_fast.search import blocks, topk_native, topk_torch
+from tgq_fast.search import count as COUNT
 from tgq_fast.search.codes import Codes, encode_rows, fit_basis
 from tgq_fast.search.topk import topk
 
@@ -93,11 +95,18 @@ def from_disk(folder: Path) -> None:
 def ranks(folder: Path) -> None:
     embeddings = problem()[1].nan_to_num(0.0, neginf=-1.0)[:120]
     query, target = torch.arange(120).repeat(2).numpy(), torch.randperm(240).remainder(120).numpy()
-    for depth in (0, 7):
-        found, _ = RANKS.positive_ranks(embeddings, query, target, depth=depth)
-        for q, p, rank in zip(query.tolist(), target.tolist(), found.tolist(), strict=True):
-            order = exact_topk(embeddings[q : q + 1], embeddings, 120, exclude=torch.tensor([q])).indices[0].tolist()
-            assert p == q or rank == order.index(p) + 1
+    available = _native.available
+    try:
+        for depth, compiled in product((0, 7), (True, False)):
+            _native.available = lambda compiled=compiled: compiled and available()
+            found, _ = RANKS.positive_ranks(embeddings, query, target, depth=depth)
+            for q, p, rank in zip(query.tolist(), target.tolist(), found.tolist(), strict=True):
+                order = (
+                    exact_topk(embeddings[q : q + 1], embeddings, 120, exclude=torch.tensor([q])).indices[0].tolist()
+                )
+                assert p == q or rank == order.index(p) + 1
+    finally:
+        _native.available = available
 
 
 CHUNKED, MERGED, DISK, RANKED = (in_chunks, in_parts, from_disk, ranks)
@@ -203,14 +212,10 @@ FAULTS: dict[str, tuple[object, str, str, str, Callable[[Path], None]]] = {
         "slice(0, part.stop - part.first)",
         DISK,
     ),
-    "self counted as a rival": (
-        RANKS,
-        "_ranks",
-        'scores[inside, rows[inside] - start] = float("-inf")',
-        "pass",
-        RANKED,
-    ),
-    "ties ranked late": (RANKS, "_ranks", "(columns < positive)", "(columns > positive)", RANKED),
+    "self counted as a rival": (RANKS, "_counted", " - itself.to(torch.int64)", "", RANKED),
+    "self behind at a tie": (RANKS, "_counted", "(rows[line] < target)", "(rows[line] > target)", RANKED),
+    "ties ranked late": (COUNT, "count_before", "(rows < marks", "(rows > marks", RANKED),
+    "marks of the next query": (RANKS, "_counted", "scores, target)", "scores.flip(0), target.flip(0))", RANKED),
     "rank off by one": (RANKS, "positive_ranks", ".numpy()[inside] + 1", ".numpy()[inside]", RANKED),
 }
 

@@ -98,18 +98,14 @@ class Catalog:
         report = ValidationReport(name)
         items = read_metadata(metadata, report)
         pairs_file = find_table(root, "pairs")
-        pairs, cache = None, {}
-        if pairs_file is not None:
-            index = cache["index"] = {item_id: row for row, item_id in enumerate(items.text("id").to_pylist())}
-            rejected = frozenset(r.id for r in report.rejected if r.id is not None and r.id not in index)
-            pairs = load_pairs(pairs_file, index, rejected, report)
+        pairs = None if pairs_file is None else load_pairs(pairs_file, items.text("id"), report)
         stops = {"metadata": policy, "pairs": pairs_policy or policy}
         if any(stops[rejected.file] == "raise" for rejected in report.rejected):
             hint = "Mend the rows, or load with policy 'skip' to leave them out."
             raise CatalogError(name, report.problems, hint)
         if not items:
             raise CatalogError(name, report.problems or ["no rows"])
-        catalog = cls(Path(root), items, pairs, report, embedded_pictures(metadata), cache)
+        catalog = cls(Path(root), items, pairs, report, embedded_pictures(metadata))
         catalog._count()
         return catalog
 
@@ -270,7 +266,7 @@ class Catalog:
         if not (pairs.split == UNSPLIT).any():
             return pairs
         if "splits" not in self._cache:
-            self._cache["splits"] = split_of_components(self.components(), self.ids)
+            self._cache["splits"] = split_of_components(self.components(), self.items.text("id"))
         split = np.where(pairs.split == UNSPLIT, self._cache["splits"][pairs.query], pairs.split).astype(np.int8)
         return Pairs(pairs.query, pairs.target, pairs.weight, split)
 

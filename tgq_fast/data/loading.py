@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from tgq_fast.data.columns import PICTURE_COLUMNS, Columns
 from tgq_fast.data.item_table import ItemTable, ItemTableBuilder
 from tgq_fast.data.items import Item, RowError, parse_item, read_identifier
-from tgq_fast.data.pairs import Pairs, make_pairs, read_pairs
+from tgq_fast.data.pairs import Pairs, make_pairs, named_ids, read_pairs
 from tgq_fast.data.parquet_pictures import ParquetPictures
 from tgq_fast.data.pictures import PictureSource
 from tgq_fast.data.row_blocks import read_block
@@ -198,7 +199,18 @@ def embedded_pictures(metadata: Place | Mapping[str, Place]) -> PictureSource | 
     return ParquetPictures(parts) if kinds == {".parquet"} else TarPictures(parts) if kinds == {".tar"} else None
 
 
-def load_pairs(path: Place, index: dict[str, int], rejected: frozenset[str], report: ValidationReport) -> Pairs:
+def load_pairs(path: Place, ids: pa.LargeStringArray, report: ValidationReport) -> Pairs:
+    """The pairs file. It is read twice: ids are looked up for the items that pairs name, not for the catalogue's all.
+
+    Args:
+        ids: [n] of the catalogue.
+        report: of the catalogue so far; gets what is wrong with pairs.
+    """
+    named = pa.array(named_ids(path), pa.large_string())
+    found = pc.index_in(ids, value_set=named)
+    rows_of = np.flatnonzero(found.is_valid().to_numpy(zero_copy_only=False))
+    index = dict(zip(ids.take(pa.array(rows_of)).to_pylist(), rows_of.tolist()))
+    rejected = frozenset(r.id for r in report.rejected if r.id is not None and r.id not in index)
     rows: dict[tuple[int, int, int], tuple[int, int, float, int]] = {}
     repeated = dropped = 0
     for number, row in read_pairs(path, index, rejected):

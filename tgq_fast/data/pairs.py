@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from tgq_fast.data.items import RowError, read_identifier
@@ -16,11 +17,12 @@ from tgq_fast.data.values import amount, kind_of, plain_value
 from tgq_fast.errors import ArgumentError
 from tgq_fast.io.places import Place
 
-__all__ = ["SPLITS", "PairSet", "Pairs", "components", "group_pairs", "read_pairs", "split_of_components"]
+__all__ = ["SPLITS", "PairSet", "Pairs", "components", "group_pairs", "named_ids", "read_pairs", "split_of_components"]
 
 SPLITS = ("train", "validation", "test")
 _ALIASES = {"val": "validation", "valid": "validation", "dev": "validation"}
 UNSPLIT = -1
+_BLOCK = 1 << 16  # components whose ids are Python objects at a time
 MAX_TARGETS = 32
 """For training, a group of more than this many items gives each query its next 32 members, so that one huge group stays
 linear."""
@@ -94,6 +96,18 @@ def read_pairs(
             yield number, _parse_pair(raw, index, rejected)
         except RowError as error:
             yield number, error
+
+
+def named_ids(path: Place) -> list[str]:
+    """Every id that a pairs file names, once; what is wrong with a row is not looked at."""
+    found: dict[str, None] = {}
+    for _, raw in read_rows(path, required=("query", "target")):
+        if not isinstance(raw, RowError):
+            for name in ("query", "target"):
+                value = read_identifier(name, raw.get(name), [])
+                if value is not None:
+                    found[value] = None
+    return list(found)
 
 
 def _parse_pair(
@@ -205,22 +219,33 @@ def group_pairs(groups: NDArray[np.int64], *, every: bool = False) -> tuple[NDAr
     return members[query], members[target]
 
 
-def split_of_components(labels: NDArray[np.int64], ids: Sequence[str]) -> NDArray[np.int8]:
+def split_of_components(labels: NDArray[np.int64], ids: pa.LargeStringArray) -> NDArray[np.int8]:
     """[n] int8 split code of each item: 80/10/10 by a hash of its component's smallest id.
 
-    The hash, not a shuffle, so that adding products never moves an untouched component to another split.
+    The hash, not a shuffle, so that adding products never moves an untouched component to another split. Items that are
+    alone get the code of no split: a split is one of pairs, and they are in none.
+
+    Args:
+        labels: [n] int64 component of each item.
+        ids: [n].
     """
-    smallest: dict[int, str] = {}
-    for label, item_id in zip(labels.tolist(), ids, strict=True):
-        if label not in smallest or item_id < smallest[label]:
-            smallest[label] = item_id
+    codes = np.full(len(labels), UNSPLIT, np.int8)
+    shared = np.flatnonzero(np.bincount(labels)[labels] > 1)
+    if not len(shared):
+        return codes
+    table = pa.table({"label": labels[shared], "id": ids.take(pa.array(shared)).cast(pa.large_binary())})
+    smallest = table.group_by("label").aggregate([("id", "min")])  # by bytes, which is the order of code points
+    of_label = np.full(int(labels.max()) + 1, UNSPLIT, np.int8)
+    for batch in smallest.to_batches(max_chunksize=_BLOCK):
+        found = [_code_of(least) for least in batch.column("id_min").to_pylist()]
+        of_label[batch.column("label").to_numpy()] = found
+    codes[shared] = of_label[labels[shared]]
+    return codes
 
-    def code(item_id: str) -> int:
-        share = int.from_bytes(hashlib.sha256(item_id.encode()).digest()[:8], "big") / 2.0**64
-        return 0 if share < 0.8 else 1 if share < 0.9 else 2
 
-    codes = {label: code(item_id) for label, item_id in smallest.items()}
-    return np.fromiter((codes[label] for label in labels.tolist()), np.int8, len(labels))
+def _code_of(item_id: bytes) -> int:
+    share = int.from_bytes(hashlib.sha256(item_id).digest()[:8], "big") / 2.0**64
+    return 0 if share < 0.8 else 1 if share < 0.9 else 2
 
 
 def split_code(split: str) -> int:

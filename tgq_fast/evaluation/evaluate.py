@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from tgq_fast.defaults import plain_defaults
@@ -27,7 +28,7 @@ from tgq_fast.evaluation.metrics import (
     query_table,
     ranking_metrics,
 )
-from tgq_fast.evaluation.ranks import positive_ranks
+from tgq_fast.evaluation.ranks import Pool, positive_ranks
 from tgq_fast.io.files import write_atomic
 from tgq_fast.pool.item_pool import ItemPool
 from tgq_fast.search.topk_arguments import MAX_K
@@ -153,7 +154,7 @@ def format_table(evaluations: dict[str, Evaluation]) -> str:
 @plain_defaults()
 def evaluate(
     catalog: Catalog,
-    embedded: ItemPool | Tensor | np.ndarray,
+    embedded: Pool | Tensor | np.ndarray,
     *,
     queries: Tensor | np.ndarray | None = None,
     ks: Sequence[int] = (1, 10, 100),
@@ -162,18 +163,22 @@ def evaluate(
     confidence: float = 0.95,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
+    group: dist.ProcessGroup | None = None,
 ) -> Evaluation:
     """Evaluate embeddings on the pairs of one split; the pool is every embedded item.
 
     Args:
         catalog: the catalogue; its pairs name queries and targets.
-        embedded: an :class:`ItemPool` of the catalogue (items may be missing from it), or [n, D] in catalogue order; a
-            row of NaN is an item without a usable picture: it is no candidate, and pairs with it are missing.
+        embedded: a pool of the catalogue (items may be missing from it), :class:`~tgq_fast.pool.ItemPool` or
+            :class:`~tgq_fast.scale.ShardedPool`, of any size; or [n, D] in catalogue order, where a row of NaN is an
+            item without a usable picture: it is no candidate, and pairs with it are missing.
         queries: [n, D] in catalogue order, what items ask with as queries where that is not what stands in the pool
             (a corrupted picture, say). None: their own embedding.
         ks: cut-offs.
         split: "train", "validation" or "test".
         samples: bootstrap draws over groups (connected components); 0 for none.
+        group: a `torch.distributed` group whose ranks share the work on an :class:`~tgq_fast.pool.ItemPool`: each calls
+            with the same arguments and gets the whole, the very same evaluation.
 
     Returns:
         :class:`Evaluation`.
@@ -188,23 +193,23 @@ def evaluate(
     pairs = catalog.split_pairs(split, every=True)
     if not len(pairs.query):
         raise ArgumentError("split", repr(split), "a split with at least one pair", "check the catalogue's pairs file")
-    candidates, row_of = _candidates(catalog, embedded)
+    candidates, row_of = _candidates(catalog, embedded, shared=group is not None)
     query_row, target_row = row_of[pairs.query], row_of[pairs.target]  # pool rows, -1 when not embedded
     known = (query_row >= 0) & (target_row >= 0)
     rank = np.full(len(pairs.query), ABSENT, dtype=np.int64)
-    width = candidates.dims if isinstance(candidates, ItemPool) else candidates.shape[1]
+    width = candidates.shape[1] if isinstance(candidates, Tensor) else candidates.dims
     asked = None if queries is None else _Asked(catalog, queries, width, row_of)
     if asked is not None:
         known[known] = torch.isfinite(asked[torch.from_numpy(query_row[known])]).all(dim=1).numpy()
     depth = min(cuts[-1], MAX_K)
     found, hits = positive_ranks(
-        candidates, query_row[known], target_row[known], depth=depth, asked=asked, progress=progress
+        candidates, query_row[known], target_row[known], depth=depth, asked=asked, progress=progress, group=group
     )
     rank[known] = found
     weight = np.asarray(pairs.weight, dtype=np.float64)
-    group = catalog.components()[np.unique(pairs.query)]
+    component = catalog.components()[np.unique(pairs.query)]
     metrics = ranking_metrics(
-        pairs.query, rank, cuts, weight=weight, group=group, samples=samples, confidence=confidence, seed=seed
+        pairs.query, rank, cuts, weight=weight, group=component, samples=samples, confidence=confidence, seed=seed
     )
     nearest = _nearest_neighbour(catalog, np.unique(query_row[known]), hits[:, 0].numpy(), row_of)
     if nearest is not None:
@@ -212,7 +217,7 @@ def evaluate(
         low, high = value, value
         if samples:
             mine = np.isin(np.unique(pairs.query), pairs.query[known])
-            sums = group_sums(nearest, group[mine]), group_sums(np.ones(len(nearest)), group[mine])
+            sums = group_sums(nearest, component[mine]), group_sums(np.ones(len(nearest)), component[mine])
             low, high = bootstrap_interval(*sums, samples=samples, confidence=confidence, seed=seed)
         metrics["1-NN"] = Interval(value, low, high)
     return Evaluation(
@@ -230,7 +235,7 @@ def evaluate(
         target=pairs.target,
         rank=rank,
         weight=weight,
-        group=group,
+        group=component,
     )
 
 
@@ -253,19 +258,25 @@ class _Asked:
         return self._given[self._item_of[rows]].float()
 
 
-def _candidates(catalog: Catalog, embedded: ItemPool | Tensor | np.ndarray) -> tuple[Tensor | ItemPool, np.ndarray]:
-    """fp32 [N, D], or the pool where that is large, and, for each catalogue row, its row in them or -1."""
+def _candidates(
+    catalog: Catalog, embedded: Pool | Tensor | np.ndarray, *, shared: bool
+) -> tuple[Tensor | Pool, np.ndarray]:
+    """fp32 [N, D], or the pool where that is large or shared, and, for each catalogue row, its row in them or -1."""
     size = len(catalog.items)
-    if isinstance(embedded, ItemPool):
-        row_of = embedded.rows([item.id for item in catalog.items], missing="mark")
+    if not isinstance(embedded, Tensor | np.ndarray):
+        row_of = embedded.rows(catalog.items.text("id"), missing="mark")
         if (row_of >= 0).sum() != len(embedded):
             raise ArgumentError(
                 "pool",
                 f"{len(embedded)} items, {(row_of >= 0).sum()} of them in the catalogue",
                 "a pool of this catalogue",
             )
-        large = 4 * len(embedded) * embedded.dims > _HELD_BYTES
-        return embedded if large else embedded.embeddings().float(), row_of
+        small = 4 * len(embedded) * embedded.dims <= _HELD_BYTES
+        if small and not shared and isinstance(embedded, ItemPool):
+            return embedded.embeddings().float(), row_of
+        return embedded, row_of
+    if shared:
+        raise ArgumentError("group", f"with a {type(embedded).__name__}", "an ItemPool, which its ranks can share")
     vectors = torch.as_tensor(embedded).detach().cpu()
     if vectors.ndim != 2 or vectors.shape[0] != size or not vectors.is_floating_point():
         raise ArgumentError(
@@ -285,14 +296,12 @@ def _nearest_neighbour(
     """[U] 1.0 where the nearest neighbour shares the query's `group_id`; None when a query has none."""
     item_of = np.full(int(row_of.max(initial=-1)) + 1, -1, dtype=np.int64)
     item_of[row_of[row_of >= 0]] = np.flatnonzero(row_of >= 0)
-    groups = [catalog.items[item_of[row]].group_id for row in query_rows.tolist()]
-    if not groups or any(group is None for group in groups):
+    group_of = catalog.items.groups()
+    groups = group_of[item_of[query_rows]]
+    if not len(groups) or (groups < 0).any():
         return None
-    same = [
-        hit >= 0 and catalog.items[item_of[hit]].group_id == group
-        for hit, group in zip(nearest.tolist(), groups, strict=True)
-    ]
-    return np.asarray(same, dtype=np.float64)
+    same = (nearest >= 0) & (group_of[item_of[nearest]] == groups)
+    return same.astype(np.float64)
 
 
 @dataclass(frozen=True)

@@ -1,27 +1,30 @@
-"""Exact ranks among all rows of a pool, in memory or streamed from an item pool that is larger than memory.
+"""Exact ranks among all rows of a pool: in memory, streamed from one that is larger than memory, or held by several
+processes.
 
 Source: ours.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from tgq_fast.defaults import plain_defaults
 from tgq_fast.evaluation.metrics import ABSENT
-from tgq_fast.pool.item_pool import ItemPool
+from tgq_fast.pool.item_pool import PoolHits
+from tgq_fast.search import count
+from tgq_fast.search.count import Marks
 from tgq_fast.search.topk import topk
 
-__all__ = ["positive_ranks"]
+__all__ = ["Pool", "positive_ranks"]
 
-_SCORE_BYTES = 64 << 20  # score block of the exact rank count
-_PART_ROWS = 16_384  # of a pool that is streamed
-_TILE_QUERIES = 4096  # that search a streamed pool at a time
+_SCORE_BYTES = 64 << 20  # of what is compared at a time
+_TILE_QUERIES = 4096  # that go through a pool at a time
 
 
 class Asking(Protocol):
@@ -32,22 +35,53 @@ class Asking(Protocol):
         ...
 
 
+class Pool(Protocol):
+    """Embeddings on disk: :class:`~tgq_fast.pool.ItemPool`, or :class:`~tgq_fast.scale.ShardedPool`."""
+
+    def __len__(self) -> int: ...
+    @property
+    def dims(self) -> int:
+        """D."""
+        ...
+
+    def rows(self, ids: Any, *, missing: Any = "raise") -> np.ndarray:
+        """[n] pool rows of ids."""
+        ...
+
+    def names(self, rows: np.ndarray) -> list[str | None]:
+        """Ids of pool rows."""
+        ...
+
+    def take(self, rows: np.ndarray) -> Tensor:
+        """[n, D] embeddings of pool rows."""
+        ...
+
+    def search(self, queries: Tensor, k: int, *, exclude_ids: Sequence[str | None], progress: Any = None) -> PoolHits:
+        """The best rows of the whole pool."""
+        ...
+
+    def count_before(self, queries: Tensor, marks: Marks, *, progress: Any = None) -> Tensor:
+        """[M] rows of the whole pool that come before each mark."""
+        ...
+
+
 @torch.no_grad()
 @plain_defaults()
 def positive_ranks(
-    embeddings: Tensor | ItemPool,
+    embeddings: Tensor | Pool,
     query: np.ndarray,
     target: np.ndarray,
     *,
     depth: int = 0,
     asked: Asking | None = None,
     progress: Callable[[int, int], None] | None = None,
+    group: dist.ProcessGroup | None = None,
 ) -> tuple[np.ndarray, Tensor]:
     """Exact 1-based rank of each target among all rows but the query, and the top `depth` rows per distinct query.
 
-    Ranks down to `depth` come from the search itself; deeper ones are counted: one plus the rows that score higher, or
-    score the same and have a lower index. Nothing of size queries × pool is kept, and of an item pool no more than a
-    few thousand rows at a time.
+    Ranks down to `depth` come from the search itself; deeper ones are counted with the search's own scores: one plus
+    the rows that score higher, or score the same and have a lower index. Nothing of size queries × pool is kept, and of
+    a pool on disk no more than two blocks at a time.
 
     Args:
         embeddings: [N, D] fp32 rows, or an open pool; queries are rows too.
@@ -55,11 +89,13 @@ def positive_ranks(
         depth: search depth k.
         asked: what the rows ask with when they are queries, such as [N, D] fp32; None: their own embedding.
         progress: called with (queries done, queries).
+        group: a `torch.distributed` group whose ranks share the work on an :class:`~tgq_fast.pool.ItemPool`; each calls
+            with the same arguments and gets the whole answer.
 
     Returns:
         ([P] int64 ranks; :data:`ABSENT` where target is the query itself, [U, depth] int64 hits of `np.unique(query)`).
     """
-    candidates = _Stored(embeddings) if isinstance(embeddings, ItemPool) else _Held(embeddings)
+    candidates = _Held(embeddings) if isinstance(embeddings, Tensor) else _Stored(embeddings, group)
     queries, label = np.unique(query, return_inverse=True)
     ranks = np.full(len(query), ABSENT, dtype=np.int64)
     pairs = np.flatnonzero(target != query)
@@ -74,55 +110,35 @@ def positive_ranks(
             ranks[some[inside]] = found.to(torch.int8).argmax(dim=1).numpy()[inside] + 1
             deep.append(some[~inside])
         pairs = np.concatenate(deep)
-    # Positives beyond the search depth: their queries' scores, block by block.
+    # Positives beyond the search depth.
     pairs = pairs[np.argsort(label[pairs], kind="stable")]
     asking, starts = np.unique(label[pairs], return_index=True)
-    block = max(1, _SCORE_BYTES // max(1, 4 * candidates.part_rows))
-    for first in range(0, len(asking), block):
-        some = pairs[starts[first] : starts[first + block] if first + block < len(asking) else len(pairs)]
-        rows = torch.from_numpy(queries[asking[first : first + block]])
-        wanted = candidates.take(rows) if asked is None else asked[rows]
-        line = np.searchsorted(asking, label[some]) - first
-        # Search and count may round a near tie differently; the search decided it is not among its hits.
-        ranks[some] = np.maximum(_ranks(candidates, rows, wanted, line, target[some]), depth + 1)
+    for first in range(0, len(asking), _TILE_QUERIES):
+        some = pairs[starts[first] : starts[first + _TILE_QUERIES] if first + _TILE_QUERIES < len(asking) else None]
+        rows = torch.from_numpy(queries[asking[first : first + _TILE_QUERIES]])
+        line = torch.from_numpy(np.searchsorted(asking, label[some]) - first)
+        counted = _counted(candidates, rows, asked, line, torch.from_numpy(target[some])).numpy()
+        ranks[some] = np.maximum(counted, depth + 1)  # a search by PyTorch may round a near tie differently
     if progress is not None:
         progress(len(queries), len(queries))
     return ranks, hits
 
 
-def _ranks(
-    candidates: _Held | _Stored, rows: Tensor, wanted: Tensor, line: np.ndarray, target: np.ndarray
-) -> np.ndarray:
-    """Ranks [P] of targets among all rows but the query's, counted.
+def _counted(candidates: _Held | _Stored, rows: Tensor, asked: Asking | None, line: Tensor, target: Tensor) -> Tensor:
+    """Ranks [P] of targets among all rows but the query's.
 
     Args:
         rows: [B] rows of the queries.
-        wanted: [B, D] what they ask with.
-        line, target: [P] position of a pair's query in `rows`, and its target row.
+        line, target: [P] position of a pair's query in `rows`, ascending, and its target row.
     """
-
-    def scored() -> Iterator[tuple[int, Tensor]]:
-        for start, part in candidates.parts():
-            scores = wanted @ part.T  # [B, n]
-            inside = ((rows >= start) & (rows < start + len(part))).nonzero()[:, 0]
-            scores[inside, rows[inside] - start] = float("-inf")
-            yield start, scores
-
-    # What is streamed is multiplied twice: the same product of the same shapes, so that equal scores are equal.
-    once = list(scored()) if len(candidates) <= candidates.part_rows else None
-    lines, targets = torch.from_numpy(line), torch.from_numpy(target)
-    mine = torch.empty(len(line))
-    for start, scores in once or scored():
-        there = ((targets >= start) & (targets < start + scores.shape[1])).nonzero()[:, 0]
-        mine[there] = scores[lines[there], targets[there] - start]
-    above = torch.zeros(len(line), dtype=torch.int64)
-    for start, scores in once or scored():
-        columns = torch.arange(start, start + scores.shape[1])
-        for some in torch.arange(len(line)).split(len(rows)):
-            theirs, own, positive = scores[lines[some]], mine[some, None], targets[some, None]
-            better = (theirs > own) | ((theirs == own) & (columns < positive))
-            above[some] += (better & (columns != positive)).sum(dim=1)
-    return above.numpy() + 1
+    wanted = candidates.take(rows) if asked is None else asked[rows]
+    scores = torch.empty(len(line))
+    for some in torch.arange(len(line)).split(max(1, _SCORE_BYTES // (8 * max(1, wanted.shape[1])))):
+        scores[some] = candidates.score(wanted[line[some]], target[some])
+    own = candidates.score(wanted, rows)[line]
+    marks = Marks(torch.searchsorted(line, torch.arange(len(rows) + 1)), scores, target)
+    itself = (own > scores) | ((own == scores) & (rows[line] < target))
+    return candidates.count_before(wanted, marks) - itself.to(torch.int64) + 1
 
 
 class _Held:
@@ -130,16 +146,15 @@ class _Held:
 
     def __init__(self, rows: Tensor) -> None:
         self.rows = rows
-        self.part_rows = max(1, len(rows))
-
-    def __len__(self) -> int:
-        return len(self.rows)
 
     def take(self, rows: Tensor) -> Tensor:
         return self.rows[rows]
 
-    def parts(self) -> Iterator[tuple[int, Tensor]]:
-        yield 0, self.rows
+    def score(self, wanted: Tensor, rows: Tensor) -> Tensor:
+        return count.score_rows(wanted, self.rows[rows])
+
+    def count_before(self, wanted: Tensor, marks: Marks) -> Tensor:
+        return count.count_before(wanted, self.rows, marks)
 
     def search(
         self, queries: Tensor, asked: Asking | None, depth: int, report: Callable[[float], None] | None
@@ -153,22 +168,20 @@ class _Held:
 
 
 class _Stored:
-    """Candidates of an open item pool."""
+    """Candidates of an open item pool, searched and counted by this process or by those that share it."""
 
-    def __init__(self, pool: ItemPool) -> None:
+    def __init__(self, pool: Pool, group: dist.ProcessGroup | None) -> None:
         self.pool = pool
-        self.part_rows = min(_PART_ROWS, max(1, len(pool)))
-
-    def __len__(self) -> int:
-        return len(self.pool)
+        self._shared: dict[str, Any] = {} if group is None else {"group": group}
 
     def take(self, rows: Tensor) -> Tensor:
         return self.pool.take(rows.numpy()).float()
 
-    def parts(self) -> Iterator[tuple[int, Tensor]]:
-        held = torch.empty(self.part_rows, self.pool.dims)  # always the same memory, so that products round alike
-        for start, rows in self.pool.batches(self.part_rows):
-            yield start, held[: len(rows)].copy_(rows)
+    def score(self, wanted: Tensor, rows: Tensor) -> Tensor:
+        return count.score_rows(wanted, self.pool.take(rows.numpy()))
+
+    def count_before(self, wanted: Tensor, marks: Marks) -> Tensor:
+        return self.pool.count_before(wanted, marks, **self._shared)
 
     def search(
         self, queries: Tensor, asked: Asking | None, depth: int, report: Callable[[float], None] | None
@@ -183,5 +196,6 @@ class _Stored:
 
             wanted = self.take(tile) if asked is None else asked[tile]
             own = self.pool.names(tile.numpy())
-            hits[first : first + len(tile)] = self.pool.search(wanted, depth, exclude_ids=own, progress=done).indices
+            found = self.pool.search(wanted, depth, exclude_ids=own, progress=done, **self._shared)
+            hits[first : first + len(tile)] = found.indices
         return hits

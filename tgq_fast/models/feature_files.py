@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tgq_fast.io.files import append_line, fsync_folder, locked, make_folder, open_regular, write_atomic, writing
+from tgq_fast.models.cache_limit import cache_limit, evict, used
 
 __all__ = ["CacheManifest", "ChunkedArray"]
 
@@ -185,6 +186,7 @@ class ChunkedArray:
         Raises:
             StorageError: the folder cannot be written to and is not complete.
         """
+        cache_limit()  # a wrong one is said before hours of work
         if self.open_complete(verify=verify):
             yield []
             return
@@ -198,6 +200,7 @@ class ChunkedArray:
             yield todo
             self._copy_old()
             self._publish()
+            evict(self.folder.parent.parent, self.folder)
 
     def append(self, values: Mapping[str, NDArray[Any]], notes: Sequence[Any], *, lasting: bool = True) -> None:
         """Add the next chunk to do: data first, then its journal line, each made durable."""
@@ -281,6 +284,7 @@ class ChunkedArray:
         except (OSError, ValueError):
             self._maps.clear()
             return False
+        used(self.folder)
         return True
 
     def intact(self, number: int) -> bool:

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal
 
 import numpy as np
@@ -37,7 +36,7 @@ from tgq_fast.pool.log import PoolLog
 from tgq_fast.pool.manifest import Manifest
 from tgq_fast.pool.pins import Pin
 from tgq_fast.pool.reader import PoolReader
-from tgq_fast.pool.search import PoolHits, PoolSearch
+from tgq_fast.pool.search import PoolHits, PoolSearch, pool_count_before
 from tgq_fast.pool.writer import PoolWriter, acquire, start
 
 __all__ = ["DEFAULT_SHARD_SIZE", "ItemPool", "PoolHits"]
@@ -186,9 +185,7 @@ class ItemPool:
     def __enter__(self) -> ItemPool:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     # ------------------------------------------------------------------ read
@@ -286,6 +283,7 @@ class ItemPool:
         """
         return self._state[1].search(queries, k, exclude_ids=exclude_ids, where=where, progress=progress, group=group)
 
+    count_before = pool_count_before
     select = columns.select
     search_like = columns.search_like
 

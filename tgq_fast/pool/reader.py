@@ -24,6 +24,8 @@ from tgq_fast.pool.manifest import Manifest, ShardRecord
 from tgq_fast.pool.pins import Pin
 from tgq_fast.search.topk_arguments import as_tensor
 
+_LOOKED_UP = 1 << 22  # ids at a time
+
 
 class PoolReader:
     """Reads one state of a pool; use it through :class:`tgq_fast.pool.item_pool.ItemPool`.
@@ -132,20 +134,25 @@ class PoolReader:
                 shard_of[wanted[same]], position[wanted[same]] = number, row[same]
         return shard_of, position
 
-    def rows(self, ids: Sequence[str], *, missing: Literal["raise", "mark"] = "raise") -> np.ndarray:
+    def rows(
+        self, ids: Sequence[str] | pa.StringArray | pa.LargeStringArray, *, missing: Literal["raise", "mark"] = "raise"
+    ) -> np.ndarray:
         """[n] int64 pool rows of ids; unknown ids raise ArgumentError, or give -1 with missing="mark"."""
         try:
-            wanted = pa.array(ids if isinstance(ids, list) else list(ids), type=pa.string())
+            given = ids if isinstance(ids, list | pa.Array) else list(ids)
+            wanted = (
+                given.cast(pa.large_string()) if isinstance(given, pa.Array) else pa.array(given, pa.large_string())
+            )
+            parts = [wanted[start : start + _LOOKED_UP] for start in range(0, len(wanted), _LOOKED_UP)]
+            parts = [part.cast(pa.string()) for part in parts]
         except (pa.ArrowException, TypeError, UnicodeError, OverflowError) as error:
             raise ArgumentError("ids", type(ids).__name__, f"a list of strings ({error})") from None
         if isinstance(ids, str | bytes) or wanted.null_count:
             raise ArgumentError("ids", type(ids).__name__ if not wanted.null_count else "None", "a list of strings")
-        shard_of, position = self.find(wanted)
-        rows = self.to_rows(shard_of, position)
+        rows = np.concatenate([np.empty(0, np.int64), *(self.to_rows(*self.find(part)) for part in parts)])
         if missing == "raise" and (rows < 0).any():
-            raise ArgumentError(
-                "ids", repr(ids[int((rows < 0).argmax())]), f"ids of the {len(self)} items in {self.path}"
-            )
+            unknown = wanted[int((rows < 0).argmax())].as_py()
+            raise ArgumentError("ids", repr(unknown), f"ids of the {len(self)} items in {self.path}")
         return rows
 
     def to_rows(self, shard_of: np.ndarray, position: np.ndarray) -> np.ndarray:

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,9 +19,13 @@ from tgq_fast.pool.reader import PoolReader
 from tgq_fast.reference import TopK
 from tgq_fast.search.blocks import Block, Part, cut_blocks, one_ahead, read_ahead
 from tgq_fast.search.codes import Codes, join_codes
+from tgq_fast.search.count import Marks, count_before
 from tgq_fast.search.distributed import Ranks, agree
 from tgq_fast.search.topk import merge_topk, topk
 from tgq_fast.search.topk_arguments import check_k, floating_rows
+
+if TYPE_CHECKING:
+    from tgq_fast.pool.item_pool import ItemPool
 
 KEPT_BYTES = 512 << 20  # of joined small shards, kept for the next search
 
@@ -96,6 +100,17 @@ class PoolSearch:
         ranks: int,
     ) -> TopK:
         """Best rows [Q, k] of one rank's stretch of shards, as rows of the whole pool."""
+        asked = self.checked(queries, k, exclude_ids, where)
+        return self.best_rows(*asked, self.shards_of(rank, ranks), progress)
+
+    def checked(
+        self,
+        queries: Tensor | np.ndarray,
+        k: int,
+        exclude_ids: Sequence[Any] | None,
+        where: np.ndarray | None,
+    ) -> tuple[Tensor, int, Tensor | None, np.ndarray | None]:
+        """The first arguments of :meth:`best_rows`."""
         wanted = floating_rows("queries", queries, self._reader.files.dims)
         if wanted.dtype == torch.float64:
             wanted = wanted.float()
@@ -106,10 +121,12 @@ class PoolSearch:
             where = np.asarray(where)
             if where.dtype != np.bool_ or where.shape != (len(self._reader),):
                 raise ArgumentError("where", f"{where.dtype} {where.shape}", f"bool ({len(self._reader)},)")
-        excluded = self._excluded_rows(exclude_ids, wanted.shape[0])
+        return wanted, check_k(k), self._excluded_rows(exclude_ids, wanted.shape[0]), where
+
+    def shards_of(self, rank: int, ranks: int) -> range:
+        """The stretch of shards that one of several processes searches."""
         count = len(self._reader.manifest.shards)
-        shards = range(count * rank // ranks, count * (rank + 1) // ranks)
-        return self.best_rows(wanted, check_k(k), excluded, where, shards, progress)
+        return range(count * rank // ranks, count * (rank + 1) // ranks)
 
     def best_rows(
         self,
@@ -156,15 +173,37 @@ class PoolSearch:
             best = TopK(low, torch.full(nothing, -1, dtype=torch.int64, device="cpu"))
         return best
 
+    def count_before(
+        self,
+        queries: Tensor,
+        marks: Marks,
+        shards: range | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Tensor:
+        """[M] int64 rows of a stretch of shards, or of all, that come before each mark."""
+        sizes = np.diff(self._reader.starts).tolist()
+        blocks = cut_blocks(sizes, self._row_bytes, range(len(sizes)) if shards is None else shards)
+        total, done = sum(block.rows for block in blocks), 0
+        before = torch.zeros(len(marks.rows), dtype=torch.int64, device="cpu")
+        with closing(one_ahead(partial(self._load, coded=False), blocks)) as ready:
+            for block in blocks:
+                loaded = next(ready)
+                report = None if progress is None else partial(_report, progress, done, block.rows, total)
+                before += count_before(queries, loaded.tensor, marks, first_row=block.start, progress=report)
+                done += block.rows
+                del loaded
+        return before
+
     @property
     def _row_bytes(self) -> int:
         return self._reader.files.dims * self._reader.files.dtype.itemsize
 
-    def _load(self, block: Block, stop: threading.Event) -> _Loaded:
-        """[n, D] of a block and their codes: views of a shard's maps; or joined in memory, without deleted rows."""
+    def _load(self, block: Block, stop: threading.Event, *, coded: bool = True) -> _Loaded:
+        """[n, D] of a block and, where asked for, their codes: views of a shard's maps; or joined in memory, without
+        deleted rows."""
         reader = self._reader
         kept = self._joined.get(block)
-        views, coded, copied = [], [], len(block.parts) > 1
+        views, codes, copied = [], list[Codes](), len(block.parts) > 1
         for part in block.parts:
             shard = reader.manifest.shards[part.shard]
             tensor = reader.files.tensor(shard, stop)  # also says if what was joined before has changed since
@@ -175,18 +214,18 @@ class PoolSearch:
             if kept is not None:
                 continue
             views.append(tensor[rows])
-            codes = reader.files.codes(shard, stop)
-            if codes is not None:
-                coded.append(codes.part(part.first, part.stop) if isinstance(rows, slice) else codes.take(rows))
+            found = reader.files.codes(shard, stop) if coded else None
+            if found is not None:
+                codes.append(found.part(part.first, part.stop) if isinstance(rows, slice) else found.take(rows))
             elif alive is None:  # with codes few rows are read
                 self._read_ahead(part)
         if kept is not None:
             return kept
-        joined = join_codes(coded) if len(coded) == len(views) else None
+        joined = join_codes(codes) if len(codes) == len(views) else None
         loaded = _Loaded(views[0] if len(views) == 1 else torch.cat(views), joined)
         with self._lock:
             held = sum(one.tensor.nbytes for one in self._joined.values())
-            if copied and held + loaded.tensor.nbytes <= KEPT_BYTES:
+            if coded and copied and held + loaded.tensor.nbytes <= KEPT_BYTES:
                 self._joined[block] = loaded
         return loaded
 
@@ -216,6 +255,40 @@ class PoolSearch:
         rows = iter(self._reader.rows(names, missing="mark").tolist())
         table = [[next(rows) for _ in entry] + [-1] * (width - len(entry)) for entry in lists]
         return torch.tensor(table, dtype=torch.int64, device="cpu")
+
+
+def pool_count_before(
+    pool: ItemPool,
+    queries: Tensor,
+    marks: Marks,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """[M] int64: how many rows of the pool come before each mark, read block by block; deleted ones are none.
+
+    Args:
+        queries: [Q, D] fp32 on the CPU.
+        marks: pool rows and their scores, see :func:`tgq_fast.search.count.count_before`.
+        progress: called now and then with (rows counted, rows in the pool).
+        group: ranks that share the work, as in :meth:`~tgq_fast.pool.item_pool.ItemPool.search`.
+
+    Raises:
+        BackendError: there is no compiled core.
+        PoolError: a shard is damaged, or was changed or cut off since the pool was opened.
+    """
+    search = pool._state[1]
+    if group is None:
+        return search.count_before(queries, marks, progress=progress)
+    ranks = Ranks(group)
+
+    def count() -> tuple[Tensor, list[int]]:
+        before = search.count_before(queries, marks, search.shards_of(ranks.rank, ranks.size), progress)
+        return before, [len(queries), len(marks.rows), len(pool)]
+
+    before, facts = ranks.settle(count, facts=3)
+    agree("count_before", facts, {"number of queries": int, "number of marks": int, "items in the pool": int})
+    return ranks.gather(before).sum(dim=0).cpu()
 
 
 def _search(

@@ -19,7 +19,8 @@ from tgq_fast.errors import ArgumentError, PoolError, TGQError, WorkerError
 from tgq_fast.io.files import make_folder
 from tgq_fast.pool.embed_parts import EmbeddedPart, Encoder, PartOptions
 from tgq_fast.scale.attempts import Attempts, Span
-from tgq_fast.scale.crew import Crew, Lost, Task, pack_job
+from tgq_fast.scale.crew import Crew, Lost
+from tgq_fast.scale.embed_job import EmbedJob, Task
 from tgq_fast.scale.parts import BATCHES_PER_PART, Part, cut, is_current, part_path, read_part, write_part
 
 __all__ = ["PartsEngine"]
@@ -96,7 +97,7 @@ class PartsEngine:
         make_folder(self.folder)
         attempts = Attempts(self.folder / "attempts.jsonl")
         threads = max(1, options.threads // self.crew.count)
-        job = pack_job(model, replace(options, threads=threads), max(1, torch.get_num_threads() // self.crew.count))
+        job = EmbedJob.of(model, replace(options, threads=threads), max(1, torch.get_num_threads() // self.crew.count))
         run = _Run(catalog, options, cut(catalog, stretches, options, self.batches), self.folder, attempts, progress)
         try:
             run.take_up()
@@ -117,7 +118,9 @@ class PartsEngine:
             if worker not in run.busy and (given := run.next_task()) is not None:
                 run.busy[worker] = given
                 self.crew.give(worker, run.task(given))
-        worker, answer = self.crew.answer()
+        told = self.crew.answer()
+        assert told is not None
+        worker, answer = told
         state = run.busy.pop(worker)
         if isinstance(answer, TGQError):
             raise answer

@@ -28,7 +28,7 @@ def main() -> None:
         worker = Worker(job)
         _answer(answers, True)
         while True:
-            _answer(answers, worker.embed(pickle.load(requests)))
+            _answer(answers, worker.do(pickle.load(requests)))
     except (EOFError, BrokenPipeError):
         os._exit(0)  # the driver is done
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from tgq_fast.errors import ArgumentError, WorkerError
-from tgq_fast.scale.crew import Answer, Job, Lost, Task
+from tgq_fast.scale.crew import Job, Lost
 
 __all__ = ["ProcessCrew"]
 
@@ -39,20 +39,26 @@ class ProcessCrew:
     def start(self, job: Job) -> None:
         self._run = _Run(job)
 
-    def give(self, worker: int, task: Task) -> None:
+    def give(self, worker: int, task: Any) -> None:
         assert self._run is not None
         threading.Thread(target=self._run.ask, args=(worker, task), name=f"tgq-worker-{worker}", daemon=True).start()
 
-    def answer(self) -> tuple[int, Answer]:
+    def answer(self, seconds: float | None = None) -> tuple[int, Any] | None:
         assert self._run is not None
-        worker, answer = self._run.answers.get()
+        try:
+            worker, answer = self._run.answers.get(timeout=seconds)
+        except queue.Empty:
+            return None
         if isinstance(answer, WorkerError):
             raise answer
         return worker, answer
 
-    def close(self) -> None:
+    def stop(self) -> None:
         if self._run is not None:
             self._run.close()
+            self._run = None
+
+    close = stop
 
 
 class _Run:
@@ -60,12 +66,12 @@ class _Run:
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        self.answers: queue.Queue[tuple[int, Answer]] = queue.Queue()
+        self.answers: queue.Queue[tuple[int, Any]] = queue.Queue()
         self._lock = threading.Lock()
         self._workers: dict[int, _Process] = {}
         self._closed = False
 
-    def ask(self, worker: int, task: Task) -> None:
+    def ask(self, worker: int, task: Any) -> None:
         """Have a worker do a task, in a thread of its own; a worker that is not there is started."""
         answer: Any
         try:

@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import Any
 
 from tgq_fast.errors import ArgumentError, DependencyError, WorkerError
-from tgq_fast.scale.crew import Answer, Job, Lost, Task, Worker
+from tgq_fast.scale.crew import Job, Lost, Worker
 
 try:
     ray: Any = import_module("ray")  # Any: its own types say too much about the keywords of init
@@ -67,21 +67,23 @@ class RayCrew:
     def start(self, job: Job) -> None:
         self._job = ray.put(job)
 
-    def give(self, worker: int, task: Task) -> None:
+    def give(self, worker: int, task: Any) -> None:
         if worker not in self._actors:
             remote = ray.remote(num_cpus=self._cpus, num_gpus=self._gpus, max_restarts=0, max_task_retries=0)(Worker)
             actor = remote.remote(self._job)
             self._actors[worker] = actor, actor.ready.remote()
-        self._asked[self._actors[worker][0].embed.remote(task)] = worker
+        self._asked[self._actors[worker][0].do.remote(task)] = worker
 
-    def answer(self) -> tuple[int, Answer]:
-        limit = None if self._started else _READY_SECONDS
+    def answer(self, seconds: float | None = None) -> tuple[int, Any] | None:
+        limit = seconds if self._started or seconds is not None else _READY_SECONDS
         found, _ = ray.wait(list(self._asked), num_returns=1, timeout=limit)
+        if not found and seconds is not None:
+            return None
         if not found:
             raise WorkerError(f"no actor was ready within {limit} seconds; is the cluster busy, or too small?")
         worker = self._asked.pop(found[0])
         try:
-            answer: Answer = ray.get(found[0])
+            answer = ray.get(found[0])
             self._started = True
             return worker, answer
         except RayError as error:
@@ -100,10 +102,15 @@ class RayCrew:
             if self._early >= _STARTS:
                 raise WorkerError(f"actor {worker} does not start: {_first_line(error)}") from error
 
-    def close(self) -> None:
+    def stop(self) -> None:
         for actor, _ in self._actors.values():
             ray.kill(actor)
         self._actors.clear()
+        self._asked.clear()
+        self._started = False
+
+    def close(self) -> None:
+        self.stop()
         if self._owner:
             ray.shutdown()
 

@@ -51,9 +51,7 @@ def search(
 
     `isa`, `tuning` and `counters` are for tests and measurements. Answers depend on none of the last four.
     """
-    module = _native.extension()
-    if module is None:
-        raise BackendError("topk", "cpp", {"cpp": [_native.why_missing()]})
+    module = _module("topk")
     if codes is not None:
         codes.check(pool)
     # The core writes dense rows; a strided output is filled afterwards.
@@ -86,6 +84,37 @@ def search(
     if progress is not None:
         progress(1.0)
     return out
+
+
+def count_before(
+    queries: Tensor,
+    pool: Tensor,
+    first_row: int,
+    marks: tuple[Tensor, Tensor, Tensor, Tensor],
+    threads: int,
+    progress: Callable[[float], None] | None,
+    *,
+    isa: str | None = None,
+) -> None:
+    """Counts the rows before marks (starts, scores, rows), contiguous, into the last of the four tensors."""
+    addresses = tuple(tensor.data_ptr() for tensor in marks)
+    status = _module("count_before").count_before(
+        _matrix(queries), _matrix(pool), first_row, addresses, threads, isa, progress
+    )
+    _raise_for(status, "count_before", "out of memory: count for fewer queries at a time")
+
+
+def score_rows(queries: Tensor, rows: Tensor, scores: Tensor, *, isa: str | None = None) -> None:
+    """Scores row by row, into `scores`."""
+    status = _module("score_rows").score_rows(_matrix(queries), _matrix(rows), isa, scores.data_ptr())
+    _raise_for(status, "score_rows", "out of memory")
+
+
+def _module(what: str) -> Any:
+    module = _native.extension()
+    if module is None:
+        raise BackendError(what, "cpp", {"cpp": [_native.why_missing()]})
+    return module
 
 
 def _raise_for(status: int, what: str, out_of_memory: str) -> None:

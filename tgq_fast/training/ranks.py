@@ -1,4 +1,4 @@
-"""The processes that train one run together: who leads, what the leader decides for all, and how a lost one is told.
+"""The processes that train or evaluate together: who leads, what the leader decides for all, how a lost one is told.
 
 Source: ours.
 """
@@ -26,7 +26,7 @@ _SIGNS = ("gloo", "nccl", "connection closed", "connection reset", "timed out", 
 
 
 class Team:
-    """The ranks of one training run; a single process is a team of one.
+    """The ranks of one job; a single process is a team of one.
 
     Under `torchrun` or `accelerate launch` the process group is opened here unless it is open already.
     """
@@ -45,6 +45,11 @@ class Team:
     def leads(self) -> bool:
         """Whether this is rank 0, which alone writes."""
         return self.rank == 0
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """All ranks; None for a single process."""
+        return dist.group.WORLD if self.size > 1 else None
 
     def lead(self, work: Callable[[], T]) -> T:
         """Rank 0 does it; all ranks get its result, or the error that it ended in.
@@ -103,5 +108,5 @@ def _told(what: str) -> Iterator[None]:
         if not isinstance(error, dist.DistError) and not any(sign in text.lower() for sign in _SIGNS):
             raise
         first = text.strip().splitlines()[0] if text.strip() else type(error).__name__
-        hint = "Start all processes again; with resume=True they go on from the last checkpoint."
+        hint = "Start all processes again; training goes on from the last checkpoint with resume=True."
         raise DistributedError(f"{what} ({first[:200]}). {hint}") from error

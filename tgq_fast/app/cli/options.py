@@ -39,6 +39,27 @@ Cache = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, everything else on stderr.")]
 PoolPath = Annotated[Path, typer.Argument(help="Folder that embed wrote.", show_default=False)]
 
+Workers = Annotated[
+    int, typer.Option(min=1, help="Processes on this machine that share the work, or actors with --engine ray.")
+]
+RayAddress = Annotated[
+    str,
+    typer.Option(
+        metavar="ADDRESS", help="local: a cluster of its own; auto: the one that runs here; or HOST:PORT, ray://…"
+    ),
+]
+Cpus = Annotated[float, typer.Option(min=0, help="Processors that Ray reserves for each actor.")]
+Gpus = Annotated[float, typer.Option(min=0, help="GPUs that Ray reserves for each actor.")]
+
+
+def crew(ray: bool, workers: int, address: str, cpus: float, gpus: float = 0) -> Any:
+    """The workers asked for; None: this process alone."""
+    from tgq_fast import scale
+
+    if ray:
+        return scale.ray_crew(workers, address=address, cpus=cpus, gpus=gpus)
+    return scale.ProcessCrew(workers) if workers > 1 else None
+
 
 class JsonAlone(TyperCommand):
     """A verb whose --json may be given without a file, which means stdout; Typer has no options of that kind."""

@@ -10,7 +10,21 @@ from typing import Annotated, Any
 import typer
 
 from tgq_fast.app import console
-from tgq_fast.app.cli.options import CatalogPath, Json, OnError, Policy, PoolPath, Preset, assignments, tower_options
+from tgq_fast.app.cli.options import (
+    CatalogPath,
+    Cpus,
+    Gpus,
+    Json,
+    OnError,
+    Policy,
+    PoolPath,
+    Preset,
+    RayAddress,
+    Workers,
+    assignments,
+    crew,
+    tower_options,
+)
 from tgq_fast.errors import ArgumentError
 
 Where = Annotated[
@@ -65,20 +79,13 @@ def embed(
         int | None,
         typer.Option(min=1, help="Threads that decode pictures, of all workers. Default: one per processor, 2 to 16."),
     ] = None,
-    workers: Annotated[
-        int, typer.Option(min=1, help="Processes on this machine that share the work, or actors with --engine ray.")
-    ] = 1,
+    workers: Workers = 1,
     engine: Annotated[
         EngineName, typer.Option(help="ray: actors of a Ray cluster; needs pip install ray==2.60.0 (extra ray).")
     ] = EngineName.local,
-    ray_address: Annotated[
-        str,
-        typer.Option(
-            metavar="ADDRESS", help="local: a cluster of its own; auto: the one that runs here; or HOST:PORT, ray://…"
-        ),
-    ] = "local",
-    cpus: Annotated[float, typer.Option(min=0, help="Processors that Ray reserves for each actor.")] = 1,
-    gpus: Annotated[float, typer.Option(min=0, help="GPUs that Ray reserves for each actor.")] = 0,
+    ray_address: RayAddress = "local",
+    cpus: Cpus = 1,
+    gpus: Gpus = 0,
     on_error: OnError = Policy.stop,
     as_json: Json = False,
 ) -> None:
@@ -117,7 +124,7 @@ def embed(
         codes=codes,
         watch=console.TERMINAL,
         threads=threads,
-        crew=_crew(engine, workers, ray_address, cpus, gpus),
+        crew=crew(engine is EngineName.ray, workers, ray_address, cpus, gpus),
     ).to_dict()
     if as_json:
         console.print_json(report)
@@ -125,15 +132,6 @@ def embed(
         console.table("embedded", ("", "value"), list(report.items()))
         made_by = "" if model is None else f" --model {shlex.quote(str(model))}"
         console.note(f"look at it: tgq-fast serve {shlex.quote(str(out))}{made_by}")
-
-
-def _crew(engine: EngineName, workers: int, address: str, cpus: float, gpus: float) -> Any:
-    """The workers asked for; None: this process alone."""
-    from tgq_fast import scale
-
-    if engine is EngineName.ray:
-        return scale.ray_crew(workers, address=address, cpus=cpus, gpus=gpus)
-    return scale.ProcessCrew(workers) if workers > 1 else None
 
 
 def search(

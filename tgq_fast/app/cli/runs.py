@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+from contextlib import AbstractContextManager, nullcontext
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -13,16 +15,21 @@ from tgq_fast.app import console
 from tgq_fast.app.cli.options import (
     Cache,
     CatalogPath,
+    Cpus,
     Json,
     OnError,
     Policy,
     Preset,
+    RayAddress,
+    Workers,
     assignments,
+    crew,
     cutoffs,
     names,
     short,
     tower_options,
 )
+from tgq_fast.errors import ArgumentError
 
 RunPath = Annotated[Path, typer.Option("--model", metavar="RUN", help="Folder that train wrote.", show_default=False)]
 Corrupt = Annotated[
@@ -39,6 +46,14 @@ class Keep(str, Enum):
 
     best = "best"
     trained = "trained"
+
+
+class EvaluationEngine(str, Enum):
+    """Which processes share a pool that is evaluated."""
+
+    local = "local"
+    ray = "ray"
+    torchrun = "torchrun"
 
 
 def train(
@@ -159,6 +174,13 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Of the corruptions.")] = 0,
     samples: Annotated[int, typer.Option(min=0, help="Bootstrap draws over groups.")] = 1000,
     cache: Cache = None,
+    workers: Workers = 1,
+    engine: Annotated[
+        EvaluationEngine,
+        typer.Option(help="With --pool: ray: actors that hold its shards; torchrun: the processes that run this."),
+    ] = EvaluationEngine.local,
+    ray_address: RayAddress = "local",
+    cpus: Cpus = 1,
     on_error: OnError = Policy.stop,
     as_json: Annotated[
         Path | None,
@@ -174,33 +196,48 @@ def evaluate(
     Example: tgq-fast evaluate shop --model runs/tgq --pool pools/tgq --k 1,10,100 --json result.json
 
     Example: tgq-fast evaluate shop --model runs/tgq --corrupt overlay:0.3:both --corrupt scene:4:query
+
+    Example: tgq-fast evaluate shop --model runs/tgq --pool pools/tgq --workers 4
     """
     from tgq_fast.app.intake import load_catalog
     from tgq_fast.pool.embed import RAW_FLOOR
     from tgq_fast.workflow import evaluate_run
 
+    shared: dict[str, Any] = {}
+    watched: AbstractContextManager[None] = nullcontext()
+    if engine is EvaluationEngine.torchrun:
+        from tgq_fast.training.ranks import Team
+
+        if "WORLD_SIZE" not in os.environ:
+            raise ArgumentError("--engine", "torchrun in a single process", "torchrun -m tgq_fast.app.cli evaluate …")
+        team = Team()
+        shared["group"], watched = team.group, team.watched()
+    else:
+        shared["crew"] = crew(engine is EvaluationEngine.ray, workers, ray_address, cpus)
     loaded = load_catalog(catalog, on_error.value, watch=console.TERMINAL)
-    results = evaluate_run(
-        loaded,
-        model,
-        pool=pool,
-        ks=cutoffs(k),
-        split=split,
-        floor=floor,
-        corrupt=corrupt or (),
-        samples=samples,
-        seed=seed,
-        cache=cache,
-        on_error=on_error.value,
-        watch=console.TERMINAL,
-    )
+    with watched:
+        results = evaluate_run(
+            loaded,
+            model,
+            pool=pool,
+            ks=cutoffs(k),
+            split=split,
+            floor=floor,
+            corrupt=corrupt or (),
+            samples=samples,
+            seed=seed,
+            cache=cache,
+            on_error=on_error.value,
+            watch=console.TERMINAL,
+            **shared,
+        )
     if floor is None and RAW_FLOOR not in results:
         console.note("without the zero-shot floors: frozen features are not cached; --floor computes them")
     document = {"catalogue": str(catalog), "model": str(model)} | {name: e.to_dict() for name, e in results.items()}
     if as_json is not None and str(as_json) == "-":
         console.print_json(document)
         return
-    if as_json is not None:
+    if as_json is not None and not console.quiet():
         from tgq_fast.io.files import write_atomic
 
         write_atomic(as_json, (json.dumps(console.plain(document), indent=2) + "\n").encode())
