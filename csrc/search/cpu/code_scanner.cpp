@@ -90,7 +90,8 @@ void CodeScanner::fetch(std::int64_t first, std::int64_t count, std::int64_t pan
 void CodeScanner::filter(std::int64_t first, int count, std::int64_t ahead, RowCandidates* row_candidates) {
   rows_ = pool_.in_place() ? pool_.read(first, count, nullptr, &row_stride_) : nullptr;
   CodeRows rows = block(first, count);
-  divide_scales(rows, inverse_scale_.data(), scaled_rest_.data());
+  const int divided = plan_.code_kernels->divided_from;
+  if (divided > 0 && num_queries_ >= divided) divide_scales(rows, inverse_scale_.data(), scaled_rest_.data());
   rows.row_threshold = row_candidates == nullptr ? nullptr : row_threshold_.data();
   int dense = 0, all = 0;
   for (std::int64_t p = 0; p < num_queries_; p += kQueryPanel) {

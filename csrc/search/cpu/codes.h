@@ -51,6 +51,7 @@ struct CodeHit {
 struct CodeKernels {
   const char* name;
   bool narrow;  // products of two neighbouring columns meet in 16 bits: the magnitudes of two query codes add up to 128 at most
+  int divided_from;  // queries of a panel from which `filter` takes CodeRows::inverse_scale and scaled_rest; 0: never
   // Appends what the first level leaves of all groups; a group with more than kDenseGroup appends none and sets dense[g]. `hits` has room for
   // kDenseGroup per group and kGroup * kQueryPanel more. Returns how many.
   int (*filter)(const CodeRows& rows, const CodeQueries& queries, CodeHit* hits, uint8_t* dense);

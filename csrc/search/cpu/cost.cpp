@@ -16,15 +16,24 @@ constexpr double kNear = 4;       // a row of the block at hand
 
 }  // namespace
 
+double rows_work(double queries, double rows, double width) {
+  constexpr double kColumn = 0.4, kHandling = 32;  // a few instructions and a read beside the columns
+  return queries * rows * (width + kHandling) * kColumn;
+}
+
+double codes_work(const Costs& costs, double queries, double rows, double lines) {
+  const double tiles = std::ceil(queries / costs.panel) * costs.panel;
+  return std::max(rows * (64 * lines + 8) * kStream, tiles * rows * (costs.bound + costs.line * lines));
+}
+
 double cost_with_codes(const Costs& costs, const Call& call) {
-  const double columns = 64 * call.lines, tiles = std::ceil(call.queries / costs.panel) * costs.panel;
-  const double read = call.rows * (columns + 8) * kStream;
-  const double bounds = tiles * call.rows * (costs.bound + costs.line * call.lines);
+  const double columns = 64 * call.lines;
   const double hit = kHit + (call.second ? kRefine + columns / 8 : 0.0);
   // In a triangle rows are scored block by block, so that many queries find them in the cache.
   const double fetch = call.triangle ? kNear : kRandom + call.dims * call.item_bytes * kApart;
   const double exact = fetch + call.dims * costs.exact;
-  return std::max(read, call.triangle ? bounds / 2 : bounds) + call.queries * call.rows * (call.left * hit + call.rescored * exact);
+  const double first = codes_work(costs, call.triangle ? call.queries / 2 : call.queries, call.rows, call.lines);
+  return first + call.queries * call.rows * (call.left * hit + call.rescored * exact);
 }
 
 double cost_without(const Costs& costs, const Call& call) {

@@ -25,6 +25,10 @@ struct Call {
   bool few;           // too few queries for codes on the way
 };
 
+// A scan of the rows as they are, scored exactly, and the first level of one of codes.
+double rows_work(double queries, double rows, double width);
+double codes_work(const Costs& costs, double queries, double rows, double lines);
+
 double cost_with_codes(const Costs& costs, const Call& call);
 double cost_without(const Costs& costs, const Call& call);
 

@@ -32,6 +32,8 @@ constexpr std::int64_t kMinSelfJoin = 2048;
 constexpr int kSampleStride = 16;
 constexpr std::int64_t kProbe = 64;               // queries that say whether stored codes pay
 constexpr double kAdvantage = 1.1;                // of them by the model, so that its errors make no call slower
+constexpr double kThread = 1.6e6, kUnpolled = 1.6e8;  // ns of work that a thread is worth its start for; that need no poll
+constexpr std::int64_t kPutOff = 4096;  // hits at most that a thread puts off for a query; more than a few k
 constexpr int kSlotsPerRank = 8;         // few enough of the best scores meet in one slot
 constexpr int kMinSlots = 256;
 
@@ -162,7 +164,7 @@ class Search {
     if (plan_.codes == nullptr) return Status::ok;
     prepared_ = std::make_unique<PreparedQueries>(plan_, *plan_.codes, plan_.code_kernels->narrow);
     plan_.prepared = prepared_.get();
-    return prepared_->prepare(threads_for(plan_.queries.rows, request_.pool.cols));
+    return prepared_->prepare(threads_for(rows_work(static_cast<double>(plan_.queries.rows), static_cast<double>(request_.pool.cols), static_cast<double>(plan_.width))));
   }
 
   // Below that the triangle saves less than its shared buffers cost.
@@ -170,16 +172,16 @@ class Search {
     return request_.self_join && (tuning_.use_self_join > 0 || (tuning_.use_self_join < 0 && request_.pool.rows >= kMinSelfJoin));
   }
 
-  int threads_for(std::int64_t queries, std::int64_t rows) const {
-    // A thread is worth its start from a few million multiply-adds on.
-    const double work = static_cast<double>(queries) * static_cast<double>(rows) * static_cast<double>(plan_.width + 32);
-    const double useful = std::max(1.0, work / 4e6);
-    return static_cast<int>(std::min<double>(request_.threads, useful));
+  // Nanoseconds of one thread, about.
+  double work(std::int64_t queries, std::int64_t rows) const {
+    const auto q = static_cast<double>(queries), n = static_cast<double>(rows);
+    return plan_.codes == nullptr ? rows_work(q, n, static_cast<double>(plan_.width)) : codes_work(*set_.costs, q, n, plan_.codes->first_lines);
   }
 
+  int threads_for(double work) const { return static_cast<int>(std::min<double>(request_.threads, std::max(1.0, work / kThread))); }
+
   std::function<bool(double)> poll_for(std::int64_t queries, std::int64_t rows) const {
-    const double work = static_cast<double>(queries) * static_cast<double>(rows) * static_cast<double>(plan_.width + 32);
-    return work < 4e8 ? std::function<bool(double)>() : request_.poll;
+    return work(queries, rows) < kUnpolled ? std::function<bool(double)>() : request_.poll;
   }
 
   void count(const Counters& c) {
@@ -254,7 +256,7 @@ class Search {
       while (plan.run > 1 && rows / plan.run < plan.slots) plan.run /= 2;
       plan.slots = static_cast<int>(std::min<std::int64_t>(plan.slots, rows / plan.run));
     }
-    const int threads = threads_for(queries, rows);
+    const int threads = threads_for(work(queries, rows));
     const std::int64_t limit = tuning_.query_tile > 0 ? tuning_.query_tile : kMaxTile;
     const Partition partition{threads, std::min(limit, queries), pick_chunk(rows, plan.block_rows, threads)};
     const int hits = std::clamp(static_cast<int>(request_.k) / std::max(stride, 1), 1, rank);
@@ -271,6 +273,7 @@ class Search {
   // `scored` is scored in the end.
   void weigh(double left, double scored) {
     weighed_ = true;
+    expected_ = static_cast<std::int64_t>(1.25 * left * static_cast<double>(request_.pool.rows));
     Call call{};
     call.queries = static_cast<double>(request_.queries.rows);
     call.rows = static_cast<double>(request_.pool.rows);
@@ -286,6 +289,13 @@ class Search {
     if (kAdvantage * cost_with_codes(*set_.costs, call) > cost_without(*set_.costs, call)) choose_filter();
   }
 
+  // Hits of a query that a thread puts off: most of what the first level is said to leave. One that is scored before the others are known
+  // costs as much as thirty put off. An odd number of cache lines, so that the buffers' ends do not share a set.
+  std::int64_t put_off() const {
+    const std::int64_t least = 2 * static_cast<std::int64_t>(request_.k) + 448;
+    return round_up(std::clamp<std::int64_t>(expected_, least, std::max(least, kPutOff)), 16) + 8;
+  }
+
   Status scan(std::int64_t queries, bool self_join, std::vector<std::int64_t>* failed) {
     const std::int64_t rows = request_.pool.rows;
     ScanPlan plan = plan_;
@@ -294,8 +304,8 @@ class Search {
     plan.capacity = static_cast<std::uint32_t>(request_.k + spare);
     // With codes nobody has read the rows, so it pays to read few: those that are left at the end. Hits of a self-join raise
     // the thresholds of other queries: their scores are wanted at once.
-    if (!self_join && plan.codes != nullptr) plan.pending = static_cast<std::uint32_t>(tuning_.spare_candidates > 0 ? spare : 2 * request_.k + 448);
-    const int threads = threads_for(queries, rows);
+    if (!self_join && plan.codes != nullptr) plan.pending = static_cast<std::uint32_t>(tuning_.spare_candidates > 0 ? spare : put_off());
+    const int threads = threads_for(work(queries, rows));
     std::int64_t limit = tuning_.query_tile > 0 ? tuning_.query_tile : kMaxTile;
     if (self_join && tuning_.query_tile == 0) limit = std::min(limit, round_up(ceil_div(queries, 16), kPanel));
     std::int64_t chunk = tuning_.row_chunk > 0 ? tuning_.row_chunk : pick_chunk(rows, plan.block_rows, threads);
@@ -327,6 +337,7 @@ class Search {
   const Tuning& tuning_;
   const KernelSet set_;
   bool weighed_ = false;
+  std::int64_t expected_ = kPutOff;  // rows per query that the first level leaves
   ScanPlan plan_;
   std::unique_ptr<PreparedQueries> prepared_;
   Progress progress_;
