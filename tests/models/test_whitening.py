@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +12,11 @@ import pytest
 import torch
 from connector_inputs import random_features, small_config
 
+from tgq_fast.data import Catalog
 from tgq_fast.errors import ArgumentError
 from tgq_fast.models import FrozenFeatures, TGQFormerConfig, TGQFormerModel
 from tgq_fast.models.pictures import PictureArrays
-from tgq_fast.models.whitening import Whitening, fit_whitening, whitened_pictures
+from tgq_fast.models.whitening import Whitening, fit_whitening, whitened_pictures, whitening_rows
 
 
 def pictures(count: int = 300, width: int = 24, length: int = 5) -> PictureArrays:
@@ -27,6 +30,28 @@ def pictures(count: int = 300, width: int = 24, length: int = 5) -> PictureArray
 
 def config(**changes: object) -> TGQFormerConfig:
     return small_config(**{"whitening": 8, "norm": "pre", "text_in_layers": False, **changes})
+
+
+@pytest.mark.parametrize(
+    ("pairs", "components", "expected"),
+    [
+        ("0-1 train, 2-3 test", 2, [4, 5, 6, 7]),  # of no pair, enough of them
+        ("0-1 train, 2-3 test", 3, [0, 1, 4, 5, 6, 7]),  # too few: with those that training sees
+        ("0-1 train, 2-3 test, 1-3 validation", 3, [0, 1, 4, 5, 6, 7]),
+        ("0-1 train, 2-3 train, 4-1 test, 5-3 test, 6-0 test, 7-2 test", 4, [0, 1, 2, 3]),  # all of some test pair
+    ],
+)
+def test_a_whitening_is_fitted_to_what_training_sees(
+    tmp_path: Path, pairs: str, components: int, expected: list[int]
+) -> None:
+    lines = [json.dumps({"id": str(row), "file_name": f"{row}.png"}) for row in range(9)]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    split = [re.fullmatch(r"(\d)-(\d) (\w+)", pair) for pair in pairs.split(", ")]
+    entries = [json.dumps({"query": m[1], "target": m[2], "split": m[3]}) for m in split if m is not None]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(entries))
+    catalog = Catalog.load(tmp_path)
+    valid = np.arange(9) < 8  # the last one's picture cannot be used
+    assert whitening_rows(catalog, valid, components).tolist() == expected
 
 
 def test_pooled_features_of_the_fitted_rows_are_white() -> None:

@@ -96,20 +96,20 @@ class Whitening(nn.Module):
 
 
 def whitening_rows(catalog: Catalog, valid: NDArray[np.bool_], components: int) -> NDArray[np.int64]:
-    """Rows to fit a whitening of `components` directions to: items with a usable picture of no validation or test pair.
+    """Rows to fit a whitening of `components` directions to: items with a usable picture that training sees anyway, or
+    that are of no validation or test pair.
 
     Items of no pair at all are preferred while there are at least twice as many as components: training items look
     smaller than others through a whitening that they were fitted to, and the connector would train on that.
     """
-    paired, held_out = (np.zeros(len(catalog), dtype=bool) for _ in range(2))
+    trained, held_out = (np.zeros(len(catalog), dtype=bool) for _ in range(2))
     for split in ("train", "validation", "test"):
         pairs = catalog.split_pairs(split)
         for rows in (pairs.query, pairs.target):
-            paired[rows] = True
-            held_out[rows] |= split != "train"
+            (trained if split == "train" else held_out)[rows] = True
     usable = valid & np.array([item.file_name is not None for item in catalog.items], dtype=bool)
-    alone = np.flatnonzero(usable & ~paired)
-    return alone if len(alone) >= 2 * components else np.flatnonzero(usable & ~held_out)
+    alone = np.flatnonzero(usable & ~trained & ~held_out)
+    return alone if len(alone) >= 2 * components else np.flatnonzero(usable & (trained | ~held_out))
 
 
 @plain_defaults()
