@@ -19,7 +19,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-sys.path.insert(0, str(Path(__file__).parent / "models"))  # tiny_models serves the tests of the command line too
+# tiny_models and planting serve many tests.
+sys.path[:0] = [str(Path(__file__).parent / "models"), str(Path(__file__).parent)]
 
 
 @pytest.fixture(autouse=True)

@@ -137,3 +137,31 @@ def test_narrow_numbers_of_a_dataset() -> None:
     features = datasets.Features({"id": datasets.Value("string"), "width": datasets.Value("float32")})
     dataset = datasets.Dataset.from_dict({"id": ["a"], "width": [0.1]}, features=features)
     assert Catalog.from_dataset(dataset).items[0].attributes == {"width": "0.1"}
+
+
+def test_gaps_of_a_picture_column_in_every_spelling() -> None:
+    pd = pytest.importorskip("pandas")
+    for gap in (None, "", float("nan"), pd.NA, pd.NaT, np.float32("nan")):
+        frame = pd.DataFrame({"id": ["a", "b"], "file_name": pd.Series(["x.png", gap], dtype=object)})
+        assert [item.file_name for item in Catalog.from_pandas(frame).items] == ["x.png", None], repr(gap)
+    frame = pd.DataFrame({"id": ["a"], "file_name": pd.array([None], dtype="string")})
+    assert Catalog.from_pandas(frame).items[0].file_name is None
+
+
+def test_dates_beyond_the_calendar_of_python_are_problems() -> None:
+    pd = pytest.importorskip("pandas")
+    frame = pd.DataFrame({"id": ["a", "b"], "attributes.made": np.array(["2024-02-29", "20000-01-01"], dtype="M8[s]")})
+    catalog = Catalog.from_pandas(frame, policy="skip")
+    assert [item.field("made") for item in catalog.items] == ["2024-02-29"]
+    assert "made" in catalog.report.problems[0]
+
+
+def test_periods_in_parquet_are_refused_where_they_are_used(tmp_path: Path) -> None:
+    pd = pytest.importorskip("pandas")
+    frame = pd.DataFrame({"id": ["a"], "attributes.month": pd.PeriodIndex(["2024-02"], freq="M")})
+    assert Catalog.from_pandas(frame).items[0].field("month") == "2024-02"
+    frame.to_parquet(tmp_path / "metadata.parquet")
+    with pytest.raises(CatalogError, match="astype"):
+        Catalog.load(tmp_path)
+    frame.rename(columns={"attributes.month": "unused"}).to_parquet(tmp_path / "metadata.parquet")
+    assert Catalog.load(tmp_path).items[0].id == "a"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import decimal
+import enum
 import math
 import uuid
 from typing import Any
@@ -117,3 +118,24 @@ def test_durations_that_have_no_common_text_keep_their_own() -> None:
 def test_a_series_is_a_list() -> None:
     assert plain_value(pd.Series(["a", None, "b"], index=[7, 8, 9])) == ["a", None, "b"]
     assert plain_value(pd.Index([1, 2])) == [1, 2]
+
+
+def test_members_of_enumerations_and_masked_values() -> None:
+    class Colour(str, enum.Enum):
+        RED = "red"
+
+    assert plain_value(Colour.RED) == "red" and plain_value(np.ma.masked) is None
+    assert plain_value(np.ma.array([1, 2], mask=[True, False])) == [None, 2]
+    assert plain_value(pa.array([1, None])) == [1, None] == plain_value(pa.chunked_array([[1, None]]))
+
+
+def test_dates_of_numpy_are_what_pandas_and_arrow_write() -> None:
+    for unit, text in {"Y": "2024-01-01", "M": "2024-02-01", "D": "2024-02-29", "h": "2024-02-29 10:00:00"}.items():
+        assert plain_value(np.datetime64("2024-02-29T10:30:15", unit)) == text
+    moment = datetime.datetime(2024, 2, 29, 10, 30, 15, 250_000)
+    for unit in ("ms", "us", "ns"):
+        assert plain_value(np.datetime64("2024-02-29T10:30:15.250", unit)) == plain_value(moment)
+    exact = pd.Timestamp("2024-02-29 10:30:15.000000001")
+    assert plain_value(exact.to_datetime64()) == plain_value(exact) == "2024-02-29 10:30:15.000000001"
+    with pytest.raises(RowError, match="years 1"):
+        plain_value(np.datetime64("20000-01-01"))

@@ -19,7 +19,17 @@ import pytest
 from tgq_fast.data import RejectLog
 from tgq_fast.errors import StorageError
 from tgq_fast.io import files
-from tgq_fast.io.files import append_line, atomic_writer, locked, open_regular, sweep, write_atomic
+from tgq_fast.io.files import (
+    append_line,
+    atomic_writer,
+    check_target,
+    hold,
+    locked,
+    open_regular,
+    storage_errors,
+    sweep,
+    write_atomic,
+)
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="modes, links and pipes of POSIX")
 
@@ -142,3 +152,41 @@ def test_a_lock_is_held_by_one(tmp_path: Path) -> None:
         assert first and not second
     with locked(tmp_path / "lock", wait=False) as third:
         assert third
+
+
+def test_a_lock_whose_file_was_removed_is_nobodys(tmp_path: Path) -> None:
+    first = hold(tmp_path / "lock")
+    assert first is not None and hold(tmp_path / "lock") is None
+    (tmp_path / "lock").unlink()
+    second = hold(tmp_path / "lock")  # of another file: it must be the one that is there
+    assert second is not None and hold(tmp_path / "lock") is None
+    first.release()
+    first.release()
+    assert hold(tmp_path / "lock") is None
+    second.release()
+    assert hold(tmp_path / "lock") is not None
+
+
+def test_what_cannot_be_written_is_known_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("absent")
+    for name in ("new", "file", "pipe", "link", "a/b/c", "/dev/null"):
+        check_target(tmp_path / name)
+    assert sorted(os.listdir(tmp_path)) == ["file", "link", "pipe"]
+    for name, why in (("", "name a file"), ("file/x", "a part of the path"), ("file/x/y", "a part of the path")):
+        with pytest.raises(StorageError, match=why):
+            check_target(tmp_path / name)
+    monkeypatch.setattr(files.os, "access", lambda *_: False)
+    with pytest.raises(StorageError, match="may write"):
+        check_target(tmp_path / "new")
+
+
+def test_only_storage_is_told_as_storage(tmp_path: Path) -> None:
+    for error in (OSError(errno.ENOSPC, "full"), RuntimeError("[enforce fail] PytorchStreamWriter failed writing")):
+        with pytest.raises(StorageError), storage_errors(tmp_path):
+            raise error
+    for other in (OSError(errno.ENOENT, "missing"), RuntimeError("other"), StorageError("x", OSError(5, "y"))):
+        with pytest.raises(type(other)) as caught, storage_errors(tmp_path):
+            raise other
+        assert caught.value is other

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import functools
 import json
 import math
@@ -32,14 +31,11 @@ from rich.table import Table
 from rich.text import Text
 from typer.models import OptionInfo
 
-from tgq_fast.errors import ArgumentError, CatalogError, ImageError, NonFiniteError, StorageError, TGQError
+from tgq_fast.errors import ArgumentError, CatalogError, ImageError, NonFiniteError, TGQError
+from tgq_fast.io.files import storage_failure
 from tgq_fast.watch import Advance, Watch
 
 EXIT_OK, EXIT_INTERNAL, EXIT_USAGE, EXIT_DATA, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
-
-_STORAGE = frozenset(
-    (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EFBIG)
-)
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -166,9 +162,8 @@ def exit_code(error: BaseException) -> int:
 
 def typed(error: BaseException) -> BaseException:
     """What the operating system says about a file (disk full, read-only, no permission) as a :class:`StorageError`."""
-    if isinstance(error, OSError) and not isinstance(error, TGQError) and error.errno in _STORAGE:
-        return StorageError(error.filename or "a file", error).with_traceback(error.__traceback__)
-    return error
+    failure = None if isinstance(error, TGQError) else storage_failure(error, "a file")
+    return error if failure is None else failure.with_traceback(error.__traceback__)
 
 
 def guarded(command: F) -> F:

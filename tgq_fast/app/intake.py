@@ -56,7 +56,10 @@ def validate_catalog(path: Path, *, images: bool, rejects: Path | None, watch: W
     """Check every row, pair and, on request, picture; problems are collected, not raised."""
     from tgq_fast.data import Catalog, RejectLog, validate_images
     from tgq_fast.data.guides import suggest_fields
+    from tgq_fast.io.files import check_target
 
+    if rejects is not None:
+        check_target(rejects)
     catalog = Catalog.load(path, policy="skip")
     report = catalog.report
     log = RejectLog(rejects) if rejects is not None else None

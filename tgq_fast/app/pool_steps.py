@@ -200,9 +200,11 @@ def near_identical(
     path: Path, threshold: float, out: Path | None = None, *, progress: Progress | None = None
 ) -> dict[str, Any]:
     """Groups of near-identical items; with `out` also as a CSV file (group, item, nearest, score)."""
-    from tgq_fast.io.files import atomic_writer
+    from tgq_fast.io.files import atomic_writer, check_target
     from tgq_fast.pool import ItemPool, duplicates
 
+    if out is not None:
+        check_target(out)
     with ItemPool.open(path) as pool:
         found, total = duplicates(pool, threshold, progress=progress), len(pool)
     if out is not None:

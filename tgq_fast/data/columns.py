@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, cast
 
 from tgq_fast.data.items import KNOWN_KEYS
 from tgq_fast.data.parquet_rows import EmbeddedPicture, looks_like_picture
-from tgq_fast.data.values import RowError, plain_value
+from tgq_fast.data.values import RowError, is_gap, plain_value
 
 __all__ = ["PICTURE_COLUMNS", "PICTURE_SUFFIXES", "Columns", "canonical_name", "first_picture", "listed_pictures"]
 
@@ -33,7 +33,7 @@ def listed_pictures(value: object) -> list[object]:
         return [picture for entry in value for picture in listed_pictures(entry)]
     if isinstance(value, Mapping):
         value = value.get("bytes") or value.get("path")
-    return [] if value is None or value == "" or (isinstance(value, float) and value != value) else [value]
+    return [] if (isinstance(value, str) and not value) or is_gap(value) else [value]
 
 
 def first_picture(value: object) -> tuple[object, int]:

@@ -21,6 +21,7 @@ __all__ += ["python_rows"]
 
 _BATCH = 1024
 _BUFFER = 1 << 20  # bytes of a column that are read at a time: without it, a whole column chunk
+_PERIODS = "a pandas period, which is stored as a number; write such a column as text: frame[column].astype(str)"
 _MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"II*\x00", b"MM\x00*", b"P5", b"P6")
 
 
@@ -74,6 +75,13 @@ def _first_bytes(file: Any, column: str) -> object:
     return None
 
 
+def _period_columns(schema: Any) -> list[str]:
+    """Columns that pandas wrote as counts of months, days, …: what they mean stands in metadata alone."""
+    name = b"ARROW:extension:name"  # of a type that nobody has registered
+    names = [(f, (f.metadata or {}).get(name, getattr(f.type, "extension_name", ""))) for f in schema]
+    return [field.name for field, extension in names if extension in (b"pandas.period", "pandas.period")]
+
+
 def column_chunks(facts: Any, column: str) -> list[Any]:
     """Metadata of the leaves of one column in a row group."""
     leaves = map(facts.column, range(facts.num_columns))
@@ -110,6 +118,7 @@ def parquet_rows(
             pictures = _PictureColumn(file, found[0], name) if found else None
             plain = [column for column in schema.names if column not in found]
             narrow = {field.name for field in schema if field.name in plain and _has_narrow_float(field.type)}
+            periods = dict.fromkeys(_period_columns(schema), RowError([_PERIODS]))
             end = 0
             for group in range(file.metadata.num_row_groups):
                 number = first = end
@@ -119,6 +128,7 @@ def parquet_rows(
                         addresses = pictures.rows(group, first, number, len(rows)) if pictures is not None else []
                         for offset, row in enumerate(rows):
                             number += 1
+                            row.update(periods)
                             if pictures is not None:
                                 row.update(dict.fromkeys(found[1:]))
                                 row[pictures.column] = addresses[offset]

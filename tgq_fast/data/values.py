@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["RowError", "amount", "kind_of", "number_text", "plain_value", "price_text", "scalar_text"]
+__all__ = ["RowError", "amount", "is_gap", "kind_of", "number_text", "plain_value", "price_text", "scalar_text"]
 
 _LONG = 10**18
 _DEEPEST = 8
+_YEARS = "the date {}, expected years 1 … 9999"
 
 
 class RowError(ValueError):
@@ -50,7 +51,7 @@ def plain_value(value: Any, *, depth: int = 0) -> Any:
     if isinstance(value, RowError):  # a cell that the reader of the table could not hold
         raise value
     if value is None or isinstance(value, (str, bool)):
-        return str(value) if type(value) is not str and isinstance(value, str) else value
+        return str.__str__(value) if isinstance(value, str) else value  # of a member of an enumeration, too
     if isinstance(value, float) and not isinstance(value, np.floating):
         return None if math.isnan(value) else float(value)
     if isinstance(value, int):
@@ -71,21 +72,24 @@ def plain_value(value: Any, *, depth: int = 0) -> Any:
         return plain_value(value.as_py(), depth=depth + 1)
     if isinstance(value, np.generic):
         return _numpy_value(value)
-    if isinstance(value, np.ndarray):
+    if isinstance(value, np.ndarray) and value is not np.ma.masked:
         return [plain_value(entry, depth=depth + 1) for entry in value] if value.ndim else plain_value(value[()])
-    if _is_gap(value):
+    if is_gap(value):
         return None
     if isinstance(value, Decimal):
         return value
     if isinstance(value, datetime.datetime):
+        if not 1 <= value.year <= 9999:  # of pandas
+            raise RowError([_YEARS.format(value)])
         midnight = value.time() == datetime.time() and value.tzinfo is None
         return value.date().isoformat() if midnight else value.isoformat(sep=" ")
     if isinstance(value, (datetime.date, datetime.time)):
         return value.isoformat()
     if isinstance(value, datetime.timedelta) and not getattr(value, "nanoseconds", 0):  # pandas' too
         return str(datetime.timedelta(value.days, value.seconds, value.microseconds))
-    if type(value).__name__ in ("Series", "Index") and hasattr(value, "tolist"):
-        return plain_value(value.tolist(), depth=depth + 1)
+    for read in ("to_pylist", "tolist"):  # columns of Arrow and of pandas
+        if type(value).__module__.partition(".")[0] in ("pyarrow", "pandas") and hasattr(value, read):
+            return plain_value(getattr(value, read)(), depth=depth + 1)
     if type(value).__module__ in ("datetime", "uuid", "pathlib") or type(value).__module__.startswith("pandas"):
         return str(value)
     return value
@@ -109,20 +113,30 @@ def _numpy_value(value: np.generic) -> Any:
     if isinstance(value, np.datetime64):
         if np.isnat(value):
             return None
-        text = str(value)
-        date, _, time = text.partition("T")
-        return date if not time.strip("0:.") else f"{date} {time}"
+        return _date_value(value)
     if isinstance(value, np.bytes_):
         return plain_value(bytes(value))
     return str(value)
 
 
-def _is_gap(value: object) -> bool:
-    """Whether a value that is none of Python's own types is NaN, NaT or NA."""
-    if type(value).__name__ in ("NAType", "NaTType"):
+def _date_value(value: np.datetime64) -> str:
+    """As pandas and Arrow write it: months and years by their first day; what lies below microseconds is kept."""
+    exact = value.astype("datetime64[us]")
+    moment = exact.item()
+    if not isinstance(moment, datetime.datetime):
+        raise RowError([_YEARS.format(value)])
+    if exact.astype(value.dtype) != value:
+        return str(value.astype("datetime64[ns]")).replace("T", " ")
+    text: str = plain_value(moment)
+    return text
+
+
+def is_gap(value: object) -> bool:
+    """Whether a value is None, NaN, NaT, NA or masked."""
+    if value is None or value is np.ma.masked or type(value).__name__ in ("NAType", "NaTType"):
         return True
     try:
-        return bool(value != value)
+        return isinstance(value != value, (bool, np.bool_)) and bool(value != value)
     except Exception:  # an object with a comparison of its own
         return False
 

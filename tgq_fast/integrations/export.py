@@ -10,8 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from tgq_fast.defaults import plain_defaults
 from tgq_fast.errors import ArgumentError, DependencyError
+from tgq_fast.io.files import write_atomic
 from tgq_fast.models import TGQFormerModel
+from tgq_fast.models.inference import evaluating
 from tgq_fast.models.outputs import FrozenFeatures
 
 __all__ = ["INPUTS", "OUTPUTS", "export_onnx", "export_program"]
@@ -33,6 +36,7 @@ class Core(nn.Module):
         return output.embedding, output.visual_embedding
 
 
+@plain_defaults()
 def export_program(model: TGQFormerModel) -> torch.export.ExportedProgram:
     """Connector and reader as an exported program of plain ATen operators; batch and metadata tokens are dynamic.
 
@@ -51,9 +55,9 @@ def export_program(model: TGQFormerModel) -> torch.export.ExportedProgram:
     example, count = 3, 5  # neither is 0 or 1, which export takes for constants
     mask = torch.ones(example, count, dtype=torch.bool)
     given = [
-        torch.randn(example, length, config.visual_width),
-        torch.randn(example, config.global_width),
-        torch.randn(example, count, config.text_width),
+        torch.ones(example, length, config.visual_width),
+        torch.ones(example, config.global_width),
+        torch.ones(example, count, config.text_width),
         mask,
         mask.long(),
         torch.ones(example, length, dtype=torch.bool),
@@ -66,14 +70,8 @@ def export_program(model: TGQFormerModel) -> torch.export.ExportedProgram:
         given.append(torch.zeros(example))
         shapes.append({0: batch})
     core = Core(model)
-    modes = [(module, module.training) for module in core.modules()]
-    try:
-        core.eval()
-        with torch.no_grad():
-            return torch.export.export(core, tuple(given), dynamic_shapes=(tuple(shapes),), strict=False)
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with evaluating(core), torch.no_grad():
+        return torch.export.export(core, tuple(given), dynamic_shapes=(tuple(shapes),), strict=False)
 
 
 def _attention(
@@ -104,6 +102,7 @@ def export_onnx(model: TGQFormerModel, path: str | Path) -> Path:
 
     Raises:
         DependencyError: onnx or onnxscript is missing.
+        StorageError: the file cannot be written.
     """
     try:
         import onnx  # noqa: F401
@@ -116,5 +115,5 @@ def export_onnx(model: TGQFormerModel, path: str | Path) -> Path:
     names = [*INPUTS, *(["agreement"] if model.config.agreement == "dual_encoder" else [])]
     made = torch.onnx.export(program, input_names=names, output_names=list(OUTPUTS), dynamo=True, verbose=False)
     assert made is not None
-    made.save(str(path), include_initializers=True)
+    write_atomic(path, made.model_proto.SerializeToString())
     return Path(path)

@@ -19,12 +19,17 @@ from typing import BinaryIO
 from tgq_fast.errors import StorageError
 
 __all__ = [
+    "Hold",
     "append_line",
     "atomic_writer",
+    "check_target",
     "fsync_folder",
+    "hold",
     "locked",
     "make_folder",
     "open_regular",
+    "storage_errors",
+    "storage_failure",
     "sweep",
     "write_atomic",
     "writing",
@@ -32,6 +37,9 @@ __all__ = [
 
 _STALE = 60.0  # seconds: a younger temporary file may belong to a writer that has not locked it yet
 _swept: set[str] = set()
+_FULL_OR_CLOSED = frozenset(
+    (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EFBIG)
+)
 
 
 @contextlib.contextmanager
@@ -43,6 +51,49 @@ def writing(path: str | Path) -> Iterator[None]:
         raise
     except OSError as error:
         raise StorageError(path, error) from error
+
+
+def storage_failure(error: BaseException, path: str | Path) -> StorageError | None:
+    """What an error says about storage (disk full or read-only, no permission); None if it is about something else.
+
+    Args:
+        path: what was being written, for an error that does not name it.
+    """
+    if isinstance(error, StorageError):
+        return error
+    if isinstance(error, OSError) and error.errno in _FULL_OR_CLOSED:
+        return StorageError(error.filename or path, error)
+    if isinstance(error, RuntimeError) and "PytorchStreamWriter failed" in str(error):  # torch.save keeps no errno
+        return StorageError(path, OSError(errno.EIO, "torch.save could not write; the disk may be full"))
+    return None
+
+
+@contextlib.contextmanager
+def storage_errors(path: str | Path) -> Iterator[None]:
+    """Around a longer piece of work that writes to `path`: what :func:`storage_failure` knows leaves as such.
+
+    :func:`writing` is for the writing alone, where every error of the operating system is about it.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, StorageError) or (failure := storage_failure(error, path)) is None:
+            raise
+        raise failure from error
+
+
+def check_target(path: str | Path) -> None:
+    """StorageError if a file could not be written to `path`: to be asked before the work whose result it is to hold."""
+    target = Path(os.path.realpath(path))
+    with writing(path):
+        if target.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        above = next(folder for folder in target.parents if folder.exists())
+        if not above.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        if not os.access(above if not target.exists() or target.is_file() else target, os.W_OK):
+            code = errno.EROFS if os.statvfs(above).f_flag & os.ST_RDONLY else errno.EACCES
+            raise OSError(code, os.strerror(code))
 
 
 def make_folder(path: str | Path) -> Path:
@@ -93,8 +144,8 @@ def atomic_writer(path: str | Path) -> Iterator[BinaryIO]:
             raise IsADirectoryError(errno.EISDIR, "is a folder", str(path))
         named_stream = os.path.abspath(path).startswith(("/dev/", "/proc/"))  # /dev/stdout may be a plain file
         if status is not None and (named_stream or not stat.S_ISREG(status.st_mode)):
-            with open(path, "ab", buffering=0) as stream:
-                yield stream  # type: ignore[misc]
+            with open(path, "ab") as stream:
+                yield stream
             return
         target = Path(os.path.realpath(path))  # a link stays a link to the file that is replaced
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -120,9 +171,7 @@ def atomic_writer(path: str | Path) -> Iterator[BinaryIO]:
 def write_atomic(path: str | Path, data: bytes) -> None:
     """Write `data` to `path` atomically."""
     with atomic_writer(path) as file:
-        view = memoryview(data)
-        while view:  # a raw stream may take a part
-            view = view[file.write(view) :]
+        file.write(data)
 
 
 def append_line(path: str | Path, line: bytes, *, close_off: bool = False) -> None:
@@ -143,19 +192,54 @@ def append_line(path: str | Path, line: bytes, *, close_off: bool = False) -> No
             os.close(handle)
 
 
+class Hold:
+    """An exclusive lock on a file, until :meth:`release`. The system drops it when the process ends.
+
+    A forked child has a copy of it, which ends with the child and releases nothing.
+    """
+
+    def __init__(self, handle: int) -> None:
+        self._handle: int | None = handle
+
+    def release(self) -> None:
+        """Let go; more than once does no harm."""
+        handle, self._handle = self._handle, None
+        if handle is not None:
+            os.close(handle)
+
+    def __del__(self) -> None:
+        self.release()
+
+
+def hold(path: str | Path, *, wait: bool = False) -> Hold | None:
+    """Lock a file, which is made where it is missing; without `wait`, None when another process or thread holds it.
+
+    Raises:
+        StorageError: the file cannot be made.
+    """
+    while True:
+        with writing(path):
+            flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
+            handle = os.open(path, flags, 0o666)
+        lock = Hold(handle)
+        if not _lock(handle, wait=wait):
+            lock.release()
+            return None
+        with contextlib.suppress(OSError):
+            if os.name != "posix" or os.path.samestat(os.fstat(handle), os.stat(path)):
+                return lock
+        lock.release()  # who held it has removed the file: that lock is nobody's
+
+
 @contextlib.contextmanager
 def locked(path: str | Path, *, wait: bool = True) -> Iterator[bool]:
-    """Hold an exclusive lock that the kernel releases when the process dies; yields whether it was got.
-
-    Without `wait`, False means that another process or thread holds it.
-    """
-    path = Path(path)
-    with writing(path):
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+    """:func:`hold` around a block; yields whether the lock was got."""
+    lock = hold(path, wait=wait)
     try:
-        yield _lock(handle, wait=wait)
+        yield lock is not None
     finally:
-        os.close(handle)
+        if lock is not None:
+            lock.release()
 
 
 def sweep(folder: Path, *, older_than: float = _STALE) -> int:

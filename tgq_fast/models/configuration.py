@@ -11,6 +11,7 @@ from transformers.activations import ACT2FN
 
 from tgq_fast.errors import ArgumentError, CheckpointError
 from tgq_fast.io.sealed import CHECKSUM, seal, unseal
+from tgq_fast.models.auto_file import names_this_package
 from tgq_fast.models.presets import PRESETS
 from tgq_fast.models.zoo.registry import CONNECTORS, ZERO_SHOT, connector_spec
 
@@ -328,6 +329,8 @@ class TGQFormerConfig(PreTrainedConfig):
         """
         try:
             unseal(_own(config_dict))
+            if CHECKSUM in config_dict and not names_this_package(config_dict.get("auto_map")):
+                raise ValueError("changed since it was written: its 'auto_map' names other code than this package's")
         except ValueError as error:
             raise CheckpointError(f"config.json: {error}") from None
         return super().from_dict({n: v for n, v in config_dict.items() if n != CHECKSUM}, **kwargs)
@@ -346,5 +349,5 @@ def seal_config(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _own(values: dict[str, Any]) -> dict[str, Any]:
-    """Without what transformers changes or adds between the file and `from_dict`."""
+    """Without what transformers changes or adds between the file and `from_dict`; `auto_map` is compared by itself."""
     return {name: value for name, value in values.items() if name not in ("auto_map", "_commit_hash", "_name_or_path")}

@@ -18,9 +18,10 @@ from tgq_fast.data.ahead import in_order
 from tgq_fast.data.catalog import Catalog
 from tgq_fast.data.columns import Columns
 from tgq_fast.data.images import PictureLike, load_image
-from tgq_fast.data.items import Item, RowError, parse_fields, parse_item
+from tgq_fast.data.items import KNOWN_KEYS, Item, RowError, parse_fields, parse_item
 from tgq_fast.data.pictures import PictureSource, picture_of
 from tgq_fast.data.rejects import RejectLog
+from tgq_fast.data.values import is_gap
 from tgq_fast.errors import ArgumentError, ImageError
 from tgq_fast.models.configuration import TGQFormerConfig
 from tgq_fast.models.features import FeatureStore
@@ -80,7 +81,7 @@ def as_examples(
         elif isinstance(given, Item):
             out.append(_from_item(given, base))
         elif isinstance(given, Mapping):
-            out.append(_from_row(given, name, number, base))
+            out.append(_from_row(given, name, number, base, known or ()))
         else:
             raise ArgumentError("items", f"a {type(given).__name__} at {number}", "items, rows, pictures or paths")
     return out
@@ -106,15 +107,20 @@ def _from_item(item: Item, root: Path, source: PictureSource | None = None) -> E
     return Example(item.id, image, item, item.row)
 
 
-def _from_row(row: Mapping[str, Any], name: str, number: int, root: Path) -> Example:
+def _from_row(row: Mapping[str, Any], name: str, number: int, root: Path, guiding: Sequence[str]) -> Example:
+    """A row of a metadata file; a guiding attribute may also stand beside the columns, as in `fields`."""
     image = row.get("image")
     if isinstance(image, Mapping):  # as `datasets` writes pictures that are not decoded
         image = image.get("bytes") or image.get("path")
-    if isinstance(image, float) and image != image:
-        image = None
+    image = None if is_gap(image) else image
     values = dict(row) if image is None else {key: value for key, value in row.items() if key != "image"}
     try:
-        values = Columns().read(values)
+        columns = Columns()
+        values = columns.read(values)
+        if image is None and values.get("file_name") is None and columns.pictures:
+            raise RowError([f"{sorted(columns.pictures)[0]!r} looks like a picture; call it file_name or image"])
+        beside = parse_fields(row, [field for field in guiding if field not in KNOWN_KEYS])
+        values |= {f"attributes.{field}": text for field, text in beside.items()}
         if values.get("id") is None and values.get("file_name") is None:
             values["id"] = name
         item, _ = parse_item(values, number)

@@ -154,8 +154,8 @@ class FieldEncoder:
     ) -> tuple[list[list[Tensor | None]], list[list[Tensor | None]]]:
         """Per item and field: tokens [m, dt] and, for a dual encoder, the pooled feature [dp] (else None)."""
         wanted = sorted({s for row in items for s in row if s is not None})
-        new = [s for s in wanted if s not in self._seen]
-        found = {s: self._seen[s] for s in wanted if s in self._seen}
+        found = {s: seen for s in wanted if (seen := self._seen.get(s)) is not None}  # other threads add and drop
+        new = [s for s in wanted if s not in found]
         if new:
             tokens = self.tower.encode_fields(new)
             pooled = self.tower.encode_pooled(new) if self.tower.pooled_width else [None] * len(new)

@@ -6,17 +6,19 @@ their weights; the module itself stays as it is. :func:`packed_weights` keeps on
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
+from tgq_fast.defaults import Shared
 from tgq_fast.models.packed_layers import IN_ONEDNN, ON_MATRIX_UNIT, PackedLayer, shallow
 from tgq_fast.ops.matrix_unit import why_not
 
-__all__ = ["in_run", "packed", "packed_weights", "running"]
+__all__ = ["evaluating", "in_run", "packed", "packed_weights", "running"]
 
 
 def packed(module: nn.Module) -> nn.Module:
@@ -56,30 +58,58 @@ def _packed_kind(module: nn.Module) -> type[PackedLayer] | None:
     return kind if kind is not None and kind.packs_all_of(module) else None
 
 
-_open: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
+@contextmanager
+def _twin(module: nn.Module) -> Iterator[nn.Module]:
+    yield packed(module)
+
+
+@contextmanager
+def _in_eval_mode(module: nn.Module) -> Iterator[None]:
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
+_twins: Shared[nn.Module, nn.Module] = Shared(_twin, WeakKeyDictionary())
+_in_eval: Shared[nn.Module, None] = Shared(_in_eval_mode, WeakKeyDictionary())
+_mine = threading.local()  # twins of the runs of this thread: another's runs change no bit of what this one computes
+
+
+def evaluating(module: nn.Module) -> AbstractContextManager[None]:
+    """Every part in eval mode, and afterwards, once no thread needs that any more, in the caller's."""
+    return _in_eval(module)
 
 
 @contextmanager
 def packed_weights(module: nn.Module) -> Iterator[nn.Module]:
     """Pack once for a whole run: while open, :func:`running` gives the twin of `module`, which this yields, too.
 
-    Opened again within, it packs nothing. Weights must not change while it is open.
+    Opened again within, or by other threads, it packs nothing. Weights must not change while it is open.
     """
-    if module in _open:
-        yield _open[module]
-        return
-    _open[module] = packed(module)
-    try:
-        yield _open[module]
-    finally:
-        del _open[module]
+    before = _runs()
+    with _twins(module) as twin:
+        _mine.runs = [*before, (module, twin)]
+        try:
+            yield twin
+        finally:
+            _mine.runs = before
 
 
 def in_run(module: nn.Module) -> bool:
-    """Whether :func:`packed_weights` is open for `module`."""
-    return module in _open
+    """Whether :func:`packed_weights` is open for `module` in this thread."""
+    return any(one is module for one, _ in _runs())
 
 
 def running(module: nn.Module) -> nn.Module:
     """The packed twin of `module` while one is open, else `module`; under `torch.compile` always that."""
-    return module if torch.compiler.is_compiling() else _open.get(module, module)
+    if torch.compiler.is_compiling():
+        return module
+    return next((twin for one, twin in _runs() if one is module), module)
+
+
+def _runs() -> list[tuple[nn.Module, nn.Module]]:
+    return getattr(_mine, "runs", [])

@@ -27,7 +27,7 @@ from tgq_fast.models.dtypes import as_dtype
 from tgq_fast.models.encoding import as_examples, progress_bar, stored_batches
 from tgq_fast.models.features import FeatureStore
 from tgq_fast.models.hub import local_folder
-from tgq_fast.models.inference import in_run, packed_weights, running
+from tgq_fast.models.inference import evaluating, in_run, packed_weights, running
 from tgq_fast.models.objective import weighted_losses
 from tgq_fast.models.outputs import ConnectorOutput, FrozenFeatures, TGQFormerOutput
 from tgq_fast.models.processing import ProcessedItems, PromptInputs, TGQFormerProcessor
@@ -213,9 +213,9 @@ class TGQFormerModel(TowerHolder, Publishing, PreTrainedModel):  # type: ignore[
     def encoding(self) -> AbstractContextManager[Any]:
         """Around a run of :meth:`encode` calls: the connector's weights are packed once, for all of them.
 
-        Every call in it uses the packed weights, however few its items, so that an item's embedding does not depend on
-        how the run is cut into calls of the same batches. Weights must not change inside. A long `encode` opens it
-        itself.
+        Every call in it, of the same thread, uses the packed weights, however few its items, so that an item's
+        embedding does not depend on how the run is cut into calls of the same batches. Weights must not change inside.
+        A long `encode` opens it itself.
         """
         return packed_weights(self.connector)
 
@@ -242,7 +242,8 @@ class TGQFormerModel(TowerHolder, Publishing, PreTrainedModel):  # type: ignore[
     ) -> Tensor | np.ndarray:
         """Embeddings of items, in the order given.
 
-        The model is evaluated without dropout whatever its mode; the same batches give the same bytes.
+        The model is evaluated without dropout whatever its mode; the same batches give the same bytes. Any number of
+        threads may call this on one model.
 
         Args:
             items: a catalogue; or a list of catalogue items, of rows as in a metadata file ("file_name"; or "image"
@@ -286,34 +287,29 @@ class TGQFormerModel(TowerHolder, Publishing, PreTrainedModel):  # type: ignore[
         several: Any = [items] if single else items
         examples = as_examples(several, fields=fields, root=root, known=self.config.fields)
         result = torch.full((len(examples), self.config.embedding_size), float("nan"), dtype=torch.float32)
-        modes = [(module, module.training) for module in self.modules()]  # the caller's, of every part
-        self.eval()
         many = len(examples) >= _PACK_FROM or in_run(self.connector)
         packing = self.encoding() if many or requested_backend(None) == "cpp" else nullcontext()
-        try:
-            merged = merged_adapters(self.reader)
-            with merged, torch.inference_mode(), packing, progress_bar(len(examples), show_progress_bar) as advance:
-                if features is not None:
-                    features = features.for_connector(self.config.connector)
-                    batches = stored_batches(examples, batch_size, on_error, features, self._prompt_processor)
-                else:
-                    batches = self.extractor.batches(
-                        examples,
-                        batch_size,
-                        on_error=on_error,
-                        rejects=rejects,
-                        workers=workers,
-                        pixels=pixels,
-                        fill=many,
-                    )
-                for rows, inputs in batches:
-                    if rows:
-                        output = self(**inputs)
-                        result[rows] = output.embedding.float().cpu()
-                    advance(min(batch_size, len(examples)))
-        finally:
-            for module, mode in modes:
-                module.training = mode
+        whole = merged_adapters(self.reader)
+        shown = progress_bar(len(examples), show_progress_bar)
+        with evaluating(self), whole, torch.inference_mode(), packing, shown as advance:
+            if features is not None:
+                features = features.for_connector(self.config.connector)
+                batches = stored_batches(examples, batch_size, on_error, features, self._prompt_processor)
+            else:
+                batches = self.extractor.batches(
+                    examples,
+                    batch_size,
+                    on_error=on_error,
+                    rejects=rejects,
+                    workers=workers,
+                    pixels=pixels,
+                    fill=many,
+                )
+            for rows, inputs in batches:
+                if rows:
+                    output = self(**inputs)
+                    result[rows] = output.embedding.float().cpu()
+                advance(min(batch_size, len(examples)))
         result = result[0] if single else result
         return result.numpy() if convert_to_numpy else result
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tgq_fast.defaults import Shared
 from tgq_fast.errors import ArgumentError, CheckpointError, DependencyError
 from tgq_fast.models import backbones
 from tgq_fast.models.configuration import TGQFormerConfig
@@ -256,12 +258,17 @@ class LLMReader(nn.Module):
         return self.readout(item, image, features)
 
 
-@contextmanager
-def merged_adapters(module: nn.Module) -> Iterator[None]:
+def merged_adapters(module: nn.Module) -> AbstractContextManager[None]:
     """While open, the LoRA adapters in `module` are part of the weights that they adapt: one product instead of three.
 
-    The weights get back their own storage afterwards, so not a bit of them changes. For calls without autograd.
+    The weights get back their own storage afterwards, so not a bit of them changes. For calls without autograd; several
+    threads may have it open.
     """
+    return _merged(module)
+
+
+@contextmanager
+def _merging(module: nn.Module) -> Iterator[None]:
     layers: list[Any] = [m for m in module.modules() if hasattr(m, "get_delta_weight") and hasattr(m, "lora_A")]
     kept = []
     try:
@@ -278,6 +285,9 @@ def merged_adapters(module: nn.Module) -> Iterator[None]:
         for layer, weight, data in kept:
             weight.data = data
             layer.merged_adapters.clear()
+
+
+_merged: Shared[nn.Module, None] = Shared(_merging, WeakKeyDictionary())
 
 
 def _is_sum(layer: Any, names: list[str], weight: Tensor) -> bool:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tgq_fast.errors import ArgumentError, DependencyError
-from tgq_fast.io.files import write_atomic
+from tgq_fast.io.files import atomic_writer, make_folder, write_atomic
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -61,19 +61,16 @@ def to_numpy(pool: ItemPool, folder: str | Path) -> tuple[Path, Path]:
     Raises:
         ArgumentError: an id holds a line break.
     """
-    root = Path(folder)
-    root.mkdir(parents=True, exist_ok=True)
-    vectors = np.lib.format.open_memmap(
-        root / ".embeddings.npy.tmp", mode="w+", dtype=np.float32, shape=(len(pool), pool.dims)
-    )
+    root = make_folder(folder)
+    header = {"descr": "<f4", "fortran_order": False, "shape": (len(pool), pool.dims)}
     names: list[str] = []
-    for start, ids, rows in _blocks(pool):
-        vectors[start : start + len(ids)] = rows
-        names += ids
-    vectors.flush()
-    if any("\n" in name or "\r" in name for name in names):
-        raise ArgumentError("pool", "an id with a line break", "ids of one line; to_parquet takes any id")
-    (root / ".embeddings.npy.tmp").rename(root / "embeddings.npy")
+    with atomic_writer(root / "embeddings.npy") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for _, ids, rows in _blocks(pool):
+            if any("\n" in name or "\r" in name for name in ids):
+                raise ArgumentError("pool", "an id with a line break", "ids of one line; to_parquet takes any id")
+            file.write(np.ascontiguousarray(rows, dtype="<f4").data)
+            names += ids
     write_atomic(root / "ids.txt", "".join(f"{name}\n" for name in names).encode())
     return root / "embeddings.npy", root / "ids.txt"
 
@@ -82,15 +79,11 @@ def to_parquet(pool: ItemPool, path: str | Path) -> Path:
     """One Parquet file with the columns id, row and vector (fixed-size list of fp32)."""
     import pyarrow.parquet as pq
 
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.tmp")
     schema, batches = _arrow(pool)
-    with pq.ParquetWriter(partial, schema, compression="zstd") as writer:
+    with atomic_writer(path) as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
         for batch in batches:
             writer.write_batch(batch)
-    partial.replace(target)
-    return target
+    return Path(path)
 
 
 def to_lance(pool: ItemPool, uri: str | Path, table: str = "items", *, overwrite: bool = False) -> Any:

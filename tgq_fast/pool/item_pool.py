@@ -26,18 +26,19 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.distributed as dist
-from filelock import FileLock
 from torch import Tensor
 
 from tgq_fast.errors import ArgumentError, PoolError
+from tgq_fast.io.files import Hold
 from tgq_fast.pool import columns, exports, faiss_index
 from tgq_fast.pool.files import PoolFiles
+from tgq_fast.pool.folder import acquire, start
 from tgq_fast.pool.log import PoolLog
 from tgq_fast.pool.manifest import Manifest
 from tgq_fast.pool.pins import Pin
 from tgq_fast.pool.reader import PoolReader
 from tgq_fast.pool.search import PoolHits, PoolSearch, pool_count_before
-from tgq_fast.pool.writer import PoolWriter, acquire, start
+from tgq_fast.pool.writer import PoolWriter
 
 __all__ = ["DEFAULT_SHARD_SIZE", "ItemPool", "PoolHits"]
 
@@ -53,7 +54,7 @@ class ItemPool:
         path: the folder.
     """
 
-    def __init__(self, path: Path, *, lock: FileLock | None, verify: bool) -> None:
+    def __init__(self, path: Path, *, lock: Hold | None, verify: bool) -> None:
         self.path, self._lock = path, lock
         self._log = PoolLog(path)
         manifest = self._log.read()
@@ -147,7 +148,7 @@ class ItemPool:
         return cls._locked(path, acquire(path), verify=verify)
 
     @classmethod
-    def _locked(cls, path: Path, lock: FileLock, *, verify: bool) -> ItemPool:
+    def _locked(cls, path: Path, lock: Hold, *, verify: bool) -> ItemPool:
         try:
             return cls(path, lock=lock, verify=verify)
         except BaseException:
@@ -180,7 +181,6 @@ class ItemPool:
         self._state = reader, PoolSearch(reader)
         if self._lock is not None:
             self._lock.release()
-            self._lock = None
 
     def __enter__(self) -> ItemPool:
         return self

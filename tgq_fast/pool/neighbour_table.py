@@ -11,6 +11,7 @@ import io
 import json
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import pyarrow.parquet as pq
 import torch
 
 from tgq_fast.errors import ArgumentError, PoolError
-from tgq_fast.io.files import atomic_writer, write_atomic
+from tgq_fast.io.files import atomic_writer, check_target, locked, make_folder, storage_errors, write_atomic
 from tgq_fast.io.identity import canonical_json
 from tgq_fast.pool import columns
 from tgq_fast.pool.item_pool import ItemPool
@@ -89,11 +90,13 @@ def neighbours(
 
     Raises:
         ArgumentError: another suffix, or a condition that cannot be read.
-        PoolError: a shard is damaged, or there is no table of columns.
+        PoolError: a shard is damaged, there is no table of columns, or another call is writing to `out`.
+        StorageError: `out` cannot be written.
     """
     out = Path(out)
     if out.suffix not in FORMATS:
         raise ArgumentError("out", str(out), "a file that ends in " + ", ".join(FORMATS))
+    check_target(out)
     reader, search = pool._state
     select = None if where is None else columns.select(pool, where, table)
     groups = None if per_group is None else columns.groups_of(reader, per_group, table)
@@ -105,43 +108,46 @@ def neighbours(
     if groups is not None:
         facts["groups"] = hashlib.sha256(groups.codes.tobytes()).hexdigest()
     parts = out.with_name(f".{out.name}.parts")
-    _begin(parts, hashlib.sha256(canonical_json(facts).encode()).hexdigest())
     total, resumed = len(reader), 0
-    starts = range(0, total, PART_ROWS)
-    for number, start in enumerate(starts):
-        own = np.arange(start, min(start + PART_ROWS, total))
-        path = parts / f"part-{number:06d}.parquet"
-        if path.exists():
-            resumed += len(own)
-        else:
-            excluded = _excluded(own, banned)
-            found = columns.rows_like(reader, search, own, skip + k, select, groups, excluded)
-            _write_part(path, reader.names(own), found, skip)
-        if progress is not None:
-            progress(start + len(own), total)
-    written, full = 0, 0
-    with atomic_writer(out) as file:
-        for rows in _write_table(file, out.suffix, [parts / f"part-{n:06d}.parquet" for n in range(len(starts))]):
-            written += len(rows)
-            full += int((rows.column("rank").to_numpy() == skip + k).sum())
-    shutil.rmtree(parts)
+    with storage_errors(out), _begun(parts, hashlib.sha256(canonical_json(facts).encode()).hexdigest()):
+        starts = range(0, total, PART_ROWS)
+        for number, start in enumerate(starts):
+            own = np.arange(start, min(start + PART_ROWS, total))
+            path = parts / f"part-{number:06d}.parquet"
+            if path.exists():
+                resumed += len(own)
+            else:
+                excluded = _excluded(own, banned)
+                found = columns.rows_like(reader, search, own, skip + k, select, groups, excluded)
+                _write_part(path, reader.names(own), found, skip)
+            if progress is not None:
+                progress(start + len(own), total)
+        written, full = 0, 0
+        with atomic_writer(out) as file:
+            for rows in _write_table(file, out.suffix, [parts / f"part-{n:06d}.parquet" for n in range(len(starts))]):
+                written += len(rows)
+                full += int((rows.column("rank").to_numpy() == skip + k).sum())
+        shutil.rmtree(parts)
     return NeighbourReport(str(out), total, written, total - full, resumed)
 
 
-def _begin(parts: Path, identity: str) -> None:
-    """An empty folder of parts, or that of an earlier call with the same identity."""
-    note = parts / "identity"
-    if parts.is_dir():
-        if note.is_file() and note.read_text() == identity:
-            return
-        foreign = [
-            p.name for p in parts.iterdir() if not p.name.startswith(("part-", ".part-", "identity", ".identity"))
-        ]
-        if foreign:
-            raise PoolError(f"{parts}: holds {foreign[0]}, which is no part of a table; remove it")
-        shutil.rmtree(parts)
-    parts.mkdir(parents=True)
-    write_atomic(note, identity.encode())
+@contextmanager
+def _begun(parts: Path, identity: str) -> Iterator[None]:
+    """A folder of parts for nobody else meanwhile: empty, or that of an earlier call of the same identity."""
+    note, lock = parts / "identity", make_folder(parts) / ".lock"
+    with locked(lock, wait=False) as mine:
+        if not mine:
+            raise PoolError(f"{parts}: another process is writing this table; wait for it to end, or choose another")
+        if not (note.is_file() and note.read_text() == identity):
+            own = ("part-", ".part-", "identity", ".identity", lock.name)
+            old = list(parts.iterdir())
+            if foreign := [path.name for path in old if not path.name.startswith(own)]:
+                raise PoolError(f"{parts}: holds {foreign[0]}, which is no part of a table; remove it")
+            for path in old:
+                if path != lock:
+                    path.unlink()
+            write_atomic(note, identity.encode())
+        yield
 
 
 def _rows_of(reader: PoolReader, ids: Mapping[str, Collection[str]]) -> dict[int, np.ndarray]:

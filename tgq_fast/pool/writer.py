@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -23,82 +23,27 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from filelock import FileLock, Timeout
 from safetensors.torch import save
 from torch import Tensor
 
 from tgq_fast import _native
 from tgq_fast.errors import ArgumentError, NonFiniteError, PoolError
-from tgq_fast.io.files import fsync_folder
+from tgq_fast.io.files import fsync_folder, storage_errors
 from tgq_fast.io.identity import package_identity
 from tgq_fast.pool.code_files import codes_source, write_codes
 from tgq_fast.pool.files import REJECTS_NAME, PoolFiles
+from tgq_fast.pool.folder import LEFTOVER
 from tgq_fast.pool.ids import HashLevels, build_index, check_ids, hash_ids, index_bytes
 from tgq_fast.pool.log import MANIFEST_NAME, PoolLog
-from tgq_fast.pool.manifest import DTYPES, Change, FileRecord, Manifest, ShardRecord
-from tgq_fast.pool.pins import PINS_NAME, unpinned
+from tgq_fast.pool.manifest import Change, FileRecord, Manifest, ShardRecord
+from tgq_fast.pool.pins import unpinned
 from tgq_fast.pool.reader import PoolReader
 from tgq_fast.search.codes import FIT_ROWS, WIDEST, Basis, Codes, encode_rows, fit_basis, fits
 from tgq_fast.search.topk_arguments import floating_rows
 
 logger = logging.getLogger(__name__)
 
-LOCK_NAME = ".lock"
 COMPACT_SHARDS = 8  # shards that compacting writes per commit, so that little of it is done twice and on disk twice
-_FILE = (
-    r"(shard-\d{6,}\.(safetensors|ids\.parquet|index\.safetensors|codes\.safetensors|shadow\.safetensors)"
-    r"|commit-\d{8,}\.json|rejects\.jsonl|manifest\.json)"
-)
-_LEFTOVER = re.compile(rf"{_FILE}|\.{_FILE}\.\w+\.tmp")  # a file of a pool, or one that a killed writer left half done
-
-
-def acquire(path: Path) -> FileLock:
-    """The writer's lock of a folder; PoolError where another writer has it."""
-    lock = FileLock(str(path / LOCK_NAME), timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise PoolError(f"{path}: another process is writing to this pool; wait for it to end") from None
-    return lock
-
-
-def start(path: Path, wanted: Manifest, *, resume: bool) -> FileLock:
-    """Make an empty pool in a folder, or with `resume` accept one that is there; returns the writer's lock.
-
-    Raises:
-        ArgumentError: dims, dtype or shard_size cannot be.
-        PoolError: the folder holds something else, a different pool, or another process writes to it.
-    """
-    if wanted.dims < 1:
-        raise ArgumentError("dims", wanted.dims, "a width of at least 1")
-    if wanted.dtype not in DTYPES:
-        raise ArgumentError("dtype", repr(wanted.dtype), "one of " + ", ".join(map(repr, DTYPES)))
-    if wanted.shard_size < 1:
-        raise ArgumentError("shard_size", wanted.shard_size, "at least 1 row per shard")
-    path.mkdir(parents=True, exist_ok=True)
-    if not (path / MANIFEST_NAME).exists():
-        own = (LOCK_NAME, PINS_NAME)
-        foreign = sorted(name for name in os.listdir(path) if name not in own and not _LEFTOVER.fullmatch(name))
-        if foreign:
-            listed = ", ".join(foreign[:3])
-            raise PoolError(f"{path}: holds files that are no pool's ({listed}); choose an empty folder")
-    lock = acquire(path)
-    try:
-        log = PoolLog(path)
-        if not (path / MANIFEST_NAME).exists():
-            log.start(wanted)
-            return lock
-        manifest = log.read()
-        if not resume:
-            raise PoolError(f"{path} already holds a pool of {manifest.rows} items; resume, append, or choose another")
-        for name in ("dims", "dtype", "shard_size", "model", "source"):
-            old, new = getattr(manifest, name), getattr(wanted, name)
-            if old != new:
-                raise PoolError(f"{path}: cannot resume, its {name} is {old!r} and this run's is {new!r}")
-        return lock
-    except BaseException:
-        lock.release()
-        raise
 
 
 class PoolWriter:
@@ -114,7 +59,7 @@ class PoolWriter:
         self.files, self.log = files, log
         self.reader = PoolReader(files, manifest)
         self.reader.check_sizes()
-        self.lock = threading.RLock()  # of this object's methods
+        self._lock, self._process = threading.RLock(), os.getpid()
         self._known: HashLevels | None = None  # of all ids that ever were in the pool; built by the first append
         self.sweep(at_open=True)
         self._basis: Basis | None = None  # of the codes; read or fitted when first needed
@@ -130,6 +75,14 @@ class PoolWriter:
     def folder(self) -> Path:
         """The pool."""
         return self.files.folder
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Around every change: one thread at a time, in the process that has the folder's lock."""
+        if os.getpid() != self._process:
+            raise PoolError(f"{self.folder}: opened for writing by the process that this is a fork of; open it here")
+        with self._lock, storage_errors(self.folder):
+            yield
 
     def _commit(self, change: Change) -> None:
         facts = dict(change.facts)
@@ -170,7 +123,7 @@ class PoolWriter:
             reject_lines: JSON lines to add to the reject log.
             facts: see :class:`Change`.
         """
-        with self.lock:
+        with self._changing():
             names = check_ids(ids)
             rows = self._check_rows(ids, embeddings)
             keys = _check_content(content, len(ids))
@@ -192,7 +145,7 @@ class PoolWriter:
 
     def delete(self, ids: Sequence[str], *, missing: str) -> int:
         """One commit that deletes items; returns how many there were."""
-        with self.lock:
+        with self._changing():
             dead = self._dead(check_ids(ids), missing)
             if dead:
                 self._commit(Change(dead=dead))
@@ -200,7 +153,7 @@ class PoolWriter:
 
     def settle(self, **facts: Any) -> None:
         """One commit of facts."""
-        with self.lock:
+        with self._changing():
             self._commit(Change(facts=facts))
 
     def _check_rows(self, ids: Sequence[str], embeddings: Any) -> Tensor:
@@ -278,7 +231,7 @@ class PoolWriter:
 
     def compact(self, progress: Callable[[int, int], None] | None = None) -> int:
         """Write shards with deleted rows, and small ones, anew without them; returns how many it replaced."""
-        with self.lock:
+        with self._changing():
             runs = list(self._runs())
             done, total = 0, sum(map(len, runs))
             for run in runs:
@@ -327,7 +280,7 @@ class PoolWriter:
         named |= {self.files.codes_path(shard).name for shard in manifest.shards if self._has_codes(shard)}
         for name in os.listdir(self.folder):
             kept = name in named or (name.startswith("commit-") and not self.log.stale(name, manifest))
-            if _LEFTOVER.fullmatch(name) and not kept:
+            if LEFTOVER.fullmatch(name) and not kept:
                 (self.folder / name).unlink()
         rejects = manifest.rejects
         if rejects is not None and (self.folder / rejects.name).stat().st_size > rejects.bytes:
@@ -341,7 +294,7 @@ class PoolWriter:
         All of a pool share one mean and rotation. They are fitted again, and all shards encoded again, once rows that
         came later lie too far from them.
         """
-        with self.lock:
+        with self._changing():
             written, shards = 0, self.manifest.shards
             known = [codes for shard in shards if (codes := self._codes_of(shard)) is not None]
             rows = sum(codes.rows for codes in known)

@@ -18,7 +18,7 @@ from tgq_fast.data import Catalog, Item, load_image
 from tgq_fast.data.conditions import CLEAN, parse_conditions
 from tgq_fast.errors import ArgumentError, ImageError
 from tgq_fast.evaluation import Evaluation, compare
-from tgq_fast.io.files import write_atomic
+from tgq_fast.io.files import check_target, write_atomic
 from tgq_fast.report import figures
 from tgq_fast.report.content import Example, Metric, Neighbour, ReportContent, RunResult
 from tgq_fast.report.page import render
@@ -78,6 +78,7 @@ def write_report(
     """
     if pools and len(pools) != len(runs):
         raise ArgumentError("pools", f"{len(pools)} pools", f"{len(runs)}, one per run, in the same order")
+    check_target(out)
     models = [workflow.open_run(path, watch) for path in runs]
     known = [pool_embeddings(path, catalog, model) for path, model in zip(pools or (), models)]
     asked = [condition for condition in parse_conditions(corrupt) if condition != CLEAN]

@@ -8,6 +8,7 @@ import torch
 from PIL import ImageOps
 
 from tgq_fast.models.encoding import as_examples
+from tgq_fast.models.inference import evaluating
 from tgq_fast.models.views import token_grid
 from tgq_fast.models.zoo import connector_spec
 from tgq_fast.report import figures
@@ -29,9 +30,9 @@ def explain(model: TGQFormerModel, item: Item, picture: Image.Image) -> dict[str
         return {"reason": f"connector {config.connector} has no anchored and exploratory streams"}
     row = {name: value for name in config.fields if (value := item.field(name)) is not None}
     examples = as_examples([picture], fields=[row], known=config.fields)
-    model.eval()
     _, inputs = next(iter(model.extractor.batches(examples, 1)))
-    output = model(**inputs, return_attention=True).connector
+    with evaluating(model):
+        output = model(**inputs, return_attention=True).connector
     told: dict[str, Any] = {}
     for name, gate in (("anchored_gate", output.anchored_gate), ("exploratory_gate", output.exploratory_gate)):
         told[name] = None if gate is None else float(gate.mean())

@@ -22,10 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock, Timeout
 
 from tgq_fast.errors import CheckpointError, TGQError
-from tgq_fast.io.files import write_atomic
+from tgq_fast.io.files import locked, make_folder, storage_errors, write_atomic
 from tgq_fast.io.identity import package_identity
 from tgq_fast.study.page import write_page
 from tgq_fast.study.plan import Job, Plan
@@ -61,14 +60,11 @@ def run_study(
     Raises:
         StudyError: a job failed.
         CheckpointError: another process works in the folder.
+        StorageError: the folder cannot be written to, or its disk is full.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(str(out / ".lock"), timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise CheckpointError(f"{out}: another process works on the study in this folder") from None
-    try:
+    with storage_errors(out), locked(make_folder(out) / ".lock", wait=False) as mine:
+        if not mine:
+            raise CheckpointError(f"{out}: another process works on the study in this folder")
         write_atomic(out / PLAN, _json(plan.to_json()))
         setting = Setting(plan, cache, say=say)
         trials = plan.trials()
@@ -85,8 +81,6 @@ def run_study(
         write_atomic(out / STUDY, _json(study))
         write_page(study, out / PAGE)
         return study
-    finally:
-        lock.release()
 
 
 class _Runner:

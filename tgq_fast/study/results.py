@@ -9,16 +9,19 @@ Source: percentile bootstrap and sign-flip permutation test are standard; the pr
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tgq_fast.data.conditions import Condition
-from tgq_fast.errors import ArgumentError
+from tgq_fast.errors import ArgumentError, CheckpointError, TGQError
 from tgq_fast.evaluation.metrics import group_sums, query_table
 
 __all__ = ["Bootstrap", "Row", "families", "read_row", "summarise"]
@@ -89,12 +92,13 @@ def read_row(
 
     Raises:
         ArgumentError: the seeds were evaluated on other pairs.
+        CheckpointError: a file is damaged.
     """
     tables: dict[str, list[Any]] = {}
     first: dict[str, NDArray[Any]] = {}
     group: NDArray[np.int64] | None = None
     for file in files:
-        with np.load(file, allow_pickle=False) as arrays:
+        with _arrays(file) as arrays:
             if first and any(not np.array_equal(first[key], arrays[key]) for key in ("query", "target")):
                 raise ArgumentError("files", f"{file}: other pairs", "seeds evaluated on the same pairs")
             first = {key: arrays[key] for key in ("query", "target", "weight")}
@@ -115,6 +119,18 @@ def read_row(
         {text: {m: [t.value(m) for t in each] for m in one.numerator} for text, each in tables.items()},
         facts,
     )
+
+
+@contextmanager
+def _arrays(file: Path) -> Iterator[Any]:
+    """The arrays of an .npz file."""
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            yield arrays
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile, zlib.error) as error:
+        if isinstance(error, TGQError):
+            raise
+        raise CheckpointError(f"{file}: missing or damaged ({error}); remove its folder to do the job again") from None
 
 
 def families(conditions: Sequence[str]) -> dict[str, list[str]]:

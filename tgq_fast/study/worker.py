@@ -24,8 +24,9 @@ from tgq_fast import workflow
 from tgq_fast.data import Catalog
 from tgq_fast.data.conditions import CLEAN, Condition
 from tgq_fast.evaluation import Evaluation
-from tgq_fast.io.files import write_atomic
-from tgq_fast.io.identity import package_identity
+from tgq_fast.io.files import make_folder, write_atomic
+from tgq_fast.io.identity import package_identity, sha256_file
+from tgq_fast.io.sealed import seal, unseal
 from tgq_fast.models import TGQFormerConfig, match_budget
 from tgq_fast.models.features import FeatureStore
 from tgq_fast.models.views import ViewStore, training_views
@@ -124,18 +125,21 @@ class Setting:
 
 
 def finished(folder: Path, wanted: Plan) -> dict[str, Any] | None:
-    """The result of a job, or None where it is not there or lacks a condition."""
+    """The result of a job; None where it is not there, lacks a condition or is damaged, and is to be done again."""
     try:
-        result = dict(json.loads((folder / RESULT).read_bytes()))
-        done = all(set(wanted.conditions) <= set(row["conditions"]) for row in result["rows"].values())
-    except (OSError, ValueError, KeyError, TypeError):
+        result = unseal(json.loads((folder / RESULT).read_bytes()))
+        for row in result["rows"].values():
+            ranks = sha256_file(folder / row["ranks"])
+            if not set(wanted.conditions) <= set(row["conditions"]) or row.get("sha256", ranks) != ranks:
+                return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
-    return result if done and all((folder / row["ranks"]).is_file() for row in result["rows"].values()) else None
+    return result
 
 
 def run_job(setting: Setting, job: Job, folder: Path) -> None:
     """Do what is left of a job."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     catalog = setting.catalog
     if job.stage == "fold":
         assert setting.folds is not None
@@ -154,7 +158,7 @@ def run_job(setting: Setting, job: Job, folder: Path) -> None:
         if job.stage == "final":
             result["probes"] = probe_model(conditions, model, setting.plan.parsed(), seed=setting.plan.seed)
     result["seconds"] = round(time.monotonic() - begin, 1)
-    write_atomic(folder / RESULT, (json.dumps(result, indent=1) + "\n").encode())
+    write_atomic(folder / RESULT, (json.dumps(seal(result), indent=1) + "\n").encode())
 
 
 def _train(setting: Setting, job: Job, catalog: Catalog, out: Path) -> dict[str, Any]:
@@ -225,6 +229,7 @@ def _evaluate(
     _save(folder / file, {**arrays, "query": first.query, "target": first.target, "weight": first.weight})
     return {
         "ranks": file,
+        "sha256": sha256_file(folder / file),
         "pool_size": first.pool_size,
         "conditions": {
             text: {name: metric.value for name, metric in evaluation.metrics.items()}

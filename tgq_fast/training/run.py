@@ -5,16 +5,17 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from filelock import FileLock, Timeout
 from transformers import TrainingArguments, set_seed
 
 from tgq_fast.data import Catalog, RejectLog
-from tgq_fast.defaults import plain_defaults
+from tgq_fast.defaults import own_randomness, plain_defaults
 from tgq_fast.errors import ArgumentError, CheckpointError
+from tgq_fast.io.files import locked, make_folder, storage_errors
 from tgq_fast.models.configuration import TGQFormerConfig
 from tgq_fast.models.features import FeatureStore
 from tgq_fast.models.modeling import TGQFormerModel
@@ -119,6 +120,7 @@ def train(
         CheckpointError: `out` holds another or an unfinished run, a run with other arguments, or damaged files.
         ImageError: an unusable image, policy "raise".
         DependencyError: a package that `report_to` needs is not installed.
+        StorageError: `out` cannot be written to, or its disk is full.
         DistributedError: another process of the same training stopped or did not answer.
     """
     counts = {"epochs": epochs, "batch_size": batch_size, "log_steps": log_steps, "validations": validations}
@@ -137,17 +139,14 @@ def train(
     folder = Path(out).resolve()
     team = Team()
     send = on_event if on_event is not None and team.leads else lambda event: None
-    lock = FileLock(str(folder / LOCK), timeout=0)
+    held = ExitStack()
 
     def take() -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire()
-        except Timeout:
-            raise CheckpointError(f"{folder}: another process is training in this folder") from None
+        if not held.enter_context(locked(make_folder(folder) / LOCK, wait=False)):
+            raise CheckpointError(f"{folder}: another process is training in this folder")
 
-    team.lead(take)
-    try:
+    with own_randomness(), storage_errors(folder), held:
+        team.lead(take)
         arguments = {
             "epochs": epochs,
             "validations": validations,
@@ -229,8 +228,6 @@ def train(
             send=send,
             team=team,
         )
-    finally:
-        lock.release()
 
 
 def multiplies_bf16() -> bool:

@@ -46,18 +46,11 @@ def make_config(
         raise ArgumentError("fields", ", ".join(unknown), "fields of this catalogue: " + ", ".join(known))
     if connector not in CONNECTORS:
         raise ArgumentError("connector", repr(connector), "one of " + ", ".join(CONNECTORS))
-    defaults = TGQFormerConfig.preset(preset)
-    extra = dict(overrides or {})
-    wrong = [name for name in extra if name not in defaults.to_dict() or name in ("connector", "fields", "model_type")]
-    if wrong:
-        raise ArgumentError(
-            "overrides", ", ".join(wrong), "fields of TGQFormerConfig; fields and connector have arguments of their own"
-        )
-    config = TGQFormerConfig.preset(preset, **(extra | {"fields": chosen}))
+    config = _with_overrides(TGQFormerConfig.preset(preset, fields=chosen), overrides, "connector", "fields")
     config = config.with_towers(*load_towers(config, watch))
     if connector == "tgq":
         return config
-    if match and "intermediate_size" not in extra:
+    if match and "intermediate_size" not in (overrides or {}):
         return match_budget(config, connector)
     return config.with_connector(connector)
 
@@ -76,16 +69,27 @@ def continued_config(
         ArgumentError: another connector, other fields, or an unknown configuration field.
         CheckpointError: the run holds no trained model.
     """
-    from tgq_fast.models import TGQFormerConfig
     from tgq_fast.training.warm import warm_start
 
     held = warm_start(run).config
-    for option, asked, own in (("--connector", connector, held.connector), ("--fields", fields, list(held.fields))):
+    for name, asked, own in (("connector", connector, held.connector), ("fields", fields, list(held.fields))):
         if asked is not None and asked != own:
-            raise ArgumentError(option, repr(asked), f"{own!r}, as in {run}, or nothing")
-    if wrong := [name for name in overrides if name not in held.to_dict()]:
-        raise ArgumentError("--set", ", ".join(wrong), "fields of TGQFormerConfig")
-    return TGQFormerConfig.from_dict(held.to_dict() | dict(overrides))
+            raise ArgumentError(name, repr(asked), f"{own!r}, as in {run}, or nothing")
+    return _with_overrides(held, overrides, "connector", "fields")
+
+
+def _with_overrides(config: TGQFormerConfig, overrides: Mapping[str, Any] | None, *reserved: str) -> TGQFormerConfig:
+    """A copy with other values of some fields, but for reserved ones.
+
+    Raises:
+        ArgumentError: an unknown or reserved field, or a value that it cannot have.
+    """
+    values, changed = config.to_dict(), dict(overrides or {})
+    if wrong := [name for name in changed if name not in values or name in (*reserved, "model_type")]:
+        own = f"; {' and '.join(reserved)} have arguments of their own" if set(wrong) & set(reserved) else ""
+        raise ArgumentError("overrides", ", ".join(map(str, wrong)), "fields of TGQFormerConfig" + own)
+    made: TGQFormerConfig = type(config).from_dict(values | changed)
+    return made
 
 
 def connector_table(preset: str, overrides: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
@@ -98,11 +102,7 @@ def connector_table(preset: str, overrides: Mapping[str, Any] | None = None) -> 
     from tgq_fast.models import CONNECTORS, TGQFormerConfig, match_budget
     from tgq_fast.models.flops import connector_cost
 
-    config = TGQFormerConfig.preset(preset)
-    extra = dict(overrides or {})
-    if wrong := [name for name in extra if name not in config.to_dict() or name in ("connector", "model_type")]:
-        raise ArgumentError("overrides", ", ".join(wrong), "fields of TGQFormerConfig")
-    config = TGQFormerConfig.preset(preset, **extra)
+    config = _with_overrides(TGQFormerConfig.preset(preset), overrides, "connector")
     rows = []
     for name, spec in CONNECTORS.items():
         cost = connector_cost(match_budget(config, name))

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from tgq_fast.data.conditions import CLEAN, Condition
 from tgq_fast.data.corruption import AREAS, METADATA_KINDS
+from tgq_fast.models.inference import evaluating
 from tgq_fast.models.views import token_grid
 from tgq_fast.workflow.embeddings import Conditions
 
@@ -27,11 +28,11 @@ STREAMS = ("anchored", "exploratory")
 @torch.inference_mode()
 def connect(model: TGQFormerModel, features: FrozenFeatures, *, attention: bool = False) -> ConnectorOutput:
     """The connector's output for features as the towers give them."""
-    model.eval()
     features = features.to(model.logit_scale.device)
-    if model.whitening is not None:
-        features = model.whitening(features)
-    output: ConnectorOutput = model.connector(features, return_attention=attention)
+    with evaluating(model):
+        if model.whitening is not None:
+            features = model.whitening(features)
+        output: ConnectorOutput = model.connector(features, return_attention=attention)
     return output
 
 

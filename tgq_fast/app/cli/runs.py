@@ -200,9 +200,12 @@ def evaluate(
     Example: tgq-fast evaluate shop --model runs/tgq --pool pools/tgq --workers 4
     """
     from tgq_fast.app.intake import load_catalog
+    from tgq_fast.io.files import check_target, write_atomic
     from tgq_fast.pool.embed import RAW_FLOOR
     from tgq_fast.workflow import evaluate_run
 
+    if as_json is not None and str(as_json) != "-":
+        check_target(as_json)
     shared: dict[str, Any] = {}
     watched: AbstractContextManager[None] = nullcontext()
     if engine is EvaluationEngine.torchrun:
@@ -238,8 +241,6 @@ def evaluate(
         console.print_json(document)
         return
     if as_json is not None and not console.quiet():
-        from tgq_fast.io.files import write_atomic
-
         write_atomic(as_json, (json.dumps(console.plain(document), indent=2) + "\n").encode())
         console.note(f"wrote {as_json}")
     from tgq_fast.workflow import metric_table
