@@ -6,6 +6,7 @@ All messages are looked at, by reading the sources: what is raised, warned about
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import inspect
 import re
@@ -17,6 +18,7 @@ import pytest
 import typer
 
 from tgq_fast.app import cli
+from tgq_fast.data.items import KNOWN_KEYS
 from tgq_fast.models import TGQFormerConfig
 
 ROOT = Path(__file__).parents[1]
@@ -28,9 +30,11 @@ KEYWORD = re.compile(r"(?<![\w\"'.(\[-])([a-z][a-z_]{2,})=(?!=)")
 VARIABLE = re.compile(r"\bTGQ_[A-Z_]+\b")
 
 
-def modules() -> Iterator[tuple[Path, ast.Module]]:
-    for path in sorted((ROOT / "tgq_fast").rglob("*.py")):
-        yield path, ast.parse(path.read_text(encoding="utf-8"))
+@functools.cache
+def modules() -> list[tuple[Path, str, ast.Module]]:
+    """(file, source, syntax tree) of the package and the kernels."""
+    files = [path for folder in ("tgq_fast", "kernels") for path in sorted((ROOT / folder).rglob("*.py"))]
+    return [(path, text := path.read_text(encoding="utf-8"), ast.parse(text)) for path in files]
 
 
 def texts(node: ast.AST) -> Iterator[str]:
@@ -44,13 +48,18 @@ def texts(node: ast.AST) -> Iterator[str]:
             yield part.value
 
 
-def messages() -> Iterator[tuple[Path, int, str]]:
-    """(file, line, text) of everything that is said about what went wrong; joined over one statement."""
-    for path, tree in modules():
+@functools.cache
+def messages() -> list[tuple[Path, int, str]]:
+    """(file, line, text) of everything that is said about what went wrong."""
+    return list(_messages())
+
+
+def _messages() -> Iterator[tuple[Path, int, str]]:
+    for path, _, tree in modules():
         for node in ast.walk(tree):
             raised = isinstance(node, ast.Raise) and node.exc is not None
             hint = isinstance(node, ast.Assign) and any(
-                isinstance(t, ast.Name) and t.id.strip("_").lower() in ("hint", "hints", "text", "again", "longer")
+                isinstance(t, ast.Name) and t.id.strip("_").lower() in ("hint", "hints", "again", "longer")
                 for t in node.targets
             )
             told = isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in (
@@ -70,16 +79,15 @@ def named(pattern: re.Pattern[str]) -> list[Any]:
     return [pytest.param(*where, id=f"{key[0]} {' '.join(filter(None, key[1]))}"[:90]) for key, where in found.items()]
 
 
-def options(verb: str) -> set[str]:
-    """Options of a verb, and those before it."""
+@functools.cache
+def verbs() -> dict[str, set[str]]:
+    """Verb → its options, and those before it."""
     group: Any = typer.main.get_command(cli.app)
-    found = {name for parameter in group.params for name in parameter.opts}
-    return found | {n for p in group.commands[verb].params for n in (*p.opts, *p.secondary_opts)}
-
-
-def verbs() -> set[str]:
-    group: Any = typer.main.get_command(cli.app)
-    return set(group.commands)
+    before = {name for parameter in group.params for name in parameter.opts}
+    return {
+        verb: before | {name for p in command.params for name in (*p.opts, *p.secondary_opts)}
+        for verb, command in group.commands.items()
+    }
 
 
 def module_of(path: Path) -> Any:
@@ -91,7 +99,7 @@ def test_commands_are_there_with_their_options(path: Path, line: int, match: re.
     verb, rest = match[1], match[2]
     assert verb in {*verbs(), "…"}, f"{path}:{line}: there is no `tgq-fast {verb}`"
     if verb != "…":
-        strange = set(OPTION.findall(rest)) - options(verb)
+        strange = set(OPTION.findall(rest)) - verbs()[verb]
         assert not strange, f"{path}:{line}: tgq-fast {verb} has no {strange}"
 
 
@@ -100,7 +108,7 @@ def test_options_are_some_verbs(path: Path, line: int, match: re.Match[str]) -> 
     if "pip install" in match.string:
         return
     verb = next(iter(VERB.findall(match.string)), ("…", ""))[0]
-    known = options(verb) if verb in verbs() else {name for one in verbs() for name in options(one)}
+    known = verbs().get(verb) or set().union(*verbs().values())
     assert match[1] in known, f"{path}:{line}: no verb has {match[1]}"
 
 
@@ -113,18 +121,21 @@ def test_extras_are_declared(path: Path, line: int, match: re.Match[str]) -> Non
 
 @pytest.mark.parametrize(("path", "line", "match"), named(VARIABLE))
 def test_environment_variables_are_read(path: Path, line: int, match: re.Match[str]) -> None:
-    read = [p for p, tree in modules() if re.search(rf"[\"']{match[0]}[\"']", p.read_text(encoding="utf-8"))]
+    read = [path for path, source, _ in modules() if re.search(rf"[\"']{match[0]}[\"']", source)]
     assert read, f"{path}:{line}: nobody reads {match[0]}"
 
 
+@functools.cache
 def parameters() -> dict[str, set[str]]:
-    """Names of parameters, by module."""
+    """Names of parameters and of fields of classes, by module."""
     found: dict[str, set[str]] = {}
-    for path, tree in modules():
+    for path, _, tree in modules():
         names = found.setdefault(str(path), set())
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 names |= {a.arg for a in (*node.args.args, *node.args.kwonlyargs)}
+            elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                names.add(node.target.id)
     return found
 
 
@@ -140,18 +151,19 @@ def test_calls_have_the_arguments_that_are_named(path: Path, line: int, match: r
 
 @pytest.mark.parametrize(("path", "line", "match"), named(KEYWORD))
 def test_arguments_are_taken_where_the_message_comes_from(path: Path, line: int, match: re.Match[str]) -> None:
-    """In the module, in one that calls it, or as a field of the configuration."""
+    """In the module, in one that it imports from or that imports it, or as a field of the configuration or of rows."""
     name = match[1]
-    if name in TGQFormerConfig().to_dict() or "tgq-fast" in match.string[: match.start()]:
+    if name in TGQFormerConfig().to_dict() or name in KNOWN_KEYS or match.string[match.end() :].startswith("value"):
         return
-    if match.string.strip() == match[0].strip() or "name=value" in match[0]:
-        return
-    taken = parameters()
-    module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
-    users = [p for p, _ in modules() if module in p.read_text(encoding="utf-8") or p == path]
-    assert any(name in taken[str(user)] for user in users), f"{path}:{line}: {name}= is no argument here"
+
+    def dotted(file: Path) -> str:
+        return ".".join(file.relative_to(ROOT).with_suffix("").parts)
+
+    own = next(source for file, source, _ in modules() if file == path)
+    near = [f for f, source, _ in modules() if f == path or dotted(path) in source or f"from {dotted(f)} import" in own]
+    assert any(name in parameters()[str(file)] for file in near), f"{path}:{line}: {name}= is no argument here"
 
 
 def test_there_are_messages() -> None:
-    assert sum(1 for _ in messages()) > 1000
+    assert len(messages()) > 1000
     assert len(named(VERB)) > 10 and len(named(OPTION)) > 10 and len(named(KEYWORD)) > 5
