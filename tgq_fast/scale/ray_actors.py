@@ -9,6 +9,7 @@ Source: ours.
 
 from __future__ import annotations
 
+from collections import Counter
 from importlib import import_module
 from typing import Any
 
@@ -26,6 +27,8 @@ __all__ = ["RayCrew"]
 _READY_SECONDS = 600
 """How long all actors together may have no place and give no sign before a run ends."""
 _STARTS = 3
+"""Actors of one worker that may be lost before they are ready, while no worker answers: a killed node takes those that
+start with it."""
 
 
 class RayCrew:
@@ -48,7 +51,7 @@ class RayCrew:
         self.count, self._cpus, self._gpus = count, cpus, gpus
         self._actors: dict[int, tuple[Any, Any]] = {}  # and the promise that it is ready
         self._asked: dict[Any, int] = {}
-        self._early = 0  # actors that did not start
+        self._early: Counter[int] = Counter()  # actors of each worker that did not start since one last answered
         self._started = False
         self._owner = not ray.is_initialized()
         if self._owner:
@@ -85,6 +88,7 @@ class RayCrew:
         try:
             answer = ray.get(found[0])
             self._started = True
+            self._early.clear()
             return worker, answer
         except RayError as error:
             actor, ready = self._actors.pop(worker)
@@ -98,8 +102,8 @@ class RayCrew:
             ray.get(ready)
             self._started = True
         except RayError as error:
-            self._early += 1
-            if self._early >= _STARTS:
+            self._early[worker] += 1
+            if self._early[worker] >= _STARTS:
                 raise WorkerError(f"actor {worker} does not start: {_first_line(error)}") from error
 
     def stop(self) -> None:
