@@ -14,9 +14,9 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 
-from tgq_fast.errors import DistributedError, TGQError
+from tgq_fast.errors import ArgumentError, DistributedError, TGQError
 
-__all__ = ["Team"]
+__all__ = ["Team", "refuse_fsdp"]
 
 T = TypeVar("T")
 ANSWER_SECONDS = 300
@@ -110,3 +110,15 @@ def _told(what: str) -> Iterator[None]:
         first = text.strip().splitlines()[0] if text.strip() else type(error).__name__
         hint = "Start all processes again; training goes on from the last checkpoint with resume=True."
         raise DistributedError(f"{what} ({first[:200]}). {hint}") from error
+
+
+def refuse_fsdp() -> None:
+    """ArgumentError where accelerate is told to shard the model of `train`: its frozen towers are no part of the model,
+    and what it validates, averages and saves are whole weights."""
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true", "yes"):
+        raise ArgumentError(
+            "accelerate",
+            "FSDP",
+            "data parallel processes (accelerate launch --multi_gpu, or torchrun)",
+            "in a loop of your own, tgq_fast.training.shard_model shards a model",
+        )

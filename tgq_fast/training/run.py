@@ -37,7 +37,7 @@ from tgq_fast.training.folder import (
     write_manifest,
 )
 from tgq_fast.training.pairs import DistinctBatchSampler, PairCollator, PairDataset
-from tgq_fast.training.ranks import Team
+from tgq_fast.training.ranks import Team, refuse_fsdp
 from tgq_fast.training.reporting import check_reporters, reporters
 from tgq_fast.training.trainer import BEST_METRIC, Event, TGQTrainer, last_complete_checkpoint
 from tgq_fast.training.verdict import measure_floors
@@ -137,6 +137,7 @@ def train(
     warm = None if init_from is None else warm_start(init_from)
     bf16 = multiplies_bf16() if bf16 is None else bf16
     folder = Path(out).resolve()
+    refuse_fsdp()
     team = Team()
     send = on_event if on_event is not None and team.leads else lambda event: None
     held = ExitStack()
