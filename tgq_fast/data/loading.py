@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from tgq_fast.data.columns import PICTURE_COLUMNS, Columns
+from tgq_fast.data.id_hash import hash_ids
 from tgq_fast.data.item_table import ItemTable, ItemTableBuilder
 from tgq_fast.data.items import Item, RowError, parse_item, read_identifier
 from tgq_fast.data.pairs import Pairs, make_pairs, named_ids, read_pairs
@@ -32,6 +33,7 @@ __all__ += ["read_metadata", "repeated", "stream_items"]
 
 Row = tuple[int, "Mapping[Any, Any] | RowError"]
 _BLOCK = 256  # rows that are Python objects at a time
+_HASHED = 1 << 20  # ids at a time
 _REQUIRED = ("id", *PICTURE_COLUMNS)
 
 
@@ -145,6 +147,7 @@ def load_items(rows: Iterable[Row], path: str | Path, report: ValidationReport) 
         builder.extend(read_block(read, numbers, refuse, lambda number, note: altered.append((number, note))))
     items = builder.build()
     again, first = repeated(items.text("id"))
+    pa.default_memory_pool().release_unused()
     if len(again):
         places, ids = items.numbers, items.text("id").take(pa.array(again)).to_pylist()
         for number, item_id, seen in zip(places[again].tolist(), ids, places[first].tolist()):
@@ -168,9 +171,13 @@ def _blocks(rows: Iterable[Row]) -> Iterator[list[Row]]:
 
 def repeated(ids: pa.LargeStringArray) -> tuple[np.ndarray, np.ndarray]:
     """Places [r] of ids that stand further up already, ascending, and the places where those stand first."""
-    coded = ids.dictionary_encode()
-    if len(coded.dictionary) == len(ids):
+    parts = [hash_ids(ids[start : start + _HASHED]) for start in range(0, len(ids), _HASHED)]
+    hashes = np.concatenate([np.empty(0, np.uint64), *parts])
+    del parts
+    hashes.sort()
+    if not (hashes[1:] == hashes[:-1]).any():  # a quarter of the memory of a dictionary
         return np.empty(0, np.int64), np.empty(0, np.int64)
+    coded = ids.dictionary_encode()
     codes = coded.indices.to_numpy()
     _, first = np.unique(codes, return_index=True)
     again = np.delete(np.arange(len(ids)), first)

@@ -186,7 +186,7 @@ def components(groups: NDArray[np.int64], query: NDArray[np.int64], target: NDAr
         np.minimum.at(root, np.maximum(one, other), np.minimum(one, other))
         while not np.array_equal(root, further := root[root]):
             root = further
-    labels: NDArray[np.int64] = np.unique(root, return_inverse=True)[1].astype(np.int64).reshape(-1)
+    labels: NDArray[np.int64] = np.cumsum(root == np.arange(len(root)), dtype=np.int64)[root] - 1
     return labels
 
 

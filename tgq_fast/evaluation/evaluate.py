@@ -193,6 +193,7 @@ def evaluate(
     pairs = catalog.split_pairs(split, every=True)
     if not len(pairs.query):
         raise ArgumentError("split", repr(split), "a split with at least one pair", "check the catalogue's pairs file")
+    component = catalog.components()[np.unique(pairs.query)]  # before any of the pool is in memory
     candidates, row_of = _candidates(catalog, embedded, shared=group is not None)
     query_row, target_row = row_of[pairs.query], row_of[pairs.target]  # pool rows, -1 when not embedded
     known = (query_row >= 0) & (target_row >= 0)
@@ -207,7 +208,6 @@ def evaluate(
     )
     rank[known] = found
     weight = np.asarray(pairs.weight, dtype=np.float64)
-    component = catalog.components()[np.unique(pairs.query)]
     metrics = ranking_metrics(
         pairs.query, rank, cuts, weight=weight, group=component, samples=samples, confidence=confidence, seed=seed
     )

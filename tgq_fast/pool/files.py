@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 REJECTS_NAME = "rejects.jsonl"
 KEPT_ID_BYTES = 128 << 20  # of ids, kept in memory once read
-MAPPED_BYTES = 512 << 20  # of embeddings that stay mapped: what is mapped counts as memory of the process
+MAPPED_BYTES = 256 << 20  # of embeddings that stay mapped: what is mapped counts as memory of the process
 
 Stamp = tuple[int, int, int]
 T = TypeVar("T")
@@ -191,7 +191,8 @@ class PoolFiles:
         def read() -> ShardIds:
             path = self.folder / shard.ids.name
             try:
-                table = pq.read_table(path)
+                with pq.ParquetFile(path) as file:  # read_table imports pyarrow.dataset, which takes long
+                    table = file.read()
                 ids = table.column("id").combine_chunks().cast(pa.string())
                 known = "content" in table.column_names
                 content = table.column("content").combine_chunks() if known else pa.nulls(len(ids), pa.binary(16))

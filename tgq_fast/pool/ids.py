@@ -4,12 +4,11 @@
 that hash. Looking ids up is a search in sorted arrays that are memory-mapped; what it finds is compared with the id
 itself, so hashes that collide cost time and never an answer.
 
-Source: ours (the mixing steps of the hash are those of MurmurHash3's finaliser).
+Source: ours.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -18,13 +17,10 @@ import pyarrow as pa
 import torch
 from safetensors.torch import save
 
+from tgq_fast.data.id_hash import hash_ids
 from tgq_fast.errors import ArgumentError
 
 __all__ = ["HashLevels", "IdIndex", "build_index", "check_ids", "hash_ids", "index_bytes", "match"]
-
-_LONG = 256  # bytes from which an id is hashed by itself, not with the others word by word
-_FIRST, _SECOND = np.uint64(0xFF51AFD7ED558CCD), np.uint64(0xC4CEB9FE1A85EC53)
-_SHIFT = np.uint64(33)
 
 
 class IdIndex(NamedTuple):
@@ -56,39 +52,6 @@ def check_ids(ids: Sequence[str], name: str = "ids") -> pa.StringArray:
         twice = next(i for i in ids if i in seen or seen.add(i))  # type: ignore[func-returns-value]
         raise ArgumentError(name, f"{twice!r} twice", "distinct ids")
     return pa.array(ids, type=pa.string())
-
-
-def hash_ids(ids: pa.StringArray) -> np.ndarray:
-    """[n] uint64 hash of each id's UTF-8 bytes; the same in every process and on every machine."""
-    count = len(ids)
-    if not count:
-        return np.empty(0, np.uint64)
-    _, offsets, data = ids.buffers()
-    stops = np.frombuffer(offsets, dtype="<i4")[ids.offset : ids.offset + count + 1].astype(np.int64)
-    starts, lengths = stops[:-1], np.diff(stops)
-    padded = np.frombuffer((b"" if data is None else data.to_pybytes()) + bytes(8), dtype=np.uint8)
-    words = np.ndarray((len(padded) - 7,), dtype="<u8", buffer=padded, strides=(1,))  # at every byte, not aligned
-    state = _mix(lengths.astype(np.uint64))
-    active = np.flatnonzero((lengths > 0) & (lengths < _LONG))
-    done = 0
-    while active.size:
-        left = lengths[active] - done
-        word = words[starts[active] + done].astype(np.uint64)
-        unused = np.maximum(8 - left, 0).astype(np.uint64) * np.uint64(8)
-        state[active] = _mix(state[active] ^ ((word << unused) >> unused)) + np.uint64(done + 1)
-        done += 8
-        active = active[left > 8]
-    for row in np.flatnonzero(lengths >= _LONG).tolist():
-        digest = hashlib.blake2b(ids[row].as_py().encode("utf-8"), digest_size=8).digest()
-        state[row] = int.from_bytes(digest, "little")
-    return state
-
-
-def _mix(value: np.ndarray) -> np.ndarray:
-    value = (value ^ (value >> _SHIFT)) * _FIRST
-    value = (value ^ (value >> _SHIFT)) * _SECOND
-    mixed: np.ndarray = value ^ (value >> _SHIFT)
-    return mixed
 
 
 def build_index(ids: pa.StringArray) -> IdIndex:

@@ -119,6 +119,6 @@ def refuse_fsdp() -> None:
         raise ArgumentError(
             "accelerate",
             "FSDP",
-            "data parallel processes (accelerate launch --multi_gpu, or torchrun)",
+            "data parallel processes, each with the whole model",
             "in a loop of your own, tgq_fast.training.shard_model shards a model",
         )
