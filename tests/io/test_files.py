@@ -9,6 +9,7 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -190,3 +191,11 @@ def test_only_storage_is_told_as_storage(tmp_path: Path) -> None:
         with pytest.raises(type(other)) as caught, storage_errors(tmp_path):
             raise other
         assert caught.value is other
+
+
+@pytest.mark.skipif(not os.access("/dev/shm", os.W_OK), reason="no shared memory folder")
+def test_a_folder_in_shared_memory_is_a_folder_as_any_other() -> None:
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        for data in (b"first, which is longer", b"second"):
+            write_atomic(Path(folder, "a.json"), data)
+        assert Path(folder, "a.json").read_bytes() == b"second" and os.listdir(folder) == ["a.json"]

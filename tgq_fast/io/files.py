@@ -142,7 +142,9 @@ def atomic_writer(path: str | Path) -> Iterator[BinaryIO]:
             status = None
         if status is not None and stat.S_ISDIR(status.st_mode):
             raise IsADirectoryError(errno.EISDIR, "is a folder", str(path))
-        named_stream = os.path.abspath(path).startswith(("/dev/", "/proc/"))  # /dev/stdout may be a plain file
+        name = os.path.abspath(path)
+        # /dev/stdout may be a plain file; so is what lies in /dev/shm, but that is a folder as any other.
+        named_stream = name in ("/dev/stdout", "/dev/stderr") or name.startswith(("/dev/fd/", "/proc/"))
         if status is not None and (named_stream or not stat.S_ISREG(status.st_mode)):
             with open(path, "ab") as stream:
                 yield stream
