@@ -5,6 +5,7 @@
 
 #include <array>
 #include <string>
+#include <vector>
 
 #include "common/build_info.h"
 #include "common/isa.h"
@@ -85,11 +86,31 @@ std::function<bool(double)> poll_of(const py::object& progress, bool* raised) {
   };
 }
 
+// Each is (labels of rows, of queries) or (numbers of rows, of queries, reach), the arrays by address.
+std::vector<tgq::Rule> rules_of(const py::tuple& from) {
+  std::vector<tgq::Rule> rules;
+  for (const py::handle& each : from) {
+    const auto arrays = each.cast<std::vector<std::uintptr_t>>();
+    tgq::Rule rule;
+    if (arrays.size() == 2) {
+      rule.row_labels = reinterpret_cast<const std::int64_t*>(arrays[0]);
+      rule.query_labels = reinterpret_cast<const std::int64_t*>(arrays[1]);
+    } else {
+      rule.kind = tgq::Rule::Kind::near;
+      rule.row_numbers = reinterpret_cast<const double*>(arrays.at(0));
+      rule.query_numbers = reinterpret_cast<const double*>(arrays.at(1));
+      rule.reach = reinterpret_cast<const double*>(arrays.at(2));
+    }
+    rules.push_back(rule);
+  }
+  return rules;
+}
+
 // Returns the status; raises what a signal handler or the progress function raised.
 int search_cpu(const py::tuple& queries, const py::tuple& pool, std::uint32_t k, std::uintptr_t exclude,
                std::int64_t exclude_width, std::uintptr_t scores, std::uintptr_t rows, int threads, bool self_join,
                const py::object& progress, const py::object& isa, const py::dict& tuning, const py::object& counters,
-               const py::object& codes, std::uintptr_t allowed) {
+               const py::object& codes, std::uintptr_t allowed, const py::tuple& rules, std::uint32_t sampled_k) {
   tgq::Request request;
   request.queries = matrix(queries);
   request.pool = matrix(pool);
@@ -97,6 +118,10 @@ int search_cpu(const py::tuple& queries, const py::tuple& pool, std::uint32_t k,
   request.exclude = reinterpret_cast<const std::int64_t*>(exclude);
   request.exclude_width = exclude_width;
   request.allowed = reinterpret_cast<const std::uint8_t*>(allowed);
+  const std::vector<tgq::Rule> conditions = rules_of(rules);
+  request.rules = conditions.data();
+  request.num_rules = static_cast<int>(conditions.size());
+  request.sampled_k = sampled_k;
   request.scores = reinterpret_cast<float*>(scores);
   request.rows = reinterpret_cast<std::int64_t*>(rows);
   request.threads = threads;
@@ -322,7 +347,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("search_cpu", &search_cpu, py::arg("queries"), py::arg("pool"), py::arg("k"), py::arg("exclude"),
              py::arg("exclude_width"), py::arg("scores"), py::arg("rows"), py::arg("threads"), py::arg("self_join"),
              py::arg("progress"), py::arg("isa"), py::arg("tuning"), py::arg("counters"),
-             py::arg("codes") = py::none(), py::arg("allowed") = 0);
+             py::arg("codes") = py::none(), py::arg("allowed") = 0, py::arg("rules") = py::tuple(), py::arg("sampled_k") = 0);
   module.def("count_before", &count_before);
   module.def("score_rows", &score_rows);
   module.def("encode_codes", &encode_codes);

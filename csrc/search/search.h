@@ -1,6 +1,7 @@
 // Exact maximum inner product search: the C++ interface. docs/topk.md holds the contract.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <functional>
 
@@ -45,6 +46,24 @@ struct Counters {
   std::int64_t coded = 0;      // queries that took the stored codes
 };
 
+// A condition that pool rows and a query meet together or not, tested on hits only. Not owned.
+struct Rule {
+  enum class Kind { differ, near };
+  Kind kind = Kind::differ;
+  // differ: labels [N] and [Q]; met where they differ or the row's is negative.
+  const std::int64_t* row_labels = nullptr;
+  const std::int64_t* query_labels = nullptr;
+  // near: numbers [N], [Q] and [Q]; met where a row's number is no further from the query's than its reach; never by a NaN.
+  const double* row_numbers = nullptr;
+  const double* query_numbers = nullptr;
+  const double* reach = nullptr;
+
+  bool met(std::int64_t query, std::int64_t row) const {
+    if (kind == Kind::differ) return row_labels[row] < 0 || row_labels[row] != query_labels[query];
+    return std::fabs(row_numbers[row] - query_numbers[query]) <= reach[query];
+  }
+};
+
 struct Request {
   Matrix queries;               // [Q, D]
   Matrix pool;                  // [N, D], N < 2^32
@@ -53,6 +72,9 @@ struct Request {
   const std::int64_t* exclude = nullptr;  // [Q, exclude_width], rows < 0 mean none
   std::int64_t exclude_width = 0;
   const std::uint8_t* allowed = nullptr;  // [N] rows with a zero are never returned; null: all are allowed
+  const Rule* rules = nullptr;  // all must be met
+  int num_rules = 0;
+  std::uint32_t sampled_k = 0;  // the k that a sample assumes where rules keep few of the rows; 0: k
   float* scores = nullptr;      // [Q, k]
   std::int64_t* rows = nullptr;  // [Q, k]
   int threads = 1;

@@ -17,9 +17,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from tgq_fast.errors import ArgumentError
 from tgq_fast.pool.item_table import ItemColumns
+from tgq_fast.search.rules import Rule
 
 __all__ = ["Condition", "Selection", "parse_where"]
 
@@ -30,6 +32,7 @@ _CONDITION = re.compile(
     rf"(?P<value>{_QUOTED}|[^,]*?)\s*(?:,|$)",
 )
 WINDOW = 256  # queries that one search takes where numbers must be near
+NARROW = 0.125  # share of the rows that a query's number reaches, below which such searches are the quicker way
 SHARED = 32  # queries that a search under a mask of their own is worth
 _TRUE, _FALSE = {"true", "yes", "1"}, {"false", "no", "0"}
 _ORDER = {"<": np.less, "<=": np.less_equal, ">": np.greater, ">=": np.greater_equal}
@@ -127,7 +130,7 @@ class Selection:
 
     @property
     def checked(self) -> bool:
-        """Whether hits have to be checked one by one: conditions that few queries share."""
+        """Whether there are conditions that few queries share: rules, tested on hits."""
         return bool(self._other or self._near)
 
     def groups(self, own: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -158,7 +161,7 @@ class Selection:
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Many queries cut into stretches of near numbers, each with the rows that can be near any of them."""
         width = min(WINDOW, len(members) // 4)
-        if not self._near or width < SHARED:
+        if not self._near or width < SHARED or self._reached(own[members], allowed) > NARROW:
             yield members, allowed
             return
         numbers, share = self._near[0]
@@ -172,14 +175,20 @@ class Selection:
                 slack = 1e-9 * max(abs(low), abs(high))  # the check itself rounds otherwise
                 yield part, allowed & (numbers >= low - slack) & (numbers <= high + slack)
 
-    def check(self, own: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """Bool, of the shape that `own` and `rows` make together: whether pool rows meet the checked conditions."""
-        kept = np.ones(np.broadcast_shapes(own.shape, rows.shape), dtype=bool)
-        for codes in self._other:
-            kept &= (codes[own] != codes[rows]) | (codes[rows] < 0)
+    def _reached(self, own: np.ndarray, allowed: np.ndarray) -> float:
+        """Share of the allowed rows whose number is near enough to that of a query in the middle of all."""
+        numbers, share = self._near[0]
+        asked = np.nanmedian(numbers[own]) if np.isfinite(numbers[own]).any() else np.nan
+        near = np.abs(numbers[allowed] - asked) <= share * np.abs(asked)
+        return float(near.mean()) if len(near) else 0.0
+
+    def rules(self, own: np.ndarray) -> list[Rule]:
+        """The checked conditions, for queries of these pool rows [Q]."""
+        rules = [Rule(torch.from_numpy(codes), torch.from_numpy(codes[own])) for codes in self._other]
         for numbers, share in self._near:
-            kept &= np.abs(numbers[rows] - numbers[own]) <= share * np.abs(numbers[own])  # False for NaN
-        return kept
+            asked = numbers[own]
+            rules.append(Rule(*map(torch.from_numpy, (numbers, asked, share * np.abs(asked)))))
+        return rules
 
 
 def _fixed(condition: Condition, columns: ItemColumns) -> np.ndarray:

@@ -189,5 +189,4 @@ class ItemColumns:
             numbers = pc.cast(values, pa.float64(), safe=False)
         except pa.ArrowException as error:
             raise ArgumentError("where", repr(name), f"a column of numbers ({error})") from None
-        found: np.ndarray = pc.fill_null(numbers, float("nan")).to_numpy(zero_copy_only=False)
-        return found
+        return np.array(pc.fill_null(numbers, float("nan")))

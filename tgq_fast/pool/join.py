@@ -1,15 +1,16 @@
 """Searches whose filter depends on the query's item: one search for all queries that share a filter, exactly.
 
 Conditions that many queries share (`category = same`) become a mask of the pool. Those that few share (`price within
-30%`, one neighbour per group) are checked on the hits of a search that asked for more than k; a query that is left with
-too few asks for more, and at last is searched by itself with everything in its mask. So no answer has fewer than k
-items unless no more items meet the conditions, and order and ties are those of a search over the items that do.
+30%`) are rules, which the search tests on hits. At most so many items of a group is neither: such searches ask for more
+than k, a query that is left with too few asks for more, and at last is searched by itself. So no answer has fewer than
+k items unless no more items meet the conditions, and order and ties are those of a search over the items that do.
 
 Source: ours.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +20,7 @@ from torch import Tensor
 from tgq_fast.pool.filters import Selection
 from tgq_fast.pool.search import PoolSearch
 from tgq_fast.reference import TopK
+from tgq_fast.search.rules import Rule
 from tgq_fast.search.topk_arguments import MAX_K
 
 SAMPLE = 64
@@ -94,45 +96,48 @@ def filtered_search(
         scores [Q, k] and pool rows [Q, k]; (-inf, -1) where fewer meet the conditions.
     """
     answers = _Answers(len(queries), k)
-    checked = selection.checked or per_group is not None
     for members, allowed in selection.groups(own):
-        count = int(allowed.sum())
-        width = _width(selection, own[members], allowed, k, per_group) if checked else k
-        while len(members):
-            banned = None if excluded is None else excluded[members]
-            found = search.best_rows(queries[members], width, banned, allowed)
+        rules = selection.rules(own[members])
+        banned = None if excluded is None else excluded[members]
+        asked, among = queries[members], _expected(rules, allowed, k)
+        if per_group is None:
+            found = search.best_rows(asked, k, banned, allowed, rules=rules, sampled_k=among)
+            answers.put(members, found.scores.numpy(), found.indices.numpy(), found.indices.numpy() >= 0)
+            continue
+        size, width = int(allowed.sum()), 2 * k + 2
+        left = np.arange(len(members))
+        while len(left) and width < 4 * MAX_K:
+            width = max(1, min(MAX_K, width, size))
+            here = torch.from_numpy(left)
+            some = [rule.of_queries(here) for rule in rules]
+            barred = None if banned is None else banned[here]
+            found = search.best_rows(asked[here], width, barred, allowed, rules=some, sampled_k=among * width // k)
             scores, rows = found.scores.numpy(), found.indices.numpy()
-            kept = rows >= 0
-            if selection.checked:
-                kept &= selection.check(own[members][:, None], rows)
-            if per_group is not None:
-                kept = per_group.keep(rows, kept)
-            settled = (kept.sum(axis=1) >= k) | (rows[:, -1] < 0) | (width >= count)
-            answers.put(members[settled], scores[settled], rows[settled], kept[settled])
-            members = members[~settled]
-            if width == MAX_K:
-                break  # those that are left are searched one by one
-            width = min(MAX_K, 4 * width)
-        for number in members.tolist():
-            mask = allowed & selection.check(own[number], np.arange(len(allowed))) if selection.checked else allowed
-            banned = None if excluded is None else excluded[number : number + 1]
-            one = _one_by_one(search, queries[number : number + 1], k, banned, mask, per_group)
-            answers.put(np.array([number]), *one, one[1] >= 0)
+            kept = per_group.keep(rows, rows >= 0)
+            settled = (kept.sum(axis=1) >= k) | (rows[:, -1] < 0) | (width >= size)
+            answers.put(members[left[settled]], scores[settled], rows[settled], kept[settled])
+            left, width = left[~settled], 4 * MAX_K if width == MAX_K else 4 * width
+        for at in left.tolist():
+            alone = [rule.of_queries(torch.tensor([at], device="cpu")) for rule in rules]
+            barred = None if banned is None else banned[at : at + 1]
+            one = _one_by_one(search, asked[at : at + 1], k, barred, allowed, per_group, alone)
+            answers.put(members[[at]], *one, one[1] >= 0)
     return TopK(torch.from_numpy(answers.scores), torch.from_numpy(answers.rows))
 
 
-def _width(selection: Selection, own: np.ndarray, allowed: np.ndarray, k: int, per_group: PerGroup | None) -> int:
-    """How many hits to ask for, so that most queries are left with k: from the share of a sample that would be kept."""
+def _expected(rules: Sequence[Rule], allowed: np.ndarray, k: int) -> int:
+    """How many rows the k best that meet the rules are among, about, for most of the queries: from a sample."""
     rows = np.flatnonzero(allowed)
-    kept = 1.0
-    if selection.checked and len(rows):
-        some = rows[:: max(1, len(rows) // SAMPLE)]
-        each = selection.check(own[:: max(1, len(own) // SAMPLE), None], some).mean(axis=1)
-        kept = max(float(np.quantile(each, 0.1)), 1e-3)
-    wanted = 2 * k if per_group is not None else k
-    # Hits that fall away at random leave `wanted` of them but for three deviations.
-    wanted = int((wanted + 3 * np.sqrt(wanted * (1 - kept))) / kept) + 2
-    return max(1, min(MAX_K, wanted, len(rows)))
+    if not rules or not len(rows):
+        return k
+    some = torch.from_numpy(rows[:: max(1, len(rows) // SAMPLE)])
+    count = len(rules[0].queries)
+    asked = slice(None, None, max(1, count // SAMPLE))
+    kept = torch.ones(len(range(count)[asked]), len(some), dtype=torch.bool, device="cpu")
+    for rule in rules:
+        kept &= rule.met(asked, some)
+    share = max(float(np.quantile(kept.double().mean(dim=1).numpy(), 0.1)), 1e-3)
+    return int(min(k / share, len(rows)))
 
 
 def _one_by_one(
@@ -141,18 +146,16 @@ def _one_by_one(
     k: int,
     excluded: Tensor | None,
     allowed: np.ndarray,
-    per_group: PerGroup | None,
+    per_group: PerGroup,
+    rules: Sequence[Rule],
 ) -> tuple[np.ndarray, np.ndarray]:
     """Scores and rows [1, k] of one query; what has been found leaves the mask, with its group once that is full."""
-    if per_group is None:
-        found = search.best_rows(query, k, excluded, allowed)
-        return found.scores.numpy(), found.indices.numpy()
     allowed = allowed.copy()
     scores, rows = np.full((1, k), -np.inf, np.float32), np.full((1, k), -1, np.int64)
     count: dict[int, int] = {}
     filled = 0
     while filled < k:
-        found = search.best_rows(query, min(MAX_K, 4 * k), excluded, allowed)
+        found = search.best_rows(query, min(MAX_K, 4 * k), excluded, allowed, rules=rules)
         for score, row in zip(found.scores[0].tolist(), found.indices[0].tolist()):
             if row < 0 or filled == k:
                 return scores, rows

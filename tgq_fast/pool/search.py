@@ -21,7 +21,8 @@ from tgq_fast.search.blocks import Block, Part, cut_blocks, one_ahead, read_ahea
 from tgq_fast.search.codes import Codes, join_codes
 from tgq_fast.search.count import Marks, count_before
 from tgq_fast.search.distributed import Ranks, agree
-from tgq_fast.search.topk import merge_topk, topk
+from tgq_fast.search.rules import Rule
+from tgq_fast.search.topk import merge_topk, topk_by_rules
 from tgq_fast.search.topk_arguments import check_k, floating_rows
 
 if TYPE_CHECKING:
@@ -136,12 +137,15 @@ class PoolSearch:
         allowed: np.ndarray | None = None,
         shards: range | None = None,
         progress: Callable[[int, int], None] | None = None,
+        rules: Sequence[Rule] = (),
+        sampled_k: int = 0,
     ) -> TopK:
         """Best rows [Q, k] of a stretch of shards, or of all, as rows of the whole pool. Arguments are checked already.
 
         Args:
             excluded: [Q, X] int64 pool rows; -1 for none.
             allowed: [N] bool, the pool rows that may be returned; blocks without any are not read.
+            rules: of the pool's rows and these queries; `sampled_k` as in :func:`tgq_fast.search.topk.topk_by_rules`.
         """
         sizes = np.diff(self._reader.starts).tolist()
         shards = range(len(sizes)) if shards is None else shards
@@ -162,7 +166,9 @@ class PoolSearch:
                 if progress is not None:
                     report = partial(_report, progress, done, block.rows, total)
                 chosen = None if allowed is None else allowed[block.start : block.start + block.rows]
-                found = _search(queries, loaded, k, local, chosen, report)
+                here = [rule.of_rows(slice(block.start, block.start + block.rows)) for rule in rules]
+                search = partial(topk_by_rules, rules=here, sampled_k=sampled_k, progress=report)
+                found = _search(search, queries, loaded, k, local, chosen)
                 found = TopK(found.scores, torch.where(found.indices < 0, -1, found.indices + block.start))
                 best = found if best is None else merge_topk([best, found], k)
                 done += block.rows
@@ -292,25 +298,26 @@ def pool_count_before(
 
 
 def _search(
+    search: partial[TopK],
     queries: Tensor,
     loaded: _Loaded,
     k: int,
     excluded: Tensor | None,
     allowed: np.ndarray | None,
-    report: Callable[[float], None] | None,
 ) -> TopK:
-    """Best rows of a block. Few allowed rows are searched by themselves, many with a mask."""
+    """Best rows of a block, by `topk_by_rules`. Few allowed rows are searched by themselves, many with a mask."""
     rows, codes = loaded
     if allowed is None or allowed.all():
-        return topk(queries, rows, k, exclude=excluded, progress=report, codes=codes)
+        return search(queries, rows, k, exclude=excluded, codes=codes)
     if allowed.mean() > GATHER_BELOW:
-        return topk(queries, rows, k, exclude=excluded, progress=report, codes=codes, allowed=allowed)
+        return search(queries, rows, k, exclude=excluded, codes=codes, allowed=torch.from_numpy(allowed))
     chosen = torch.from_numpy(np.flatnonzero(allowed))
     if excluded is not None:
         place = torch.full((len(rows),), -1, dtype=torch.int64, device="cpu")
         place[chosen] = torch.arange(len(chosen), device="cpu")
         excluded = torch.where(excluded < 0, -1, place[excluded.clamp(min=0)])
-    found = topk(queries, rows[chosen], k, exclude=excluded, progress=report)
+    ruled = [rule.of_rows(chosen) for rule in search.keywords["rules"]]
+    found = search(queries, rows[chosen], k, exclude=excluded, rules=ruled)
     return TopK(found.scores, torch.where(found.indices < 0, -1, chosen[found.indices.clamp(min=0)]))
 
 

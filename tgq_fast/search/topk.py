@@ -17,9 +17,10 @@ from tgq_fast.reference import TopK
 from tgq_fast.search import topk_arguments as arguments
 from tgq_fast.search import topk_cuda, topk_native, topk_stream
 from tgq_fast.search.codes import Codes
+from tgq_fast.search.rules import Rule
 from tgq_fast.search.topk_torch import topk_torch
 
-__all__ = ["TopK", "merge_topk", "topk"]
+__all__ = ["TopK", "merge_topk", "topk", "topk_by_rules"]
 
 BACKENDS = ("auto", "cpp", "torch")
 
@@ -79,6 +80,28 @@ def topk(
         return _topk(queries, pool, k, exclude, allowed, backend, precision, num_threads, out, progress, codes)
 
 
+def topk_by_rules(
+    queries: Tensor,
+    pool: Tensor,
+    k: int,
+    rules: Sequence[Rule],
+    *,
+    exclude: Tensor | None = None,
+    allowed: Tensor | None = None,
+    sampled_k: int = 0,
+    progress: Callable[[float], None] | None = None,
+    codes: Codes | None = None,
+) -> TopK:
+    """:func:`topk` on a CPU among the rows that meet every rule with their query.
+
+    Args:
+        sampled_k: about k over the share of the rows that rules leave a query: a first threshold must let so many pass.
+            Answers do not depend on it.
+    """
+    with plain_defaults():
+        return _topk(queries, pool, k, exclude, allowed, "auto", "exact", None, None, progress, codes, rules, sampled_k)
+
+
 def _topk(
     queries: Any,
     pool: Any,
@@ -91,6 +114,8 @@ def _topk(
     out: Any,
     progress: Callable[[float], None] | None,
     codes: Codes | None,
+    rules: Sequence[Rule] = (),
+    sampled_k: int = 0,
 ) -> TopK:
     arguments.check_choice("backend", backend, BACKENDS)
     arguments.check_choice("precision", precision, arguments.PRECISIONS)
@@ -111,7 +136,19 @@ def _topk(
         reasons = compiled.why_not(q)
         if not reasons:
             if q.device.type == "cpu":
-                return topk_native.search(q, p, k, excluded, result, threads, progress, allowed=mask, codes=codes)
+                return topk_native.search(
+                    q,
+                    p,
+                    k,
+                    excluded,
+                    result,
+                    threads,
+                    progress,
+                    allowed=mask,
+                    codes=codes,
+                    rules=rules,
+                    sampled_k=sampled_k,
+                )
             search = topk_cuda.search if q.device == p.device else topk_stream.search
             if mask is None:
                 return search(q, p, k, excluded, result, threads, progress)
@@ -124,7 +161,7 @@ def _topk(
             return result
         if backend == "cpp":
             raise BackendError("topk", "cpp", {"cpp": reasons})
-    return topk_torch(q, p, k, excluded, result, progress, allowed=mask)
+    return topk_torch(q, p, k, excluded, result, progress, allowed=mask, rules=rules)
 
 
 @torch.library.custom_op("tgq_fast::topk", mutates_args=())

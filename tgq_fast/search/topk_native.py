@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from tgq_fast import _native
 from tgq_fast.errors import ArgumentError, BackendError, TGQError
 from tgq_fast.reference import TopK
 from tgq_fast.search.codes import LINE, Codes
+from tgq_fast.search.rules import Rule
 
 _DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _OK, _OUT_OF_MEMORY = 0, 2
@@ -43,13 +44,16 @@ def search(
     *,
     allowed: Tensor | None = None,
     codes: Codes | None = None,
+    rules: Sequence[Rule] = (),
+    sampled_k: int = 0,
     isa: str | None = None,
     tuning: dict[str, Any] | None = None,
     counters: dict[str, int] | None = None,
 ) -> TopK:
     """Runs the core; `allowed` [N] bool marks the rows that may be returned, `codes` are those of the pool.
 
-    `isa`, `tuning` and `counters` are for tests and measurements. Answers depend on none of the last four.
+    `sampled_k` is the k that a sample assumes where `rules` keep few of the rows. `isa`, `tuning` and `counters` are
+    for tests and measurements. Answers depend on none of these, nor on the codes.
     """
     module = _module("topk")
     if codes is not None:
@@ -75,6 +79,8 @@ def search(
         counters,
         None if codes is None or codes.codes.numel() == 0 else _addresses(codes),
         0 if allowed is None else allowed.data_ptr(),
+        tuple(rule.addresses() for rule in rules),
+        sampled_k,
     )
     _raise_for(status, "topk", "out of memory: search fewer queries at a time")
     if scores is not out.scores:

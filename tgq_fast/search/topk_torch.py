@@ -6,13 +6,14 @@ the complemented row in its lower half: the order is total and ties go to the lo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from tgq_fast.reference import TopK
+from tgq_fast.search.rules import Rule
 
 _NONE = -(2**63)  # key of what must never be returned; the key of -inf is above it
 _LOW = 0xFFFFFFFF
@@ -57,6 +58,7 @@ def topk_torch(
     progress: Callable[[float], None] | None,
     *,
     allowed: Tensor | None = None,
+    rules: Sequence[Rule] = (),
 ) -> TopK:
     """Queries [Q, D] against pool [N, D] here or in host memory, chunk by chunk. Arguments are checked already."""
     num_queries, pool_size = queries.shape[0], pool.shape[0]
@@ -72,6 +74,9 @@ def topk_torch(
                 keys = order_keys(scores, first)
                 if allowed is not None:
                     keys[:, ~allowed[first : first + rows].to(keys.device)] = _NONE
+                for rule in rules:
+                    met = rule.met(slice(begin, end), slice(first, first + rows))
+                    keys[~met.to(keys.device)] = _NONE
                 if exclude is not None:
                     _mask(keys, exclude[begin:end] - first)
                 keys = keys.topk(min(k, keys.shape[1]), dim=1).values  # keys differ, so this is exact

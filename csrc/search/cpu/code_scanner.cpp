@@ -115,7 +115,7 @@ void CodeScanner::filter(std::int64_t first, int count, std::int64_t ahead, RowC
 }
 
 void CodeScanner::put_off(std::int64_t q, std::int64_t row, float bound) {
-  if (!plan_.is_allowed(row) || bound < threshold_[static_cast<std::size_t>(q)]) return;
+  if (bound < threshold_[static_cast<std::size_t>(q)] || !plan_.may_hit(plan_.query_id(begin_ + q), row)) return;
   std::uint32_t& at = pending_count_[static_cast<std::size_t>(q)];
   if (at == plan_.pending) rerank(q);
   pending_[static_cast<std::size_t>(q * plan_.pending + at++)] = {bound, static_cast<std::uint32_t>(row)};

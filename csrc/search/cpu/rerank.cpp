@@ -12,7 +12,7 @@ constexpr std::uint32_t kAgain = 16;  // rows at least that are tried where some
 }  // namespace
 
 bool is_excluded(const ScanPlan& plan, std::int64_t id, std::int64_t row) {
-  if (!plan.is_allowed(row)) return true;
+  if (!plan.may_hit(id, row)) return true;
   if (plan.exclude == nullptr) return false;
   const std::int64_t* rows = plan.exclude + id * plan.exclude_width;
   return std::find(rows, rows + plan.exclude_width, row) != rows + plan.exclude_width;

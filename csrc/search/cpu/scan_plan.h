@@ -27,6 +27,8 @@ struct ScanPlan {
   const std::int64_t* exclude = nullptr;
   std::int64_t exclude_width = 0;
   const std::uint8_t* allowed = nullptr;    // per pool row, zero: never a hit; null: all may be
+  const Rule* rules = nullptr;
+  int num_rules = 0;
   const std::uint32_t* row_ids = nullptr;   // a sample: row i is row row_ids[i] of the pool; null: row i itself
   std::uint32_t k = 0;
   std::uint32_t capacity = 0;
@@ -46,6 +48,13 @@ struct ScanPlan {
   std::int64_t max_tile = 0;       // queries of the largest tile
 
   bool is_allowed(std::int64_t row) const { return allowed == nullptr || allowed[row] != 0; }
+  // Whether row `row` may be a hit of query `id`, exclusions aside.
+  bool may_hit(std::int64_t id, std::int64_t row) const {
+    if (!is_allowed(row)) return false;
+    for (int r = 0; r < num_rules; ++r)
+      if (!rules[r].met(id, row)) return false;
+    return true;
+  }
   std::int64_t query_id(std::int64_t position) const { return query_ids == nullptr ? position : query_ids[position]; }
 };
 

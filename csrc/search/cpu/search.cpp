@@ -100,6 +100,8 @@ class Search {
     plan_.exclude = request.exclude_width > 0 ? request.exclude : nullptr;
     plan_.exclude_width = request.exclude_width;
     plan_.allowed = request.allowed;
+    plan_.rules = request.rules;
+    plan_.num_rules = request.num_rules;
     plan_.kernels = set_.kernels;
     plan_.width = round_up(request.pool.cols, kLanes);
     if (request.codes.bytes != nullptr && tuning_.use_codes != 0 && request.pool.cols <= kMaxFilterDepth) {
@@ -134,6 +136,8 @@ class Search {
   }
 
  private:
+  std::uint32_t sampled_k() const { return std::max(request_.k, request_.sampled_k); }
+
   // For rows that are scored as they are stored.
   void choose_filter() {
     plan_.codes = nullptr;
@@ -221,7 +225,7 @@ class Search {
     }
     const int stride = tuning_.sample_stride < 0 ? kSampleStride : tuning_.sample_stride;
     if (stride == 0) return Status::ok;
-    const auto rank = static_cast<int>(sample_rank(request_.k, static_cast<std::uint32_t>(stride)));
+    const auto rank = static_cast<int>(sample_rank(sampled_k(), static_cast<std::uint32_t>(stride)));
     ScanPlan plan = plan_;
     std::vector<std::uint32_t> ids;
     std::vector<float> bias;
@@ -246,6 +250,7 @@ class Search {
     plan.pool.rows = rows;
     plan.exclude = nullptr;
     plan.allowed = nullptr;
+    plan.num_rules = 0;
     plan.k = 1;
     plan.capacity = 2;
     plan.slots = std::max(kMinSlots, kSlotsPerRank * rank);
@@ -259,7 +264,7 @@ class Search {
     const int threads = threads_for(work(queries, rows));
     const std::int64_t limit = tuning_.query_tile > 0 ? tuning_.query_tile : kMaxTile;
     const Partition partition{threads, std::min(limit, queries), pick_chunk(rows, plan.block_rows, threads)};
-    const int hits = std::clamp(static_cast<int>(request_.k) / std::max(stride, 1), 1, rank);
+    const int hits = std::clamp(static_cast<int>(sampled_k()) / std::max(stride, 1), 1, rank);
     SampleScan sample(plan, queries, partition, progress_, rank, hits, thresholds_);
     progress_.total += queries * rows;
     const Status status = run_in_pool(threads, [&](int i) { sample.work(i); }, progress_, poll_for(queries, rows));
@@ -279,12 +284,12 @@ class Search {
     call.rows = static_cast<double>(request_.pool.rows);
     call.dims = static_cast<double>(request_.pool.cols);
     call.item_bytes = request_.pool.dtype == DType::f32 ? 4 : 2;
-    call.hits = request_.k;
+    call.hits = sampled_k();
     call.triangle = self_join();
     call.lines = plan_.codes->first_lines;
     call.second = plan_.codes->second != nullptr;
     call.left = std::min(1.0, left);
-    call.rescored = std::max(request_.k / call.rows, std::min(1.0, scored));
+    call.rescored = std::max(sampled_k() / call.rows, std::min(1.0, scored));
     call.few = request_.queries.rows < kSmallQueries;
     if (kAdvantage * cost_with_codes(*set_.costs, call) > cost_without(*set_.costs, call)) choose_filter();
   }
@@ -360,7 +365,7 @@ Status search_cpu(const Request& request) {
       pool.rows > 0xffffffffLL || request.threads < 1 || (queries.rows > 0 && request.exclude_width > 0 && request.exclude == nullptr) ||
       (request.self_join && (queries.data != pool.data || queries.rows != pool.rows || queries.dtype != pool.dtype ||
                              queries.row_stride != pool.row_stride || queries.col_stride != pool.col_stride)) ||
-      !valid(request.codes, pool.cols) ||
+      !valid(request.codes, pool.cols) || (request.num_rules > 0 && request.rules == nullptr) ||
       (queries.rows > 0 && (request.scores == nullptr || request.rows == nullptr)))
     return Status::bad_argument;
   Isa isa;
