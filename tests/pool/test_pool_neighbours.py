@@ -124,8 +124,11 @@ def PerGroupCodes(pool: ItemPool) -> np.ndarray:
 def test_every_route_gives_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gather: float, most_asked: int, shared: int
 ) -> None:
-    monkeypatch.setattr(pool_filters, "SHARED", shared)  # a mask for each value and stretch of numbers, or checks
+    monkeypatch.setattr(pool_filters, "CUT", 0)
+    monkeypatch.setattr(pool_filters, "NARROW", 1.0)
+    monkeypatch.setattr(pool_filters, "SHARED", shared)  # a search for each stretch of numbers, or one for all
     monkeypatch.setattr(pool_search, "GATHER_BELOW", gather)  # a mask always, or rows by themselves always
+    monkeypatch.setattr(pool_join, "SAMPLED", 0)  # asks how deep the answers lie
     monkeypatch.setattr(pool_join, "MAX_K", most_asked)  # many queries end up one by one
     pool = ItemPool.open(make(tmp_path / "pool"))
     for names in SETS[1:6]:

@@ -32,6 +32,7 @@ _CONDITION = re.compile(
     rf"(?P<value>{_QUOTED}|[^,]*?)\s*(?:,|$)",
 )
 WINDOW = 256  # queries that one search takes where numbers must be near
+CUT = 1 << 16  # rows of a pool that is worth many searches of stretches of numbers
 NARROW = 0.125  # share of the rows that a query's number reaches, below which such searches are the quicker way
 SHARED = 32  # queries that a search under a mask of their own is worth
 _TRUE, _FALSE = {"true", "yes", "1"}, {"false", "no", "0"}
@@ -139,21 +140,17 @@ class Selection:
         Args:
             own: [Q] pool row of each query's item.
         """
-        all_alike, same = np.zeros(len(own), dtype=np.int64), 1 + len(self._same)
-        keys = np.stack([all_alike, *(codes[own] for codes in (*self._same, *self._other))], axis=1)
+        all_alike = np.zeros(len(own), dtype=np.int64)
+        keys = np.stack([all_alike, *(codes[own] for codes in self._same)], axis=1)
         values, group = np.unique(keys, axis=0, return_inverse=True)
-        if self._other and len(values) * SHARED > len(own):  # too few share a mask of `!=`: hits are checked
-            values, group = np.unique(keys[:, :same], axis=0, return_inverse=True)
         order = np.argsort(group.reshape(-1), kind="stable")
         bounds = np.searchsorted(group.reshape(-1)[order], np.arange(len(values) + 1))
         for number, key in enumerate(values.tolist()):
-            if min(key[:same]) < 0:
+            if min(key) < 0:
                 continue  # a query without the value
             allowed = self.base.copy()
-            for codes, code in zip(self._same, key[1:same]):
+            for codes, code in zip(self._same, key[1:]):
                 allowed &= codes == code
-            for codes, code in zip(self._other, key[same:]):
-                allowed &= (codes != code) | (codes < 0)
             yield from self._windows(own, order[bounds[number] : bounds[number + 1]], allowed)
 
     def _windows(
@@ -161,7 +158,8 @@ class Selection:
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Many queries cut into stretches of near numbers, each with the rows that can be near any of them."""
         width = min(WINDOW, len(members) // 4)
-        if not self._near or width < SHARED or self._reached(own[members], allowed) > NARROW:
+        few = width < SHARED or len(allowed) < CUT
+        if not self._near or few or self._reached(own[members], allowed) > NARROW:
             yield members, allowed
             return
         numbers, share = self._near[0]

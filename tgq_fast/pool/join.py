@@ -23,7 +23,9 @@ from tgq_fast.reference import TopK
 from tgq_fast.search.rules import Rule
 from tgq_fast.search.topk_arguments import MAX_K
 
-SAMPLE = 64
+SAMPLED = 4096  # rows from which on a search takes its first thresholds from a sample
+PROBES = 16  # queries that say how deep the answers under a rule lie
+WIDER = 16  # times k: how deep they look
 
 __all__ = ["PerGroup", "filtered_search"]
 
@@ -99,7 +101,8 @@ def filtered_search(
     for members, allowed in selection.groups(own):
         rules = selection.rules(own[members])
         banned = None if excluded is None else excluded[members]
-        asked, among = queries[members], _expected(rules, allowed, k)
+        asked = queries[members]
+        among = _expected(search, asked, rules, banned, allowed, k)
         if per_group is None:
             found = search.best_rows(asked, k, banned, allowed, rules=rules, sampled_k=among)
             answers.put(members, found.scores.numpy(), found.indices.numpy(), found.indices.numpy() >= 0)
@@ -125,19 +128,25 @@ def filtered_search(
     return TopK(torch.from_numpy(answers.scores), torch.from_numpy(answers.rows))
 
 
-def _expected(rules: Sequence[Rule], allowed: np.ndarray, k: int) -> int:
-    """How many rows the k best that meet the rules are among, about, for most of the queries: from a sample."""
-    rows = np.flatnonzero(allowed)
-    if not rules or not len(rows):
+def _expected(
+    search: PoolSearch, queries: Tensor, rules: Sequence[Rule], excluded: Tensor | None, allowed: np.ndarray, k: int
+) -> int:
+    """How many rows the k best that meet the rules are among, for most queries: a few are asked without rules."""
+    size = int(allowed.sum())
+    if not rules or size < SAMPLED:
         return k
-    some = torch.from_numpy(rows[:: max(1, len(rows) // SAMPLE)])
-    count = len(rules[0].queries)
-    asked = slice(None, None, max(1, count // SAMPLE))
-    kept = torch.ones(len(range(count)[asked]), len(some), dtype=torch.bool, device="cpu")
+    some = torch.arange(0, len(queries), max(1, len(queries) // PROBES))
+    barred = None if excluded is None else excluded[some]
+    found = search.best_rows(queries[some], min(MAX_K, WIDER * k, size), barred, allowed)
+    met = found.indices >= 0
     for rule in rules:
-        kept &= rule.met(asked, some)
-    share = max(float(np.quantile(kept.double().mean(dim=1).numpy(), 0.1)), 1e-3)
-    return int(min(k / share, len(rows)))
+        asked = rule.of_queries(some)
+        met &= torch.stack(
+            [asked.of_rows(rows).met(slice(q, q + 1), slice(None))[0] for q, rows in enumerate(found.indices)]
+        )
+    kept, width = met.sum(dim=1), met.shape[1]
+    depth = torch.where(kept >= k, (met.cumsum(dim=1) < k).sum(dim=1) + 1, width * k // kept.clamp(min=1))
+    return min(int(depth.double().quantile(0.9)), size)
 
 
 def _one_by_one(
