@@ -184,7 +184,7 @@ def test_what_cannot_be_written_is_known_before_the_work(tmp_path: Path, monkeyp
 
 
 def test_only_storage_is_told_as_storage(tmp_path: Path) -> None:
-    for error in (OSError(errno.ENOSPC, "full"), RuntimeError("[enforce fail] PytorchStreamWriter failed writing")):
+    for error in (OSError(errno.ENOSPC, "full"), RuntimeError("[enforce fail at inline_container.cc:672]")):
         with pytest.raises(StorageError), storage_errors(tmp_path):
             raise error
     for other in (OSError(errno.ENOENT, "missing"), RuntimeError("other"), StorageError("x", OSError(5, "y"))):
@@ -199,3 +199,16 @@ def test_a_folder_in_shared_memory_is_a_folder_as_any_other() -> None:
         for data in (b"first, which is longer", b"second"):
             write_atomic(Path(folder, "a.json"), data)
         assert Path(folder, "a.json").read_bytes() == b"second" and os.listdir(folder) == ["a.json"]
+
+
+def test_a_line_of_which_the_disk_takes_a_part_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = os.write
+
+    def part(handle: int, data: bytes) -> int:
+        if len(data) < 6:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(handle, data[:5])
+
+    monkeypatch.setattr(files.os, "write", part)
+    with pytest.raises(StorageError, match="No space"):
+        append_line(tmp_path / "log", b"0123456789\n")

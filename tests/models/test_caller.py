@@ -7,12 +7,14 @@ import pickle
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny_models as tiny
 import torch
 from transformers import AutoModel
 
 from tgq_fast.data.catalog import Catalog
+from tgq_fast.data.images import load_image
 from tgq_fast.errors import ArgumentError, CheckpointError
 from tgq_fast.models import TGQFormerConfig, TGQFormerModel, load_text_tower, load_vision_tower
 from tgq_fast.models.features import FeatureStore
@@ -178,3 +180,47 @@ def test_odd_configurations_are_refused_on_load(saved: Path, tmp_path: Path, nam
     (tmp_path / "config.json").write_text(json.dumps(values | {name: value}))
     with pytest.raises(CheckpointError, match=name):
         TGQFormerModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changed", "fine"),
+    [
+        ({}, True),
+        ({"AutoModel": "owner/name--tgq_former.TGQFormerModel"}, True),  # as transformers has it from the hub
+        ({"AutoModel": "tgq_formes.TGQFormerModel"}, False),
+        ({"AutoModel": "owner/name--other.TGQFormerModel"}, False),
+        ({"AutoModelForCausalLM": "tgq_former.TGQFormerModel"}, False),
+    ],
+)
+def test_the_code_that_a_sealed_configuration_names_is_this_packages(
+    saved: Path, tmp_path: Path, changed: dict[str, str], fine: bool
+) -> None:
+    for path in saved.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    values = json.loads((tmp_path / "config.json").read_text())
+    values["auto_map"] |= changed
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    if fine:
+        assert TGQFormerModel.from_pretrained(tmp_path).config.fields == list(tiny.FIELDS)
+        return
+    for load in (TGQFormerModel.from_pretrained, TGQFormerConfig.from_pretrained):
+        with pytest.raises(CheckpointError, match="auto_map"):
+            load(tmp_path)
+
+
+def test_a_guiding_value_beside_the_columns_of_a_row_counts(saved: Path, catalog: Catalog) -> None:
+    """`fields`, the processor and a row of a catalogue read it alike."""
+    model = TGQFormerModel.from_pretrained(saved)
+    picture = load_image(catalog.picture(catalog.items[0]), "a")
+    values = {"category": "shoe", "colour": "red"}
+    expected = model.encode([picture], fields=[values])
+    assert not torch.equal(expected, model.encode([picture], fields=[{"category": "shoe"}]))
+    for row in (values, {"category": "shoe", "attributes": {"colour": "red"}}, values | {"attributes": {"colour": ""}}):
+        assert torch.equal(model.encode([{"image": picture, **row}]), expected)
+    for odd in (None, float("nan"), ["red"], np.array(["red"]), np.str_("red")):
+        given = model.encode([{"image": picture, "category": "shoe", "colour": odd}])
+        assert torch.equal(given, model.encode([picture], fields=[{"category": "shoe", "colour": odd}])), odd
+    for image in (None, float("nan"), np.float32("nan")):
+        assert torch.equal(model.encode([{"image": image, **values}]), model.encode([values]))
+    with pytest.raises(ArgumentError, match="'photo_url' looks like a picture"):
+        model.encode([{"id": "a", "photo_url": "x.jpg"}])

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tgq_fast.errors import ArgumentError
+from tgq_fast.errors import ArgumentError, CheckpointError
 from tgq_fast.evaluation.metrics import ABSENT, ranking_metrics
+from tgq_fast.io.identity import sha256_file
+from tgq_fast.io.sealed import seal
+from tgq_fast.study.plan import Plan
 from tgq_fast.study.results import Bootstrap, Row, families, read_row, summarise
+from tgq_fast.study.worker import finished
 
 KS = (1, 10)
 GROUPS = np.repeat(np.arange(30), 4)  # 30 groups of four items
@@ -132,3 +137,29 @@ def test_seeds_of_other_pairs_are_refused(tmp_path: Path) -> None:
 def test_missing_positives_count_as_misses(tmp_path: Path) -> None:
     found = read_row("x", [write(tmp_path / "a.npz", {"clean": np.full(360, ABSENT)})], KS, GROUPS, {})
     assert summarise([found], "x")["rows"]["x"]["metrics"]["clean"]["H@10"]["value"] == 0.0
+
+
+def test_a_damaged_result_is_no_result(tmp_path: Path) -> None:
+    """One changed character, or one changed bit of the ranks: the job is done again."""
+    write(tmp_path / "ranks.npz", {"clean": ranks(0, 5)})
+    digest = sha256_file(tmp_path / "ranks.npz")
+    row = {"ranks": "ranks.npz", "sha256": digest, "conditions": {"clean": {"HR@1": 0.5}}}
+    result = {"rows": {"tgq": row}}
+    (tmp_path / "result.json").write_text(json.dumps(seal(result)))
+    plan = Plan("x", "digest", (), conditions=("clean",))
+    assert finished(tmp_path, plan) == result
+    assert finished(tmp_path, Plan("x", "digest", (), conditions=("clean", "scene:4:query"))) is None
+    text = (tmp_path / "result.json").read_text()
+    (tmp_path / "result.json").write_text(text.replace("0.5", "0.6"))
+    assert finished(tmp_path, plan) is None
+    (tmp_path / "result.json").write_text(text)
+    data = bytearray((tmp_path / "ranks.npz").read_bytes())
+    data[len(data) // 2] ^= 1
+    (tmp_path / "ranks.npz").write_bytes(data)
+    assert finished(tmp_path, plan) is None
+    with pytest.raises(CheckpointError, match="damaged"):
+        read_row("tgq", [tmp_path / "ranks.npz"], KS, GROUPS, {})
+    del row["sha256"]  # as earlier releases wrote it
+    write(tmp_path / "ranks.npz", {"clean": ranks(0, 5)})
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    assert finished(tmp_path, plan) == result

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import secrets
 import stat
 import time
@@ -63,7 +64,8 @@ def storage_failure(error: BaseException, path: str | Path) -> StorageError | No
         return error
     if isinstance(error, OSError) and error.errno in _FULL_OR_CLOSED:
         return StorageError(error.filename or path, error)
-    if isinstance(error, RuntimeError) and "PytorchStreamWriter failed" in str(error):  # torch.save keeps no errno
+    if isinstance(error, RuntimeError) and re.search("PytorchStreamWriter failed|inline_container", str(error)):
+        # torch.save keeps no errno.
         return StorageError(path, OSError(errno.EIO, "torch.save could not write; the disk may be full"))
     return None
 
@@ -187,7 +189,8 @@ def append_line(path: str | Path, line: bytes, *, close_off: bool = False) -> No
             regular = stat.S_ISREG(status.st_mode)
             if close_off and regular and status.st_size and os.pread(handle, 1, status.st_size - 1) != b"\n":
                 line = b"\n" + line
-            os.write(handle, line)
+            while line:  # a disk that fills up takes a part first
+                line = line[os.write(handle, line) :]
             if regular:
                 os.fsync(handle)
         finally:
