@@ -28,7 +28,7 @@ LAYERS = [
     {"data"},
     {"ops"},
     {"reference", "kernels"},
-    {"_native", "_version", "defaults", "errors", "io", "watch"},
+    {"_native", "_version", "arguments", "defaults", "errors", "io", "watch"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 

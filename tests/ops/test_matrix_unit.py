@@ -241,3 +241,19 @@ def test_bad_input_and_machines_without_the_unit(monkeypatch: pytest.MonkeyPatch
     assert "no AMX" in matrix_unit.why_not(torch.float32)
     with pytest.raises(BackendError, match="TGQ_ISA"):
         packed(torch.randn(4, 16))
+
+
+@pytest.mark.parametrize("device", ["meta"])  # stands for any default device: what is made there has no address
+def test_the_callers_default_device_gets_no_memory_into_the_native_calls(device: str) -> None:
+    weight, x = torch.randn(40, 48), torch.randn(3, 48)
+    expected = PackedLinear(weight)(x)
+    with torch.device(device):
+        layer = PackedLinear(weight, torch.zeros(40, device="cpu"))
+        assert torch.equal(layer(x), expected) and torch.equal(PackedLinear(weight)(x), expected)
+        assert layer.add_to(x, expected).device.type == "cpu"
+    for wrong in (
+        lambda: PackedLinear(weight.to(device)),
+        lambda: PackedLinear(weight, torch.zeros(40, device=device)),
+    ):
+        with pytest.raises(ArgumentError, match="on the CPU"):
+            wrong()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -112,6 +113,16 @@ def test_same_seed_same_bytes_other_seed_other_bytes(tmp_path: Path, finished: P
     weights = (finished / "model.safetensors").read_bytes()
     assert (run(tmp_path / "same").path / "model.safetensors").read_bytes() == weights
     assert (run(tmp_path / "other", seed=6).path / "model.safetensors").read_bytes() != weights
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_the_callers_gradient_mode_and_random_numbers(tmp_path: Path, finished: Path, mode: Any) -> None:
+    before = random.getstate(), torch.get_rng_state()
+    with mode():
+        assert (run(tmp_path / "run").path / "model.safetensors").read_bytes() == (
+            finished / "model.safetensors"
+        ).read_bytes()
+    assert random.getstate() == before[0] and torch.equal(torch.get_rng_state(), before[1])
 
 
 # Each line of standard input is "folder moment"; a forked trainer resumes the folder and kills itself at that moment:

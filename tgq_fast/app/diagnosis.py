@@ -67,25 +67,28 @@ class Diagnosis:
 
 def doctor() -> Diagnosis:
     """Look at this machine; takes a few seconds and writes nothing."""
-    return Diagnosis(
-        machine=_machine(),
-        versions={
-            "tgq_fast": tgq_fast.__version__,
-            "python": platform.python_version(),
-            **{name: _version(name) for name in _PACKAGES},
-        },
-        build=_native.build_info() or {"missing": _native.why_missing()},
-        backends=[
-            _probe("torch", _torch, required=True),
-            _probe("native search", _search),
-            _probe("native inference", _inference),
-            _probe("triton", _triton),
-            _probe("cuda", _cuda),
-            _probe("flash-attn", _flash_attention),
-            _probe("faiss", _faiss),
-        ],
-        weights=_weights(),
-    )
+    from tgq_fast.defaults import plain_defaults
+
+    with plain_defaults():
+        return Diagnosis(
+            machine=_machine(),
+            versions={
+                "tgq_fast": tgq_fast.__version__,
+                "python": platform.python_version(),
+                **{name: _version(name) for name in _PACKAGES},
+            },
+            build=_native.build_info() or {"missing": _native.why_missing()},
+            backends=[
+                _probe("torch", _torch, required=True),
+                _probe("native search", _search),
+                _probe("native inference", _inference),
+                _probe("triton", _triton),
+                _probe("cuda", _cuda),
+                _probe("flash-attn", _flash_attention),
+                _probe("faiss", _faiss),
+            ],
+            weights=_weights(),
+        )
 
 
 def _version(package: str) -> str | None:

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from tgq_fast.arguments import checked
 from tgq_fast.data.item_table import ItemTable
 from tgq_fast.data.items import Item
 from tgq_fast.data.loading import (
@@ -110,6 +111,7 @@ class Catalog:
         return catalog
 
     @classmethod
+    @checked
     def from_items(
         cls,
         items: Sequence[Item],
@@ -130,6 +132,7 @@ class Catalog:
         return catalog
 
     @classmethod
+    @checked
     def from_records(
         cls,
         records: Iterable[Mapping[Any, Any]],
@@ -232,6 +235,7 @@ class Catalog:
         labels: NDArray[np.int64] = self._cache["components"].copy()
         return labels
 
+    @checked
     def split_pairs(self, split: str, *, every: bool = False) -> PairSet:
         """Positive pairs of "train", "validation" or "test".
 

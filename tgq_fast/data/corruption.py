@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from tgq_fast.arguments import checked
 from tgq_fast.data.items import COLUMNS, Item
 from tgq_fast.errors import ArgumentError
 
@@ -74,6 +75,7 @@ def useful_text(item: Item, fields: Sequence[str] = ("brand", "material", "categ
     return None
 
 
+@checked
 def corrupt_image(
     image: Image.Image,
     kind: ImageKind,
@@ -122,6 +124,7 @@ def corrupt_image(
     return Image.composite(overlay, image, mask), np.asarray(mask) > 0
 
 
+@checked
 def corrupt_metadata(
     item: Item,
     kind: MetadataKind,

@@ -15,6 +15,7 @@ from typing import BinaryIO, Literal, Union
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError, features
 
+from tgq_fast.arguments import checked
 from tgq_fast.data.catalog import Catalog
 from tgq_fast.data.items import Item
 from tgq_fast.data.pictures import MAX_BYTES, OutsideError, Picture
@@ -230,6 +231,7 @@ def _from_wide(values: np.ndarray) -> Image.Image:
     return Image.fromarray(grey).convert("RGB")
 
 
+@checked
 def validate_images(
     catalog: Catalog,
     *,

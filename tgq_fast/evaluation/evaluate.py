@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tgq_fast.arguments import checked
 from tgq_fast.defaults import plain_defaults
 from tgq_fast.errors import ArgumentError, NonFiniteError
 from tgq_fast.evaluation.metrics import (
@@ -152,6 +153,7 @@ def format_table(evaluations: dict[str, Evaluation]) -> str:
 
 
 @plain_defaults()
+@checked
 def evaluate(
     catalog: Catalog,
     embedded: Pool | Tensor | np.ndarray,
@@ -312,6 +314,7 @@ class Comparison:
     difference: Interval
 
 
+@checked
 def compare(first: Evaluation, second: Evaluation, metric: str) -> Comparison:
     """Paired comparison: both models are scored on the same bootstrap draws of groups.
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
+from tgq_fast.arguments import checked
 from tgq_fast.errors import ArgumentError, CheckpointError
 from tgq_fast.io.sealed import CHECKSUM, seal, unseal
 from tgq_fast.models.auto_file import names_this_package
@@ -138,6 +139,7 @@ class TGQFormerConfig(PreTrainedConfig):
     model_type = "tgq_former"
     later_fields = LATER_FIELDS
 
+    @checked
     def __init__(
         self,
         *,
@@ -336,6 +338,7 @@ class TGQFormerConfig(PreTrainedConfig):
         return super().from_dict({n: v for n, v in config_dict.items() if n != CHECKSUM}, **kwargs)
 
     @classmethod
+    @checked
     def preset(cls, name: str, **overrides: Any) -> TGQFormerConfig:
         """Configuration by name: "tiny" (CPU), "paper" or "large"; keyword arguments override."""
         if name not in PRESETS:

@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tgq_fast.arguments import checked
 from tgq_fast.data.ahead import in_order
 from tgq_fast.data.catalog import Catalog
 from tgq_fast.data.images import load_image
@@ -123,6 +124,7 @@ class FeatureStore:
 
     @classmethod
     @plain_defaults()
+    @checked
     def open_or_build(
         cls,
         catalog: Catalog,

@@ -14,11 +14,12 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedModel
 
+from tgq_fast.arguments import checked
 from tgq_fast.data.catalog import Catalog
 from tgq_fast.data.images import PictureLike
 from tgq_fast.data.items import Item
 from tgq_fast.data.rejects import RejectLog
-from tgq_fast.defaults import plain_defaults, single_precision
+from tgq_fast.defaults import own_randomness, plain_defaults, single_precision
 from tgq_fast.errors import ArgumentError
 from tgq_fast.models import checkpoint
 from tgq_fast.models.configuration import TGQFormerConfig
@@ -224,6 +225,7 @@ class TGQFormerModel(TowerHolder, Publishing, PreTrainedModel):  # type: ignore[
         return self.extractor.preparation()
 
     @plain_defaults()
+    @checked
     def encode(
         self,
         items: Catalog | Sequence[Encodable] | Encodable = (),
@@ -375,7 +377,7 @@ class TGQFormerModel(TowerHolder, Publishing, PreTrainedModel):  # type: ignore[
             if name in config.to_dict() and name not in ("dtype", "torch_dtype"):
                 setattr(config, name, value)
         device = torch.get_default_device()
-        with plain_defaults():
+        with plain_defaults(), own_randomness():  # what is drawn for the parts is replaced by the weights
             state = checkpoint.load_state(folder)
             model = cls(config)
             checkpoint.load_into(model, state, wanted=set(model.saved_state()), folder=folder)

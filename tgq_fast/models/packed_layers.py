@@ -241,7 +241,8 @@ class PackedSelfAttention(PackedLayer, StreamSelfAttention):
             return super().forward(queries, text, text_mask, text_wanted=text_wanted, packing=packing)
         rows = starts = None
         if text is not None and text.numel():
-            starts = packing.starts if packing is not None else torch.arange(text.shape[0] + 1) * text.shape[1]
+            evenly = torch.arange(len(text) + 1, device="cpu") * text.shape[1]
+            starts = evenly if packing is None else packing.starts
             width = queries.shape[-1]
             columns = None if text_wanted else slice(width, 3 * width)
             rows = self.projections(self.norm(text).reshape(-1, width), columns=columns)

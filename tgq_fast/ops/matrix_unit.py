@@ -49,7 +49,13 @@ def _matrix(x: Tensor) -> tuple[int, int, int, int, int, int]:
 
 
 def _plain(x: Tensor) -> Tensor:
-    """`x` with its values in memory: what torch keeps as a mark beside it, a negation or zeros, is carried out."""
+    """`x` with its values in memory: what torch keeps as a mark beside it, a negation or zeros, is carried out.
+
+    Raises:
+        ArgumentError: it is not on the CPU, where addresses mean something.
+    """
+    if x.device.type != "cpu":
+        raise ArgumentError("tensor", f"one on {x.device}", "tensors on the CPU")
     return (x.clone() if x._is_zerotensor() else x).resolve_neg()
 
 
@@ -65,7 +71,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _copy(x: Tensor) -> Tensor:
-    return x.detach().to(torch.float32, copy=True).contiguous()
+    return _plain(x.detach()).to(torch.float32, copy=True).contiguous()
 
 
 class PackedLinear:
@@ -99,13 +105,13 @@ class PackedLinear:
         assert module is not None
         # Tiles are loaded whole cache lines at a time.
         size = module.packed_bytes(self._shape)
-        self._memory = torch.empty(size + 64, dtype=torch.uint8)
+        self._memory = torch.empty(size + 64, dtype=torch.uint8, device="cpu")
         skip = -self._memory.data_ptr() % 64
         self._packed = self._memory[skip : skip + size]
         addresses, threads = (weight.data_ptr(), *weight.stride(), self._packed.data_ptr()), torch.get_num_threads()
         _call("pack_weights", self._shape, *addresses, threads)
         features = self.groups * self.out_features
-        self._bias = torch.zeros(features) if bias is None else _copy(bias)
+        self._bias = torch.zeros(features, dtype=torch.float32, device="cpu") if bias is None else _copy(bias)
         self._layer = (self._shape, self._packed.data_ptr(), self._bias.data_ptr())
         self._norm = None if norm is None else (_copy(norm.weight), _copy(norm.bias), norm.eps)
 
@@ -119,14 +125,14 @@ class PackedLinear:
         """
         rows = self._checked(x)
         first, last, _ = (columns or slice(None)).indices(self.groups * self.out_features)
-        out = torch.empty(rows.shape[0], last - first, dtype=self.dtype)
+        out = torch.empty(rows.shape[0], last - first, dtype=self.dtype, device="cpu")
         self._run(rows, out, first, gelu, None)
         return out.view(*x.shape[:-1], last - first)
 
     def add_to(self, x: Tensor, residual: Tensor) -> Tensor:
         """x Wᵀ + b + residual, and the LayerNorm of that if the layer has one: [..., in], [..., out] → [..., out]."""
         rows, base = self._checked(x), self._residual(x, residual)  # held here: the call gets addresses
-        out = torch.empty(rows.shape[0], self.out_features, dtype=self.dtype)
+        out = torch.empty(rows.shape[0], self.out_features, dtype=self.dtype, device="cpu")
         self._run(rows, out, 0, False, self._after(base))
         return out.view(*x.shape[:-1], self.out_features)
 
@@ -136,7 +142,7 @@ class PackedLinear:
         The residual is x itself where none is given. The hidden values, 512 rows at a time, stay in the unit's layout.
         """
         rows = self._checked(x)
-        out = torch.empty(rows.shape[0], down.out_features, dtype=self.dtype)
+        out = torch.empty(rows.shape[0], down.out_features, dtype=self.dtype, device="cpu")
         base = down._residual(x, x if residual is None else residual)
         norm, threads = down._after(base), torch.get_num_threads()
         _call("feed_forward", self._layer, down._layer, _matrix(rows), _matrix(out), norm, threads)
@@ -190,6 +196,7 @@ def shared_attention(
     if (
         not q.is_contiguous()
         or q.is_neg()
+        or q.device.type != "cpu"
         or x.dtype != q.dtype
         or x.ndim != 3
         or x.shape[::2] != q.shape[::2]
@@ -242,10 +249,10 @@ def stream_attention(
     queries, text = _values(queries), None if text is None else _values(text)
     text_starts = None if text_starts is None else _values(text_starts.to(torch.int64))
     batch, rows, width = queries.shape[0], queries.shape[1], queries.shape[2] // 3
-    out = torch.empty(batch, rows, width, dtype=queries.dtype)
+    out = torch.empty(batch, rows, width, dtype=queries.dtype, device="cpu")
     text_out = None
     if text is not None and text_wanted:
-        text_out = torch.empty(text.shape[0], width, dtype=queries.dtype)
+        text_out = torch.empty(text.shape[0], width, dtype=queries.dtype, device="cpu")
     full = mixing == "full"
     sees = (mixing != "block", full, full or explore_sees_text, full)
     sizes = (batch, *lengths, num_heads, width // num_heads)

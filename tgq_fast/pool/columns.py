@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from tgq_fast.arguments import checked
 from tgq_fast.errors import ArgumentError, PoolError
 from tgq_fast.pool.filters import Selection
 from tgq_fast.pool.item_table import ITEMS_NAME, ItemColumns, read_items
@@ -45,6 +46,7 @@ def columns_of(reader: PoolReader, table: pa.Table | None) -> ItemColumns:
     return ItemColumns(table, rows, len(reader))
 
 
+@checked
 def select(pool: ItemPool, where: str, table: pa.Table | None = None) -> Selection:
     """Conditions on the items' columns, for :meth:`search_like`; its `base` also for the `where` of :meth:`search`.
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from tgq_fast import _native
+from tgq_fast.arguments import checked
 from tgq_fast.data import Catalog
 from tgq_fast.defaults import plain_defaults
 from tgq_fast.errors import ArgumentError, PoolError
@@ -93,6 +94,7 @@ def model_digest(model: torch.nn.Module) -> str:
 
 
 @plain_defaults()
+@checked
 def embed_catalog(
     catalog: Catalog,
     model: Encoder,

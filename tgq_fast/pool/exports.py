@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tgq_fast.arguments import checked
 from tgq_fast.errors import ArgumentError, DependencyError
 from tgq_fast.io.files import atomic_writer, make_folder, write_atomic
 
@@ -55,6 +56,7 @@ def _arrow(pool: ItemPool) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
     return schema, batches()
 
 
+@checked
 def to_numpy(pool: ItemPool, folder: str | Path) -> tuple[Path, Path]:
     """`embeddings.npy` [n, D] fp32 and `ids.txt`, one id per line, in a folder; returns both paths.
 
@@ -75,6 +77,7 @@ def to_numpy(pool: ItemPool, folder: str | Path) -> tuple[Path, Path]:
     return root / "embeddings.npy", root / "ids.txt"
 
 
+@checked
 def to_parquet(pool: ItemPool, path: str | Path) -> Path:
     """One Parquet file with the columns id, row and vector (fixed-size list of fp32)."""
     import pyarrow.parquet as pq
@@ -86,6 +89,7 @@ def to_parquet(pool: ItemPool, path: str | Path) -> Path:
     return Path(path)
 
 
+@checked
 def to_lance(pool: ItemPool, uri: str | Path, table: str = "items", *, overwrite: bool = False) -> Any:
     """A LanceDB table with the columns id, row and vector; returns it opened.
 
@@ -109,6 +113,7 @@ def to_lance(pool: ItemPool, uri: str | Path, table: str = "items", *, overwrite
         raise ArgumentError("table", repr(table), "the name of a new table, or overwrite=True") from None
 
 
+@checked
 def to_qdrant(pool: ItemPool, client: Any, collection: str, *, overwrite: bool = False) -> int:
     """A Qdrant collection of inner-product vectors: point number = pool row, payload {"id": …}; returns the points.
 
@@ -143,6 +148,7 @@ def to_qdrant(pool: ItemPool, client: Any, collection: str, *, overwrite: bool =
     return int(client.count(collection).count)
 
 
+@checked
 def to_pgvector(pool: ItemPool, connection: Any, table: str, *, overwrite: bool = False) -> int:
     """A PostgreSQL table (id text primary key, row bigint, embedding vector(D)), filled by COPY in one transaction.
 

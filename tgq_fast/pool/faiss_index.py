@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tgq_fast.arguments import checked
 from tgq_fast.errors import ArgumentError, DependencyError
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ def to_faiss(pool: ItemPool) -> Any:
     return index
 
 
+@checked
 def from_faiss(cls: type[ItemPool], index: Any, ids: Sequence[str], path: str | Path, **options: Any) -> ItemPool:
     """Write a pool from a faiss index that gives its vectors back row by row; returns it opened for reading.
 

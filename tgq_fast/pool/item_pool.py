@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tgq_fast.arguments import checked
 from tgq_fast.errors import ArgumentError, PoolError
 from tgq_fast.io.files import Hold
 from tgq_fast.pool import columns, exports, faiss_index
@@ -55,8 +56,7 @@ class ItemPool:
     """
 
     def __init__(self, path: Path, *, lock: Hold | None, verify: bool) -> None:
-        self.path, self._lock = path, lock
-        self._log = PoolLog(path)
+        self.path, self._lock, self._log = path, lock, PoolLog(path)
         manifest = self._log.read()
         self._files = PoolFiles(path, manifest.dims, getattr(torch, manifest.dtype), verify=verify)
         self._writer: PoolWriter | None = None
@@ -98,6 +98,7 @@ class ItemPool:
     # ------------------------------------------------------------------ life
 
     @classmethod
+    @checked
     def create(
         cls,
         path: str | Path,
@@ -128,6 +129,7 @@ class ItemPool:
         return cls._locked(path, lock, verify=True)
 
     @classmethod
+    @checked
     def open(cls, path: str | Path, *, mode: Literal["r", "a"] = "r", verify: bool = True) -> ItemPool:
         """Open a pool for reading ("r") or changing ("a").
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from tgq_fast.arguments import checked
 from tgq_fast.data.pairs import components
 from tgq_fast.errors import ArgumentError
 from tgq_fast.pool.item_pool import ItemPool
@@ -42,6 +43,7 @@ class Duplicate:
     score: float
 
 
+@checked
 def duplicates(
     pool: ItemPool, threshold: float, *, progress: Callable[[int, int], None] | None = None
 ) -> list[Duplicate]:

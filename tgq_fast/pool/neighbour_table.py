@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from tgq_fast.arguments import checked
 from tgq_fast.errors import ArgumentError, PoolError
 from tgq_fast.io.files import atomic_writer, check_target, locked, make_folder, storage_errors, write_atomic
 from tgq_fast.io.identity import canonical_json
@@ -59,6 +60,7 @@ class NeighbourReport:
         return asdict(self)
 
 
+@checked
 def neighbours(
     pool: ItemPool,
     out: str | Path,

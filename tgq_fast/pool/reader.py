@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
+from tgq_fast.arguments import checked
 from tgq_fast.errors import ArgumentError, PoolError
 from tgq_fast.pool.files import PoolFiles
 from tgq_fast.pool.ids import hash_ids, match
@@ -96,6 +97,7 @@ class PoolReader:
             tensor, alive = self.files.tensor(shard), self.alive(shard)
             yield start, tensor if alive is None else tensor[alive]
 
+    @checked
     def batches(self, rows: int) -> Iterator[tuple[int, Tensor]]:
         """(first row, [at most `rows`, D] embeddings) over the whole pool, in order."""
         for start, shard in zip(self.starts.tolist(), self.manifest.shards):
@@ -168,8 +170,9 @@ class PoolReader:
 
     def locate(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(number of the shard, position in it) of pool rows, [n] each; -1 stays."""
-        if rows.ndim != 1 or rows.dtype.kind not in "iu":
-            raise ArgumentError("rows", f"{rows.dtype} {rows.shape}", "a numpy array [n] of whole numbers")
+        if not isinstance(rows, np.ndarray) or rows.ndim != 1 or rows.dtype.kind not in "iu":
+            given = f"{rows.dtype} {rows.shape}" if isinstance(rows, np.ndarray) else type(rows).__name__
+            raise ArgumentError("rows", given, "a numpy array [n] of whole numbers")
         if rows.size and int(rows.max()) >= len(self):
             raise ArgumentError("rows", int(rows.max()), f"pool rows below {len(self)}")
         rows = rows.astype(np.int64, copy=False)

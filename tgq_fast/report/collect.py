@@ -16,6 +16,7 @@ from PIL import Image
 from tgq_fast import __version__, workflow
 from tgq_fast.data import Catalog, Item, load_image
 from tgq_fast.data.conditions import CLEAN, parse_conditions
+from tgq_fast.defaults import plain_defaults
 from tgq_fast.errors import ArgumentError, ImageError
 from tgq_fast.evaluation import Evaluation, compare
 from tgq_fast.io.files import check_target, write_atomic
@@ -49,6 +50,7 @@ class Gathered:
     model: TGQFormerModel | None = None
 
 
+@plain_defaults()
 def write_report(
     catalog: Catalog,
     runs: Sequence[Path],

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from tgq_fast.defaults import own_randomness, plain_defaults
 from tgq_fast.errors import CheckpointError, TGQError
 from tgq_fast.io.files import locked, make_folder, storage_errors, write_atomic
 from tgq_fast.io.identity import package_identity
@@ -41,6 +42,7 @@ class StudyError(TGQError):
     """A job of a study failed; says which, and where its log is."""
 
 
+@plain_defaults()
 def run_study(
     plan: Plan, out: Path, *, jobs: int = 1, cache: Path | None = None, say: Say = lambda line: None
 ) -> dict[str, Any]:
@@ -62,7 +64,7 @@ def run_study(
         CheckpointError: another process works in the folder.
         StorageError: the folder cannot be written to, or its disk is full.
     """
-    with storage_errors(out), locked(make_folder(out) / ".lock", wait=False) as mine:
+    with own_randomness(), storage_errors(out), locked(make_folder(out) / ".lock", wait=False) as mine:
         if not mine:
             raise CheckpointError(f"{out}: another process works on the study in this folder")
         write_atomic(out / PLAN, _json(plan.to_json()))

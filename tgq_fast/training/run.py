@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from transformers import TrainingArguments, set_seed
 
+from tgq_fast.arguments import checked
 from tgq_fast.data import Catalog, RejectLog
 from tgq_fast.defaults import own_randomness, plain_defaults
 from tgq_fast.errors import ArgumentError, CheckpointError
@@ -49,6 +50,7 @@ logger = logging.getLogger(__name__)
 
 
 @plain_defaults()
+@checked
 def train(
     catalog: Catalog,
     config: TGQFormerConfig,
@@ -146,7 +148,7 @@ def train(
         if not held.enter_context(locked(make_folder(folder) / LOCK, wait=False)):
             raise CheckpointError(f"{folder}: another process is training in this folder")
 
-    with own_randomness(), storage_errors(folder), held:
+    with own_randomness(), torch.inference_mode(False), torch.enable_grad(), storage_errors(folder), held:
         team.lead(take)
         arguments = {
             "epochs": epochs,

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tgq_fast.arguments import checked
+from tgq_fast.defaults import plain_defaults
 from tgq_fast.errors import ArgumentError
 from tgq_fast.watch import SILENT, Watch
 from tgq_fast.workflow.opening import load_towers
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     from tgq_fast.models import TGQFormerConfig
 
 
+@checked
 def make_config(
     catalog: Catalog,
     *,
@@ -92,6 +95,8 @@ def _with_overrides(config: TGQFormerConfig, overrides: Mapping[str, Any] | None
     return made
 
 
+@plain_defaults()
+@checked
 def connector_table(preset: str, overrides: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
     """Per connector, at the budget of the preset's tgq: what it does, its source, tokens, trainable parameters and
     multiply-accumulates per item. No tower is loaded: widths and L are the configuration's.

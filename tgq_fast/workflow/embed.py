@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tgq_fast.arguments import checked
+from tgq_fast.defaults import plain_defaults
 from tgq_fast.errors import CatalogError
 from tgq_fast.watch import SILENT, Watch
 from tgq_fast.workflow.opening import REFUSED_ROWS, Policy, load_towers, open_run, open_store
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from tgq_fast.scale.crew import Crew
 
 
+@plain_defaults()
+@checked
 def embed_run(
     catalog: Catalog,
     run: Path | TGQFormerModel,

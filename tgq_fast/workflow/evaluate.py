@@ -7,6 +7,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tgq_fast.arguments import checked
+from tgq_fast.defaults import plain_defaults
 from tgq_fast.errors import ArgumentError
 from tgq_fast.watch import SILENT, Watch
 from tgq_fast.workflow.opening import Policy, load_towers, open_run, open_store
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 _SHOWN = ("HR@", "H@", "Recall@", "MRR", "NDCG@", "1-NN")
 
 
+@plain_defaults()
+@checked
 def evaluate_run(
     catalog: Catalog,
     run: Path,

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from tgq_fast.arguments import checked
+from tgq_fast.defaults import plain_defaults
 from tgq_fast.watch import SILENT, Watch
 from tgq_fast.workflow.opening import REFUSED_ROWS, Policy, load_towers
 
@@ -30,6 +32,8 @@ def default_epochs(catalog: Catalog, batch_size: int) -> int:
     return min(40, max(4, round(300 / steps_per_epoch(catalog, batch_size))))
 
 
+@plain_defaults()
+@checked
 def train_run(
     catalog: Catalog,
     config: TGQFormerConfig,

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from tgq_fast.arguments import checked
 from tgq_fast.data.demo.products import KINDS
 from tgq_fast.data.demo.scene import photograph
 from tgq_fast.data.demo.styles import COLORS, Palette, Style, random_palette, random_style, sibling_style
@@ -40,6 +41,7 @@ SPLIT_SHARES = (0.6, 0.1)
 """Shares of groups in train and validation; the rest is test, large enough for intervals that say something."""
 
 
+@checked
 def write_demo_catalog(
     out: str | Path, *, groups: int = 120, variants: int = 4, seed: int = 0, image_size: int = 224
 ) -> Path:

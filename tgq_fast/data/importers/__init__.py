@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from tgq_fast.arguments import checked
 from tgq_fast.data.importers.abo import import_abo
 from tgq_fast.data.importers.amazon2023 import import_amazon2023
 from tgq_fast.data.importers.common import CatalogWriter, ImagePlacement, ImportReport
@@ -48,6 +49,7 @@ REMOTE = ("parquet", "webdataset")
 """Sources that are read from object stores, too."""
 
 
+@checked
 def import_catalog(
     source: str,
     path: str | Path,

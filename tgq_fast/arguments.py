@@ -1,0 +1,87 @@
+"""One boundary for plain mistakes: arguments whose type cannot be the annotated one are named before anything is done.
+
+Source: ours.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import numbers
+import operator
+import os
+import reprlib
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from tgq_fast.errors import ArgumentError
+
+__all__ = ["checked"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _whole(value: object) -> bool:
+    if getattr(value, "ndim", 0):
+        return False
+    try:
+        operator.index(value)  # type: ignore[arg-type]  # that is the question
+    except Exception:
+        return False
+    return True
+
+
+def _path(value: object) -> bool:
+    return isinstance(value, (str, os.PathLike)) and "\0" not in os.fspath(value)
+
+
+# Annotation → (test, in words). One that is not here is the function's own to check.
+_KINDS: dict[str, tuple[Callable[[object], bool], str]] = {
+    "int": (_whole, "a whole number"),
+    "float": (lambda value: isinstance(value, numbers.Real) and not getattr(value, "ndim", 0), "a number"),
+    "str": (lambda value: isinstance(value, str), "text"),
+    "bool": (lambda value: type(value).__name__ in ("bool", "bool_"), "True or False"),
+    "Path": (_path, "a path"),
+    "None": (lambda value: value is None, "None"),
+}
+
+
+@functools.cache
+def _expected(annotation: str) -> list[tuple[Callable[[object], bool], str]]:
+    """The tests of an annotation such as "str | Path | None", of which one must hold; none for one of other types."""
+    parts = annotation.split(" | ")
+    if "str" in parts and "Path" in parts:
+        parts.remove("str")
+    return [_KINDS[part] for part in parts] if all(part in _KINDS for part in parts) else []
+
+
+def checked(function: F) -> F:
+    """Check whole numbers, numbers, text, flags and paths of each call against the annotations.
+
+    The annotations must be text (`from __future__ import annotations`).
+
+    Raises:
+        ArgumentError: by the function, before it runs.
+    """
+    signature = inspect.signature(function)
+    tests = {p.name: _expected(p.annotation) for p in signature.parameters.values() if isinstance(p.annotation, str)}
+    tests = {name: found for name, found in tests.items() if found}
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs).arguments
+        for name, found in tests.items():
+            if name in given and not any(test(given[name]) for test, _ in found):
+                value = given[name]
+                shown = f"{type(value).__name__} {_short(value)}"
+                raise ArgumentError(name, shown, " or ".join(words for _, words in found))
+        return function(*args, **kwargs)
+
+    return run  # type: ignore[return-value]
+
+
+def _short(value: object) -> str:
+    try:
+        return reprlib.repr(value)
+    except Exception:  # a text of its own that fails
+        return ""
