@@ -77,7 +77,7 @@ def test_several_processes_evaluate_a_pool_as_one_does(world: World, tmp_path: P
     one = json.loads(call(*common, "--no-floor", "--json", "-").stdout)
     assert json.loads(call(*common, "--workers", 2, "--json", "-").stdout) == one
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
-    command += ["--rdzv-endpoint", "localhost:0", "-m", "tgq_fast.app.cli", *map(str, common)]
+    command += ["--rdzv-endpoint", "localhost:0", "-m", "tgq_fast", *map(str, common)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     ran = subprocess.run([*command, "--engine", "torchrun", "--json", str(tmp_path / "two.json")],
                          capture_output=True, text=True, timeout=300, env=environment)  # fmt: skip
@@ -92,7 +92,7 @@ def test_several_processes_share_a_pool_and_nothing_else(world: World, monkeypat
     for options in ((), (*pool, "--floor"), (*pool, "--corrupt", "overlay:0.3:both")):
         assert "a pool alone" in call(*common, *options, code=2).stderr
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    assert "torchrun -m tgq_fast.app.cli" in call(*common, *pool, "--engine", "torchrun", code=2).stderr
+    assert "torchrun -m tgq_fast" in call(*common, *pool, "--engine", "torchrun", code=2).stderr
 
 
 def test_evaluate_refuses_the_pool_of_another_model(world: World) -> None:

@@ -131,7 +131,7 @@ def test_server_process_stops_at_a_signal(shop: Shop, tmp_path: Path) -> None:
     import subprocess
     import sys
 
-    command = [sys.executable, "-m", "tgq_fast.app.cli", "serve", str(tmp_path / "one"), "--port", "0"]
+    command = [sys.executable, "-m", "tgq_fast", "serve", str(tmp_path / "one"), "--port", "0"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"COLUMNS": "200"})
     try:
         assert process.stderr is not None

@@ -54,7 +54,7 @@ def study(shop: Path, options: list[str], tmp_path_factory: pytest.TempPathFacto
     command = ["study", str(shop), "--out", str(out), "--cache", str(out.parent / "cache"), *options]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     process = subprocess.Popen(
-        [sys.executable, "-m", "tgq_fast.app.cli", *command], env=environment, stderr=subprocess.PIPE
+        [sys.executable, "-m", "tgq_fast", *command], env=environment, stderr=subprocess.PIPE
     )
     while process.poll() is None and len(list(out.glob("runs/*/result.json"))) < 9:
         time.sleep(0.02)

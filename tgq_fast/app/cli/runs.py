@@ -212,7 +212,7 @@ def evaluate(
         from tgq_fast.training.ranks import Team
 
         if "WORLD_SIZE" not in os.environ:
-            raise ArgumentError("--engine", "torchrun in a single process", "torchrun -m tgq_fast.app.cli evaluate …")
+            raise ArgumentError("--engine", "torchrun in a single process", "torchrun -m tgq_fast evaluate …")
         team = Team()
         shared["group"], watched = team.group, team.watched()
     else:
