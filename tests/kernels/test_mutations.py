@@ -16,6 +16,7 @@ from op_checks import check_cross, check_info_nce, check_modulation, check_redun
 
 CROSS = (2, 2, 3, 21, 20, 16, 2)  # 21 keys: two segments of the interpreter's tile; 20 channels: two chunks
 F32 = torch.float32
+ACCUMULATE = "HAS_MASK=key_mask is not None, HAS_GUIDE=guided > 0, ACCUMULATE="  # stands twice
 
 
 def absorbed(length: int = 21, guided: bool = False) -> None:
@@ -122,9 +123,15 @@ FAULTS: dict[str, tuple[str, str, str, Callable[[], None]]] = {
     ),
     "groups of keys not accumulated": (
         "cross_attention_backward",
-        "ACCUMULATE=first > 0",
-        "ACCUMULATE=False",
+        f"*target.stride()[:3],\n                {ACCUMULATE}first > 0",
+        f"*target.stride()[:3],\n                {ACCUMULATE}False",
         lambda: absorbed(37),
+    ),
+    "groups of rows not accumulated": (
+        "cross_attention_backward",
+        f"*d_x.stride()[:2],\n                {ACCUMULATE}first > 0",
+        f"*d_x.stride()[:2],\n                {ACCUMULATE}False",
+        lambda: check_cross("absorbed", F32, sizes=(1, 9, 9, 21, 20, 16, 2)),
     ),
     "parts of the keys weighed alike": ("softmax", "tl.exp2(log_sum - shift)", "1.0", lambda: fused(37)),
     "last group of keys lost": (

@@ -200,8 +200,8 @@ FAULTS: dict[str, tuple[object, str, str, str, Callable[[Path], None]]] = {
     "last row of a block cannot be excluded": (
         pool_search.PoolSearch,
         "best_rows",
-        "block.start + block.rows)",
-        "block.start + block.rows - 1)",
+        "< block.start + block.rows)",
+        "< block.start + block.rows - 1)",
         DISK,
     ),
     "whole shard for a part": (
