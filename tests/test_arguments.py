@@ -89,6 +89,13 @@ def test_public_functions_name_plain_mistakes(tmp_path: Path) -> None:
         "samples": lambda: tgq_fast.evaluate(catalog, torch.eye(2), samples="9"),  # type: ignore[arg-type]
         "preset": lambda: workflow.connector_table(3),  # type: ignore[arg-type]
     }
+    calls |= {
+        "catalog": lambda: tgq_fast.train("shop", TGQFormerConfig(), out=tmp_path / "r"),  # type: ignore[arg-type]
+        "pool": lambda: duplicates(tmp_path / "pool", 0.9),  # type: ignore[arg-type]
+        "config": lambda: tgq_fast.train(catalog, {"hidden_size": 8}, out=tmp_path / "r"),  # type: ignore[arg-type]
+        "fields": lambda: workflow.make_config(catalog, preset="tiny", fields="category"),
+        "overrides": lambda: workflow.make_config(catalog, preset="tiny", overrides=["a"]),  # type: ignore[arg-type]
+    }
     for name, mistake in calls.items():
         with pytest.raises(ArgumentError, match=f"^{name}: "):
             mistake()

@@ -11,7 +11,7 @@ import numbers
 import operator
 import os
 import reprlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from tgq_fast.errors import ArgumentError
@@ -46,17 +46,32 @@ _KINDS: dict[str, tuple[Callable[[object], bool], str]] = {
 }
 
 
+_OWN = {"Catalog": "a Catalog", "ItemPool": "an ItemPool", "TGQFormerConfig": "a TGQFormerConfig"}
+
+
+def _kind(part: str) -> tuple[Callable[[object], bool], str] | None:
+    """The test of one type of an annotation."""
+    if part in _OWN:
+        return lambda value: any(base.__name__ == part for base in type(value).__mro__), _OWN[part]
+    if part == "Sequence[str]":
+        return lambda value: hasattr(value, "__iter__") and not isinstance(value, (str, bytes)), "a list of texts"
+    if part.startswith("Mapping[") and part.endswith("]"):
+        return lambda value: isinstance(value, Mapping), "a mapping"
+    return _KINDS.get(part)
+
+
 @functools.cache
 def _expected(annotation: str) -> list[tuple[Callable[[object], bool], str]]:
     """The tests of an annotation such as "str | Path | None", of which one must hold; none for one of other types."""
     parts = annotation.split(" | ")
     if "str" in parts and "Path" in parts:
         parts.remove("str")
-    return [_KINDS[part] for part in parts] if all(part in _KINDS for part in parts) else []
+    kinds = [_kind(part) for part in parts]
+    return [kind for kind in kinds if kind is not None] if all(kinds) else []
 
 
 def checked(function: F) -> F:
-    """Check whole numbers, numbers, text, flags and paths of each call against the annotations.
+    """Check whole numbers, numbers, texts, flags, paths, catalogues and pools of each call against the annotations.
 
     The annotations must be text (`from __future__ import annotations`).
 

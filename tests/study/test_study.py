@@ -53,9 +53,7 @@ def study(shop: Path, options: list[str], tmp_path_factory: pytest.TempPathFacto
     out = tmp_path_factory.mktemp("out") / "study"
     command = ["study", str(shop), "--out", str(out), "--cache", str(out.parent / "cache"), *options]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tgq_fast", *command], env=environment, stderr=subprocess.PIPE
-    )
+    process = subprocess.Popen([sys.executable, "-m", "tgq_fast", *command], env=environment, stderr=subprocess.PIPE)
     while process.poll() is None and len(list(out.glob("runs/*/result.json"))) < 9:
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
