@@ -31,7 +31,9 @@ def endpoint() -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    server = subprocess.Popen([str(SERVER), "-H", "127.0.0.1", "-p", str(port)], stderr=subprocess.DEVNULL)
+    server = subprocess.Popen(
+        [str(SERVER), "-H", "127.0.0.1", "-p", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     address = f"http://127.0.0.1:{port}"
     try:
         for _ in range(300):
@@ -61,8 +63,9 @@ def bucket(endpoint: str, monkeypatch: pytest.MonkeyPatch, request: pytest.Fixtu
 
 def put(endpoint: str, path: str, data: bytes) -> None:
     """The server asks for no signature."""
-    request = urllib.request.Request(f"{endpoint}/{path}", data=data, method="PUT")
-    urllib.request.urlopen(request, timeout=10).close()
+    kind = {"Content-Type": "application/octet-stream"}  # as a form it would be read twice
+    request = urllib.request.Request(f"{endpoint}/{path}", data=data, method="PUT", headers=kind)
+    urllib.request.urlopen(request, timeout=60).close()
 
 
 def upload(endpoint: str, folder: Path, to: str) -> None:
