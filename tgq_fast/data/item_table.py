@@ -212,8 +212,9 @@ class ItemTableBuilder:
         """The table; the builder is empty afterwards."""
         self._flush()
         self._done.append(_join(self._blocks))
-        columns, names = _join(self._done), tuple(self._numbers)
+        columns, names = _join(self._done, tidy=True), tuple(self._numbers)
         self._numbers = {}
+        _share_gaps(columns)
         pa.default_memory_pool().release_unused()
         return ItemTable(
             {name: columns[name] for name in TEXTS},
@@ -229,11 +230,22 @@ class ItemTableBuilder:
 _Columns = dict[str, Any]  # Arrow and numpy arrays
 
 
-def _join(blocks: list[_Columns]) -> _Columns:
-    """One block of several, which are emptied: a column at a time is there twice."""
+def _join(blocks: list[_Columns], *, tidy: bool = False) -> _Columns:
+    """One block of several, which are emptied: a column at a time is there twice, if what is free is given back."""
     joined: _Columns = {}
     for name in list(blocks[0]):
         parts = [block.pop(name) for block in blocks]
         joined[name] = np.concatenate(parts) if isinstance(parts[0], np.ndarray) else pa.concat_arrays(parts)
+        if tidy:
+            del parts
+            pa.default_memory_pool().release_unused()
     blocks.clear()
     return joined
+
+
+def _share_gaps(columns: _Columns) -> None:
+    """Columns without any value become one and the same: eight bytes a row once, not for each."""
+    gaps = None
+    for name in TEXTS:
+        if len(columns[name]) == columns[name].null_count:
+            columns[name] = gaps = pa.nulls(len(columns[name]), pa.large_string()) if gaps is None else gaps

@@ -296,9 +296,11 @@ def _nearest_neighbour(
     catalog: Catalog, query_rows: np.ndarray, nearest: np.ndarray, row_of: np.ndarray
 ) -> np.ndarray | None:
     """[U] 1.0 where the nearest neighbour shares the query's `group_id`; None when a query has none."""
+    group_of = catalog.items.groups()
+    if (group_of < 0).all():
+        return None
     item_of = np.full(int(row_of.max(initial=-1)) + 1, -1, dtype=np.int64)
     item_of[row_of[row_of >= 0]] = np.flatnonzero(row_of >= 0)
-    group_of = catalog.items.groups()
     groups = group_of[item_of[query_rows]]
     if not len(groups) or (groups < 0).any():
         return None

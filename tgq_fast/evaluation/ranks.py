@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tgq_fast.defaults import plain_defaults
 from tgq_fast.evaluation.metrics import ABSENT
-from tgq_fast.pool.item_pool import PoolHits
+from tgq_fast.pool.item_pool import ItemPool, PoolHits
 from tgq_fast.search import count
 from tgq_fast.search.count import Marks
 from tgq_fast.search.topk import topk
@@ -187,6 +187,7 @@ class _Stored:
         self, queries: Tensor, asked: Asking | None, depth: int, report: Callable[[float], None] | None
     ) -> Tensor:
         hits = torch.empty(len(queries), depth, dtype=torch.int64)
+        kept = {"keep": len(queries) > _TILE_QUERIES} if isinstance(self.pool, ItemPool) else {}
         for first in range(0, len(queries), _TILE_QUERIES):
             tile = queries[first : first + _TILE_QUERIES]
 
@@ -196,6 +197,6 @@ class _Stored:
 
             wanted = self.take(tile) if asked is None else asked[tile]
             own = self.pool.names(tile.numpy())
-            found = self.pool.search(wanted, depth, exclude_ids=own, progress=done, **self._shared)
+            found = self.pool.search(wanted, depth, exclude_ids=own, progress=done, **self._shared, **kept)
             hits[first : first + len(tile)] = found.indices
         return hits

@@ -262,6 +262,7 @@ class ItemPool:
         where: np.ndarray | None = None,
         progress: Callable[[int, int], None] | None = None,
         group: dist.ProcessGroup | None = None,
+        keep: bool = True,
     ) -> PoolHits:
         """Exact maximum inner product search from the memory map, block by block; the next block is read and checked
         meanwhile, so a pool may be larger than memory. One version of the pool is searched, whatever writers do.
@@ -269,12 +270,12 @@ class ItemPool:
         Args:
             queries: [Q, D] floating.
             k: hits per query, 1 … 2048.
-            exclude_ids: per query one id (or None), or a list of ids, that it must not return. Ids that are not in the
-                pool exclude nothing.
+            exclude_ids: per query an id, None or a list of ids that it must not return; unknown ones exclude nothing.
             where: [len(pool)] bool, the items that may be returned, in pool order (:meth:`select` makes one).
             progress: called now and then with (rows searched, rows in the pool); what it raises ends the search.
             group: a `torch.distributed` group (`torch.distributed.group.WORLD` for all processes) whose ranks share
                 the work: each calls with the same arguments, reads its share of the shards and gets the whole answer.
+            keep: hold copies of small shards, of 512 MiB at most, for the next search.
 
         Returns:
             :class:`PoolHits`; ties go to the lower pool row, whatever the sharding.
@@ -283,7 +284,8 @@ class ItemPool:
             ArgumentError, NonFiniteError: a wrong shape, k or number of exclusions; a query with NaN or infinity.
             PoolError: a shard is damaged, or was changed or cut off since the pool was opened.
         """
-        return self._state[1].search(queries, k, exclude_ids=exclude_ids, where=where, progress=progress, group=group)
+        options: dict[str, Any] = {"progress": progress, "group": group, "keep": keep}
+        return self._state[1].search(queries, k, exclude_ids=exclude_ids, where=where, **options)
 
     count_before = pool_count_before
     select = columns.select

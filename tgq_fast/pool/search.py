@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from tgq_fast.pool.item_pool import ItemPool
 
 KEPT_BYTES = 512 << 20  # of joined small shards, kept for the next search
-
+ONCE_BYTES = 64 << 20  # of a block whose copy is not kept
+COUNT_BYTES = 32 << 20  # of one in which rows are only counted: larger ones are no faster
 
 GATHER_BELOW = 0.5  # share of a block's rows
 
@@ -74,15 +75,16 @@ class PoolSearch:
         where: np.ndarray | None = None,
         progress: Callable[[int, int], None] | None = None,
         group: dist.ProcessGroup | None = None,
+        keep: bool = True,
     ) -> PoolHits:
         """See :meth:`tgq_fast.pool.item_pool.ItemPool.search`."""
         if group is None:
-            best = self._search_share(queries, k, exclude_ids, where, progress, 0, 1)
+            best = self._search_share(queries, k, exclude_ids, where, progress, 0, 1, keep)
         else:
             ranks = Ranks(group)
 
             def search() -> tuple[TopK, list[int]]:
-                found = self._search_share(queries, k, exclude_ids, where, progress, ranks.rank, ranks.size)
+                found = self._search_share(queries, k, exclude_ids, where, progress, ranks.rank, ranks.size, keep)
                 return found, [len(found.scores), k, len(self._reader)]
 
             found, facts = ranks.settle(search, facts=3)
@@ -99,10 +101,11 @@ class PoolSearch:
         progress: Callable[[int, int], None] | None,
         rank: int,
         ranks: int,
+        keep: bool,
     ) -> TopK:
         """Best rows [Q, k] of one rank's stretch of shards, as rows of the whole pool."""
         asked = self.checked(queries, k, exclude_ids, where)
-        return self.best_rows(*asked, self.shards_of(rank, ranks), progress)
+        return self.best_rows(*asked, self.shards_of(rank, ranks), progress, keep=keep)
 
     def checked(
         self,
@@ -139,6 +142,8 @@ class PoolSearch:
         progress: Callable[[int, int], None] | None = None,
         rules: Sequence[Rule] = (),
         sampled_k: int = 0,
+        *,
+        keep: bool = True,
     ) -> TopK:
         """Best rows [Q, k] of a stretch of shards, or of all, as rows of the whole pool. Arguments are checked already.
 
@@ -146,16 +151,17 @@ class PoolSearch:
             excluded: [Q, X] int64 pool rows; -1 for none.
             allowed: [N] bool, the pool rows that may be returned; blocks without any are not read.
             rules: of the pool's rows and these queries; `sampled_k` as in :func:`tgq_fast.search.topk.topk_by_rules`.
+            keep: hold what is joined of small shards for the next search.
         """
         sizes = np.diff(self._reader.starts).tolist()
         shards = range(len(sizes)) if shards is None else shards
-        blocks = cut_blocks(sizes, self._row_bytes, shards)
+        blocks = cut_blocks(sizes, self._row_bytes, shards, None if keep else ONCE_BYTES)
         if allowed is not None:
             blocks = [block for block in blocks if allowed[block.start : block.start + block.rows].any()]
         total = sum(block.rows for block in blocks)
         best: TopK | None = None
         done = 0
-        with closing(one_ahead(self._load, blocks)) as ready:
+        with closing(one_ahead(partial(self._load, keep=keep), blocks)) as ready:
             for block in blocks:
                 loaded = next(ready)
                 local = None
@@ -188,10 +194,11 @@ class PoolSearch:
     ) -> Tensor:
         """[M] int64 rows of a stretch of shards, or of all, that come before each mark."""
         sizes = np.diff(self._reader.starts).tolist()
-        blocks = cut_blocks(sizes, self._row_bytes, range(len(sizes)) if shards is None else shards)
+        shards = range(len(sizes)) if shards is None else shards
+        blocks = cut_blocks(sizes, self._row_bytes, shards, COUNT_BYTES)
         total, done = sum(block.rows for block in blocks), 0
         before = torch.zeros(len(marks.rows), dtype=torch.int64, device="cpu")
-        with closing(one_ahead(partial(self._load, coded=False), blocks)) as ready:
+        with closing(one_ahead(partial(self._load, coded=False, keep=False), blocks)) as ready:
             for block in blocks:
                 loaded = next(ready)
                 report = None if progress is None else partial(_report, progress, done, block.rows, total)
@@ -204,7 +211,7 @@ class PoolSearch:
     def _row_bytes(self) -> int:
         return self._reader.files.dims * self._reader.files.dtype.itemsize
 
-    def _load(self, block: Block, stop: threading.Event, *, coded: bool = True) -> _Loaded:
+    def _load(self, block: Block, stop: threading.Event, *, coded: bool = True, keep: bool = True) -> _Loaded:
         """[n, D] of a block and, where asked for, their codes: views of a shard's maps; or joined in memory, without
         deleted rows."""
         reader = self._reader
@@ -231,7 +238,7 @@ class PoolSearch:
         loaded = _Loaded(views[0] if len(views) == 1 else torch.cat(views), joined)
         with self._lock:
             held = sum(one.tensor.nbytes for one in self._joined.values())
-            if coded and copied and held + loaded.tensor.nbytes <= KEPT_BYTES:
+            if keep and copied and held + loaded.tensor.nbytes <= KEPT_BYTES:
                 self._joined[block] = loaded
         return loaded
 

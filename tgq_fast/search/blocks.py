@@ -46,15 +46,15 @@ class Block:
         return sum(part.stop - part.first for part in self.parts)
 
 
-def cut_blocks(sizes: Sequence[int], row_bytes: int, shards: range) -> list[Block]:
-    """Blocks of at most :data:`BLOCK_BYTES` (and at least a row) that cover these shards in order.
+def cut_blocks(sizes: Sequence[int], row_bytes: int, shards: range, block_bytes: int | None = None) -> list[Block]:
+    """Blocks of at most `block_bytes`, else :data:`BLOCK_BYTES`, and at least a row that cover these shards in order.
 
     Args:
         sizes: rows of every shard of the pool.
         row_bytes: bytes of a row.
         shards: the shards to cover.
     """
-    most = max(1, BLOCK_BYTES // max(1, row_bytes))
+    most = max(1, min(BLOCK_BYTES, block_bytes or BLOCK_BYTES) // max(1, row_bytes))
     step = most // 16 * 16 or most  # codes lie in groups of 16 rows
     blocks: list[Block] = []
     joined: list[Part] = []
