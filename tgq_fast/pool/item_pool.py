@@ -168,8 +168,7 @@ class ItemPool:
         """
         if not self.moved():
             return False
-        before = self.manifest.chain
-        manifest = self._log.read()
+        before, manifest = self.manifest.chain, self._log.read()
         if manifest.dims != self.dims or manifest.dtype != self.manifest.dtype:
             raise PoolError(f"{self.path}: holds another pool now; open it again")
         self._read(manifest)
@@ -284,8 +283,7 @@ class ItemPool:
             ArgumentError, NonFiniteError: a wrong shape, k or number of exclusions; a query with NaN or infinity.
             PoolError: a shard is damaged, or was changed or cut off since the pool was opened.
         """
-        options: dict[str, Any] = {"progress": progress, "group": group, "keep": keep}
-        return self._state[1].search(queries, k, exclude_ids=exclude_ids, where=where, **options)
+        return self._state[1].search(queries, k, exclude_ids, where, progress, group, keep)
 
     count_before = pool_count_before
     select = columns.select

@@ -70,7 +70,6 @@ class PoolSearch:
         self,
         queries: Tensor | np.ndarray,
         k: int,
-        *,
         exclude_ids: Sequence[str | None] | Sequence[Sequence[str]] | None = None,
         where: np.ndarray | None = None,
         progress: Callable[[int, int], None] | None = None,
