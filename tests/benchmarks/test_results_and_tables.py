@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import plot, results, tables, targets
+from benchmarks import plot, results, scale_sizes, tables, targets
 from benchmarks.registry import cases
 from benchmarks.results import ResultFileError, Results, result_files
 
@@ -223,3 +223,14 @@ def test_plots(tmp_path: Path) -> None:
         "some-cpu-2-cores-topk-abc.svg",
     ]
     assert not plot.plot_operator(document(ROWS[4]), "topk", tmp_path / "none.svg")
+
+
+def test_the_scaling_page_is_what_its_result_file_gives() -> None:
+    root = Path(__file__).parents[2]
+    text = (root / "docs" / "scaling.md").read_text(encoding="utf-8")
+    document = json.loads((root / "docs" / "results" / "scale" / "sizes.json").read_text(encoding="utf-8"))
+    assert text.count("<!-- scale:begin -->") == 1 and scale_sizes.fill(text, document) == text
+    assert {entry["case"] for entry in document["results"]} == set(scale_sizes.CASES)
+    losses = json.loads((root / "docs" / "results" / "scale" / "losses.json").read_text(encoding="utf-8"))
+    assert all(found["same"] and not found["not_lost"] and found["exit"] == 0 for found in losses["scenarios"])
+    assert max(len(found["lost"]) for found in losses["scenarios"]) == 20
