@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -15,7 +17,7 @@ from tgq_fast.data.demo.canvas import EMBLEMS, PATTERNS
 from tgq_fast.data.demo.products import KINDS, draw_product
 from tgq_fast.data.demo.scene import photograph
 from tgq_fast.data.demo.styles import random_palette, random_style, sibling_style
-from tgq_fast.errors import ArgumentError
+from tgq_fast.errors import ArgumentError, StorageError
 
 
 def digest(folder: Path) -> str:
@@ -28,6 +30,19 @@ def digest(folder: Path) -> str:
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Catalog:
     return Catalog.load(write_demo_catalog(tmp_path_factory.mktemp("demo"), groups=48, variants=4, image_size=48))
+
+
+def test_a_folder_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(StorageError, match="Not a directory"):
+        write_demo_catalog(tmp_path / "file" / "demo", groups=1, variants=2, image_size=48)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("PIL.Image.Image.save", full)
+    with pytest.raises(StorageError, match="No space"):
+        write_demo_catalog(tmp_path / "demo", groups=1, variants=2, image_size=48)
 
 
 def test_it_is_a_valid_catalogue(demo: Catalog) -> None:

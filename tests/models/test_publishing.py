@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from tgq_fast.data import Catalog
-from tgq_fast.errors import CheckpointError
+from tgq_fast.errors import CheckpointError, StorageError
 from tgq_fast.evaluation import evaluate
 from tgq_fast.models import TGQFormerModel, TGQFormerProcessor
 from tgq_fast.models.card import model_card, read_run
@@ -36,6 +36,13 @@ RUN = {
         "verdict": {"words": "Training helped: a."},
     },
 }
+
+
+def test_a_run_cannot_be_saved_in_a_file(clip: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    model = TGQFormerModel.from_config_with_towers(tiny.tiny_config(clip, "dual_encoder", reader_layers=1))
+    with pytest.raises(StorageError, match="Not a directory"):
+        model.save_pretrained(tmp_path / "file" / "run")
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from tgq_fast.errors import ArgumentError
+from tgq_fast.errors import ArgumentError, StorageError
 from tgq_fast.pool import exports
 from tgq_fast.pool.item_pool import ItemPool
 
@@ -76,6 +76,9 @@ def test_lance(pool: ItemPool, vectors: np.ndarray, tmp_path: Path) -> None:
     with pytest.raises(ArgumentError, match="overwrite"):
         pool.to_lance(tmp_path / "lance")
     assert pool.to_lance(tmp_path / "lance", overwrite=True).count_rows() == ROWS
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(StorageError, match="Not a directory"):
+        pool.to_lance(tmp_path / "file" / "lance")
 
 
 def test_qdrant(pool: ItemPool, vectors: np.ndarray) -> None:

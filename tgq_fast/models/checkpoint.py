@@ -14,7 +14,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from tgq_fast.errors import CheckpointError, TGQError
-from tgq_fast.io.files import write_atomic
+from tgq_fast.io.files import make_folder, write_atomic
 from tgq_fast.models.auto_file import AUTO_CODE, AUTO_FILE, auto_map
 from tgq_fast.models.configuration import TGQFormerConfig, seal_config
 
@@ -35,7 +35,7 @@ def state_digest(state: Mapping[str, Tensor]) -> str:
 
 def save_model(folder: Path, config: TGQFormerConfig, state: Mapping[str, Tensor], *, architecture: str) -> None:
     """Write the weights, then the configuration and the file that it names for the Auto classes."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     plain = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
     # One entry only: safetensors writes several in any order, and equal models shall be equal files.
     write_atomic(folder / WEIGHTS, save(plain, {_DIGEST: state_digest(plain)}))

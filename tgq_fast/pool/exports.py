@@ -9,6 +9,7 @@ Source: ours.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tgq_fast.arguments import checked
-from tgq_fast.errors import ArgumentError, DependencyError
-from tgq_fast.io.files import atomic_writer, make_folder, write_atomic
+from tgq_fast.errors import ArgumentError, DependencyError, StorageError
+from tgq_fast.io.files import atomic_writer, make_folder, storage_errors, write_atomic
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -103,10 +104,18 @@ def to_lance(pool: ItemPool, uri: str | Path, table: str = "items", *, overwrite
         import lancedb
     except ImportError:
         raise DependencyError("lancedb is not installed; pip install 'tgq-fast[lance]'") from None
-    database = lancedb.connect(str(uri))
     schema, batches = _arrow(pool)
     try:
-        return database.create_table(table, data=batches, schema=schema, mode="overwrite" if overwrite else "create")
+        with storage_errors(uri):
+            database = lancedb.connect(str(uri))
+            return database.create_table(
+                table, data=batches, schema=schema, mode="overwrite" if overwrite else "create"
+            )
+    except RuntimeError as error:  # of its Rust part, with the system's number in the text
+        if (number := re.search(r"os error (\d+)", str(error))) is None:
+            raise
+        code = int(number[1])
+        raise StorageError(uri, OSError(code, os.strerror(code))) from error
     except ValueError as error:
         if "exists" not in str(error):
             raise

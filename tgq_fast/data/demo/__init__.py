@@ -13,7 +13,7 @@ from tgq_fast.data.demo.products import KINDS
 from tgq_fast.data.demo.scene import photograph
 from tgq_fast.data.demo.styles import COLORS, Palette, Style, random_palette, random_style, sibling_style
 from tgq_fast.errors import ArgumentError
-from tgq_fast.io.files import write_atomic
+from tgq_fast.io.files import make_folder, storage_errors, write_atomic
 
 __all__ = ["write_demo_catalog"]
 
@@ -67,7 +67,7 @@ def write_demo_catalog(
         if value < low:
             raise ArgumentError(name, value, f"at least {low}")
     folder = Path(out)
-    (folder / "images").mkdir(parents=True, exist_ok=True)
+    make_folder(folder / "images")
     # Neither order nor id may tell which items belong together.
     places = np.random.default_rng([seed, 3]).permutation(groups * variants).tolist()
     ids = [f"demo-{place:04d}" for place in places]
@@ -91,7 +91,8 @@ def write_demo_catalog(
             image, _ = photograph(style, palette, rng, image_size, useful)
             number = group * variants + variant
             file_name = f"images/{ids[number]}.jpg"
-            image.save(folder / file_name, "JPEG", quality=90)
+            with storage_errors(folder / file_name):
+                image.save(folder / file_name, "JPEG", quality=90)
             named = {"id": ids[number], "file_name": file_name, **row, "group_id": f"style-{group:03d}"}
             rows[places[number]] = _line(named)
     write_atomic(folder / "pairs.jsonl", b"".join(_pair_lines(ids, groups, variants, seed)))
