@@ -1,0 +1,112 @@
+"""Load on `tgq-fast serve`: many clients that ask for neighbours of items, by wrk (https://github.com/wg/wrk).
+
+    python -m benchmarks.serve_load --json docs/results/serving.json
+
+A pool of random rows with codes is served on a loopback port by a process of its own; wrk runs on the same cores. It
+must be installed (Debian: wrk).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from pathlib import Path
+
+import torch
+
+from benchmarks.environment import commit, cpu_name, usable_cores, versions
+from tgq_fast import ItemPool
+
+__all__ = ["main"]
+
+SCRIPT = """
+function setup(thread) thread:set("seed", {seed}) end
+function init(args) math.randomseed(seed) end
+function request() return wrk.format("GET", "/api/neighbours?k=20&id=item-" .. math.random(0, {last})) end
+function done(summary, latency, requests)
+  local e = summary.errors
+  local errors = e.connect + e.read + e.write + e.status + e.timeout
+  local p50, p99, most = latency:percentile(50) / 1000, latency:percentile(99) / 1000, latency.max / 1000
+  io.write(string.format("requests=%d errors=%d p50_ms=%.2f p99_ms=%.2f max_ms=%.2f per_second=%.1f\\n",
+    summary.requests, errors, p50, p99, most, summary.requests / summary.duration * 1e6))
+end
+"""
+
+
+def make_pool(folder: Path, rows: int, dims: int) -> None:
+    """Random rows of unit length, with codes."""
+    vectors = torch.randn(rows, dims, generator=torch.Generator().manual_seed(0))
+    with ItemPool.create(folder, dims=dims) as pool:
+        pool.append([f"item-{row}" for row in range(rows)], torch.nn.functional.normalize(vectors, dim=1))
+        pool.build_codes()
+
+
+def load(wrk: str, port: int, rows: int, clients: int, seconds: int, seed: int, folder: Path) -> dict[str, float]:
+    """One run of the load tool: requests, errors, latency in ms, answers per second."""
+    script = folder / "ids.lua"
+    script.write_text(SCRIPT.format(seed=seed, last=rows - 1))
+    command = [wrk, "-t1", f"-c{clients}", f"-d{seconds}s", "--latency", "-s", str(script), f"http://127.0.0.1:{port}"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {name: float(value) for name, value in re.findall(r"(\w+)=([0-9.]+)", said)}
+
+
+def main() -> int:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--rows", type=int, default=100_000)
+    options.add_argument("--dims", type=int, default=256)
+    options.add_argument("--clients", type=int, default=32)
+    options.add_argument("--seconds", type=int, default=15)
+    options.add_argument("--runs", type=int, default=3)
+    options.add_argument("--port", type=int, default=8123)
+    options.add_argument("--json", type=Path)
+    chosen = options.parse_args()
+    wrk = shutil.which("wrk")
+    if wrk is None:
+        print("error: wrk is not installed (Debian: apt-get install wrk)", file=sys.stderr)
+        return 2
+    with tempfile.TemporaryDirectory(prefix="tgq-serve-load-") as place:
+        folder = Path(place)
+        make_pool(folder / "pool", chosen.rows, chosen.dims)
+        command = [sys.executable, "-m", "tgq_fast", "serve", str(folder / "pool"), "--port", str(chosen.port)]
+        server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            for _ in range(300):
+                try:
+                    urllib.request.urlopen(f"http://127.0.0.1:{chosen.port}/api/health", timeout=1).close()
+                    break
+                except OSError:
+                    time.sleep(0.2)
+            given = (wrk, chosen.port, chosen.rows, chosen.clients)
+            load(*given, 2, 0, folder)  # warm
+            runs = [load(*given, chosen.seconds, seed, folder) for seed in range(1, chosen.runs + 1)]
+        finally:
+            server.send_signal(signal.SIGTERM)
+            server.wait()
+    for run in runs:
+        print(run)
+    if chosen.json is not None:
+        facts = {
+            "command": "python -m benchmarks.serve_load",
+            "machine": f"{cpu_name()}, {usable_cores()} cores, the load tool among them",
+            "date": time.strftime("%Y-%m-%d"),
+            "commit": commit(),
+            "versions": versions(),
+            "pool": [chosen.rows, chosen.dims],
+            "clients": chosen.clients,
+            "seconds": chosen.seconds,
+            "runs": runs,
+        }
+        chosen.json.write_text(json.dumps(facts, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
