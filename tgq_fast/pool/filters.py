@@ -32,7 +32,7 @@ _CONDITION = re.compile(
     rf"(?P<value>{_QUOTED}|[^,]*?)\s*(?:,|$)",
 )
 WINDOW = 256  # queries that one search takes where numbers must be near
-CUT = 1 << 16  # rows of a pool that is worth many searches of stretches of numbers
+CUT = 1 << 12  # rows of a pool that is worth many searches of stretches of numbers
 NARROW = 0.125  # share of the rows that a query's number reaches, below which such searches are the quicker way
 SHARED = 32  # queries that a search under a mask of their own is worth
 _TRUE, _FALSE = {"true", "yes", "1"}, {"false", "no", "0"}
