@@ -32,7 +32,8 @@ constexpr std::int64_t kMinSelfJoin = 2048;
 constexpr int kSampleStride = 16;
 constexpr std::int64_t kProbe = 64;               // queries that say whether stored codes pay
 constexpr double kAdvantage = 1.1;                // of them by the model, so that its errors make no call slower
-constexpr double kThread = 1.6e6, kUnpolled = 1.6e8;  // ns of work that a thread is worth its start for; that need no poll
+constexpr double kUnpolled = 1.6e8;  // ns of work that need no poll
+constexpr double kThread = 1.6e6, kCodesThread = 0.7e6;  // that a thread is worth its start for; codes may have left the caches
 constexpr std::int64_t kPutOff = 4096;  // hits at most that a thread puts off for a query; more than a few k
 constexpr int kSlotsPerRank = 8;         // few enough of the best scores meet in one slot
 constexpr int kMinSlots = 256;
@@ -182,7 +183,9 @@ class Search {
     return plan_.codes == nullptr ? rows_work(q, n, static_cast<double>(plan_.width)) : codes_work(*set_.costs, q, n, plan_.codes->first_lines);
   }
 
-  int threads_for(double work) const { return static_cast<int>(std::min<double>(request_.threads, std::max(1.0, work / kThread))); }
+  int threads_for(double work) const {
+    return static_cast<int>(std::min<double>(request_.threads, std::max(1.0, work / (plan_.codes == nullptr ? kThread : kCodesThread))));
+  }
 
   std::function<bool(double)> poll_for(std::int64_t queries, std::int64_t rows) const {
     return work(queries, rows) < kUnpolled ? std::function<bool(double)>() : request_.poll;
