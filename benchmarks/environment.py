@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import platform
 import re
@@ -81,6 +82,26 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
+def command_line() -> str:
+    """This process' own, with absolute paths by their last name: where one machine keeps its files says nothing."""
+    given = [Path(one).name if os.path.isabs(one) else one for one in sys.argv[1:]]
+    return " ".join([f"python -m benchmarks.{Path(sys.argv[0]).stem}", *given])
+
+
+def write_figures(path: Path, **figures: Any) -> None:
+    """Write a benchmark's figures beside what they were taken with."""
+    facts = {
+        "command": command_line(),
+        "machine": cpu_name(),
+        "threads": torch.get_num_threads(),
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "commit": commit(),
+        "versions": versions(),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(facts | figures, indent=1) + "\n")
+
+
 def environment(device: str, threads: int, command: list[str] | None = None) -> dict[str, Any]:
     """What a result file says about where it comes from.
 
@@ -102,7 +123,7 @@ def environment(device: str, threads: int, command: list[str] | None = None) -> 
         "torch_cuda": torch.version.cuda,
         "native": _native.build_info() or {"missing": _native.why_missing()},
         "commit": commit(),
-        "command": " ".join(command or [f"python -m benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
+        "command": command_line() if command is None else " ".join(command),
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
     if device == "cuda":

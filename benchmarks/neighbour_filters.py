@@ -9,7 +9,6 @@ both.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -20,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from benchmarks.environment import commit, cpu_name, usable_cores, versions
+from benchmarks.environment import write_figures
 from tgq_fast import ItemPool
 from tgq_fast.pool import neighbours
 
@@ -76,19 +75,7 @@ def main() -> int:
         found.append({"where": where, "seconds": statistics.median(each[1:]), "ratio": ratio})
         print(f"{where or 'none':36} {1e3 * statistics.median(each[1:]):8.1f} ms {ratio:6.2f}x")
     if chosen.json is not None:
-        facts = {
-            "command": "python -m benchmarks.neighbour_filters",
-            "machine": f"{cpu_name()}, {usable_cores()} cores",
-            "threads": torch.get_num_threads(),
-            "date": time.strftime("%Y-%m-%d"),
-            "commit": commit(),
-            "versions": versions(),
-            "pool": [chosen.rows, chosen.dims],
-            "k": chosen.k,
-            "rounds": chosen.rounds,
-            "results": found,
-        }
-        chosen.json.write_text(json.dumps(facts, indent=1) + "\n")
+        write_figures(chosen.json, pool=[chosen.rows, chosen.dims], k=chosen.k, rounds=chosen.rounds, results=found)
     return 0
 
 

@@ -13,7 +13,6 @@ import json
 import os
 import random
 import secrets
-import shlex
 import shutil
 import signal
 import subprocess
@@ -28,7 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.environment import commit, cpu_name, versions
+from benchmarks.environment import command_line, commit, cpu_name, versions
 from tgq_fast.data import Catalog, load_image
 from tgq_fast.io.files import write_atomic
 from tgq_fast.pool import embed_catalog
@@ -200,7 +199,7 @@ def main() -> None:
     expected = contents(given.work / "one")
     catalog = Catalog.load(given.shop)
     document: dict[str, Any] = {
-        "command": shlex.join(["python", "-m", "benchmarks.scale_losses", *sys.argv[1:]]),
+        "command": command_line(),
         "machine": cpu_name(),
         "commit": commit(),
         "versions": versions() | {"ray": version("ray")},

@@ -14,7 +14,6 @@ import argparse
 import json
 import re
 import resource
-import shlex
 import shutil
 import subprocess
 import sys
@@ -27,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.environment import ROOT, commit, cpu_name, usable_cores, versions
+from benchmarks.environment import ROOT, command_line, commit, cpu_name, usable_cores, versions
 
 __all__ = ["CASES", "measure", "table"]
 
@@ -268,7 +267,7 @@ def main() -> None:
         fresh = {(entry["case"], entry["rows"]) for entry in results}
         kept = [entry for entry in document["results"] if (entry["case"], entry["rows"]) not in fresh]
         document = {
-            "command": shlex.join(["python", "-m", "benchmarks.scale_sizes", *sys.argv[1:]]),
+            "command": command_line(),
             "machine": cpu_name(),
             "cores": usable_cores(),
             "threads": torch.get_num_threads(),

@@ -9,7 +9,6 @@ must be installed (Debian: wrk).
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import shutil
 import signal
@@ -22,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.environment import commit, cpu_name, usable_cores, versions
+from benchmarks.environment import write_figures
 from tgq_fast import ItemPool
 
 __all__ = ["main"]
@@ -93,18 +92,9 @@ def main() -> int:
     for run in runs:
         print(run)
     if chosen.json is not None:
-        facts = {
-            "command": "python -m benchmarks.serve_load",
-            "machine": f"{cpu_name()}, {usable_cores()} cores, the load tool among them",
-            "date": time.strftime("%Y-%m-%d"),
-            "commit": commit(),
-            "versions": versions(),
-            "pool": [chosen.rows, chosen.dims],
-            "clients": chosen.clients,
-            "seconds": chosen.seconds,
-            "runs": runs,
-        }
-        chosen.json.write_text(json.dumps(facts, indent=1) + "\n")
+        write_figures(
+            chosen.json, pool=[chosen.rows, chosen.dims], clients=chosen.clients, seconds=chosen.seconds, runs=runs
+        )
     return 0
 
 

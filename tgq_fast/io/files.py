@@ -198,13 +198,13 @@ def append_line(path: str | Path, line: bytes, *, close_off: bool = False) -> No
 
 
 class Hold:
-    """An exclusive lock on a file, until :meth:`release`. The system drops it when the process ends.
+    """A lock on an open file, until :meth:`release`; without a file it holds nothing. It ends with the process.
 
     A forked child has a copy of it, which ends with the child and releases nothing.
     """
 
-    def __init__(self, handle: int) -> None:
-        self._handle: int | None = handle
+    def __init__(self, handle: int | None) -> None:
+        self._handle = handle
 
     def release(self) -> None:
         """Let go; more than once does no harm."""

@@ -13,6 +13,8 @@ import os
 import struct
 from pathlib import Path
 
+from tgq_fast.io.files import Hold
+
 try:
     import fcntl
 
@@ -24,7 +26,7 @@ except (ImportError, AttributeError):  # not Linux
 PINS_NAME = ".readers"
 
 
-class Pin:
+class Pin(Hold):
     """A reader's hold on one version.
 
     Args:
@@ -33,7 +35,7 @@ class Pin:
     """
 
     def __init__(self, folder: Path, version: int) -> None:
-        self._handle: int | None = None
+        super().__init__(None)
         if _SET is None:
             return
         try:
@@ -41,15 +43,6 @@ class Pin:
             _lock(self._handle, fcntl.F_RDLCK, version, 1)
         except OSError:  # no writer of this release has been here, or no locks
             self.release()
-
-    def release(self) -> None:
-        """Let go; more than once does no harm."""
-        handle, self._handle = self._handle, None
-        if handle is not None:
-            os.close(handle)
-
-    def __del__(self) -> None:
-        self.release()
 
 
 def unpinned(folder: Path, version: int, *, unknown: bool) -> bool:
