@@ -118,7 +118,7 @@ class Selection:
     @property
     def relative(self) -> bool:
         """Whether a condition compares with the query's item."""
-        return bool(self._same or self.checked)
+        return bool(self._same or self._other or self._near)
 
     def digest(self) -> str:
         """SHA-256 over everything that decides."""
@@ -129,13 +129,8 @@ class Selection:
         state.update(str([share for _, share in self._near]).encode())
         return state.hexdigest()
 
-    @property
-    def checked(self) -> bool:
-        """Whether there are conditions that few queries share: rules, tested on hits."""
-        return bool(self._other or self._near)
-
     def groups(self, own: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """(numbers of queries, [N] bool what they may get but for the checked conditions): queries of equal values.
+        """(numbers of queries, [N] bool what they may get but for the rules): queries of equal values.
 
         Args:
             own: [Q] pool row of each query's item.
@@ -181,7 +176,7 @@ class Selection:
         return float(near.mean()) if len(near) else 0.0
 
     def rules(self, own: np.ndarray) -> list[Rule]:
-        """The checked conditions, for queries of these pool rows [Q]."""
+        """The conditions that few queries share, for queries of these pool rows [Q]."""
         rules = [Rule(torch.from_numpy(codes), torch.from_numpy(codes[own])) for codes in self._other]
         for numbers, share in self._near:
             asked = numbers[own]

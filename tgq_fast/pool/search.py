@@ -172,8 +172,8 @@ class PoolSearch:
                     report = partial(_report, progress, done, block.rows, total)
                 chosen = None if allowed is None else allowed[block.start : block.start + block.rows]
                 here = [rule.of_rows(slice(block.start, block.start + block.rows)) for rule in rules]
-                search = partial(topk_by_rules, rules=here, sampled_k=sampled_k, progress=report)
-                found = _search(search, queries, loaded, k, local, chosen)
+                search = partial(topk_by_rules, sampled_k=sampled_k, progress=report)
+                found = _search(search, queries, loaded, k, here, local, chosen)
                 found = TopK(found.scores, torch.where(found.indices < 0, -1, found.indices + block.start))
                 best = found if best is None else merge_topk([best, found], k)
                 done += block.rows
@@ -304,26 +304,26 @@ def pool_count_before(
 
 
 def _search(
-    search: partial[TopK],
+    search: Callable[..., TopK],
     queries: Tensor,
     loaded: _Loaded,
     k: int,
+    rules: Sequence[Rule],
     excluded: Tensor | None,
     allowed: np.ndarray | None,
 ) -> TopK:
     """Best rows of a block, by `topk_by_rules`. Few allowed rows are searched by themselves, many with a mask."""
     rows, codes = loaded
     if allowed is None or allowed.all():
-        return search(queries, rows, k, exclude=excluded, codes=codes)
+        return search(queries, rows, k, rules, exclude=excluded, codes=codes)
     if allowed.mean() > GATHER_BELOW:
-        return search(queries, rows, k, exclude=excluded, codes=codes, allowed=torch.from_numpy(allowed))
+        return search(queries, rows, k, rules, exclude=excluded, codes=codes, allowed=torch.from_numpy(allowed))
     chosen = torch.from_numpy(np.flatnonzero(allowed))
     if excluded is not None:
         place = torch.full((len(rows),), -1, dtype=torch.int64, device="cpu")
         place[chosen] = torch.arange(len(chosen), device="cpu")
         excluded = torch.where(excluded < 0, -1, place[excluded.clamp(min=0)])
-    ruled = [rule.of_rows(chosen) for rule in search.keywords["rules"]]
-    found = search(queries, rows[chosen], k, exclude=excluded, rules=ruled)
+    found = search(queries, rows[chosen], k, [rule.of_rows(chosen) for rule in rules], exclude=excluded)
     return TopK(found.scores, torch.where(found.indices < 0, -1, chosen[found.indices.clamp(min=0)]))
 
 
