@@ -1,6 +1,6 @@
 """The neighbour table of a whole pool under conditions against the one without: ratios in one interleaved run.
 
-    python -m benchmarks.neighbour_filters --json docs/results/neighbours.json
+    python -m benchmarks.neighbour_filters --json docs/results/scale/neighbours.json
 
 Items lie in 45 categories and in styles of about four, prices vary about a category's own: neighbours are alike in
 both.

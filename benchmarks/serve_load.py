@@ -1,6 +1,6 @@
 """Load on `tgq-fast serve`: many clients that ask for neighbours of items, by wrk (https://github.com/wg/wrk).
 
-    python -m benchmarks.serve_load --json docs/results/serving.json
+    python -m benchmarks.serve_load --json docs/results/scale/serving.json
 
 A pool of random rows with codes is served on a loopback port by a process of its own; wrk runs on the same cores. It
 must be installed (Debian: wrk).

@@ -75,6 +75,11 @@ def test_a_document_without_a_place_is_refused() -> None:
         fill("nothing here", [])
 
 
+def test_a_result_of_another_kind_is_refused_by_name() -> None:
+    with pytest.raises(ArgumentError, match=r"serving\.json without a catalogue"):
+        retrieval_table([("serving.json", {"answers_per_second": 900})])
+
+
 @pytest.mark.parametrize(
     ("document", "folder"), [("README.md", "docs/results"), ("docs/evaluation.md", "docs/results/further")]
 )

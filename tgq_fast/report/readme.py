@@ -39,6 +39,9 @@ def retrieval_table(results: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
     """Markdown: per catalogue one table; mean and range over seeds, or value and bootstrap interval of a single one."""
     if not results:
         return "No result files yet.\n"
+    for name, result in results:
+        if "catalogue" not in result:
+            raise ArgumentError("result files", f"{name} without a catalogue", "files written by study or demo alone")
     studies = [(name, result) for name, result in results if "plan" in result]
     studied = {result["catalogue"] for _, result in studies}
     results = [(n, result) for n, result in results if "plan" not in result and result["catalogue"] not in studied]
