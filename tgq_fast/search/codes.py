@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -99,9 +100,18 @@ class Codes:
     norm: tuple[float, ...]
     explained: float
 
+    @cached_property
+    def _met(self) -> set[tuple[int, ...]]:
+        """Shapes of pools that passed the check: a search of one query is not to wait for it each time."""
+        return set()
+
     def check(self, pool: Tensor) -> None:
         """Raises ArgumentError unless these can be the codes of `pool` [N, D]."""
-        rows, dims = pool.shape
+        if tuple(pool.shape) not in self._met:
+            self._check(*pool.shape)
+            self._met.add(tuple(pool.shape))
+
+    def _check(self, rows: int, dims: int) -> None:
         groups, lines = -(-rows // GROUP), code_width(dims) // LINE
         first = self.basis.first
         if first % LINE or not 0 < first <= lines * LINE:

@@ -76,8 +76,7 @@ def topk(
     """
     if torch.compiler.is_compiling():
         return TopK(*_topk_op(queries, pool, k, exclude, backend, precision, num_threads, allowed))
-    with plain_defaults():
-        return _topk(queries, pool, k, exclude, allowed, backend, precision, num_threads, out, progress, codes)
+    return _topk(queries, pool, k, exclude, allowed, backend, precision, num_threads, out, progress, codes)
 
 
 def topk_by_rules(
@@ -98,8 +97,7 @@ def topk_by_rules(
         sampled_k: about k over the share of the rows that rules leave a query: a first threshold must let so many pass.
             Answers do not depend on it.
     """
-    with plain_defaults():
-        return _topk(queries, pool, k, exclude, allowed, "auto", "exact", None, None, progress, codes, rules, sampled_k)
+    return _topk(queries, pool, k, exclude, allowed, "auto", "exact", None, None, progress, codes, rules, sampled_k)
 
 
 def _topk(
@@ -134,34 +132,41 @@ def _topk(
     if backend != "torch":
         compiled = topk_cuda if q.device.type == "cuda" else topk_native
         reasons = compiled.why_not(q)
+        if not reasons and compiled is topk_native:  # its tensors name dtype and device, and it has no products
+            return topk_native.search(
+                q, p, k, excluded, result, threads, progress,
+                allowed=mask, codes=codes, rules=rules, sampled_k=sampled_k,
+            )  # fmt: skip
         if not reasons:
-            if q.device.type == "cpu":
-                return topk_native.search(
-                    q,
-                    p,
-                    k,
-                    excluded,
-                    result,
-                    threads,
-                    progress,
-                    allowed=mask,
-                    codes=codes,
-                    rules=rules,
-                    sampled_k=sampled_k,
-                )
-            search = topk_cuda.search if q.device == p.device else topk_stream.search
-            if mask is None:
-                return search(q, p, k, excluded, result, threads, progress)
-            rows = mask.nonzero()[:, 0]
-            position = torch.where(mask, mask.cumsum(0) - 1, -1).to(q.device)
-            if excluded is not None:
-                excluded = torch.where(excluded < 0, -1, position[excluded.clamp(min=0)])
-            search(q, p[rows], k, excluded, result, threads, progress)
-            result.indices.copy_(_rows_at(rows.to(q.device), result.indices))
-            return result
+            with plain_defaults():
+                return _on_device(q, p, k, excluded, mask, result, threads, progress)
         if backend == "cpp":
             raise BackendError("topk", "cpp", {"cpp": reasons})
-    return topk_torch(q, p, k, excluded, result, progress, allowed=mask, rules=rules)
+    with plain_defaults():
+        return topk_torch(q, p, k, excluded, result, progress, allowed=mask, rules=rules)
+
+
+def _on_device(
+    queries: Tensor,
+    pool: Tensor,
+    k: int,
+    excluded: Tensor | None,
+    mask: Tensor | None,
+    result: TopK,
+    threads: int,
+    progress: Callable[[float], None] | None,
+) -> TopK:
+    """The compiled search of queries on a CUDA device; rows that `mask` leaves out are not sent to it."""
+    search = topk_cuda.search if queries.device == pool.device else topk_stream.search
+    if mask is None:
+        return search(queries, pool, k, excluded, result, threads, progress)
+    rows = mask.nonzero()[:, 0]
+    position = torch.where(mask, mask.cumsum(0) - 1, -1).to(queries.device)
+    if excluded is not None:
+        excluded = torch.where(excluded < 0, -1, position[excluded.clamp(min=0)])
+    search(queries, pool[rows], k, excluded, result, threads, progress)
+    result.indices.copy_(_rows_at(rows.to(queries.device), result.indices))
+    return result
 
 
 @torch.library.custom_op("tgq_fast::topk", mutates_args=())

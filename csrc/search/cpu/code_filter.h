@@ -60,6 +60,15 @@ struct GroupHits {
 };
 
 constexpr int kDotQueries = 4;
+constexpr int kStreamed = 8;          // queries up to which the memory is slower than the products
+constexpr int kGroupsAhead = 16;      // that are on their way then: the processor's own prefetch ends with every page
+
+// Asks for the codes of the group kGroupsAhead after one; addresses beyond the end do no harm.
+inline void fetch_ahead(const CodeRows& rows, const uint8_t* codes) {
+  for (int l = 0; l < rows.lines; ++l)
+    for (int b = 0; b < kLineBytes; b += 64)
+      __builtin_prefetch(codes + l * rows.plane_stride + kGroupsAhead * rows.group_step * kLineBytes + b, 0, 2);
+}
 
 template <int Q, class Vector>
 inline void first_dot(const CodeRows& rows, const CodeQueries& queries, const uint8_t* codes, int q, typename Vector::Ints* sums) {
@@ -72,6 +81,7 @@ int filter_rows(const CodeRows& rows, const CodeQueries& queries, CodeHit* hits,
   for (int g = 0; g < rows.groups; ++g) {
     const int64_t place = g * rows.group_step;
     const uint8_t* codes = rows.codes + place * kLineBytes;
+    if (queries.count <= kStreamed) fetch_ahead(rows, codes);
     const auto group = GroupView<Vector>::template of<Symmetric>(rows, place * kGroup);
     GroupHits found{hits + total};
     const auto look = [&](int q, typename Vector::Ints sums) {
@@ -104,27 +114,48 @@ int filter(const CodeRows& rows, const CodeQueries& queries, CodeHit* hits, uint
 
 constexpr int kAhead = 8;  // hits whose codes are on their way
 
+inline void fetch_second(const CodeRows& rows, int64_t row, int64_t size) {
+  for (int64_t d = 0; d < size; d += 32) __builtin_prefetch(rows.second + row * size + d, 0, 2);
+}
+
+// The bound of a pair from the second level.
+template <class Vector>
+inline float second_bound(const CodeRows& rows, const CodeQueries& queries, int q, int64_t row) {
+  const int64_t size = queries.columns;
+  const float product = Vector::dot_halves(rows.second + row * size, queries.values + q * size, size);
+  const float outer = __builtin_fmaf(rows.rest[row], queries.reach[q], queries.base[q]);
+  return __builtin_fmaf(product + queries.fine_lift[q], rows.scale[row], outer);
+}
+
 template <class Vector>
 int refine(const CodeRows& rows, const CodeQueries& queries, CodeHit* hits, int count) {
-  const int64_t size = queries.columns;
-  const auto fetch = [&](int i) {
-    const uint16_t* from = rows.second + hits[i].row * size;
-    for (int64_t d = 0; d < size; d += 32) __builtin_prefetch(from + d, 0, 2);
-  };
-  for (int i = 0; i < kAhead && i < count; ++i) fetch(i);
+  for (int i = 0; i < kAhead && i < count; ++i) fetch_second(rows, hits[i].row, queries.columns);
   int kept = 0;
   for (int i = 0; i < count; ++i) {
-    if (i + kAhead < count) fetch(i + kAhead);
+    if (i + kAhead < count) fetch_second(rows, hits[i + kAhead].row, queries.columns);
     const CodeHit hit = hits[i];
     const int q = hit.query;
-    const float product = Vector::dot_halves(rows.second + hit.row * size, queries.values + q * size, size);
-    const float outer = __builtin_fmaf(rows.rest[hit.row], queries.reach[q], queries.base[q]);
-    const float bound = __builtin_fmaf(product + queries.fine_lift[q], rows.scale[hit.row], outer);
+    const float bound = second_bound<Vector>(rows, queries, q, hit.row);
     const bool below = bound < queries.threshold[q] && (rows.row_threshold == nullptr || bound < rows.row_threshold[hit.row]);
     hits[kept] = {hit.query, hit.row, bound};
     kept += !below;
   }
   return kept;
+}
+
+template <class Vector>
+void refine_pending(const CodeRows& rows, const CodeQueries& queries, Pending* pending, uint32_t count) {
+  constexpr uint32_t kFar = 4 * kAhead;  // rows of the whole pool
+  const auto fetch = [&](uint32_t i) {
+    fetch_second(rows, pending[i].row, queries.columns);
+    __builtin_prefetch(rows.rest + pending[i].row, 0, 2);
+    __builtin_prefetch(rows.scale + pending[i].row, 0, 2);
+  };
+  for (uint32_t i = 0; i < kFar && i < count; ++i) fetch(i);
+  for (uint32_t i = 0; i < count; ++i) {
+    if (i + kFar < count) fetch(i + kFar);
+    pending[i].bound = second_bound<Vector>(rows, queries, 0, pending[i].row);
+  }
 }
 
 // Raises the largest estimates of one query by those of a group.
@@ -143,6 +174,7 @@ void raise_maxima(const CodeRows& rows, const CodeQueries& queries, float* best,
   for (int g = 0; g < rows.groups; ++g) {
     const int64_t place = g * rows.group_step;
     const uint8_t* codes = rows.codes + place * kLineBytes;
+    if (queries.count <= kStreamed) fetch_ahead(rows, codes);
     const typename Vector::Floats scale = Vector::load(rows.scale + place * kGroup);
     for (int q = 0; q < queries.count; ++q) {
       typename Vector::Ints sums[1];

@@ -190,7 +190,7 @@ void raise_any(const CodeRows& rows, const CodeQueries& queries, float* best, in
 }  // namespace
 
 const CodeKernels& amx_code_kernels() {
-  static const CodeKernels kernels{"amx", false, kMinQueries, filter_any, refine<Wide>, raise_any, begin, end};
+  static const CodeKernels kernels{"amx", false, kMinQueries, filter_any, refine<Wide>, refine_pending<Wide>, raise_any, begin, end};
   return kernels;
 }
 

@@ -14,7 +14,7 @@ struct Pairs {
 }  // namespace
 
 const CodeKernels& avx2_code_kernels() {
-  static const CodeKernels kernels{"avx2", true, 0, filter<Halves<Pairs>>, refine<Halves<Pairs>>, raise_maxima<Halves<Pairs>>, nothing, nothing};
+  static const CodeKernels kernels{"avx2", true, 0, filter<Halves<Pairs>>, refine<Halves<Pairs>>, refine_pending<Halves<Pairs>>, raise_maxima<Halves<Pairs>>, nothing, nothing};
   return kernels;
 }
 

@@ -12,7 +12,7 @@ struct Vnni {
 }  // namespace
 
 const CodeKernels& avx2vnni_code_kernels() {
-  static const CodeKernels kernels{"avx2vnni", false, 0, filter<Halves<Vnni>>, refine<Halves<Vnni>>, raise_maxima<Halves<Vnni>>, nothing, nothing};
+  static const CodeKernels kernels{"avx2vnni", false, 0, filter<Halves<Vnni>>, refine<Halves<Vnni>>, refine_pending<Halves<Vnni>>, raise_maxima<Halves<Vnni>>, nothing, nothing};
   return kernels;
 }
 

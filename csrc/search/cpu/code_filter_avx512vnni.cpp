@@ -5,7 +5,7 @@
 namespace tgq {
 
 const CodeKernels& avx512vnni_code_kernels() {
-  static const CodeKernels kernels{"avx512vnni", false, 0, filter<Wide>, refine<Wide>, raise_maxima<Wide>, nothing, nothing};
+  static const CodeKernels kernels{"avx512vnni", false, 0, filter<Wide>, refine<Wide>, refine_pending<Wide>, raise_maxima<Wide>, nothing, nothing};
   return kernels;
 }
 

@@ -60,7 +60,7 @@ struct Plain {
 }  // namespace
 
 const CodeKernels& scalar_code_kernels() {
-  static const CodeKernels kernels{"scalar", false, 0, filter<Plain>, refine<Plain>, raise_maxima<Plain>, nothing, nothing};
+  static const CodeKernels kernels{"scalar", false, 0, filter<Plain>, refine<Plain>, refine_pending<Plain>, raise_maxima<Plain>, nothing, nothing};
   return kernels;
 }
 

@@ -26,6 +26,18 @@ float up(double value) { return static_cast<float>(value * kUp); }
 
 }  // namespace
 
+CodeRows code_rows(const Codes& codes, std::int64_t group) {
+  const std::int64_t row = group * kGroup;
+  CodeRows rows{};
+  rows.codes = codes.bytes + group * kLineBytes;
+  rows.plane_stride = codes.plane_stride;
+  rows.lines = codes.first_lines;
+  rows.scale = codes.scale + row;
+  rows.rest = codes.rest + row;
+  if (codes.second != nullptr) rows.second = codes.second + row * codes.first_lines * kCodeLine;
+  return rows;
+}
+
 QueryCodes::QueryCodes(std::int64_t queries, const Codes& stored) : columns(static_cast<std::int64_t>(stored.first_lines) * kCodeLine) {
   const auto size = static_cast<std::size_t>(round_up(queries, kQueryPanel));
   codes.resize(size * static_cast<std::size_t>(columns));

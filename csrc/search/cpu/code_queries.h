@@ -27,6 +27,9 @@ class QueryCodes {
   std::vector<float> unit, lift, fine_lift, reach, base;
 };
 
+// Stored codes from a group on, for a kernel.
+CodeRows code_rows(const Codes& codes, std::int64_t group);
+
 // What the kernels need of a block's scales, for rows.groups whole groups.
 void divide_scales(CodeRows& rows, float* inverse_scale, float* scaled_rest);
 

@@ -21,18 +21,11 @@ void CodeScanner::load_queries(std::int64_t begin, std::int64_t count) {
 }
 
 CodeRows CodeScanner::block(std::int64_t first, int count) const {
-  const Codes& codes = *plan_.codes;
-  const std::int64_t group = first / kGroup * plan_.group_step, row = group * kGroup;
-  CodeRows rows{};
-  rows.codes = codes.bytes + group * kLineBytes;
-  rows.plane_stride = codes.plane_stride;
+  const std::int64_t group = first / kGroup * plan_.group_step;
+  CodeRows rows = code_rows(*plan_.codes, group);
   rows.group_step = plan_.group_step;
   rows.groups = static_cast<int>(ceil_div(count, kGroup));
-  rows.lines = codes.first_lines;
-  rows.scale = codes.scale + row;
-  rows.rest = codes.rest + row;
-  if (codes.second != nullptr) rows.second = codes.second + row * codes.first_lines * kCodeLine;
-  rows.bias = plan_.bias == nullptr ? nullptr : plan_.bias + row;
+  rows.bias = plan_.bias == nullptr ? nullptr : plan_.bias + group * kGroup;
   return rows;
 }
 
@@ -95,10 +88,10 @@ void CodeScanner::filter(std::int64_t first, int count, std::int64_t ahead, RowC
   rows.row_threshold = row_candidates == nullptr ? nullptr : row_threshold_.data();
   int dense = 0, all = 0;
   for (std::int64_t p = 0; p < num_queries_; p += kQueryPanel) {
-    if (num_queries_ > kQueryPanel) fetch(first + count, ahead, p);  // few queries: the processor sees the stream itself
+    if (num_queries_ > kQueryPanel) fetch(first + count, ahead, p);  // for few queries the kernel asks
     const CodeQueries queries = panel(p);
     int hits = plan_.code_kernels->filter(rows, queries, code_hits_.data(), dense_groups_.data());
-    if (rows.second != nullptr) hits = plan_.code_kernels->refine(rows, queries, code_hits_.data(), hits);
+    if (rows.second != nullptr && plan_.pending == 0) hits = plan_.code_kernels->refine(rows, queries, code_hits_.data(), hits);
     for (int h = 0; h < hits; ++h) {
       const CodeHit& hit = code_hits_[static_cast<std::size_t>(h)];
       if (plan_.pending == 0) rescore(p + hit.query, hit.row, first, count, row_candidates);

@@ -48,6 +48,12 @@ struct CodeHit {
   float bound;
 };
 
+// A hit whose exact score is not known yet.
+struct Pending {
+  float bound;   // not below the exact score
+  uint32_t row;  // of the pool
+};
+
 struct CodeKernels {
   const char* name;
   bool narrow;  // products of two neighbouring columns meet in 16 bits: the magnitudes of two query codes add up to 128 at most
@@ -57,6 +63,8 @@ struct CodeKernels {
   int (*filter)(const CodeRows& rows, const CodeQueries& queries, CodeHit* hits, uint8_t* dense);
   // Keeps those of the hits that the second level leaves, with its bounds, and returns how many.
   int (*refine)(const CodeRows& rows, const CodeQueries& queries, CodeHit* hits, int count);
+  // Gives hits of the first of the queries the bounds of the second level; `rows` begin with the pool's first.
+  void (*refine_pending)(const CodeRows& rows, const CodeQueries& queries, Pending* pending, uint32_t count);
   // Raises best[q][slots] to the scores as the first level estimates them; group g goes to slots 16 ((next + g) mod sets) ….
   void (*raise_maxima)(const CodeRows& rows, const CodeQueries& queries, float* best, int sets, int next);
   void (*begin)();

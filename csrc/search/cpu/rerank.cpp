@@ -3,11 +3,19 @@
 #include <algorithm>
 #include <limits>
 
+#include "search/cpu/code_queries.h"
+
 namespace tgq {
 namespace {
 
 constexpr std::uint32_t kBatch = 64;  // rows scored while the next ones are on their way
 constexpr std::uint32_t kAgain = 16;  // rows at least that are tried where some of the best do not count
+
+// NaN, the bound of a pair that only an exact score can judge, comes first.
+void raise_nan(Pending* pending, std::uint32_t count) {
+  for (std::uint32_t i = 0; i < count; ++i)
+    if (is_nan(pending[i].bound)) pending[i].bound = std::numeric_limits<float>::infinity();
+}
 
 }  // namespace
 
@@ -19,12 +27,12 @@ bool is_excluded(const ScanPlan& plan, std::int64_t id, std::int64_t row) {
 }
 
 Reranker::Reranker(const ScanPlan& plan)
-    : plan_(plan), pool_(plan.pool, *plan.kernels, plan.width), scratch_(static_cast<std::size_t>(kBatch * plan.width)) {}
+    : plan_(plan), pool_(plan.pool, *plan.kernels, plan.width), scratch_(static_cast<std::size_t>(kBatch * plan.width)) {
+  if (plan.codes != nullptr) rows_ = code_rows(*plan.codes, 0);
+}
 
 std::int64_t Reranker::rerank(const float* query, std::int64_t id, Pending* pending, std::uint32_t count, Candidates& best) {
-  // NaN, the bound of a pair that only an exact score can judge, comes first.
-  for (std::uint32_t i = 0; i < count; ++i)
-    if (is_nan(pending[i].bound)) pending[i].bound = std::numeric_limits<float>::infinity();
+  raise_nan(pending, count);
   const auto higher = [](const Pending& a, const Pending& b) { return a.bound > b.bound; };
   std::uint32_t first = 0;
   do {  // again where rows among them are excluded or have no score
@@ -36,8 +44,16 @@ std::int64_t Reranker::rerank(const float* query, std::int64_t id, Pending* pend
   } while (best.count < best.k && first < count);
   if (best.count >= best.k) best.compact();
   const float threshold = threshold_score(best.threshold, 0);
-  const auto below = [threshold](const Pending& p) { return p.bound < threshold; };
-  const auto rest = static_cast<std::uint32_t>(std::remove_if(pending + first, pending + count, below) - (pending + first));
+  const auto remaining = [&](std::uint32_t of) {
+    const auto below = [threshold](const Pending& p) { return p.bound < threshold; };
+    return static_cast<std::uint32_t>(std::remove_if(pending + first, pending + first + of, below) - (pending + first));
+  };
+  std::uint32_t rest = remaining(count - first);
+  if (rows_.second != nullptr && rest > 0) {  // now that few are left to ask the second level for
+    plan_.code_kernels->refine_pending(rows_, plan_.prepared->codes().view(id, 1), pending + first, rest);
+    raise_nan(pending + first, rest);
+    rest = remaining(rest);
+  }
   score(query, id, pending + first, rest, best);
   return first + rest;
 }

@@ -10,7 +10,7 @@
 namespace tgq {
 
 // Scores the rows that one query has pending. Those with the highest bounds come first: their exact scores raise the threshold,
-// and the bounds of most others are then below it, so that they need not be read.
+// and the bounds of most others, from the first level or else from the second, are then below it, so that they need not be read.
 class Reranker {
  public:
   explicit Reranker(const ScanPlan& plan);
@@ -23,6 +23,7 @@ class Reranker {
 
   const ScanPlan& plan_;
   RowReader pool_;
+  CodeRows rows_{};  // all of the pool
   Buffer<float> scratch_;  // rows that have to be converted
 };
 

@@ -3,19 +3,13 @@
 
 #include <cstdint>
 
+#include "search/cpu/codes.h"
 #include "search/cpu/kernels.h"
 #include "search/search.h"
 #include "search/selection.h"
 
 namespace tgq {
 
-// A hit of the code filter whose exact score is not known yet.
-struct Pending {
-  float bound;  // not below the exact score
-  std::uint32_t row;
-};
-
-struct CodeKernels;
 class PreparedQueries;
 
 // What all threads of one scan share.
