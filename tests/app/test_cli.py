@@ -203,3 +203,14 @@ def test_ranks_above_zero_say_nothing_but_errors(
     monkeypatch.setenv("RANK", "1")
     assert say() == ("", "")
     assert "no such" in call("embed", "/no/where", "--model", "/no/run", "--out", "/no/pool", code=3).stderr
+
+
+def test_what_is_refused_before_it_begins_leaves_no_bar(capsys: pytest.CaptureFixture[str]) -> None:
+    from tgq_fast.app import console
+
+    for moves in (0, 1):
+        with pytest.raises(ValueError, match="no"), console.progress("working") as advance:
+            for done in range(moves):
+                advance(done, 2)
+            raise ValueError("no")
+        assert ("working" in capsys.readouterr().err) == bool(moves)
