@@ -13,7 +13,7 @@ from typing import Generic, TypeVar
 import numpy as np
 import torch
 
-__all__ = ["Shared", "own_randomness", "plain_defaults", "single_precision"]
+__all__ = ["Shared", "exact_products", "own_randomness", "plain_defaults", "plain_tensors", "single_precision"]
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -82,8 +82,79 @@ def single_precision() -> AbstractContextManager[None]:
     return _shared_dtype(torch.float32)
 
 
+class _ExactProducts:
+    """Holds the process-wide settings that let torch multiply fp32 numbers as TF32 or bf16 at exact fp32.
+
+    Every entry looks again, as the caller may set them at any time; the last one to leave gives back what was found,
+    where nobody has changed it since. A part whose value is only its parent's (all of oneDNN's, all backends') is not
+    set itself, so that it follows its parent afterwards, too.
+    """
+
+    # torch.backends has no name that writes oneDNN's parent, and the older name for products (float32_matmul_precision)
+    # cannot be read while one of these has another value than that stands for.
+    _PARENTS = (("generic", "all"), ("mkldnn", "all"), ("cuda", "all"))
+    _PARTS = (("mkldnn", "matmul"), ("mkldnn", "conv"), ("mkldnn", "rnn"), ("cuda", "matmul"))
+    _LOW = ("tf32", "bf16")
+
+    def __init__(self) -> None:
+        self._lock, self._holders = threading.Lock(), 0
+        self._found: dict[tuple[str, str], str] = {}
+        self._older: str | None = None
+        self._onednn_off = False
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._unlock)
+
+    def _unlock(self) -> None:
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        with self._lock:
+            self._holders += 1
+            self._hold()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._holders -= 1
+                if not self._holders:
+                    self._give_back()
+
+    def _hold(self) -> None:
+        if torch.backends.mkldnn.is_available() and not torch._C._get_mkldnn_enabled():
+            torch._C._set_mkldnn_enabled(True)
+            self._onednn_off = True
+        if not any(_precision(part) in self._LOW for part in self._PARTS):
+            return
+        for part in (*self._PARENTS, *self._PARTS):
+            if (value := _precision(part)) in self._LOW:
+                self._found[part] = value
+                torch._C._set_fp32_precision_setter(*part, "ieee")
+        if (older := torch.get_float32_matmul_precision()) != "highest":
+            self._older = older
+            torch.set_float32_matmul_precision("highest")
+
+    def _give_back(self) -> None:
+        untouched = {part: value for part, value in self._found.items() if _precision(part) == "ieee"}
+        if self._older is not None and all(_precision(part) == "ieee" for part in self._PARTS if part[1] == "matmul"):
+            torch.set_float32_matmul_precision(self._older)  # sets the parts for products, too
+        for part, value in untouched.items():
+            torch._C._set_fp32_precision_setter(*part, value)
+        if self._onednn_off:
+            torch._C._set_mkldnn_enabled(False)
+        self._found, self._older, self._onednn_off = {}, None, False
+
+
+def _precision(part: tuple[str, str]) -> str:
+    return torch._C._get_fp32_precision_getter(*part)
+
+
+exact_products = _ExactProducts()
+"""Within, fp32 products are fp32 in oneDNN and cuBLAS, whatever the caller allows; for any number of threads."""
+
+
 @contextmanager
-def plain_defaults() -> Iterator[None]:
+def plain_tensors() -> Iterator[None]:
     """Within, new tensors are fp32 on the CPU unless told otherwise, and products have the dtype of their factors:
     whatever the caller's default dtype, default device and autocast are.
     """
@@ -94,6 +165,16 @@ def plain_defaults() -> Iterator[None]:
         for device in ("cpu", "cuda"):
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
+@contextmanager
+def plain_defaults() -> Iterator[None]:
+    """:func:`plain_tensors` and :data:`exact_products`: what is computed within does not hang on the caller's settings.
+
+    Of a GPU, cuDNN's convolutions stay the caller's (`torch.backends.cudnn.allow_tf32`).
+    """
+    with plain_tensors(), exact_products():
         yield
 
 

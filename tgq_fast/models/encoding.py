@@ -22,6 +22,7 @@ from tgq_fast.data.items import KNOWN_KEYS, Item, RowError, parse_fields, parse_
 from tgq_fast.data.pictures import PictureSource, picture_of
 from tgq_fast.data.rejects import RejectLog
 from tgq_fast.data.values import is_gap
+from tgq_fast.defaults import plain_defaults
 from tgq_fast.errors import ArgumentError, ImageError
 from tgq_fast.models.configuration import TGQFormerConfig
 from tgq_fast.models.features import FeatureStore
@@ -148,6 +149,7 @@ class FeatureExtractor:
         self.processor = TGQFormerProcessor(config)
         self._fields: FieldEncoder | None = None
 
+    @plain_defaults()
     def features(self, processed: ProcessedItems, *, fill: bool = False) -> FrozenFeatures:
         """Run the frozen towers on B processed items; `fill` as in :meth:`VisionTower.forward`.
 

@@ -244,8 +244,9 @@ class TGQFormerModel(TowerHolder, Publishing, PreTrainedModel):  # type: ignore[
     ) -> Tensor | np.ndarray:
         """Embeddings of items, in the order given.
 
-        The model is evaluated without dropout whatever its mode; the same batches give the same bytes. Any number of
-        threads may call this on one model.
+        The model is evaluated without dropout whatever its mode; the same batches give the same bytes, whatever default
+        dtype and device, autocast and precision of fp32 products the process has. Any number of threads may call this
+        on one model.
 
         Args:
             items: a catalogue; or a list of catalogue items, of rows as in a metadata file ("file_name"; or "image"

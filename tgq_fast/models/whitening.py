@@ -160,6 +160,7 @@ def fit_whitening(
     return whitening, config
 
 
+@plain_defaults()
 def whitened_pictures(
     source: PictureFeatures, whitening: Whitening, cache_dir: str | Path | None = None
 ) -> PictureArrays:

@@ -6,12 +6,12 @@ the complemented row in its lower half: the order is total and ties go to the lo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from tgq_fast.defaults import exact_products
 from tgq_fast.reference import TopK
 from tgq_fast.search.rules import Rule
 
@@ -38,17 +38,6 @@ def read_keys(keys: Tensor, out: TopK) -> None:
     out.indices.copy_(torch.where(missing, -1, _LOW - (keys & _LOW)))
 
 
-@contextmanager
-def _full_fp32_products() -> Iterator[None]:
-    """fp32 products without TF32 or bf16 inside, whatever the process-wide setting is."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
 def topk_torch(
     queries: Tensor,
     pool: Tensor,
@@ -62,7 +51,7 @@ def topk_torch(
 ) -> TopK:
     """Queries [Q, D] against pool [N, D] here or in host memory, chunk by chunk. Arguments are checked already."""
     num_queries, pool_size = queries.shape[0], pool.shape[0]
-    with torch.inference_mode(), _full_fp32_products():
+    with torch.inference_mode(), exact_products():
         for begin in range(0, num_queries, _QUERY_TILE):
             end = min(begin + _QUERY_TILE, num_queries)
             tile = queries[begin:end].float()  # [q, D]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import ImageOps
 
+from tgq_fast.defaults import plain_defaults
 from tgq_fast.models.encoding import as_examples
 from tgq_fast.models.inference import evaluating
 from tgq_fast.models.views import token_grid
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["explain"]
 
 
+@plain_defaults()
 @torch.inference_mode()
 def explain(model: TGQFormerModel, item: Item, picture: Image.Image) -> dict[str, Any]:
     """Attention of both streams over the picture as data URIs, mean gates, agreement; a reason for what is missing."""

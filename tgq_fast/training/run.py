@@ -14,7 +14,7 @@ from transformers import TrainingArguments, set_seed
 
 from tgq_fast.arguments import checked
 from tgq_fast.data import Catalog, RejectLog
-from tgq_fast.defaults import own_randomness, plain_defaults
+from tgq_fast.defaults import own_randomness, plain_tensors
 from tgq_fast.errors import ArgumentError, CheckpointError
 from tgq_fast.io.files import locked, make_folder, storage_errors
 from tgq_fast.models.configuration import TGQFormerConfig
@@ -49,7 +49,7 @@ __all__ = ["TrainResult", "train"]
 logger = logging.getLogger(__name__)
 
 
-@plain_defaults()
+@plain_tensors()
 @checked
 def train(
     catalog: Catalog,

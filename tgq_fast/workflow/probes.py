@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from tgq_fast.data.conditions import CLEAN, Condition
 from tgq_fast.data.corruption import AREAS, METADATA_KINDS
+from tgq_fast.defaults import plain_defaults
 from tgq_fast.models.inference import evaluating
 from tgq_fast.models.views import token_grid
 from tgq_fast.workflow.embeddings import Conditions
@@ -25,6 +26,7 @@ _BATCH = 64
 STREAMS = ("anchored", "exploratory")
 
 
+@plain_defaults()
 @torch.inference_mode()
 def connect(model: TGQFormerModel, features: FrozenFeatures, *, attention: bool = False) -> ConnectorOutput:
     """The connector's output for features as the towers give them."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tgq_fast.arguments import checked
-from tgq_fast.defaults import plain_defaults
+from tgq_fast.defaults import plain_tensors
 from tgq_fast.watch import SILENT, Watch
 from tgq_fast.workflow.opening import REFUSED_ROWS, Policy, load_towers
 
@@ -32,7 +32,7 @@ def default_epochs(catalog: Catalog, batch_size: int) -> int:
     return min(40, max(4, round(300 / steps_per_epoch(catalog, batch_size))))
 
 
-@plain_defaults()
+@plain_tensors()
 @checked
 def train_run(
     catalog: Catalog,
