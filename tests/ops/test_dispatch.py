@@ -66,7 +66,19 @@ def test_precedence(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_context_is_left_on_errors() -> None:
     with pytest.raises(RuntimeError), ops.use_backend("torch"):
         raise RuntimeError
-    assert dispatch._override is None
+    assert not dispatch._blocks
+
+
+def test_blocks_of_several_threads_may_end_in_any_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TGQ_BACKEND", raising=False)
+    first, second = ops.use_backend("torch"), ops.use_backend("triton")
+    first.__enter__()
+    second.__enter__()
+    assert dispatch.requested_backend(None) == "triton"
+    first.__exit__(None, None, None)
+    assert dispatch.requested_backend(None) == "triton"
+    second.__exit__(None, None, None)
+    assert dispatch.requested_backend(None) == "auto"  # not "torch", which the second one found
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="auto takes the kernels on a GPU")

@@ -88,7 +88,8 @@ def test_asked_for_by_name_it_takes_the_projected_form(flash_attn: None) -> None
 
 def test_autocast_lends_it_a_lower_dtype(flash_attn: None) -> None:
     with torch.autocast(DEVICE, torch.float16):
-        reasons = cross_attention._flash_attn_reasons(arguments(torch.float32)[2], 8, "projected", None, None, False)
+        call = cross_attention._Call(*arguments(torch.float32), num_heads=2)  # type: ignore[arg-type]
+        reasons = cross_attention._flash_attn_reasons(call, "projected")
     assert bool(reasons) == (DEVICE == "cpu")  # flash-attn is a matter of CUDA's autocast alone
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 from tgq_fast.errors import ArgumentError
+from tgq_fast.ops.checks import check_heads, check_mask, check_shape, check_tensors
 from tgq_fast.ops.cross_attention_cost import form_cost
 from tgq_fast.ops.cross_attention_torch import Context, Keys, absorbed, projected
 from tgq_fast.ops.cross_attention_triton import absorbed_attention
@@ -81,29 +82,13 @@ def hybrid_cross_attention(
         ArgumentError: shapes that do not fit, or an unknown form or backend.
         BackendError: a backend that was asked for by name cannot run this call.
     """
-    decision = _decide(
-        anchored,
-        exploratory,
-        visual,
-        q_weight,
-        q_bias,
-        k_weight,
-        k_bias,
-        v_weight,
-        v_bias,
-        num_heads=num_heads,
-        key_mask=key_mask,
-        key_group=key_group,
-        guide=guide,
-        guide_scale=guide_scale,
-        return_stats=return_stats,
-        form=form,
-        keys_values=keys_values,
-        backend=backend,
-    )
+    call = _Call(
+        anchored, exploratory, visual, q_weight, q_bias, k_weight, k_bias, v_weight, v_bias, num_heads,
+        key_mask, key_group, guide, guide_scale, return_stats, form, keys_values, backend,
+    )  # fmt: skip
+    decision = _decide(call)
     weights: Any = (k_weight, v_weight)  # both there where they are used: _decide has checked
-    num_anchored, width = anchored.shape[1:]
-    head = width // num_heads
+    num_anchored, head = anchored.shape[1], call.head
     queries = torch.cat((anchored, exploratory), dim=1)  # [B, N, d]
     q = queries if q_weight is None else linear(queries, q_weight, q_bias)
     if k_bias is not None and wants_grad(k_bias):
@@ -135,128 +120,160 @@ def hybrid_cross_attention(
     return HybridAttentionOutput(context[:, :num_anchored], context[:, num_anchored:], stats)
 
 
-def _check(anchored: Tensor, exploratory: Tensor, visual: Tensor, num_heads: int, form: str) -> None:
-    if anchored.ndim != 3 or exploratory.ndim != 3 or visual.ndim != 3:
-        shapes = tuple(map(tuple, (anchored.shape, exploratory.shape, visual.shape)))
-        raise ArgumentError("anchored, exploratory, visual", shapes, "three tensors [B, Na, d], [B, Ne, d], [B, L, dv]")
-    if anchored.shape[2] != exploratory.shape[2] or not (anchored.shape[0] == exploratory.shape[0] == visual.shape[0]):
-        shapes = tuple(map(tuple, (anchored.shape, exploratory.shape, visual.shape)))
-        raise ArgumentError("anchored, exploratory, visual", shapes, "one batch size, and one width for both streams")
-    if anchored.shape[2] % num_heads:
-        raise ArgumentError("num_heads", num_heads, f"a divisor of the model width {anchored.shape[2]}")
-    if form not in get_args(Form):
-        raise ArgumentError("form", repr(form), "one of " + ", ".join(map(repr, get_args(Form))))
+class _Call(NamedTuple):
+    """The arguments of one call, with the operator's names and defaults, and what follows from their shapes."""
+
+    anchored: Tensor
+    exploratory: Tensor
+    visual: Tensor
+    q_weight: Tensor | None
+    q_bias: Tensor | None
+    k_weight: Tensor | None
+    k_bias: Tensor | None
+    v_weight: Tensor | None
+    v_bias: Tensor | None
+    num_heads: int
+    key_mask: Tensor | None = None
+    key_group: Tensor | None = None
+    guide: Tensor | None = None
+    guide_scale: Tensor | None = None
+    return_stats: bool = False
+    form: str = "auto"
+    keys_values: tuple[Tensor, Tensor] | None = None
+    backend: str | None = None
+
+    @property
+    def queries(self) -> int:
+        """N, of both streams."""
+        return self.anchored.shape[1] + self.exploratory.shape[1]
+
+    @property
+    def head(self) -> int:
+        """dh."""
+        return self.anchored.shape[2] // self.num_heads
+
+    def check(self) -> None:
+        """ArgumentError for what is no call of the operator."""
+        anchored, exploratory, visual = self.anchored, self.exploratory, self.visual
+        check_tensors(3, anchored=anchored, exploratory=exploratory, visual=visual)
+        if anchored.shape[2] != exploratory.shape[2] or not (
+            anchored.shape[0] == exploratory.shape[0] == visual.shape[0]
+        ):
+            shapes = tuple(tuple(x.shape) for x in (anchored, exploratory, visual))
+            raise ArgumentError(
+                "anchored, exploratory, visual", shapes, "one batch size, and one width for both streams"
+            )
+        batch, length, visual_width = visual.shape
+        width = anchored.shape[2]
+        check_heads(self.num_heads, width)
+        if not isinstance(self.form, str) or self.form not in get_args(Form):
+            raise ArgumentError("form", repr(self.form), "one of " + ", ".join(map(repr, get_args(Form))))
+        if self.keys_values is None:
+            for name, weight in (("q_weight", self.q_weight), ("k_weight", self.k_weight), ("v_weight", self.v_weight)):
+                if weight is None:
+                    raise ArgumentError(name, None, "a weight, unless keys and values are given")
+            check_shape("k_weight", self.k_weight, width, visual_width)
+            check_shape("v_weight", self.v_weight, width, visual_width)
+        elif not isinstance(self.keys_values, tuple) or len(self.keys_values) != 2:
+            raise ArgumentError("keys_values", f"a {type(self.keys_values).__name__}", "None or a pair (keys, values)")
+        else:
+            for projection in self.keys_values:
+                check_shape("keys_values", projection, batch, length, width)
+        check_shape("q_weight", self.q_weight, width, width)
+        for name, bias in (("q_bias", self.q_bias), ("k_bias", self.k_bias), ("v_bias", self.v_bias)):
+            check_shape(name, bias, width)
+        check_mask("key_mask", self.key_mask, batch, length)
+        check_mask("key_group", self.key_group, batch, length)
+        check_guide(self.guide, self.guide_scale, (batch, length), (anchored.shape[1], self.num_heads))
 
 
-@explainer(_OP)
-def _decide(
-    anchored: Tensor,
-    exploratory: Tensor,
-    visual: Tensor,
-    q_weight: Tensor | None,
-    q_bias: Tensor | None,
-    k_weight: Tensor | None,
-    k_bias: Tensor | None,
-    v_weight: Tensor | None,
-    v_bias: Tensor | None,
-    *,
-    num_heads: int,
-    key_mask: Tensor | None = None,
-    key_group: Tensor | None = None,
-    guide: Tensor | None = None,
-    guide_scale: Tensor | None = None,
-    return_stats: bool = False,
-    form: str = "auto",
-    keys_values: tuple[Tensor, Tensor] | None = None,
-    backend: str | None = None,
-) -> Decision:
-    _check(anchored, exploratory, visual, num_heads, form)
-    if keys_values is None:
-        for name, weight in (("q_weight", q_weight), ("k_weight", k_weight), ("v_weight", v_weight)):
-            if weight is None:
-                raise ArgumentError(name, None, "a weight, unless keys and values are given")
-    check_guide(guide, guide_scale, (visual.shape[0], visual.shape[1]), (anchored.shape[1], num_heads))
+def _decide(call: _Call) -> Decision:
+    call.check()
+    form: str = call.form
     notes: tuple[str, ...] = ("form asked for by the caller",)
-    open_form = form == "auto"
-    if keys_values is not None:
+    requested = requested_backend(call.backend)
+    if call.keys_values is not None:
         if form in ("absorbed", "fused"):
             raise ArgumentError("form", repr(form), "'auto' or 'projected' when keys and values are given")
         form, notes = "projected", ("keys and values were given",)
-    elif form == "auto" and requested_backend(backend) == "flash_attn":
+    elif form == "auto" and requested == "flash_attn":
         form, notes = "projected", ("the only form of flash_attn",)
     elif form == "auto":
         cost = form_cost(
-            queries=anchored.shape[1] + exploratory.shape[1],
-            length=visual.shape[1],
-            visual_width=visual.shape[2],
-            width=anchored.shape[2],
-            num_heads=num_heads,
-            device=visual.device.type,
-            dtype=anchored.dtype,
-            grad_queries=wants_grad(anchored, exploratory, q_weight, guide_scale),
-            grad_weights=wants_grad(k_weight, v_weight),
-            grad_visual=wants_grad(visual),
+            queries=call.queries,
+            length=call.visual.shape[1],
+            visual_width=call.visual.shape[2],
+            width=call.anchored.shape[2],
+            num_heads=call.num_heads,
+            device=call.visual.device.type,
+            dtype=call.anchored.dtype,
+            grad_queries=wants_grad(call.anchored, call.exploratory, call.q_weight, call.guide_scale),
+            grad_weights=wants_grad(call.k_weight, call.v_weight),
+            grad_visual=wants_grad(call.visual),
         )
         form = cost.best
         notes = ("form by the cost model",) if torch.compiler.is_compiling() else (f"form by the cost model: {cost}",)
-    tensors = (anchored, exploratory, visual, q_weight, k_weight, v_weight, key_mask, key_group, guide, guide_scale)
-    head = anchored.shape[2] // num_heads
-    forced = requested_backend(backend) != "auto"
-    reasons = triton_reasons(*tensors, forced=forced)
+    tensors = (call.anchored, call.exploratory, call.visual, call.q_weight, call.k_weight, call.v_weight)
+    about_keys = (call.key_mask, call.key_group, call.guide, call.guide_scale)
+    reasons = triton_reasons(*tensors, *about_keys, forced=requested != "auto")
     if form != "absorbed":
-        reasons += head_reasons(head, visual.dtype)
+        reasons += head_reasons(call.head, call.visual.dtype)
     candidates = {
         "triton": reasons,
-        "flash_attn": _flash_attn_reasons(visual, head, form, key_mask, guide, return_stats),
+        "flash_attn": _flash_attn_reasons(call, form),
         "torch": ["it has no fused form"] if form == "fused" else [],
     }
-    requested, chosen, rejected = choose(_OP, backend, candidates)
-    rejected = rejected | ({"cpp": PACKED_ONLY} if visual.device.type == "cpu" else {})
-    if open_form and form == "absorbed" and chosen == "triton" and not head_reasons(head, visual.dtype):
-        form, note = _fused(anchored, exploratory, visual, num_heads)
+    requested, chosen, rejected = choose(_OP, call.backend, candidates)
+    rejected = rejected | ({"cpp": PACKED_ONLY} if call.visual.device.type == "cpu" else {})
+    open_form = call.form == "auto" and form == "absorbed"
+    if open_form and chosen == "triton" and not head_reasons(call.head, call.visual.dtype):
+        form, note = _fused(call)
         notes += note
     return Decision(_OP, requested, chosen, form, rejected, notes)
 
 
-def _fused(anchored: Tensor, exploratory: Tensor, visual: Tensor, num_heads: int) -> tuple[str, tuple[str, ...]]:
+@explainer(_OP)
+def _explain(*arguments: Any, **options: Any) -> Decision:
+    return _decide(_Call(*arguments, **options))
+
+
+def _fused(call: _Call) -> tuple[str, tuple[str, ...]]:
     """Whether an absorbed call runs as one launch, and the figures behind it."""
     from tgq_fast.kernels.cross_attention_fusion import fusion_cost
 
-    processors, correction = multiprocessors(visual.device)
+    processors, correction = multiprocessors(call.visual.device)
     if not processors:
         return "absorbed", ()
     cost = fusion_cost(
-        batch=visual.shape[0],
-        queries=anchored.shape[1] + exploratory.shape[1],
-        length=visual.shape[1],
-        visual_width=visual.shape[2],
-        num_heads=num_heads,
-        head=anchored.shape[2] // num_heads,
-        item_size=anchored.element_size(),
+        batch=call.visual.shape[0],
+        queries=call.queries,
+        length=call.visual.shape[1],
+        visual_width=call.visual.shape[2],
+        num_heads=call.num_heads,
+        head=call.head,
+        item_size=call.anchored.element_size(),
         processors=processors,
         correction=correction,
     )
     return "fused" if cost.fuse else "absorbed", () if torch.compiler.is_compiling() else (str(cost),)
 
 
-def _flash_attn_reasons(
-    visual: Tensor, head: int, form: str, key_mask: Tensor | None, guide: Tensor | None, return_stats: bool
-) -> list[str]:
-    reasons = []
+def _flash_attn_reasons(call: _Call, form: str) -> list[str]:
+    visual, reasons = call.visual, []
     if not flash_attn_importable():
         reasons.append("flash-attn is not installed")
     if not visual.is_cuda:
         reasons.append(f"tensors are on {visual.device.type}, not on a CUDA device")
     if form != "projected":
         reasons.append("it has no absorbed form")
-    if key_mask is not None:
+    if call.key_mask is not None:
         reasons.append("it takes no key mask")
-    if guide is not None:
+    if call.guide is not None:
         reasons.append("it takes no guide")
-    if return_stats:
+    if call.return_stats:
         reasons.append("it returns no statistics")
-    if head > MAX_HEAD:
-        reasons.append(f"heads of width {head} exceed {MAX_HEAD}")
+    if call.head > MAX_HEAD:
+        reasons.append(f"heads of width {call.head} exceed {MAX_HEAD}")
     autocast = torch.is_autocast_enabled("cuda")
     if not autocast and visual.dtype not in (torch.float16, torch.bfloat16):
         reasons.append(f"it does not compute in {visual.dtype}")

@@ -32,7 +32,6 @@ BACKENDS = ("auto", "triton", "flash_attn", "cpp", "torch")
 PACKED_ONLY = ("only layers with packed weights run there (tgq_fast.models.inference)",)  # of "cpp", to an operator
 ENVIRONMENT_VARIABLE = "TGQ_BACKEND"
 
-_override: str | None = None
 _logged: set[tuple[str, str]] = set()
 _explainers: dict[str, Callable[..., Decision]] = {}
 
@@ -71,8 +70,18 @@ class Decision:
         return "\n".join(lines)
 
 
+class _Block:
+    """An open block of :func:`use_backend`."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+_blocks: list[_Block] = []  # the last one counts
+
+
 def _checked(name: str, argument: str) -> str:
-    if name not in BACKENDS:
+    if not isinstance(name, str) or name not in BACKENDS:
         raise ArgumentError(argument, repr(name), "one of " + ", ".join(map(repr, BACKENDS)))
     return name
 
@@ -81,6 +90,8 @@ def _checked(name: str, argument: str) -> str:
 def use_backend(name: str) -> Iterator[None]:
     """Run every operator of the block on one backend; process-wide, like the flags of ``torch.backends``.
 
+    Of blocks that several threads have open, the one begun last counts.
+
     Args:
         name: "auto", "triton", "flash_attn", "cpp" or "torch".
 
@@ -88,20 +99,20 @@ def use_backend(name: str) -> Iterator[None]:
         ArgumentError: an unknown name.
         BackendError: raised by an operator inside the block that the backend cannot run.
     """
-    global _override
-    previous, _override = _override, _checked(name, "name")
+    block = _Block(_checked(name, "name"))
+    _blocks.append(block)
     try:
         yield
     finally:
-        _override = previous
+        _blocks.remove(block)  # blocks of several threads end in any order
 
 
 def requested_backend(argument: str | None) -> str:
     """The backend in force for a call with this `backend=` argument."""
     if argument is not None:
         return _checked(argument, "backend")
-    if _override is not None:
-        return _override
+    if last := _blocks[-1:]:
+        return last[0].name
     return _checked(os.environ.get(ENVIRONMENT_VARIABLE) or "auto", ENVIRONMENT_VARIABLE)
 
 

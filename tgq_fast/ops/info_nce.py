@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tgq_fast.errors import ArgumentError
+from tgq_fast.ops.checks import check_tensors
 from tgq_fast.ops.dispatch import Decision, choose, explainer, requested_backend, triton_reasons
 
 __all__ = ["info_nce"]
@@ -54,11 +55,22 @@ def _decide(
     rows: Tensor | None = None,
     backend: str | None = None,
 ) -> Decision:
-    anchors = embeddings.shape[0] if rows is None else rows.shape[0]
+    check_tensors(2, embeddings=embeddings)
+    check_tensors(1, positives=positives, **({} if rows is None else {"rows": rows}))
+    check_tensors(0, log_scale=log_scale)
+    items = embeddings.shape[0]
+    anchors = items if rows is None else rows.shape[0]
     if positives.shape[0] != anchors:
         raise ArgumentError("positives", tuple(positives.shape), f"one index per anchor, [{anchors}]")
-    if groups is not None and groups.shape[0] != embeddings.shape[0]:
-        raise ArgumentError("groups", tuple(groups.shape), f"one label per item, [{embeddings.shape[0]}]")
+    if groups is not None:
+        check_tensors(1, groups=groups)
+        if groups.shape[0] != items:
+            raise ArgumentError("groups", tuple(groups.shape), f"one label per item, [{items}]")
+    for name, index in (("positives", positives), ("rows", rows)):
+        if index is not None and index.dtype != torch.int64:
+            raise ArgumentError(name, str(index.dtype), "int64 indices of items")
+    if groups is not None and (groups.is_floating_point() or groups.dtype == torch.bool or groups.is_complex()):
+        raise ArgumentError("groups", str(groups.dtype), "whole numbers")
     forced = requested_backend(backend) != "auto"
     reasons = triton_reasons(embeddings, positives, log_scale, groups, rows, forced=forced)
     requested, chosen, rejected = choose("info_nce", backend, {"triton": reasons, "torch": ()})
@@ -101,6 +113,11 @@ def info_nce_forward(
     embeddings: Tensor, positives: Tensor, log_scale: Tensor, groups: Tensor | None, rows: Tensor, triton: bool
 ) -> tuple[Tensor, Tensor]:
     """Mean loss [] and log-sum-exp [R] of the anchors `rows`, in fp32 (fp64 for fp64 input)."""
+    for name, index in (("positives", positives), ("rows", rows)):
+        if index.device.type == "cpu" and index.numel():  # on a GPU the question would stall every step
+            least, most = int(index.min()), int(index.max())
+            if least < 0 or most >= embeddings.shape[0]:
+                raise ArgumentError(name, f"{least} … {most}", f"items in 0 … {embeddings.shape[0] - 1}")
     e = _upcast(embeddings)
     t = log_scale.to(e.dtype)
     if triton:

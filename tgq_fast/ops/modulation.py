@@ -7,6 +7,7 @@ from torch import Tensor
 
 from tgq_fast import reference
 from tgq_fast.errors import ArgumentError
+from tgq_fast.ops.checks import check_number, check_shape, check_tensors
 from tgq_fast.ops.dispatch import Decision, choose, explainer, requested_backend, triton_reasons
 from tgq_fast.reference.modulation import GateParameters, ModulationOutput
 
@@ -62,15 +63,32 @@ def _decide(
     alpha: float = 1.0,
     backend: str | None = None,
 ) -> Decision:
-    width, image = anchored.shape[2], global_image.shape[1]
+    check_tensors(3, anchored=anchored, exploratory=exploratory)
+    check_tensors(2, global_image=global_image)
+    batch, _, width = anchored.shape
+    image = global_image.shape[1]
+    check_shape("exploratory", exploratory, batch, exploratory.shape[1], width)
+    check_shape("global_image", global_image, batch, image)
+    check_tensors(1, agreement=agreement, has_metadata=has_metadata)
+    check_shape("agreement", agreement, batch)
+    check_shape("has_metadata", has_metadata, batch)
+    check_number("alpha", alpha)
     for name, gate, expected in (
         ("anchored_parameters", anchored_parameters, 2 + image + 2 * width),
         ("exploratory_parameters", exploratory_parameters, image + width),
     ):
+        if not isinstance(gate, GateParameters):
+            raise ArgumentError(name, f"a {type(gate).__name__}", "GateParameters")
+        check_tensors(2, **{f"{name}.w1": gate.w1, f"{name}.w2": gate.w2})
         if gate.w1.shape[1] != expected:
             raise ArgumentError(f"{name}.w1", tuple(gate.w1.shape), f"[r, {expected}]")
         if gate.w2.shape[0] not in (1, width):
             raise ArgumentError(f"{name}.w2", tuple(gate.w2.shape), f"[{width}, r] or [1, r]")
+        rank, out = gate.w1.shape[0], gate.w2.shape[0]
+        check_shape(f"{name}.w2", gate.w2, out, rank)
+        check_tensors(1, **{f"{name}.b1": gate.b1, f"{name}.b2": gate.b2})
+        check_shape(f"{name}.b1", gate.b1, rank)
+        check_shape(f"{name}.b2", gate.b2, out)
     tensors = (anchored, exploratory, agreement, global_image, *anchored_parameters, *exploratory_parameters)
     reasons = triton_reasons(*tensors, forced=requested_backend(backend) != "auto")
     rank = max(anchored_parameters.w1.shape[0], exploratory_parameters.w1.shape[0])

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tgq_fast import reference
 from tgq_fast.errors import ArgumentError
+from tgq_fast.ops.checks import check_number, check_tensors
 from tgq_fast.ops.dispatch import Decision, choose, explainer, requested_backend, triton_reasons
 
 __all__ = ["redundancy_loss"]
@@ -48,7 +49,9 @@ def _decide(
     eps: float = 1e-6,
     backend: str | None = None,
 ) -> Decision:
-    if anchored.ndim != 2 or anchored.shape != exploratory.shape:
+    check_tensors(2, anchored=anchored, exploratory=exploratory)
+    check_number("eps", eps)
+    if anchored.shape != exploratory.shape:
         given = tuple(anchored.shape), tuple(exploratory.shape)
         raise ArgumentError("anchored, exploratory", given, "two tensors [B, d]")
     reasons = triton_reasons(anchored, exploratory, forced=requested_backend(backend) != "auto")

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from tgq_fast.errors import ArgumentError
+from tgq_fast.ops.checks import check_lengths, check_mask, check_shape, check_tensors
 from tgq_fast.ops.cross_attention import head_reasons
 from tgq_fast.ops.dispatch import PACKED_ONLY, Decision, choose, explainer, requested_backend, triton_reasons
 from tgq_fast.ops.stream_attention_cpu import LONGEST, streams_on_cpu
@@ -66,9 +67,12 @@ def _decide(
     text_mask: Tensor | None = None,
     backend: str | None = None,
 ) -> Decision:
-    if len(lengths) != 3 or sum(lengths) != q.shape[1]:
-        raise ArgumentError("lengths", lengths, f"three lengths that sum to the sequence length {q.shape[1]}")
-    if mixing not in ("block", "one_way", "full"):
+    check_tensors(4, q=q, k=k, v=v)
+    for name, tensor in (("k", k), ("v", v)):
+        check_shape(name, tensor, *q.shape)
+    check_lengths(lengths, q.shape[1])
+    check_mask("text_mask", text_mask, q.shape[0], lengths[2])
+    if not isinstance(mixing, str) or mixing not in ("block", "one_way", "full"):
         raise ArgumentError("mixing", repr(mixing), "'block', 'one_way' or 'full'")
     reasons = triton_reasons(q, k, v, text_mask, forced=requested_backend(backend) != "auto")
     reasons += head_reasons(q.shape[3], q.dtype)

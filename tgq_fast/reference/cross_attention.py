@@ -83,6 +83,8 @@ def check_guide(
             return
         if given is None:
             raise ArgumentError(name, None, f"a tensor {list(shape)}: guide and guide_scale go together")
+        if not isinstance(given, Tensor):
+            raise ArgumentError(name, f"a {type(given).__name__}", f"a floating-point tensor {list(shape)}")
         if tuple(given.shape) != tuple(shape) or not given.is_floating_point():
             raise ArgumentError(name, f"{given.dtype} {tuple(given.shape)}", f"floating point {list(shape)}")
 
