@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from tgq_fast.io.files import write_atomic
+
 ROOT = Path(__file__).resolve().parent.parent
 _PACKAGES = (
     "torch",
@@ -98,8 +100,7 @@ def write_figures(path: Path, **figures: Any) -> None:
         "commit": commit(),
         "versions": versions(),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(facts | figures, indent=1) + "\n")
+    write_atomic(path, (json.dumps(facts | figures, indent=1) + "\n").encode())
 
 
 def environment(device: str, threads: int, command: list[str] | None = None) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from benchmarks.environment import ROOT, slug
 from benchmarks.results import Results, result_files
+from tgq_fast.io.files import atomic_writer
 
 _COLOURS = {"ours": "#2a6fbb", "before": "#8fb4da", "reference": "#9a9a9a", "peer": "#d98032", "ceiling": "#6b9e5b"}
 
@@ -39,8 +40,9 @@ def plot_operator(results: Results, op: str, path: Path) -> bool:
     axes.set_xlabel("time relative to tgq_fast")
     axes.set_title(f"{op}, {results.environment['device_name']}, commit {results.environment['commit']}", fontsize=9)
     figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    with atomic_writer(path) as file:
+        kind = path.suffix.removeprefix(".") or None
+        figure.savefig(file, format=kind, metadata={"Date": None} if kind == "svg" else None)
     plt.close(figure)
     return True
 

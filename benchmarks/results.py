@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+from tgq_fast.io.files import write_atomic
 
 SCHEMA = 1
 OK = "ok"
@@ -48,22 +48,9 @@ class Results:
         self.rows.append(row)
 
     def save(self, path: str | Path) -> None:
-        """Write to `path` through a temporary file in the same folder, fsync and rename."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        """Write to `path`, whole or not at all."""
         document = {"schema": SCHEMA, **_finite(vars(self))}
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-        try:
-            with os.fdopen(handle, "w") as stream:
-                json.dump(document, stream, indent=1, allow_nan=False)
-                stream.write("\n")
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        write_atomic(path, (json.dumps(document, indent=1, allow_nan=False) + "\n").encode())
 
     @classmethod
     def load(cls, path: str | Path) -> Results:

@@ -218,7 +218,6 @@ def main() -> None:
         document["scenarios"].append({"scenario": name, **told})
         print(json.dumps(document["scenarios"][-1]), flush=True)
         if given.json is not None:
-            given.json.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(given.json, (json.dumps(document, indent=1) + "\n").encode())
 
 

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 
 from benchmarks.environment import ROOT, command_line, commit, cpu_name, usable_cores, versions
+from tgq_fast.io.files import write_atomic
 
 __all__ = ["CASES", "measure", "table"]
 
@@ -275,10 +276,9 @@ def main() -> None:
             "results": sorted(kept + results, key=lambda entry: (list(CASES).index(entry["case"]), entry["rows"])),
         }
         if given.json is not None:
-            given.json.parent.mkdir(parents=True, exist_ok=True)
-            given.json.write_text(json.dumps(document, indent=1) + "\n")
+            write_atomic(given.json, (json.dumps(document, indent=1) + "\n").encode())
     if given.table is not None:
-        given.table.write_text(fill(given.table.read_text(), document))
+        write_atomic(given.table, fill(given.table.read_text(encoding="utf-8"), document).encode())
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from typing import Any
 from benchmarks.environment import ROOT
 from benchmarks.results import Results, result_files
 from benchmarks.targets import Target, best_peer, outcomes
+from tgq_fast.io.files import write_atomic
 
 Files = Sequence[tuple[Path, Results]]
 _MARKER = re.compile(r"(<!-- (figures|benchmarks:(?:cpu|gpu):\w+):begin -->\n).*?(<!-- \2:end -->)", re.DOTALL)
@@ -212,12 +213,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     files = list(result_files(given.results))
     stale = []
     for document in given.documents:
-        before = document.read_text()
+        before = document.read_text(encoding="utf-8")
         after = fill(before, files)
         if after != before:
             stale.append(document)
             if not given.check:
-                document.write_text(after)
+                write_atomic(document, after.encode())
                 print(f"wrote {document}")
     for document in stale if given.check else ():
         print(f"{document}: tables differ from the result files; run python -m benchmarks.tables", file=sys.stderr)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from tgq_fast.errors import ArgumentError, BackendError
+from tgq_fast.io.files import write_atomic
 from tgq_fast.kernels import (
     cross_attention,
     cross_attention_backward,
@@ -180,7 +181,4 @@ class Tuning:
         """Note what was tuned, with its milliseconds or value, and write the table."""
         logger.info("%s: %.4g", what, figure)
         self.table["timed"][what] = figure
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        part = self.path.with_suffix(".part")
-        part.write_text(json.dumps(self.table, indent=1) + "\n", encoding="utf-8")
-        part.replace(self.path)
+        write_atomic(self.path, (json.dumps(self.table, indent=1) + "\n").encode())

@@ -166,3 +166,48 @@ def test_includes_point_downwards() -> None:
 def test_an_upward_include_is_seen(source: str, include: str) -> None:
     text = (ROOT / "csrc" / source).read_text(encoding="utf-8")
     assert upward_includes(source, text + f'#include "{include}"\n') == [include]
+
+
+KEPT_ELSEWHERE = {
+    "benchmarks/cases/other_build.py": "a folder of its own for another process",
+    "benchmarks/memory.py": "a switch of the kernel's",
+    "benchmarks/scale_sizes.py": "catalogues that it makes to be measured",
+    "benchmarks/serve_load.py": "a script in a temporary folder",
+    "benchmarks/steps.py": "a log that grows",
+    "kernels/aot.py": "a temporary folder",
+    "tgq_fast/data/importers/common.py": "parts that become a catalogue once they are whole",
+    "tgq_fast/io/files.py": "what the others are to use",
+    "tgq_fast/models/backbones.py": "a folder that becomes the cache's once it is whole",
+    "tgq_fast/models/feature_files.py": "chunks that a journal counts once they are whole",
+    "tgq_fast/pool/writer.py": "shards that nobody knows of before the commit",
+    "tgq_fast/scale/process_worker.py": "its standard output",
+    "tgq_fast/study/engine.py": "a log of another process",
+    "tgq_fast/training/folder.py": "a log that grows",
+}
+"""Files that write by other means than io.files, and what: nothing that another process could find half written."""
+
+
+def plain_writes(tree: ast.AST) -> Iterator[int]:
+    """Lines that write a file under its own name."""
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        if ast.unparse(node.func) == "ItemPool.open":
+            continue
+        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        modes = [a.value for a in [*node.args, *(k.value for k in node.keywords)] if isinstance(a, ast.Constant)]
+        opens = name in ("open", "fdopen") and any(isinstance(m, str) and re.fullmatch("[wax]b?[+]?", m) for m in modes)
+        if name in ("write_text", "write_bytes", "to_csv", "save_file") or opens:
+            yield node.lineno
+
+
+def test_files_appear_whole() -> None:
+    found: dict[str, list[int]] = {}
+    for path in sources(".py"):
+        name = path.relative_to(ROOT).as_posix()
+        if not name.startswith("tests/") and (lines := list(plain_writes(ast.parse(path.read_text(encoding="utf-8"))))):
+            found[name] = lines
+    assert not set(found) - set(KEPT_ELSEWHERE), found
+    assert not set(KEPT_ELSEWHERE) - set(found), "these write by io.files now"
+    planted = 'open(p, "w"); p.open(mode="ab"); p.write_text(t); open(p); p.open("rb"); os.fdopen(h, "wb")'
+    assert len(list(plain_writes(ast.parse(planted)))) == 4

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+import stat
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks import plot, results, scale_sizes, tables, targets
+from benchmarks import environment, plot, scale_sizes, tables, targets
 from benchmarks.registry import cases
 from benchmarks.results import ResultFileError, Results, result_files
+from tgq_fast.errors import StorageError
+from tgq_fast.io import files as io_files
 
 CASE = "topk/q256-n200k-d256/float32/forward"
 
@@ -72,11 +75,28 @@ def test_a_fault_while_saving_keeps_the_old_file(tmp_path: Path, monkeypatch: py
     def fail(*_: Any) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(results.os, "fsync", fail)
-    with pytest.raises(OSError, match="disk full"):
-        document(*ROWS).save(path)
-    assert path.read_bytes() == before
-    assert [p.name for p in tmp_path.iterdir()] == ["r.json"]
+    monkeypatch.setattr(io_files.os, "fsync", fail)
+    for write in (lambda: document(*ROWS).save(path), lambda: environment.write_figures(path, answers=3)):
+        with pytest.raises(StorageError, match="disk full"):
+            write()
+        assert path.read_bytes() == before
+        assert [p.name for p in tmp_path.iterdir()] == ["r.json"]
+
+
+def test_what_benchmarks_write_stays_a_link_with_its_mode(tmp_path: Path) -> None:
+    real, link = tmp_path / "real", tmp_path / "link"
+    link.symlink_to("real")
+    text = "a\n<!-- table:nothing -->\n"
+    for write in (
+        lambda: document(*ROWS).save(link),
+        lambda: environment.write_figures(link, answers=3),
+        lambda: tables.main(["--results", str(tmp_path), str(link)]),
+    ):
+        real.write_text(text)
+        real.chmod(0o600)
+        write()
+        assert link.is_symlink() and stat.S_IMODE(real.stat().st_mode) == 0o600
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "real"]
 
 
 def test_not_a_number_becomes_null(tmp_path: Path) -> None:

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
-from collections.abc import Iterator, Sequence
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import tiny_models
 
 from tgq_fast import workflow
 from tgq_fast.data import Catalog, write_demo_catalog
+from tgq_fast.errors import TGQError
 
 FULL = os.environ.get("TGQ_FAULTS") == "full"
 """The whole campaign instead of a sample of it."""
+PER_FILE = 14 if FULL else 3
 
 
 @dataclass(frozen=True)
@@ -80,13 +86,19 @@ class World:
         return self.root / "cache"
 
 
+def small_sizes(clip: Path) -> dict[str, Any]:
+    """Configuration fields of the smallest model over a saved CLIP."""
+    sizes: dict[str, Any] = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+    sizes |= {"intermediate_size": 24, "embedding_size": 8, "direct_size": 2}
+    return sizes | {"vision_tower": str(clip), "text_tower": "dual_encoder"}
+
+
 def make_world(root: Path) -> World:
     """Train, embed: a few seconds."""
     clip = tiny_models.save_clip(root / "clip")
     catalog = Catalog.load(write_demo_catalog(root / "shop", groups=6, variants=3, image_size=40))
-    sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 24}
-    sizes |= {"embedding_size": 8, "direct_size": 2, "vision_tower": str(clip), "text_tower": "dual_encoder"}
-    config = workflow.make_config(catalog, preset="tiny", fields=["category", "material"], overrides=sizes)
+    overrides = small_sizes(clip)
+    config = workflow.make_config(catalog, preset="tiny", fields=["category", "material"], overrides=overrides)
     world = World(root, catalog)
     workflow.train_run(
         catalog, config, world.run, epochs=1, seed=0, batch_size=4, lr=1e-3, keep="trained", cache=world.cache
@@ -98,3 +110,37 @@ def make_world(root: Path) -> World:
 def files_of(folder: Path) -> list[Path]:
     """Every file that is not empty and no lock."""
     return [p for p in sorted(folder.rglob("*")) if p.is_file() and "lock" not in p.name and p.stat().st_size]
+
+
+def campaign(folder: Path, use: Callable[[], Any], *, seed: int, repairs: bool = False) -> Counter[str]:
+    """Every file of a folder damaged in turn: using it must be refused with a typed error or answer as before.
+
+    Args:
+        repairs: using the folder changes it, so that it is put back after each fault.
+    """
+    right = use()
+    outcomes: Counter[str] = Counter()
+    wrong = []
+    for fault in faults(files_of(folder), PER_FILE, seed):
+        before = {path: path.read_bytes() for path in files_of(folder)} if repairs else {}
+        with fault.planted(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                same = use() == right
+                outcomes["harmless" if same else "WRONG"] += 1
+                if not same:
+                    wrong.append(f"{fault}: another answer")
+            except TGQError:
+                outcomes["refused"] += 1
+            except Exception as error:  # the campaign lists them all
+                outcomes["UNTYPED"] += 1
+                wrong.append(f"{fault}: {type(error).__name__}: {error}"[:300])
+        for path in files_of(folder) if repairs else ():
+            if path not in before:
+                path.unlink()
+        for path, data in before.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+    print(json.dumps({"folder": folder.name, **outcomes}))
+    assert not wrong, "\n".join(wrong)
+    return outcomes

@@ -5,27 +5,20 @@
 
 from __future__ import annotations
 
-import json
-import warnings
-from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from damage import FULL, World, faults, files_of, make_world
+from damage import World, campaign, make_world
 
 from tgq_fast import workflow
-from tgq_fast.errors import TGQError
 from tgq_fast.models import FeatureStore, TGQFormerModel
 from tgq_fast.models.processing import TGQFormerProcessor
 from tgq_fast.pool import ItemPool, model_digest
 from tgq_fast.pool.item_table import facts_of
 from tgq_fast.report import collect
 from tgq_fast.training.folder import read_log, read_manifest
-
-PER_FILE = 14 if FULL else 3
 
 
 @pytest.fixture(scope="module")
@@ -81,37 +74,10 @@ def use_cache(world: World) -> Any:
     return model.encode(world.catalog, features=store).numpy().tobytes()
 
 
-def campaign(world: World, folder: Path, use: Callable[[World], Any], seed: int, whole: Path | None = None) -> Counter:
-    right = use(world)
-    outcomes: Counter[str] = Counter()
-    wrong = []
-    for fault in faults(files_of(folder), PER_FILE, seed):
-        before = {path: path.read_bytes() for path in files_of(folder)} if use is use_cache else {}
-        with fault.planted(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            try:
-                same = use(world) == right
-                outcomes["harmless" if same else "WRONG"] += 1
-                if not same:
-                    wrong.append(f"{fault}: another answer")
-            except TGQError:
-                outcomes["refused"] += 1
-            except Exception as error:  # the campaign lists them all
-                outcomes["UNTYPED"] += 1
-                wrong.append(f"{fault}: {type(error).__name__}: {error}"[:300])
-        for path in files_of(folder) if before else ():  # a repaired cache has other files
-            if path not in before:
-                path.unlink()
-        for path, data in before.items():
-            path.write_bytes(data)
-    print(json.dumps({"folder": folder.name, **outcomes}))
-    assert not wrong, "\n".join(wrong)
-    return outcomes
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("part", "use"), [("run", use_run), ("pool", use_pool), ("cache", use_cache)])
 def test_damage_is_refused_or_harmless(world: World, part: str, use: Callable[[World], Any]) -> None:
     torch.manual_seed(0)
-    outcomes = campaign(world, getattr(world, part), use, seed=11)
+    folder = getattr(world, part)
+    outcomes = campaign(folder, lambda: use(world), seed=11, repairs=part == "cache")
     assert outcomes["refused"] or part == "cache"  # a cache is made again

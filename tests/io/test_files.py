@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import SafetensorError
 
 from tgq_fast.data import RejectLog
 from tgq_fast.errors import StorageError
@@ -184,10 +185,12 @@ def test_what_cannot_be_written_is_known_before_the_work(tmp_path: Path, monkeyp
 
 
 def test_only_storage_is_told_as_storage(tmp_path: Path) -> None:
-    for error in (OSError(errno.ENOSPC, "full"), RuntimeError("[enforce fail at inline_container.cc:672]")):
+    full = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    for error in (OSError(errno.ENOSPC, "full"), RuntimeError("[enforce fail at inline_container.cc:672]"), full):
         with pytest.raises(StorageError), storage_errors(tmp_path):
             raise error
-    for other in (OSError(errno.ENOENT, "missing"), RuntimeError("other"), StorageError("x", OSError(5, "y"))):
+    others = (OSError(errno.ENOENT, "missing"), RuntimeError("other"), StorageError("x", OSError(5, "y")))
+    for other in (*others, SafetensorError("Error while deserializing header: HeaderTooLarge")):
         with pytest.raises(type(other)) as caught, storage_errors(tmp_path):
             raise other
         assert caught.value is other

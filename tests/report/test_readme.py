@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tgq_fast.errors import ArgumentError
-from tgq_fast.report.readme import fill, retrieval_table
+from tgq_fast.report.readme import fill, main, retrieval_table
 
 ROOT = Path(__file__).parents[2]
 
@@ -73,6 +73,17 @@ def test_an_ablation_shows_its_difference_and_floors_alone_prove_nothing() -> No
 def test_a_document_without_a_place_is_refused() -> None:
     with pytest.raises(ArgumentError, match="retrieval:begin"):
         fill("nothing here", [])
+
+
+def test_a_document_is_filled_in_place(tmp_path: Path) -> None:
+    """Through a link, with the mode that it has."""
+    (tmp_path / "results").mkdir()
+    real, link = tmp_path / "real.md", tmp_path / "README.md"
+    real.write_text("<!-- retrieval:begin -->\nold\n<!-- retrieval:end -->\n")
+    real.chmod(0o600)
+    link.symlink_to("real.md")
+    assert main([str(link), str(tmp_path / "results")]) == 0
+    assert link.is_symlink() and real.stat().st_mode & 0o777 == 0o600 and "No result files yet" in real.read_text()
 
 
 def test_a_result_of_another_kind_is_refused_by_name() -> None:

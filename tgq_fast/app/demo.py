@@ -18,6 +18,7 @@ import typer
 from tgq_fast import workflow
 from tgq_fast.app import console, intake, pool_steps
 from tgq_fast.errors import ArgumentError
+from tgq_fast.io.sealed import seal
 
 _MARKER = ".tgq-demo"  # in the output folder: what is in it was made by the demo and may be replaced by it
 
@@ -140,7 +141,7 @@ def demo(
         "training": {name: {k: v for k, v in facts.items() if k != "run"} for name, facts in trained.items()},
         "results": {name: result.to_dict() for name, result in results.items()},
     }
-    write_atomic(out / "results.json", (json.dumps(console.plain(summary), indent=1) + "\n").encode())
+    write_atomic(out / "results.json", (json.dumps(seal(console.plain(summary)), indent=1) + "\n").encode())
     console.note(
         f"\nreport: {out / 'report.html'}   results: {out / 'results.json'}   {time.monotonic() - begin:.0f} s in all"
     )

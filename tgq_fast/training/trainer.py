@@ -294,7 +294,7 @@ def last_complete_checkpoint(folder: Path) -> Path | None:
     if best is not None:
         try:
             files = dict(json.loads((best / _COMPLETE).read_bytes()))
-        except ValueError as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise CheckpointError(f"{best / _COMPLETE}: not readable ({error}); remove this checkpoint") from None
         for name, digest in files.items():
             if not (best / name).is_file() or sha256_file(best / name) != digest:
