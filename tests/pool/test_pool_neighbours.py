@@ -319,3 +319,29 @@ def test_skipped_and_excluded_neighbours(tmp_path: Path) -> None:
     assert read(out) == [
         (f"i{q}", rank, name, score) for q in range(N) for rank, (name, score) in enumerate(wanted[q][2:5], start=3)
     ]
+
+
+@pytest.mark.parametrize(
+    ("values", "condition", "hits"),
+    [
+        # As floats the next two are one number; as codes of products they are not.
+        (["90071992547409931", "90071992547409932"], "x = 90071992547409931", [0]),
+        (["90071992547409931", "90071992547409932"], "x != 90071992547409931", [1]),
+        (["2012", "2012.0", "2.012e3", "2013", "two"], "x = 2012", [0, 1, 2]),
+        (["10", "1_0", "١٠", "1e1", "0x0a", "nan", "inf"], "x = 10", [0, 3]),
+        (["ΟΔΟΣ", "οδοσ", "οδός"], "x = ΟΔΟΣ", [0, 1]),
+        (["İZMİR", "izmir"], "x = İZMİR", [0, 1]),
+        (["Cafe\u0301", "Café", "CAFÉ"], "x = 'cafe\u0301'", [1, 2]),
+        (["Dark Red", "dark  red"], "x = ' Dark   Red '", [0]),
+        (["yes", "no", "1", "true"], "x = true", [0, 2, 3]),
+    ],
+)
+def test_a_condition_reads_its_value_as_the_table_has_it(
+    tmp_path: Path, values: list[str], condition: str, hits: list[int]
+) -> None:
+    ids = [str(number) for number in range(len(values))]
+    with ItemPool.create(tmp_path / "pool", dims=2) as pool:
+        pool.append(ids, torch.randn(len(ids), 2))
+    table = pa.table({"id": ids, "attributes.x": values})
+    with ItemPool.open(tmp_path / "pool") as pool:
+        assert np.flatnonzero(pool.select(condition, table).base).tolist() == hits

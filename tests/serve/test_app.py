@@ -107,6 +107,19 @@ def test_pictures_are_small_jpegs_of_items_only(client: TestClient, catalog: Cat
         assert client.get(f"/static/{quote(outside, safe='')}").status_code == 404
 
 
+def test_a_value_that_is_asked_for_is_read_as_a_rows_is(client: TestClient, catalog: Catalog) -> None:
+    item = next(item for item in catalog.items if item.price is not None and item.category is not None)
+    alike = [i.id for i in catalog.items if i.price == item.price and i.category == item.category]
+    for price in (str(item.price), f"{item.price:.3f}", f" {item.price} "):
+        where = [("where", f"price={price}"), ("where", f"category=  {item.category} ")]
+        found = client.get("/api/items", params=[*where, ("limit", "200")]).json()
+        assert [one["id"] for one in found["items"]] == alike
+    assert client.get("/api/items", params={"where": "category="}).json()["total"] == 0
+    assert client.get("/api/items", params={"where": "price=cheap"}).status_code == 422
+    twice = client.get("/api/items", params=[("where", "category=a"), ("where", "category=b")])
+    assert twice.status_code == 422 and "twice" in twice.text
+
+
 @pytest.mark.parametrize(
     ("method", "url", "content", "kind", "status"),
     [

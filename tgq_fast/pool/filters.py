@@ -15,12 +15,15 @@ import hashlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from decimal import Decimal
 
 import numpy as np
+import pyarrow as pa
 import torch
 
+from tgq_fast.data.items import clean_text
 from tgq_fast.errors import ArgumentError
-from tgq_fast.pool.item_table import ItemColumns
+from tgq_fast.pool.item_table import ItemColumns, folded
 from tgq_fast.search.rules import Rule
 
 __all__ = ["Condition", "Selection", "parse_where"]
@@ -35,6 +38,7 @@ WINDOW = 256  # queries that one search takes where numbers must be near
 CUT = 1 << 12  # rows of a pool that is worth many searches of stretches of numbers
 NARROW = 0.125  # share of the rows that a query's number reaches, below which such searches are the quicker way
 SHARED = 32  # queries that a search under a mask of their own is worth
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d{1,3})?", re.ASCII)
 _TRUE, _FALSE = {"true", "yes", "1"}, {"false", "no", "0"}
 _ORDER = {"<": np.less, "<=": np.less_equal, ">": np.greater, ">=": np.greater_equal}
 
@@ -78,6 +82,11 @@ def _is_number(text: str) -> bool:
         return bool(np.isfinite(float(text)))
     except ValueError:
         return False
+
+
+def _exact(text: str) -> Decimal | None:
+    """The number that a text is, with all its digits: long codes that differ are no equal floats."""
+    return Decimal(text) if _NUMBER.fullmatch(text) else None
 
 
 class Selection:
@@ -193,10 +202,10 @@ def _fixed(condition: Condition, columns: ItemColumns) -> np.ndarray:
         return below
     wanted: set[str] = set()
     for part in condition.value.split("|") if condition.op == "in" else [condition.value]:
-        value = part.strip().lower()
+        (value,) = folded(pa.array([clean_text(part)])).to_pylist()
         wanted |= _TRUE if value in ("true", "yes") else _FALSE if value in ("false", "no") else {value}
-    numeric = {float(value) for value in wanted if _is_number(value)}
+    numeric = {_exact(value) for value in wanted} - {None}
     codes, texts = columns.coded(condition.name)
-    hit = np.array([text in wanted or (_is_number(text) and float(text) in numeric) for text in texts] + [False], bool)
+    hit = np.array([text in wanted or (bool(numeric) and _exact(text) in numeric) for text in texts] + [False], bool)
     found: np.ndarray = hit[codes]
     return ~found if condition.op == "!=" else found

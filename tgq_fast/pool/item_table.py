@@ -144,6 +144,11 @@ def facts_of(folder: Path, ids: Sequence[str]) -> dict[str, dict[str, Any]]:
     return found
 
 
+def folded(texts: pa.Array) -> pa.Array:
+    """Texts as conditions compare them: in Arrow's lower case, which is not Python's for every letter."""
+    return pc.utf8_lower(pc.utf8_trim_whitespace(texts))
+
+
 class ItemColumns:
     """Columns of a table, in the order of a pool's rows.
 
@@ -174,7 +179,7 @@ class ItemColumns:
             values = values.cast(values.type.value_type)
         if not pa.types.is_string(values.type):
             values = values.cast(pa.string())
-        coded = pc.utf8_lower(pc.utf8_trim_whitespace(values)).dictionary_encode()
+        coded = folded(values).dictionary_encode()
         codes = pc.fill_null(coded.indices, -1).to_numpy(zero_copy_only=False).astype(np.int64)
         return codes, coded.dictionary.to_pylist()
 

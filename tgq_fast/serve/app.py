@@ -353,6 +353,10 @@ def _fields(pairs: list[str] | None) -> dict[str, str]:
         name, equals, value = pair.partition("=")
         if not equals or not name or len(pair) > 2000:
             raise HTTPException(422, f"got {pair[:80]!r}, expected name=value")
+        if name in found:
+            raise HTTPException(
+                422, f"got {name[:80]!r} twice, expected one value; a list has commas between its values"
+            )
         found[name] = value
     return found
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tgq_fast.data import Catalog, Item
+from tgq_fast.data.items import RowError, parse_fields
 from tgq_fast.errors import ArgumentError, PoolError, TGQError
 from tgq_fast.pool import ItemPool, model_digest
 
@@ -174,16 +175,24 @@ class Shop:
         }
 
     def browse(self, text: str, where: Mapping[str, str], offset: int, limit: int) -> tuple[int, list[dict[str, Any]]]:
-        """How many items match, and one stretch of them: words in id, title, brand or category; equal fields."""
+        """How many items match, and one stretch of them: words in id, title, brand or category; equal fields.
+
+        Raises:
+            ArgumentError: a value that no field can have, such as a price that is no number.
+        """
         if self.catalog is None:
             ids = self.pool(None).pool.ids()
             found = [name for name in ids if text.lower() in name.lower()]
             return len(found), [self.describe(name) for name in found[offset : offset + limit]]
         words = text.lower().split()
+        try:
+            asked = parse_fields(where, list(where))  # as a row's are read: 12.5 is the price 12.50
+        except RowError as error:
+            raise ArgumentError("where", str(error), "name=value") from error
         matching = [
             item.id
             for item in self.catalog.items
-            if all(item.field(name) == value for name, value in where.items()) and _holds(item, words)
+            if all(name in asked and item.field(name) == asked[name] for name in where) and _holds(item, words)
         ]
         return len(matching), [self.describe(item_id) for item_id in matching[offset : offset + limit]]
 

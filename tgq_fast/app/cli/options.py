@@ -83,6 +83,8 @@ def assignments(values: Sequence[str] | None, option: str, *, parse: bool = Fals
             name, value = quoted[1].replace('""', '"'), entry[quoted.end() :]
         if not equals or not name.strip():
             raise ArgumentError(option, repr(entry), 'name=value, or "a=b"=value')
+        if name.strip() in pairs:
+            raise ArgumentError(option, f"{name.strip()!r} twice", "one value of each name")
         if parse:
             try:
                 pairs[name.strip()] = json.loads(value)
