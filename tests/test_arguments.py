@@ -16,8 +16,8 @@ import tgq_fast
 from tgq_fast import workflow
 from tgq_fast.app import cli
 from tgq_fast.arguments import checked
-from tgq_fast.data import Catalog, import_catalog, write_demo_catalog
-from tgq_fast.errors import ArgumentError
+from tgq_fast.data import Catalog, import_catalog, parse_item, write_demo_catalog
+from tgq_fast.errors import ArgumentError, TGQError
 from tgq_fast.models import TGQFormerConfig
 from tgq_fast.pool import ItemPool, duplicates, neighbours
 
@@ -99,6 +99,11 @@ def test_public_functions_name_plain_mistakes(tmp_path: Path) -> None:
     for name, mistake in calls.items():
         with pytest.raises(ArgumentError, match=f"^{name}: "):
             mistake()
+    with pytest.raises(ArgumentError, match=r"^records: got int 5, expected something to iterate"):
+        Catalog.from_records(5)  # type: ignore[arg-type]
+    for odd in (5, "x", None, [1]):
+        with pytest.raises(TGQError, match="expected a mapping of column to value"):
+            parse_item(odd)  # type: ignore[arg-type]
     for rows in ([0, 1], torch.tensor([0]), np.array([0.0])):
         with pytest.raises(ArgumentError, match=r"^rows: "):
             pool.take(rows)  # type: ignore[arg-type]

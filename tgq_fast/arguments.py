@@ -14,9 +14,12 @@ import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from tgq_fast.errors import ArgumentError
 
-__all__ = ["checked"]
+__all__ = ["checked", "row_numbers"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -55,6 +58,8 @@ def _kind(part: str) -> tuple[Callable[[object], bool], str] | None:
         return lambda value: any(base.__name__ == part for base in type(value).__mro__), _OWN[part]
     if part == "Sequence[str]":
         return lambda value: hasattr(value, "__iter__") and not isinstance(value, (str, bytes)), "a list of texts"
+    if part.startswith("Iterable[") and part.endswith("]"):
+        return lambda value: hasattr(value, "__iter__") and not isinstance(value, (str, bytes)), "something to iterate"
     if part.startswith("Mapping[") and part.endswith("]"):
         return lambda value: isinstance(value, Mapping), "a mapping"
     return _KINDS.get(part)
@@ -100,3 +105,21 @@ def _short(value: object) -> str:
         return reprlib.repr(value)
     except Exception:  # a text of its own that fails
         return ""
+
+
+def row_numbers(name: str, given: Any, count: int) -> NDArray[np.int64]:
+    """Rows [B] of something that has so many; a mask or fractions are none, though numpy would take them for some.
+
+    Raises:
+        ArgumentError: something else than whole numbers, or one out of range.
+    """
+    try:
+        rows = np.asarray(given).reshape(-1)
+    except Exception:
+        rows = np.array([given], dtype=object)
+    if rows.size and rows.dtype.kind not in "iu":
+        raise ArgumentError(name, f"a {type(given).__name__} of {rows.dtype}", "whole numbers")
+    rows = rows.astype(np.int64)
+    if rows.size and (rows.min() < 0 or rows.max() >= count):
+        raise ArgumentError(name, f"{rows.min()} … {rows.max()}", f"rows in 0 … {count - 1}")
+    return rows

@@ -8,10 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from tgq_fast.data import RejectLog
-from tgq_fast.errors import ImageError
+from tgq_fast.data import Reject, RejectLog
+from tgq_fast.errors import ArgumentError, ImageError
 from tgq_fast.io.files import atomic_writer, write_atomic
 
 
@@ -23,6 +24,17 @@ def test_entries_come_back_in_order_without_repeats(tmp_path: Path) -> None:
     RejectLog(log.path).add_error(ImageError("ü", "x.jpg", "missing"), row=3)
     assert [(e.item_id, e.row, e.reason) for e in log] == [("ü", 3, "missing"), ("b", None, "truncated")]
     assert len(log) == 2 and len(log.path.read_bytes().splitlines()) == 3
+
+
+def test_entries_of_numpy_and_of_other_types(tmp_path: Path) -> None:
+    log = RejectLog(tmp_path / "rejects.jsonl")
+    log.add(np.str_("a"), np.int64(3), tmp_path / "x.jpg", "corrupt")  # type: ignore[arg-type]
+    assert list(log) == [Reject("a", 3, str(tmp_path / "x.jpg"), "corrupt")]
+    for odd in ({"item_id": 3}, {"row": 1.5}, {"path": None}, {"reason": b"x"}):
+        with pytest.raises(ArgumentError, match=f"^{next(iter(odd))}: "):
+            log.add(**{"item_id": "a", "row": 1, "path": "x", "reason": "y", **odd})  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match=r"^path: "):
+        RejectLog(3)  # type: ignore[arg-type]
 
 
 def test_a_torn_last_line_is_closed_off(tmp_path: Path) -> None:

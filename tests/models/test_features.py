@@ -194,6 +194,34 @@ def test_a_pipe_for_a_picture_does_not_hang(
     assert store.invalid[2] == ("unreadable", "not a regular file")
 
 
+def test_what_is_no_row_number_is_refused(
+    towers: tuple[VisionTower, TextTower], config: TGQFormerConfig, catalog: Catalog, tmp_path: Path
+) -> None:
+    """A mask was taken for rows 0 and 1, a fraction for the row below it."""
+    store = FeatureStore.open_or_build(catalog, *towers, config, tmp_path)
+    for rows in ([0, 1], (0, 1), np.array([0, 1], np.uint8), torch.tensor([0, 1]), range(2)):
+        assert torch.equal(store.batch(rows).visual_tokens, store.batch([0, 1]).visual_tokens)
+    assert store.batch([]).visual_tokens.shape[0] == 0
+    mask = np.ones(len(catalog), dtype=bool)
+    for odd in (
+        mask,
+        mask.tolist(),
+        torch.tensor([True]),
+        [0.5],
+        np.array([1.0]),
+        "0",
+        None,
+        [None],
+        ["a"],
+        [-1],
+        object(),
+    ):
+        with pytest.raises(ArgumentError, match=r"^indices: "):
+            store.batch(odd)  # type: ignore[arg-type]
+        with pytest.raises(ArgumentError, match=r"^metadata_from: "):
+            store.batch([0], metadata_from=[len(catalog)] if odd is None else odd)  # type: ignore[arg-type]
+
+
 def test_field_dropout_removes_whole_fields(
     towers: tuple[VisionTower, TextTower], config: TGQFormerConfig, catalog: Catalog, tmp_path: Path
 ) -> None:

@@ -191,6 +191,18 @@ def test_results_that_cannot_be_merged_are_refused(part: Any) -> None:
         merge_topk([topk(Q, P, 2), part], 2)
 
 
+def test_merge_names_what_is_no_list_of_results_and_no_first_row() -> None:
+    part = topk(Q, P, 2)
+    for parts in (None, 5, "x", part, torch.zeros(2, 2), [], {"a": part}, iter([part])):
+        with pytest.raises(ArgumentError, match=r"^parts: "):
+            merge_topk(parts, 2)  # type: ignore[arg-type]
+    for offsets in (5, "x", [0], [0, 1, 2], [0, -1], [0, 0.5], [0, True], [0, 2**70], [0, None], np.array([0.0, 1.0])):
+        with pytest.raises(ArgumentError, match=r"^offsets: "):
+            merge_topk([part, part], 2, offsets)  # type: ignore[arg-type]
+    for offsets in ((0, 10), np.array([0, 10]), torch.tensor([0, 10])):
+        assert torch.equal(merge_topk([part, part], 2, offsets).scores, merge_topk([part, part], 2).scores)  # type: ignore[arg-type]
+
+
 def test_merge_reads_numpy_and_lazy_results() -> None:
     want = topk(Q, P, 5)
     for part in ((negated(want.scores), want.indices), (want.scores.numpy(), want.indices.numpy())):

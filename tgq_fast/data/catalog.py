@@ -94,6 +94,8 @@ class Catalog:
             metadata = metadata_file(path)
             root, name = catalog_root(metadata, place(path)), str(metadata)
         else:
+            if not isinstance(path, Iterable) or not all(isinstance(one, (str, Path)) for one in path):
+                raise ArgumentError("path", f"a {type(path).__name__}", "a folder, a file, or a list of files")
             root, metadata = listed_parts(path)
             name = str(root)
         report = ValidationReport(name)

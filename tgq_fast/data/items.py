@@ -112,6 +112,8 @@ def parse_item(raw: Mapping[str, Any], row: int = 0) -> tuple[Item, list[str]]:
     Raises:
         RowError: with every reason why the row cannot be used.
     """
+    if not isinstance(raw, Mapping):
+        raise RowError([f"a {type(raw).__name__}, expected a mapping of column to value"])
     problems: list[str] = []
     notes: list[str] = []
     file_name = read_file_name(raw.get("file_name"), problems)
@@ -142,6 +144,8 @@ def parse_fields(raw: Mapping[str, Any], names: Sequence[str]) -> dict[str, str]
     Raises:
         RowError: with every reason why a value cannot be used.
     """
+    if not isinstance(raw, Mapping):
+        raise RowError([f"a {type(raw).__name__}, expected a mapping of field to value"])
     problems: list[str] = []
     notes: list[str] = []
     found: dict[str, str] = {}

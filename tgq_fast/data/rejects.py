@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from tgq_fast.arguments import checked
 from tgq_fast.data.validation import ValidationReport
 from tgq_fast.errors import ImageError
 from tgq_fast.io.files import append_line, open_regular
@@ -35,13 +36,15 @@ class RejectLog:
         path: the JSONL file.
     """
 
+    @checked
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._closed_off = False
 
+    @checked
     def add(self, item_id: str | None, row: int | None, path: str | Path, reason: str, detail: str = "") -> None:
         """Append one entry."""
-        entry = Reject(item_id, row, str(path), reason, detail)
+        entry = Reject(item_id, None if row is None else int(row), str(path), reason, detail)
         line = json.dumps(asdict(entry), ensure_ascii=True).encode() + b"\n"
         append_line(self.path, line, close_off=not self._closed_off)
         self._closed_off = True

@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from tgq_fast.errors import TGQError
+
 __all__ = ["RowError", "amount", "is_gap", "kind_of", "number_text", "plain_value", "price_text", "scalar_text"]
 
 _LONG = 10**18
@@ -21,7 +23,7 @@ _DEEPEST = 8
 _YEARS = "the date {}, expected years 1 … 9999"
 
 
-class RowError(ValueError):
+class RowError(TGQError, ValueError):
     """One row breaks the schema; `messages` says how. Collected into the validation report with the row number."""
 
     def __init__(self, messages: Iterable[str]) -> None:

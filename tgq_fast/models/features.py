@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tgq_fast.arguments import checked
+from tgq_fast.arguments import checked, row_numbers
 from tgq_fast.data.ahead import in_order
 from tgq_fast.data.catalog import Catalog
 from tgq_fast.data.images import load_image
@@ -231,13 +231,11 @@ class FeatureStore:
             ArgumentError: a row is out of range, or views that are whitened otherwise.
             ImageError: a row has no usable image (see `invalid`).
         """
-        rows = np.asarray(indices, dtype=np.int64).reshape(-1)
-        if rows.size and (rows.min() < 0 or rows.max() >= len(self)):
-            raise ArgumentError("indices", f"{rows.min()} … {rows.max()}", f"rows in 0 … {len(self) - 1}")
+        rows = row_numbers("indices", indices, len(self))
         self.require_valid(rows)
         if keep is None and drop_fields is not None:
             keep = self.draw_keep(len(rows), drop_fields)
-        ids = self.string_ids[rows if metadata_from is None else np.asarray(metadata_from)]
+        ids = self.string_ids[rows if metadata_from is None else row_numbers("metadata_from", metadata_from, len(self))]
         ids = ids if keep is None else np.where(keep, ids, -1)
         flat, offsets = self._tokens["tokens"], self._tokens["offsets"]
         packed = pack_rows(
@@ -292,7 +290,7 @@ class FeatureStore:
 
         The arguments are those of :meth:`batch`; the prompt (made by `processor`) tells the same fields.
         """
-        rows = np.asarray(indices, dtype=np.int64).reshape(-1)
+        rows = row_numbers("indices", indices, len(self))
         if keep is None and drop_fields is not None:
             keep = self.draw_keep(len(rows), drop_fields)
         inputs: dict[str, Any] = {"features": self.batch(rows, keep=keep, metadata_from=metadata_from, views=views)}

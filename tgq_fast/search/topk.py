@@ -220,16 +220,12 @@ def merge_topk(parts: Sequence[TopK], k: int, offsets: Sequence[int] | None = No
         ArgumentError: no parts, other shapes or dtypes than those of results, or offsets of another number.
     """
     k = arguments.check_k(k)
-    if not parts:
-        raise ArgumentError("parts", "none", "at least one TopK")
-    if offsets is not None and len(offsets) != len(parts):
-        raise ArgumentError("offsets", f"{len(offsets)} values", f"one for each of the {len(parts)} parts")
-    checked = [arguments.check_result(part) for part in parts]
+    checked = arguments.check_results(parts)
+    shifts = arguments.check_offsets(offsets, len(checked))
     if len({(part.scores.shape[0], part.scores.device) for part in checked}) > 1:
         shapes = [tuple(part.scores.shape) for part in checked]
         raise ArgumentError("parts", shapes, "one number of queries, one device")
     scores = torch.cat([part.scores for part in checked], dim=1)  # [Q, sum k_i]
-    shifts = offsets or [0] * len(parts)
     indices = torch.cat([_shift(part.indices, shift) for part, shift in zip(checked, shifts)], dim=1)
     # Rows ascending first, then a stable sort by score; missing hits (row -1) go last.
     missing = indices < 0

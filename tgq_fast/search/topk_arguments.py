@@ -207,6 +207,29 @@ def check_out(out: Any, num_queries: int, k: int, device: torch.device) -> TopK:
     return TopK(*checked)
 
 
+def check_results(parts: Any) -> list[TopK]:
+    """The results that are to be merged, one at least."""
+    if not isinstance(parts, (list, tuple)) or isinstance(parts, TopK):
+        raise ArgumentError("parts", f"a {type(parts).__name__}", "a list of TopK")
+    if not parts:
+        raise ArgumentError("parts", "none", "at least one TopK")
+    return [check_result(part) for part in parts]
+
+
+def check_offsets(offsets: Any, parts: int) -> list[int]:
+    """The first pool row of each part; zeros for None."""
+    if offsets is None:
+        return [0] * parts
+    expected = f"None, or one pool row for each of the {parts} parts"
+    try:
+        rows = [_row(offset) for offset in offsets]
+    except (TypeError, ValueError, OverflowError):
+        raise ArgumentError("offsets", reprlib.repr(offsets), expected) from None
+    if len(rows) != parts or min(rows) < 0:
+        raise ArgumentError("offsets", reprlib.repr(offsets), expected)
+    return rows
+
+
 def check_result(part: Any) -> TopK:
     """A result that is to be merged, its values in memory."""
     if not isinstance(part, (tuple, list)) or len(part) != 2:
