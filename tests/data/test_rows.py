@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import gzip
 import io
@@ -17,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tgq_fast.data.items import RowError, parse_item
-from tgq_fast.data.rows import read_rows
+from tgq_fast.data.rows import read_json_lines, read_rows
 from tgq_fast.errors import CatalogError
 
 
@@ -48,6 +49,69 @@ def test_overlong_lines_are_refused_without_holding_them(tmp_path: Path, monkeyp
     tracemalloc.stop()
     assert isinstance(rows[0][1], RowError) and rows[1] == (2, {"id": "b"})
     assert peak < 4 << 20
+
+
+PIECES = [
+    b'{"a": 1}',
+    b'{"a": 1},{"b": 2}',
+    b'{"c": [1',
+    b"2]}",
+    b'"d": 2}',
+    b'{"c": 1',
+    b'{"e": "x',
+    b'y"}',
+    b"",
+    b"7",
+    b"[1]",
+]
+PIECES += [
+    b"{}",
+    b'{"f": {"g": null}}',
+    b'{"a": NaN, "a": 2}',
+    b' {"h": 3}\r',
+    b'{"i": "\\ud800"}',
+    b'{"j": "\xff"}',
+    b"]",
+    b"[",
+]
+PIECES += [b'{"k": "\xed\xa0\x80"}', b'{"l": 1} {"m": 2}', b'{"n": "\t"}', b"\xef\xbb\xbf{}", b",", b'"x"']
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.lists(st.sampled_from(PIECES[:3] + PIECES), max_size=8))
+def test_json_lines_are_what_each_is_alone(lines: list[bytes]) -> None:
+    """They are parsed many at a time: no line may take part in another's value."""
+    first = [line.removeprefix(b"\xef\xbb\xbf") if not at else line for at, line in enumerate(lines)]
+    wanted = []
+    for number, line in enumerate(first, start=1):
+        if line.strip():
+            try:
+                value = json.loads(line.decode())
+                wanted.append((number, repr(value) if isinstance(value, dict) else None))
+            except ValueError:
+                wanted.append((number, None))
+    found = read_json_lines(io.BytesIO(b"\n".join(lines) + b"\n"))
+    assert [(number, repr(row) if isinstance(row, dict) else None) for number, row in found] == wanted
+
+
+def test_json_lines_before_damage_are_read() -> None:
+    """Whatever ends the file: what came before it is not lost with the lines that are parsed at a time."""
+
+    class Broken(io.BytesIO):
+        def readline(self, size: int | None = -1, /) -> bytes:
+            line = super().readline(size)
+            if not line:
+                raise error
+            return line
+
+    for error in (EOFError("cut off"), OSError("no answer")):
+        for count in (0, 3, 256, 300):
+            seen = []
+            with contextlib.suppress(OSError):
+                for number, row in read_json_lines(Broken(b'{"a": 1}\n' * count)):
+                    seen.append((number, isinstance(row, dict)))
+            lost = [(count + 1, False)] if isinstance(error, EOFError) else []
+            assert seen == [(number, True) for number in range(1, count + 1)] + lost
 
 
 def test_csv_rows_quotes_and_wrong_field_counts(tmp_path: Path) -> None:

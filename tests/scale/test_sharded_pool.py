@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -147,29 +148,35 @@ def processes(crew: ProcessCrew) -> dict[int, int]:
     return {holder: worker.process.pid for holder, worker in crew._run._workers.items()}
 
 
+def check_losses(sharded: ShardedPool, pool: ItemPool, holders: Callable[[], dict[int, int]], late: float) -> list[int]:
+    """A holder of two is killed, one answers no more for `late` seconds, and a file is damaged; the last processes."""
+    check(sharded, pool)
+    before = holders()
+    os.kill(before[1], signal.SIGKILL)
+    check(sharded, pool)
+    after = holders()
+    assert after[0] == before[0] and after[1] != before[1]
+    os.kill(after[0], signal.SIGSTOP)
+    patience, sharded.seconds = sharded.seconds, late
+    begin = time.monotonic()
+    with pytest.raises(WorkerError, match=rf"holder 0 of 2 .*no answer within {late:g} seconds"):
+        sharded.search(QUERIES, K)
+    assert time.monotonic() - begin < 30
+    sharded.seconds = patience
+    same(sharded.search(QUERIES, K), pool.search(QUERIES, K))
+    damaged = pool.path / pool.manifest.shards[-1].embeddings.name
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
+    with pytest.raises(PoolError, match="SHA-256"):
+        sharded.search(QUERIES, K)
+    return list(after.values())
+
+
 def test_processes_answer_also_when_killed_and_none_hangs(tmp_path: Path) -> None:
     pool = make_pool(tmp_path / "pool")
     crew = ProcessCrew(2)
     with ShardedPool(tmp_path / "pool", crew, seconds=120) as sharded:
-        check(sharded, pool)
-        before = processes(crew)
-        os.kill(before[1], signal.SIGKILL)
-        check(sharded, pool)
-        after = processes(crew)
-        assert after[0] == before[0] and after[1] != before[1]
-        os.kill(after[0], signal.SIGSTOP)  # answers no more
-        sharded.seconds = 1.0
-        begin = time.monotonic()
-        with pytest.raises(WorkerError, match=r"holder 0 of 2 .*no answer within 1 seconds"):
-            sharded.search(QUERIES, K)
-        assert time.monotonic() - begin < 30
-        assert not any(Path(f"/proc/{pid}").exists() for pid in after.values()) or sys.platform != "linux"
-        sharded.seconds = 120
-        same(sharded.search(QUERIES, K), pool.search(QUERIES, K))
-        damaged = tmp_path / "pool" / pool.manifest.shards[-1].embeddings.name
-        damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
-        with pytest.raises(PoolError, match="SHA-256"):
-            sharded.search(QUERIES, K)
+        pids = check_losses(sharded, pool, lambda: processes(crew), late=1)
+        assert not any(Path(f"/proc/{pid}").exists() for pid in pids) or sys.platform != "linux"
 
 
 def test_a_holder_without_the_pool_says_so(tmp_path: Path) -> None:

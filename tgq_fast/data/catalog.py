@@ -36,7 +36,7 @@ from tgq_fast.data.pairs import (
     split_code,
     split_of_components,
 )
-from tgq_fast.data.pictures import Picture, PictureSource, picture_of
+from tgq_fast.data.pictures import MemoryPictures, Picture, PictureSource, picture_of
 from tgq_fast.data.shown import catalog_html
 from tgq_fast.data.validation import ValidationReport
 from tgq_fast.errors import ArgumentError, CatalogError
@@ -180,9 +180,16 @@ class Catalog:
 
         return from_dataset(dataset, **options)
 
-    def part(self, items: Sequence[Item]) -> Catalog:
-        """A catalogue of some of the items, with the same folder and pictures and without pairs."""
-        return Catalog.from_items(items, root=self.root, source=self.source)
+    def part(self, items: Sequence[Item], *, alone: bool = False) -> Catalog:
+        """A catalogue of some of the items, with the same folder and pictures and without pairs.
+
+        Args:
+            alone: of pictures in memory it has those of these items only, so that it can be sent elsewhere.
+        """
+        source = self.source
+        if alone and isinstance(source, MemoryPictures):
+            source = source.part(item.file_name for item in items)
+        return Catalog.from_items(items, root=self.root, source=source)
 
     def _repr_html_(self) -> str:
         return catalog_html(self)

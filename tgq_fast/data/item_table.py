@@ -196,14 +196,16 @@ class ItemTableBuilder:
         """Add a block of items. ArgumentError for text that is not Unicode."""
         numbers = self._numbers
         try:
-            columns: _Columns = {name: pa.array(texts, pa.large_string()) for name, texts in block.texts.items()}
+            columns: _Columns = {name: _array(texts, pa.large_string()) for name, texts in block.texts.items()}
             columns["value"] = pa.array(block.values, pa.large_string())
-            columns["price"] = pa.array(block.prices, pa.float64())
+            columns["price"] = _array(block.prices, pa.float64())
             columns["row"] = np.array(block.rows, np.int64)
         except (pa.ArrowException, UnicodeEncodeError, TypeError, OverflowError) as error:
             raise ArgumentError("items", str(error)[:200], "items whose fields are valid text and numbers") from None
         columns["count"] = np.array(block.counts, np.int64)
-        columns["key"] = np.array([numbers.setdefault(name, len(numbers)) for name in block.keys], np.int32)
+        for name in dict.fromkeys(block.keys):
+            numbers.setdefault(name, len(numbers))
+        columns["key"] = np.array(list(map(numbers.__getitem__, block.keys)), np.int32)
         self._blocks.append(columns)
         if len(self._blocks) == _JOINED:
             self._done.append(_join(self._blocks))
@@ -214,7 +216,13 @@ class ItemTableBuilder:
         self._done.append(_join(self._blocks))
         columns, names = _join(self._done, tidy=True), tuple(self._numbers)
         self._numbers = {}
-        _share_gaps(columns)
+        count = len(columns["row"])
+        gaps = None
+        for name in TEXTS:
+            if pa.types.is_null(columns[name].type):  # one and the same for all: eight bytes a row once
+                columns[name] = gaps = pa.nulls(count, pa.large_string()) if gaps is None else gaps
+        if pa.types.is_null(columns["price"].type):
+            columns["price"] = pa.nulls(count, pa.float64())
         pa.default_memory_pool().release_unused()
         return ItemTable(
             {name: columns[name] for name in TEXTS},
@@ -230,22 +238,24 @@ class ItemTableBuilder:
 _Columns = dict[str, Any]  # Arrow and numpy arrays
 
 
+def _array(values: Sequence[Any], kind: pa.DataType) -> pa.Array:
+    """Values as an Arrow array; gaps alone as one of nulls, which takes no memory."""
+    array = pa.array(values, kind)
+    return pa.nulls(len(array)) if 0 < len(array) == array.null_count else array
+
+
 def _join(blocks: list[_Columns], *, tidy: bool = False) -> _Columns:
     """One block of several, which are emptied: a column at a time is there twice, if what is free is given back."""
     joined: _Columns = {}
     for name in list(blocks[0]):
         parts = [block.pop(name) for block in blocks]
-        joined[name] = np.concatenate(parts) if isinstance(parts[0], np.ndarray) else pa.concat_arrays(parts)
+        if isinstance(parts[0], np.ndarray):
+            joined[name] = np.concatenate(parts)
+        else:
+            kind = next((part.type for part in parts if not pa.types.is_null(part.type)), pa.null())
+            joined[name] = pa.concat_arrays([part if part.type == kind else part.cast(kind) for part in parts])
         if tidy:
             del parts
             pa.default_memory_pool().release_unused()
     blocks.clear()
     return joined
-
-
-def _share_gaps(columns: _Columns) -> None:
-    """Columns without any value become one and the same: eight bytes a row once, not for each."""
-    gaps = None
-    for name in TEXTS:
-        if len(columns[name]) == columns[name].null_count:
-            columns[name] = gaps = pa.nulls(len(columns[name]), pa.large_string()) if gaps is None else gaps

@@ -33,7 +33,7 @@ __all__ += ["read_metadata", "repeated", "stream_items"]
 
 Row = tuple[int, "Mapping[Any, Any] | RowError"]
 _BLOCK = 256  # rows that are Python objects at a time
-_HASHED = 1 << 20  # ids at a time
+_HASHED = 1 << 16  # ids at a time
 _REQUIRED = ("id", *PICTURE_COLUMNS)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ __all__ = ["SPLITS", "PairSet", "Pairs", "components", "group_pairs", "named_ids
 SPLITS = ("train", "validation", "test")
 _ALIASES = {"val": "validation", "valid": "validation", "dev": "validation"}
 UNSPLIT = -1
-_BLOCK = 1 << 16  # components whose ids are Python objects at a time
+_BLOCK = 1 << 16  # components whose ids are Python objects at a time, and pairs that are made at a time
 MAX_TARGETS = 32
 """For training, a group of more than this many items gives each query its next 32 members, so that one huge group stays
 linear."""
@@ -186,7 +187,8 @@ def components(groups: NDArray[np.int64], query: NDArray[np.int64], target: NDAr
         np.minimum.at(root, np.maximum(one, other), np.minimum(one, other))
         while not np.array_equal(root, further := root[root]):
             root = further
-    labels: NDArray[np.int64] = np.cumsum(root == np.arange(len(root)), dtype=np.int64)[root] - 1
+    labels: NDArray[np.int64] = np.cumsum(root == np.arange(len(root)), dtype=np.int64)[root]
+    labels -= 1
     return labels
 
 
@@ -213,10 +215,19 @@ def group_pairs(groups: NDArray[np.int64], *, every: bool = False) -> tuple[NDAr
             chosen[starts[group] : starts[group] + count] = False
             chosen[starts[group] + kept] = True
         mates = np.where(chosen, mates, 0)
-    query = np.repeat(np.arange(len(members)), mates)
-    step = np.arange(len(query)) - np.repeat(np.cumsum(mates) - mates, mates) + 1
-    target = starts[own][query] + (place[query] + step) % size[query]
-    return members[query], members[target]
+    ends = np.cumsum(mates)
+    total = int(mates.sum())
+    query, target = np.empty(total, np.int64), np.empty(total, np.int64)
+    cuts = np.searchsorted(ends, np.arange(_BLOCK, total, _BLOCK)).tolist()
+    for first, stop in pairwise([0, *cuts, len(members)]):
+        own_mates = mates[first:stop]
+        begin, at = ends[first:stop] - own_mates, np.repeat(np.arange(first, stop), own_mates)
+        here = int(begin[0]) if len(begin) else 0
+        pairs = slice(here, here + len(at))
+        step = np.arange(here, here + len(at)) - np.repeat(begin, own_mates) + 1
+        query[pairs] = members[at]
+        target[pairs] = members[starts[own[at]] + (place[at] + step) % size[at]]
+    return query, target
 
 
 def split_of_components(labels: NDArray[np.int64], ids: pa.LargeStringArray) -> NDArray[np.int8]:

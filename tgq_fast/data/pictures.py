@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -97,6 +97,12 @@ class MemoryPictures:
 
     def read(self, address: str) -> bytes:
         return self._data[address]
+
+    def part(self, addresses: Iterable[str | None]) -> MemoryPictures:
+        """Those of some addresses; others, and None, are passed over."""
+        some = MemoryPictures()
+        some._data = {name: self._data[name] for name in addresses if name is not None and name in self._data}
+        return some
 
 
 def picture_of(root: Path, file_name: str, source: PictureSource | None) -> Picture:

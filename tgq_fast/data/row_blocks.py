@@ -201,22 +201,23 @@ def _plain_name(key: Any) -> bool:
 
 def _attributes(rows: Sequence[Mapping[str, Any]], doubt: set[int]) -> tuple[list[int], list[str], list[str]]:
     """counts, keys and values of a block."""
-    named: list[Mapping[Any, Any]] = []
-    for at, row in enumerate(rows):
-        given = row.get("attributes")
-        if type(given) is not dict:
+    named: list[Mapping[Any, Any]] = [row.get("attributes") for row in rows]  # type: ignore[misc]
+    dotted = exact.attribute_columns(tuple(set().union(*rows)))
+    if dotted or set(map(type, named)) - {dict}:
+        for at, row in enumerate(rows):
             said: list[str] = []
-            given = exact.given_attributes(given, said) or {}
+            given = exact.given_attributes(named[at], said) or {}
             if said:
                 doubt.add(at)
-        columns = exact.attribute_columns(tuple(row))
-        named.append(given if not columns else {**given, **{name: row[column] for column, name in columns}})
+            columns = {name: row[column] for column, name in exact.attribute_columns(tuple(row))} if dotted else {}
+            named[at] = {**given, **columns} if columns else given
     keys = list(chain.from_iterable(named))
     odd = {key for key in set(keys) if not _plain_name(key)}
-    for at, entries in enumerate(named):
-        if len(entries) > MAX_ATTRIBUTES or (odd and not odd.isdisjoint(entries)):
-            doubt.add(at)
-            named[at] = {}
+    many = [at for at, entries in enumerate(named) if len(entries) > MAX_ATTRIBUTES]
+    strange = [at for at, entries in enumerate(named) if not odd.isdisjoint(entries)] if odd else []
+    for at in {*many, *strange}:
+        doubt.add(at)
+        named[at] = {}
     if doubt:
         keys = list(chain.from_iterable(named))
     counts = list(map(len, named))

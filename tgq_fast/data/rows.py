@@ -8,6 +8,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import secrets
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import PurePath
@@ -34,6 +35,9 @@ __all__ = [
 SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".csv.gz", ".parquet", ".tar")
 
 Row = tuple[int, "dict[str, Any] | RowError"]
+_LINES, _LINES_BYTES = 256, 1 << 20  # of JSON that are parsed at a time
+_MARK = secrets.token_hex(16)
+_BETWEEN = f',"{_MARK}",'
 _decode = json.JSONDecoder().raw_decode
 _DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile)
 
@@ -147,38 +151,71 @@ def read_json_lines(file: BinaryIO) -> Iterator[Row]:
     """Stream the objects of JSON lines; a damaged gzip stream ends with a last RowError."""
     number = 0
     try:
-        while line := file.readline(MAX_ROW_BYTES):
-            number += 1
-            if len(line) == MAX_ROW_BYTES and not line.endswith(b"\n"):
-                while (rest := file.readline(MAX_ROW_BYTES)) and not rest.endswith(b"\n"):
-                    pass
-                yield number, RowError([f"line is longer than {MAX_ROW_BYTES} bytes"])
-                continue
-            if number == 1 and line.startswith(b"\xef\xbb\xbf"):
-                line = line[3:]
-            if not line.strip():
-                continue
-            try:
-                value = _json_of(line.decode("utf-8"))
-            except UnicodeDecodeError:
-                yield number, RowError(["not valid UTF-8"])
-            except (ValueError, RecursionError) as error:
-                yield number, RowError([f"not valid JSON: {str(error)[:120]}"])
+        for lines in _line_blocks(file):
+            objects = _objects(lines)
+            if objects is not None:
+                yield from enumerate(objects, number + 1)
             else:
-                if not isinstance(value, dict):
-                    value = RowError([f"a JSON {type(value).__name__}, expected an object"])
-                yield number, value
+                for at, line in enumerate(lines, number + 1):
+                    value = _object(line.removeprefix(b"\xef\xbb\xbf") if line and at == 1 else line)
+                    if value is not None:
+                        yield at, value
+            number += len(lines)
     except _DAMAGED as error:
         yield number + 1, RowError([f"the gzip stream is damaged from here on: {error}"])
 
 
-def _json_of(text: str) -> Any:
-    """`json.loads`, faster for a line that is one object and nothing else."""
-    if text.startswith("{"):
-        value, end = _decode(text)
-        if not text[end:].strip(" \t\n\r"):
-            return value
-    return json.loads(text)
+def _line_blocks(file: BinaryIO) -> Iterator[list[bytes | None]]:
+    """Some lines at a time, None for one that is too long. What the file raises comes behind the lines before it."""
+    lines: list[bytes | None] = []
+    size = 0
+    try:
+        while line := file.readline(MAX_ROW_BYTES):
+            size += len(line)
+            if len(line) == MAX_ROW_BYTES and not line.endswith(b"\n"):
+                while (rest := file.readline(MAX_ROW_BYTES)) and not rest.endswith(b"\n"):
+                    pass
+                lines.append(None)
+            else:
+                lines.append(line)
+            if len(lines) == _LINES or size >= _LINES_BYTES:
+                yield lines
+                lines, size = [], 0
+    except Exception:
+        yield lines
+        raise
+    yield lines
+
+
+def _objects(lines: list[bytes | None]) -> list[dict[str, Any]] | None:
+    """What `_object` makes of each line, where each is an object: parsed as one list, which takes half the time.
+
+    Between the lines stands a string that none can hold. Where every one of them is an element of the list, no line
+    has taken part in another's value; where they are every second element, each line is one value.
+    """
+    try:
+        text = "[" + _BETWEEN.join([line.decode("utf-8") for line in lines if line is not None]) + "]"
+        values, end = _decode(text)
+    except (ValueError, RecursionError):
+        return None
+    objects: list[dict[str, Any]] = values[::2]
+    whole = end == len(text) and len(values) == 2 * len(lines) - 1 and set(map(type, objects)) == {dict}
+    return objects if whole and values[1::2].count(_MARK) == len(lines) - 1 else None
+
+
+def _object(line: bytes | None) -> dict[str, Any] | RowError | None:
+    """The object of one line; None for a blank line."""
+    if line is None:
+        return RowError([f"line is longer than {MAX_ROW_BYTES} bytes"])
+    if not line.strip():
+        return None
+    try:
+        value = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError:
+        return RowError(["not valid UTF-8"])
+    except (ValueError, RecursionError) as error:
+        return RowError([f"not valid JSON: {str(error)[:120]}"])
+    return value if isinstance(value, dict) else RowError([f"a JSON {type(value).__name__}, expected an object"])
 
 
 def _read_csv(path: Place, file: BinaryIO, required: tuple[str, ...]) -> Iterator[Row]:

@@ -25,7 +25,7 @@ from tgq_fast.pool.manifest import Manifest, ShardRecord
 from tgq_fast.pool.pins import Pin
 from tgq_fast.search.topk_arguments import as_tensor
 
-_LOOKED_UP = 1 << 22  # ids at a time
+_LOOKED_UP = 1 << 21  # ids at a time
 
 
 class PoolReader:
@@ -117,7 +117,7 @@ class PoolReader:
             ids, alive = self.files.ids(shard).ids, self.alive(shard)
             yield ids if alive is None else ids.take(pa.array(alive))
 
-    def find(self, ids: pa.StringArray) -> tuple[np.ndarray, np.ndarray]:
+    def find(self, ids: pa.StringArray | pa.LargeStringArray) -> tuple[np.ndarray, np.ndarray]:
         """(number of the shard, position in it) of each id, [n] each; (-1, -1) for those that are not in the pool."""
         shard_of, position = (np.full(len(ids), -1, dtype=np.int64) for _ in range(2))
         hashes = hash_ids(ids)
@@ -131,8 +131,8 @@ class PoolReader:
                 wanted, row = wanted[live], row[live]
             if len(wanted):
                 wanted = order[wanted]
-                same = pc.equal(self.files.ids(shard).ids.take(pa.array(row)), ids.take(pa.array(wanted)))
-                same = same.to_numpy(zero_copy_only=False)
+                asked = ids.take(pa.array(wanted)).cast(pa.string())
+                same = pc.equal(self.files.ids(shard).ids.take(pa.array(row)), asked).to_numpy(zero_copy_only=False)
                 shard_of[wanted[same]], position[wanted[same]] = number, row[same]
         return shard_of, position
 
@@ -145,12 +145,11 @@ class PoolReader:
             wanted = (
                 given.cast(pa.large_string()) if isinstance(given, pa.Array) else pa.array(given, pa.large_string())
             )
-            parts = [wanted[start : start + _LOOKED_UP] for start in range(0, len(wanted), _LOOKED_UP)]
-            parts = [part.cast(pa.string()) for part in parts]
         except (pa.ArrowException, TypeError, UnicodeError, OverflowError) as error:
             raise ArgumentError("ids", type(ids).__name__, f"a list of strings ({error})") from None
         if isinstance(ids, str | bytes) or wanted.null_count:
             raise ArgumentError("ids", type(ids).__name__ if not wanted.null_count else "None", "a list of strings")
+        parts = (wanted[start : start + _LOOKED_UP] for start in range(0, len(wanted), _LOOKED_UP))
         rows = np.concatenate([np.empty(0, np.int64), *(self.to_rows(*self.find(part)) for part in parts)])
         if missing == "raise" and (rows < 0).any():
             unknown = wanted[int((rows < 0).argmax())].as_py()

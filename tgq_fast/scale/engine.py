@@ -196,16 +196,15 @@ class _Run:
         """For a worker."""
         first, stop = state.tried
         items = [self.catalog.items[row] for row in state.part.rows[first:stop]]
-        return Task(self.catalog.part(items), dict(state.part.refused))
+        return Task(self.catalog.part(items, alone=True), dict(state.part.refused))
 
     def done(self, state: _State, answer: EmbeddedPart) -> None:
         """A worker embedded what it was given."""
+        self.attempts.end(self._span(state, state.tried))  # first: a disk that is full is no fault of the part
         if state.search is None:
             write_part(self.folder, state.part, answer)
             self._finish(state.part)
-            self.attempts.end(self._span(state, state.tried))
             return
-        self.attempts.end(self._span(state, state.tried))
         state.search.ranges.pop()
         self._go_on(state)
 

@@ -10,6 +10,8 @@ Source: ours.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
@@ -68,14 +70,16 @@ class RayCrew:
                 raise WorkerError(f"an actor wants {each:g} {name}, {have}")
 
     def start(self, job: Job) -> None:
-        self._job = ray.put(job)
+        with _sending("what all tasks have in common"):
+            self._job = ray.put(job)
 
     def give(self, worker: int, task: Any) -> None:
-        if worker not in self._actors:
-            remote = ray.remote(num_cpus=self._cpus, num_gpus=self._gpus, max_restarts=0, max_task_retries=0)(Worker)
-            actor = remote.remote(self._job)
-            self._actors[worker] = actor, actor.ready.remote()
-        self._asked[self._actors[worker][0].do.remote(task)] = worker
+        with _sending("a task"):
+            if worker not in self._actors:
+                plain = ray.remote(num_cpus=self._cpus, num_gpus=self._gpus, max_restarts=0, max_task_retries=0)
+                actor = plain(Worker).remote(self._job)
+                self._actors[worker] = actor, actor.ready.remote()
+            self._asked[self._actors[worker][0].do.remote(task)] = worker
 
     def answer(self, seconds: float | None = None) -> tuple[int, Any] | None:
         limit = seconds if self._started or seconds is not None else _READY_SECONDS
@@ -117,6 +121,15 @@ class RayCrew:
         self.stop()
         if self._owner:
             ray.shutdown()
+
+
+@contextmanager
+def _sending(what: str) -> Iterator[None]:
+    """WorkerError for what cannot be sent, such as where memory and disk of a node are full."""
+    try:
+        yield
+    except RayError as error:
+        raise WorkerError(f"the cluster does not take {what}: {type(error).__name__}: {_first_line(error)}") from error
 
 
 def _first_line(error: Exception) -> str:
