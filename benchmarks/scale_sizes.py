@@ -32,7 +32,7 @@ from tgq_fast.io.files import write_atomic
 __all__ = ["CASES", "measure", "table"]
 
 _BLOCK = 65_536
-WIDTH, QUERIES = 64, 1000
+WIDTH, QUERIES, ADDED = 64, 1000, 20
 Figures = dict[str, float]
 
 
@@ -41,8 +41,8 @@ def _ids(first: int, stop: int) -> list[str]:
 
 
 def _peak() -> float:
-    """MB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    """MB of 10⁶ bytes."""
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6, 1)
 
 
 @contextmanager
@@ -148,6 +148,14 @@ def evaluation(folder: Path, rows: int) -> Figures:
     return figures | {"peak, MB": _peak()}
 
 
+def _write_items(folder: Path, first: int, stop: int) -> None:
+    """Append items that share 500 pictures."""
+    with (folder / "metadata.jsonl").open("a") as file:
+        for number, name in enumerate(_ids(first, stop), start=first):
+            row = {"id": name, "file_name": f"images/{number % 500}.jpg", "title": f"thing {number}"}
+            file.write(json.dumps(row) + "\n")
+
+
 def make_pictures(folder: Path, rows: int) -> None:
     """Items that share 500 pictures of 240 × 320."""
     from PIL import Image
@@ -156,15 +164,11 @@ def make_pictures(folder: Path, rows: int) -> None:
     for number in range(500):
         coarse = np.random.default_rng(number).integers(0, 255, (6, 8, 3), np.uint8)
         Image.fromarray(coarse).resize((320, 240), Image.Resampling.BICUBIC).save(folder / f"images/{number}.jpg")
-    with (folder / "metadata.jsonl").open("w") as file:
-        for number, name in enumerate(_ids(0, rows)):
-            row = {"id": name, "file_name": f"images/{number % 500}.jpg", "title": f"thing {number}"}
-            file.write(json.dumps(row) + "\n")
+    _write_items(folder, 0, rows)
 
 
-def embedding(folder: Path, rows: int) -> Figures:
-    """Streaming embedding with an encoder so light that reading, decoding and writing are the work."""
-    from benchmarks.scale_losses import Blocks
+def _embed(folder: Path, encoder: torch.nn.Module, shard_size: int) -> Figures:
+    """Bring the pool of a folder up to date."""
     from tgq_fast.data import Catalog
     from tgq_fast.pool import embed_catalog
 
@@ -172,10 +176,44 @@ def embedding(folder: Path, rows: int) -> Figures:
     figures: Figures = {"catalogue, MB": _peak()}
     with _cpu(figures, "embed"):
         embed_catalog(
-            catalog, Blocks(), folder / "pool", dims=64, batch_size=64, shard_size=512, codes=False, digest="blocks",
-            threads=2,
+            catalog, encoder, folder / "pool", dims=WIDTH, batch_size=64, shard_size=shard_size, codes=False,
+            digest="one", threads=2,
         )  # fmt: skip
-    return figures | {"items per CPU second": round(rows / figures["embed"], 1), "peak, MB": _peak()}
+    return figures | {"peak, MB": _peak()}
+
+
+def embedding(folder: Path, rows: int) -> Figures:
+    """Streaming embedding with an encoder so light that reading, decoding and writing are the work."""
+    from benchmarks.scale_losses import Blocks
+
+    figures = _embed(folder, Blocks(), shard_size=512)
+    return figures | {"items per CPU second": round(rows / figures["embed"], 1)}
+
+
+class Numbers(torch.nn.Module):
+    """Reads no picture; counts the items that it was given."""
+
+    items = 0
+
+    def encode(self, items: Any, *, batch_size: int, on_error: str) -> torch.Tensor:
+        """[n, WIDTH]."""
+        self.items += len(items)
+        return torch.tensor([[int(name[-9:]) + 1.0] * WIDTH for name in items.ids])
+
+
+def make_update(folder: Path, rows: int) -> None:
+    """An embedded catalogue to which `ADDED` items have come since."""
+    make_pictures(folder, rows)
+    _embed(folder, Numbers(), shard_size=4096)
+    _write_items(folder, rows, rows + ADDED)
+
+
+def update(folder: Path, rows: int) -> Figures:
+    """Embedding again: pictures of all items are compared with what was embedded, and the new ones embedded."""
+    encoder = Numbers()
+    figures = _embed(folder, encoder, shard_size=4096)
+    assert encoder.items == ADDED
+    return {"items embedded": encoder.items} | figures
 
 
 Case = tuple[Callable[[Path, int], None], Callable[[Path, int], Figures], tuple[int, ...]]
@@ -184,12 +222,14 @@ CASES: dict[str, Case] = {
     "pool": (make_pool, pool, (10_000, 100_000, 1_000_000, 10_000_000)),
     "evaluation": (make_pool, evaluation, (10_000, 100_000, 1_000_000, 10_000_000)),
     "embedding": (make_pictures, embedding, (2_000, 10_000, 50_000)),
+    "update": (make_update, update, (1_000, 10_000, 100_000)),
 }
 TITLES = {
     "catalogue": "`Catalog.load` of JSON lines with five fields and two attributes",
     "pool": f"A pool of {WIDTH} columns in fp16",
     "evaluation": f"`evaluate` of that pool, {QUERIES:,} queries with random mates, every row a candidate",
     "embedding": "`embed_catalog`, pictures of 240 × 320, a light encoder",
+    "update": f"`embed_catalog` again after {ADDED} items were added",
 }
 
 
@@ -233,15 +273,20 @@ def table(document: dict[str, Any]) -> str:
 def _shown(column: str, value: float | None) -> str:
     if value is None:
         return ""
-    if column.endswith("MB") or "per" in column:
+    if column.endswith("MB") or "items" in column:
         return f"{value:,.0f}"
     return f"{value * 1e3:.3g} ms" if value < 1 else f"{value:,.1f} s"
 
 
 def fill(text: str, document: dict[str, Any]) -> str:
     """`text` with the table between its markers."""
-    begin, end = "<!-- scale:begin -->", "<!-- scale:end -->"
-    return re.sub(f"{begin}.*?{end}", lambda _: f"{begin}\n{table(document)}\n{end}", text, flags=re.DOTALL)
+    return filled(text, "scale", table(document))
+
+
+def filled(text: str, name: str, lines: str) -> str:
+    """`text` with `lines` between the markers of this name."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    return re.sub(f"{begin}.*?{end}", lambda _: f"{begin}\n{lines}\n{end}", text, flags=re.DOTALL)
 
 
 def main() -> None:
