@@ -47,7 +47,7 @@ BAD: dict[str, list[Any]] = {
     "share": [None, "0.5", 1j, [0.5], np.array([0.5]), Decimal("0.5"), Odd()],
     "name": [None, b"x", 3, Path("x"), ["x"], Odd()],
     "flag": [None, 1, "yes", np.array([True]), Odd()],
-    "path": [3, b"x", "a\0b", Path("a\0b"), ["x"], Odd()],
+    "path": ["a" * 256, "a/" + "é" * 200 + "/b", 3, b"x", "a\0b", Path("a\0b"), ["x"], Odd()],
 }
 PLAIN = {"count": 1, "share": 0.5, "name": "x", "flag": True}
 

@@ -21,6 +21,7 @@ from tgq_fast.errors import ArgumentError
 
 __all__ = ["checked", "row_numbers"]
 
+_LONGEST_NAME = 255  # bytes of a file's name
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -35,7 +36,9 @@ def _whole(value: object) -> bool:
 
 
 def _path(value: object) -> bool:
-    return isinstance(value, (str, os.PathLike)) and "\0" not in os.fspath(value)
+    if not isinstance(value, (str, os.PathLike)) or "\0" in (text := os.fspath(value)):
+        return False
+    return max(map(len, os.fsencode(text).split(os.sep.encode()))) <= _LONGEST_NAME  # the system refuses to look
 
 
 # Annotation → (test, in words). One that is not here is the function's own to check.

@@ -309,3 +309,23 @@ def test_autocast_changes_nothing() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         found, _ = positive_ranks(rows, query, target)
     np.testing.assert_array_equal(found, expected)
+
+
+def test_embeddings_in_every_form_mean_their_values() -> None:
+    """Ranks beyond the search depth are counted over the rows' memory, where a lazy negation is not carried out."""
+    catalog = make_catalog(40)
+    vectors = torch.randn(len(catalog), 6, generator=torch.Generator().manual_seed(0))
+    expected = evaluate(catalog, vectors, ks=(1,), samples=0).rank
+    assert (expected > 1).any()
+    array = vectors.numpy()
+    forms = [torch._neg_view(-vectors), array[::-1].copy()[::-1], array.astype(">f4"), np.asfortranarray(array)]
+    for form in forms:
+        for queries in (None, form):
+            found = evaluate(catalog, form, queries=queries, ks=(1,), samples=0).rank
+            np.testing.assert_array_equal(found, expected)
+    rows = np.arange(len(catalog) - 1)
+    want, _ = positive_ranks(vectors, rows, rows + 1)
+    np.testing.assert_array_equal(positive_ranks(torch._neg_view(-vectors), rows, rows + 1)[0], want)
+    for odd in ("pool", 5, None, [[1.0]], np.ma.array(array, mask=array > 0)):
+        with pytest.raises(ArgumentError):
+            evaluate(catalog, odd)  # type: ignore[arg-type]

@@ -32,7 +32,7 @@ from tgq_fast.evaluation.metrics import (
 from tgq_fast.evaluation.ranks import Pool, positive_ranks
 from tgq_fast.io.files import write_atomic
 from tgq_fast.pool.item_pool import ItemPool
-from tgq_fast.search.topk_arguments import MAX_K
+from tgq_fast.search.topk_arguments import MAX_K, as_tensor
 
 if TYPE_CHECKING:
     from tgq_fast.data import Catalog
@@ -246,7 +246,7 @@ class _Asked:
 
     def __init__(self, catalog: Catalog, queries: Tensor | np.ndarray, width: int, row_of: np.ndarray) -> None:
         size = len(catalog.items)
-        self._given = torch.as_tensor(queries).detach().cpu()
+        self._given = as_tensor("queries", queries).cpu()
         if self._given.shape != (size, width) or not self._given.is_floating_point():
             raise ArgumentError(
                 "queries", f"{tuple(self._given.shape)} {self._given.dtype}", f"floating [{size}, {width}]"
@@ -266,6 +266,8 @@ def _candidates(
     """fp32 [N, D], or the pool where that is large or shared, and, for each catalogue row, its row in them or -1."""
     size = len(catalog.items)
     if not isinstance(embedded, Tensor | np.ndarray):
+        if not hasattr(embedded, "count_before"):
+            raise ArgumentError("embedded", f"a {type(embedded).__name__}", "a pool, or [n, D] rows of the catalogue")
         row_of = embedded.rows(catalog.items.text("id"), missing="mark")
         if (row_of >= 0).sum() != len(embedded):
             raise ArgumentError(
@@ -279,7 +281,7 @@ def _candidates(
         return embedded, row_of
     if shared:
         raise ArgumentError("group", f"with a {type(embedded).__name__}", "an ItemPool, which its ranks can share")
-    vectors = torch.as_tensor(embedded).detach().cpu()
+    vectors = as_tensor("embeddings", embedded).cpu()
     if vectors.ndim != 2 or vectors.shape[0] != size or not vectors.is_floating_point():
         raise ArgumentError(
             "embeddings", f"{tuple(vectors.shape)} {vectors.dtype}", f"floating [{size}, D], one row per item"

@@ -20,6 +20,7 @@ from tgq_fast.pool.item_pool import ItemPool, PoolHits
 from tgq_fast.search import count
 from tgq_fast.search.count import Marks
 from tgq_fast.search.topk import topk
+from tgq_fast.search.topk_arguments import as_tensor
 
 __all__ = ["Pool", "positive_ranks"]
 
@@ -145,7 +146,7 @@ class _Held:
     """Candidates in memory."""
 
     def __init__(self, rows: Tensor) -> None:
-        self.rows = rows
+        self.rows = as_tensor("embeddings", rows)
 
     def take(self, rows: Tensor) -> Tensor:
         return self.rows[rows]

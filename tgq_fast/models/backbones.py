@@ -116,7 +116,7 @@ def _is_intact(folder: Path) -> bool:
     try:
         sums = json.loads((folder / "checksums.json").read_text())
         return bool(sums) and all(sha256_file(folder / name) == value for name, value in sums.items())
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return False
 
 

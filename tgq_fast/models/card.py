@@ -97,7 +97,7 @@ def read_run(folder: str | Path) -> dict[str, Any] | None:
         return None
     try:
         return unseal(json.loads(path.read_bytes()))
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: not readable ({error})") from None
 
 

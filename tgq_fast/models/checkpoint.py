@@ -56,7 +56,7 @@ def load_config(folder: Path) -> TGQFormerConfig:
     try:
         values = json.loads(path.read_text())
         kind = values.get("model_type")
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: not readable as JSON ({error})") from error
     if kind != TGQFormerConfig.model_type:
         raise CheckpointError(f"{path}: model_type is {kind!r}, expected {TGQFormerConfig.model_type!r}")

@@ -56,11 +56,13 @@ LATER_FIELDS = (
 
 
 def tower_digests(vision: VisionTower, text: TextTower) -> dict[str, str]:
-    """Digests of loaded towers by "vision" and "text", each with the dtype of its weights."""
+    """Digests of loaded towers by "vision" and "text", each with the dtype of its weights, and of the "tokenizer"."""
     found = {}
     for name, tower in (("vision", vision), ("text", text)):
         if key := getattr(tower, "key", None):
             found[name] = f"{str(tower.dtype).removeprefix('torch.')}:{key}"
+    if key := getattr(text, "tokenizer_key", None):
+        found["tokenizer"] = f"ids:{key}"
     return found
 
 

@@ -172,7 +172,7 @@ class FieldEncoder:
 def string_tokens(strings: list[str], text: TextTower, root: Path, verify: bool) -> ChunkedArray:
     """The cache of the tokens of unique metadata strings."""
     digest = hashlib.sha256(json.dumps(strings).encode()).hexdigest()
-    key = hashlib.sha256(f"text-1|{text.key}|{digest}|{_STRINGS}".encode()).hexdigest()
+    key = hashlib.sha256(f"text-2|{text.key}|{text.tokenizer_key}|{digest}|{_STRINGS}".encode()).hexdigest()
     layout: dict[str, tuple[str, list[int]]] = {"lengths": ("<i4", [])}
     if text.pooled_width:
         layout["pooled"] = ("<f2", [text.pooled_width])

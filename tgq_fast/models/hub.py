@@ -70,7 +70,11 @@ def local_folder(name: str | Path, options: Mapping[str, Any] | None = None) -> 
         CheckpointError: the hub does not give it.
     """
     path = Path(name)
-    if path.exists() or not _REPO.fullmatch(str(name)):
+    try:
+        there = path.exists()
+    except OSError as error:  # a name that is too long to look for
+        raise CheckpointError(f"{str(name)[:80]}: no path of a folder ({error.strerror})") from None
+    if there or not _REPO.fullmatch(str(name)):
         return path
     from huggingface_hub import snapshot_download
 

@@ -378,14 +378,15 @@ class TGQFormerModel(TowerHolder, Publishing, PreTrainedModel):  # type: ignore[
             if name in config.to_dict() and name not in ("dtype", "torch_dtype"):
                 setattr(config, name, value)
         device = torch.get_default_device()
-        with plain_defaults(), own_randomness():  # what is drawn for the parts is replaced by the weights
+        # What is drawn for the parts is replaced by the weights.
+        with plain_defaults(), own_randomness(), torch.inference_mode(False):
             state = checkpoint.load_state(folder)
             model = cls(config)
             checkpoint.load_into(model, state, wanted=set(model.saved_state()), folder=folder)
-        if device.type not in ("cpu", "meta"):
-            nn.Module.to(model, device)
-        if (dtype := as_dtype(kwargs.get("dtype", kwargs.get("torch_dtype")))) is not None:
-            nn.Module.to(model, dtype=dtype)
+            if device.type not in ("cpu", "meta"):
+                nn.Module.to(model, device)
+            if (dtype := as_dtype(kwargs.get("dtype", kwargs.get("torch_dtype")))) is not None:
+                nn.Module.to(model, dtype=dtype)
         model.name_or_path = str(folder)
         model.eval()
         return model

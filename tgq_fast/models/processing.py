@@ -273,5 +273,5 @@ class TGQFormerProcessor:
             return cls(TGQFormerConfig.from_dict(values["config"]), padding_side=values["padding_side"])
         except FileNotFoundError:
             raise CheckpointError(f"{path}: no such file; save a processor there with save_pretrained") from None
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError, OSError, RecursionError) as error:
             raise CheckpointError(f"{path}: not a processor configuration ({type(error).__name__}: {error})") from error

@@ -47,8 +47,10 @@ class TowerHolder:
             if held.split(":")[0] != dtype:  # the same weights in another dtype have another digest, too
                 logger.warning("%s tower: %s weights cannot be told from the model's %s ones", name, dtype, held)
                 continue
+            tower = "text" if name == "tokenizer" else name
+            what = "tokenizer is not that" if name == "tokenizer" else "weights or preprocessing are not those"
             raise CheckpointError(
-                f"{name} tower {getattr(self.config, f'{name}_tower')!r}: its weights or preprocessing are not those "
+                f"{tower} tower {getattr(self.config, f'{tower}_tower')!r}: its {what} "
                 f"that this model was made with (digest {digest[:20]}…, expected {held[:20]}…); embeddings would "
                 "differ. Use the same files, or load the model with tower_digests=None to take these all the same"
             )

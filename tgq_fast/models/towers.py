@@ -6,6 +6,8 @@ preprocessing, so that cached features can never be read with the wrong encoder.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -183,6 +185,17 @@ def load_vision_tower(
     return tower.to(device or default_device())
 
 
+_PROBES = ("size: M, 100 % cotton", "Size: XL", "Nike AIR Max 270", "café CAFÉ Straße", "12.50 €, 1,299.00", "a  b\tc")
+_PROBES += ("blue/grey two-tone (2-pack)", "黑色连衣裙", "Розовый", "شال", "👟", "")
+
+
+def _tokenizer_digest(tokenizer: Any) -> str:
+    """By what it does, not by its files: these differ between releases of the library that writes them."""
+    state = hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode())
+    state.update(json.dumps([tokenizer(text)["input_ids"] for text in _PROBES]).encode())
+    return state.hexdigest()
+
+
 class TextTower(_Frozen):
     """A frozen text encoder of single metadata fields.
 
@@ -190,7 +203,8 @@ class TextTower(_Frozen):
     missing: results can be cached per unique string and a field is dropped by leaving its tokens out [ours].
 
     Attributes:
-        key: digest of weights, tokenizer and truncation.
+        key: digest of weights and truncation, and a little of the tokenizer.
+        tokenizer_key: digest of its vocabulary and of what it makes of some texts.
         width: dt.
         pooled_width: width of :meth:`encode_pooled`, None unless this is a dual encoder's text half.
     """
@@ -227,6 +241,7 @@ class TextTower(_Frozen):
         self.freeze()
         probe = [tokenizer("size: M, 100 % cotton")["input_ids"], len(tokenizer)]
         self.key = module_digest(model, "text-1", max_tokens, pooled_length, probe)
+        self.tokenizer_key = _tokenizer_digest(tokenizer)
 
     def _tokenize(self, strings: Sequence[str], length: int) -> tuple[Tensor, Tensor, Tensor]:
         # Padding to a fixed length keeps the matrix shapes, and so the rounding, independent of the other strings.

@@ -70,7 +70,7 @@ def codes_source(path: Path) -> str | None:
 def _facts(handle: Any) -> dict[str, Any]:
     try:
         facts = json.loads((handle.metadata() or {}).get(_KEY, "{}"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return facts if isinstance(facts, dict) else {}
 

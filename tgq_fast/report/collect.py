@@ -144,7 +144,7 @@ def write_report(
         notes=notes,
         made_by=f"Written by tgq_fast {__version__} on {date.today().isoformat()}: {command}",
     )
-    page = render(content).encode("utf-8")
+    page = render(content).encode("utf-8", "replace")  # a path may hold bytes that are no text
     write_atomic(out, page)
     return {
         "file": str(out),

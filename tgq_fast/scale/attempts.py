@@ -37,7 +37,7 @@ class Attempts:
                 try:
                     entry = json.loads(line)
                     self._apply(entry)
-                except (ValueError, KeyError, TypeError):
+                except (ValueError, KeyError, TypeError, RecursionError):
                     continue
 
     def failed(self, span: Span) -> int:

@@ -100,7 +100,7 @@ def read_part(folder: Path, part: Part, width: int) -> EmbeddedPart | None:
             return None
         keys = [bytes.fromhex(key) for key in body["content"]]
         return EmbeddedPart(body["ids"], vectors, keys, body["refused"], body["reject_lines"])
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError):
         return None
 
 

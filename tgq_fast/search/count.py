@@ -17,6 +17,7 @@ from torch import Tensor
 from tgq_fast import _native
 from tgq_fast.errors import ArgumentError
 from tgq_fast.search import topk_native
+from tgq_fast.search.topk_arguments import as_tensor
 
 __all__ = ["Marks", "count_before", "score_rows"]
 
@@ -39,6 +40,7 @@ class Marks(NamedTuple):
 
 def score_rows(queries: Tensor, rows: Tensor) -> Tensor:
     """[n] fp32 score of row i of `rows` [n, D] for row i of `queries` [n, D]."""
+    queries, rows = as_tensor("queries", queries), as_tensor("rows", rows)
     if not _native.available():
         return (queries.double() * rows.double()).sum(dim=1).float()
     scores = torch.empty(len(rows), dtype=torch.float32, device="cpu")
@@ -68,6 +70,8 @@ def count_before(
     Raises:
         ArgumentError: marks that are not those of these queries.
     """
+    queries, pool = as_tensor("queries", queries), as_tensor("pool", pool)
+    marks = Marks(*(as_tensor("marks", values) for values in marks))
     starts, count = marks.starts, len(marks.rows)
     if len(starts) != len(queries) + 1 or int(starts[0]) or int(starts[-1]) != count or len(marks.scores) != count:
         given = f"{len(starts)} starts up to {int(starts[-1])}, {len(marks.scores)} scores, {count} rows"

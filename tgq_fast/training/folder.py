@@ -104,7 +104,7 @@ class RunLog:
                 try:
                     if json.loads(line)["step"] <= step:
                         kept.append(line + "\n")
-                except (ValueError, KeyError, TypeError):
+                except (ValueError, KeyError, TypeError, RecursionError):
                     continue  # torn by a kill
         write_atomic(path, "".join(kept).encode())
 

@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from tgq_fast.arguments import checked
 from tgq_fast.errors import CheckpointError
 from tgq_fast.watch import SILENT, Advance, Watch
 
@@ -70,13 +71,14 @@ def open_store(
         return FeatureStore.open_or_build(catalog, vision, text, config, cache, progress=progress, on_error=on_error)
 
 
+@checked
 def open_run(run: Path, watch: Watch = SILENT) -> TGQFormerModel:
     """The model of a run folder, on the GPU when there is one, with its frozen towers."""
     import torch
 
     from tgq_fast.models import TGQFormerModel
 
-    if not run.is_dir():
+    if not (run := Path(run)).is_dir():
         raise CheckpointError(f"{run}: no such run folder; `tgq-fast train` makes one")
     model = TGQFormerModel.from_pretrained(run)
     model.set_towers(*load_towers(model.config, watch))

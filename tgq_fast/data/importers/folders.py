@@ -70,7 +70,7 @@ def _arrow_rows(path: Path) -> Iterator[tuple[dict[str, Any], Mapping[str, list[
             for batch in stream:
                 for row in batch.to_pylist():
                     yield row, labels
-    except (pa.ArrowException, OSError, ValueError) as error:
+    except (pa.ArrowException, OSError, ValueError, RecursionError) as error:
         raise CatalogError(path, [f"not a readable Arrow file: {str(error)[:200]}"]) from error
 
 
