@@ -23,15 +23,6 @@ from tgq_fast.models.hub import hub_load
 from tgq_fast.pool import ItemPool, embed_catalog, model_digest
 
 
-@pytest.fixture(scope="module")
-def saved(vit: Path, llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    model = TGQFormerModel.from_config_with_towers(tiny.tiny_config(vit, llama, whitening=8, norm="pre", guide=True))
-    folder = tmp_path_factory.mktemp("saved")
-    model.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
 def double() -> Iterator[None]:
     torch.set_default_dtype(torch.float64)

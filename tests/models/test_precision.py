@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import tiny_models as tiny
 import torch
 
 from tgq_fast.data import write_demo_catalog
@@ -18,16 +17,6 @@ from tgq_fast.models.features import FeatureStore
 from tgq_fast.pool import ItemPool, embed_catalog
 from tgq_fast.search import topk
 from tgq_fast.workflow.probes import connect
-
-
-@pytest.fixture(scope="module")
-def saved(vit: Path, llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    model = TGQFormerModel.from_config_with_towers(tiny.tiny_config(vit, llama, whitening=8, norm="pre", guide=True))
-    folder = tmp_path_factory.mktemp("saved")
-    model.save_pretrained(folder)
-    return folder
-
 
 PARTS = [("generic", "all"), ("mkldnn", "all"), ("mkldnn", "matmul"), ("mkldnn", "conv"), ("mkldnn", "rnn")]
 PARTS += [("cuda", "all"), ("cuda", "matmul")]

@@ -185,7 +185,14 @@ def load_vision_tower(
     return tower.to(device or default_device())
 
 
-_PROBES = ("size: M, 100 % cotton", "Size: XL", "Nike AIR Max 270", "café CAFÉ Straße", "12.50 €, 1,299.00", "a  b\tc")
+_PROBES: tuple[str, ...] = (
+    "size: M, 100 % cotton",
+    "Size: XL",
+    "Nike AIR Max 270",
+    "café CAFÉ Straße",
+    "12.50 €, 1,299.00",
+    "a  b\tc",
+)
 _PROBES += ("blue/grey two-tone (2-pack)", "黑色连衣裙", "Розовый", "شال", "👟", "")
 
 
