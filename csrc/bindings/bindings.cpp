@@ -344,9 +344,9 @@ PYBIND11_MODULE(_C, module) {
     const char* found = tgq::resolve_isa(name.c_str());
     return found == nullptr ? py::object(py::none()) : py::object(py::str(found));
   });
-  module.def("search_cpu", &search_cpu, py::arg("queries"), py::arg("pool"), py::arg("k"), py::arg("exclude"),
-             py::arg("exclude_width"), py::arg("scores"), py::arg("rows"), py::arg("threads"), py::arg("self_join"),
-             py::arg("progress"), py::arg("isa"), py::arg("tuning"), py::arg("counters"),
+  module.def("search_cpu", &search_cpu, py::arg("queries"), py::arg("pool"), py::arg("k"), py::kw_only(), py::arg("exclude") = 0,
+             py::arg("exclude_width") = 0, py::arg("scores"), py::arg("rows"), py::arg("threads"), py::arg("self_join") = false,
+             py::arg("progress") = py::none(), py::arg("isa") = py::none(), py::arg("tuning") = py::dict(), py::arg("counters") = py::none(),
              py::arg("codes") = py::none(), py::arg("allowed") = 0, py::arg("rules") = py::tuple(), py::arg("sampled_k") = 0);
   module.def("count_before", &count_before);
   module.def("score_rows", &score_rows);

@@ -140,7 +140,7 @@ scores, rows = array.array("f", [0] * 2), array.array("q", [0] * 2)
 pool = (values.buffer_info()[0], 3, 2, 2, 1, 0)
 query = (values.buffer_info()[0] + 16, 1, 2, 2, 1, 0)
 results = scores.buffer_info()[0], rows.buffer_info()[0]
-status = _C.search_cpu(query, pool, 2, 0, 0, *results, 1, False, None, None, {}, None)
+status = _C.search_cpu(query, pool, 2, scores=results[0], rows=results[1], threads=1)
 print(status, list(rows), list(scores), sep="|")
 print(_C.build_info()["cuda_version"], _C.why_no_cuda(0), _C.why_no_cuda(-1), sep="|")
 print(_C.cuda_workspace(query, pool, 2, 0, 0, 0, False, 0, {"engine": 2})[:2], sep="|")
