@@ -49,12 +49,14 @@ _RATIOS = (  # of what, which way over which
 )
 
 
-def measure(comparison: str, work: Path, items: int, against: Path | None = None) -> dict[str, Any]:
-    """One run: figures by way. AssertionError where pools are not the same."""
+def measure(
+    comparison: str, work: Path, items: int, against: Path | None = None, only: list[str] | None = None
+) -> dict[str, Any]:
+    """One run: figures by way, of all or of some. AssertionError where pools are not the same."""
     folder = work / f"shop-{items}"
     if not folder.exists():
         make_pictures(folder, items)
-    ways = [(way, ROOT) for way in WAYS[comparison]]
+    ways = [(way, ROOT) for way in WAYS[comparison] if way in (only or WAYS[comparison])]
     if against is not None and comparison == "streaming":
         ways.append((BEFORE, against))
     told: dict[str, Any] = {}
@@ -105,6 +107,7 @@ def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default=",".join(WAYS))
+    parser.add_argument("--way", action="append", help="of a comparison, this way alone; repeatable")
     parser.add_argument("--items", type=int, default=768)
     parser.add_argument("--work", type=Path, help="folder for data, which stays; none: nothing is measured")
     parser.add_argument("--against", type=Path, metavar="CHECKOUT", help="another checkout, to compare its cache with")
@@ -115,7 +118,7 @@ def main() -> None:
     if given.json.exists():
         document = json.loads(given.json.read_text())
     for comparison in given.only.split(",") if given.work is not None else ():
-        runs = [*document["runs"], measure(comparison, given.work, given.items, given.against)]
+        runs = [*document["runs"], measure(comparison, given.work, given.items, given.against, given.way)]
         write_figures(given.json, ratios=ratios(runs), runs=runs)
         document = json.loads(given.json.read_text())
     if given.table is not None:

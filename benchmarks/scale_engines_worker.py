@@ -26,7 +26,7 @@ def embed(way: str, folder: Path) -> dict[str, float]:
 
     catalog = Catalog.load(folder)
     torch.manual_seed(0)
-    model = TGQFormerModel(make_config(catalog, preset="tiny", fields=["title"])).eval()
+    model = TGQFormerModel(make_config(catalog, preset="tiny", fields=["title"])).train(False)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     figures = (
         _engine(way, catalog, model, folder) if way.startswith(("one", "two")) else _whole(way, catalog, model, folder)

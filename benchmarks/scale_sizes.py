@@ -167,7 +167,7 @@ def make_pictures(folder: Path, rows: int) -> None:
     _write_items(folder, 0, rows)
 
 
-def _embed(folder: Path, encoder: torch.nn.Module, shard_size: int) -> Figures:
+def _embed(folder: Path, encoder: Any, shard_size: int) -> Figures:
     """Bring the pool of a folder up to date."""
     from tgq_fast.data import Catalog
     from tgq_fast.pool import embed_catalog

@@ -86,6 +86,14 @@ def test_several_processes_evaluate_a_pool_as_one_does(world: World, tmp_path: P
     assert ran.stderr.count("wrote") == 1
 
 
+def test_ray_actors_evaluate_a_pool_as_one_process_does(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path or os.getcwd() for path in sys.path))
+    common = ("evaluate", world.catalog, "--model", world.run, "--pool", world.pool, "--k", "1,5", "--json", "-")
+    one = json.loads(call(*common, "--no-floor").stdout)
+    assert json.loads(call(*common, "--engine", "ray", "--workers", 2, "--cpus", 0.5).stdout) == one
+
+
 def test_several_processes_share_a_pool_and_nothing_else(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     common = ("evaluate", world.catalog, "--model", world.run, "--workers", 2)
     pool = ("--pool", world.pool)
