@@ -31,8 +31,8 @@ class ItemTable(Sequence[Item]):
     """Items, read only. Made by :class:`ItemTableBuilder`.
 
     Args:
-        texts: column of `TEXTS` → [n] text, null where missing.
-        prices: [n] float64, null where missing.
+        texts: column of `TEXTS` → [n] text, null where missing; one that nobody has may be of Arrow's type null, without memory.
+        prices: [n] float64, null where missing; or of type null.
         numbers: [n] int64 rows of the metadata file.
         ends: [n + 1] int64; the attributes of item i are entries ends[i] … ends[i + 1] of the following two.
         keys: [m] int32 index into `names`.
@@ -123,7 +123,8 @@ class ItemTable(Sequence[Item]):
 
     def text(self, name: str) -> pa.LargeStringArray:
         """[n] a column of `TEXTS`, null where missing."""
-        return self._texts[name]
+        column = self._texts[name]
+        return pa.nulls(len(self), pa.large_string()) if pa.types.is_null(column.type) else column
 
     @property
     def numbers(self) -> NDArray[np.int64]:
@@ -132,7 +133,7 @@ class ItemTable(Sequence[Item]):
 
     def prices(self) -> pa.DoubleArray:
         """[n] float64, null where missing."""
-        return self._prices
+        return pa.nulls(len(self), pa.float64()) if pa.types.is_null(self._prices.type) else self._prices
 
     def attribute(self, name: str) -> pa.LargeStringArray:
         """[n] texts of one attribute, null where missing."""
@@ -168,7 +169,7 @@ class ItemTable(Sequence[Item]):
 
     def groups(self) -> NDArray[np.int64]:
         """[n] int64 number of each item's group, in order of first appearance; -1 for none."""
-        coded = self._texts["group_id"].dictionary_encode()
+        coded = self.text("group_id").dictionary_encode()
         codes: NDArray[np.int64] = pc.fill_null(coded.indices, -1).to_numpy(zero_copy_only=False).astype(np.int64)
         return codes
 
@@ -216,19 +217,18 @@ class ItemTableBuilder:
         self._done.append(_join(self._blocks))
         columns, names = _join(self._done, tidy=True), tuple(self._numbers)
         self._numbers = {}
-        count = len(columns["row"])
-        gaps = None
-        for name in TEXTS:
-            if pa.types.is_null(columns[name].type):  # one and the same for all: eight bytes a row once
-                columns[name] = gaps = pa.nulls(count, pa.large_string()) if gaps is None else gaps
-        if pa.types.is_null(columns["price"].type):
-            columns["price"] = pa.nulls(count, pa.float64())
+        counts = columns.pop("count")
+        if counts.any():
+            ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])
+        else:  # nobody has attributes: no memory for where they end
+            ends = np.broadcast_to(np.int64(0), len(counts) + 1)
+        del counts
         pa.default_memory_pool().release_unused()
         return ItemTable(
             {name: columns[name] for name in TEXTS},
             columns["price"],
             columns["row"],
-            np.concatenate([np.zeros(1, np.int64), np.cumsum(columns["count"], dtype=np.int64)]),
+            ends,
             columns["key"],
             columns["value"],
             names,
@@ -241,7 +241,7 @@ _Columns = dict[str, Any]  # Arrow and numpy arrays
 def _array(values: Sequence[Any], kind: pa.DataType) -> pa.Array:
     """Values as an Arrow array; gaps alone as one of nulls, which takes no memory."""
     array = pa.array(values, kind)
-    return pa.nulls(len(array)) if 0 < len(array) == array.null_count else array
+    return pa.nulls(len(array)) if array.null_count == len(array) else array
 
 
 def _join(blocks: list[_Columns], *, tidy: bool = False) -> _Columns:
