@@ -31,8 +31,8 @@ class ItemTable(Sequence[Item]):
     """Items, read only. Made by :class:`ItemTableBuilder`.
 
     Args:
-        texts: column of `TEXTS` → [n] text, null where missing; one that nobody has may be of Arrow's type null, without memory.
-        prices: [n] float64, null where missing; or of type null.
+        texts: column of `TEXTS` → [n] text, null where missing; of type null where all are.
+        prices: [n] float64, null where missing; of type null where all are.
         numbers: [n] int64 rows of the metadata file.
         ends: [n + 1] int64; the attributes of item i are entries ends[i] … ends[i + 1] of the following two.
         keys: [m] int32 index into `names`.
