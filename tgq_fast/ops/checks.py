@@ -61,7 +61,7 @@ def check_lengths(lengths: object, total: int) -> None:
     if not isinstance(lengths, (tuple, list)) or len(lengths) != 3:
         raise ArgumentError("lengths", repr(lengths)[:80], expected)
     for length in lengths:
-        if not isinstance(length, (int, np.integer)) or isinstance(length, bool) or length < 0:
+        if not isinstance(length, (int, np.integer, torch.SymInt)) or isinstance(length, bool) or length < 0:
             raise ArgumentError("lengths", repr(lengths)[:80], expected)
     if sum(lengths) != total:
         raise ArgumentError("lengths", lengths, expected)
