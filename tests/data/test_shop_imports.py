@@ -15,6 +15,7 @@ import pytest
 from shop_files import bytes_of, picture, run
 
 from tgq_fast.data import Catalog, Item, import_catalog
+from tgq_fast.data.importers.common import CatalogWriter
 from tgq_fast.data.importers.prices import parse_price
 from tgq_fast.data.importers.tables import detect, read_table
 from tgq_fast.errors import ArgumentError, CatalogError
@@ -217,6 +218,14 @@ def test_two_imports_into_one_folder_do_not_mix(tmp_path: Path, images: Path) ->
         results = pool.starmap(_import, [(str(images), str(tmp_path / "out"))] * 3)
     assert sorted(results) == ["imported", "refused", "refused"]
     assert len(Catalog.load(tmp_path / "out")) == 12
+    assert not [p.name for p in (tmp_path / "out").iterdir() if p.name.startswith(".")]
+
+
+def test_an_import_that_another_one_overtook_leaves_no_lock(tmp_path: Path, images: Path) -> None:
+    late = CatalogWriter("late", tmp_path / "out", limit=None, placement="copy")
+    import_catalog("pictures", images, tmp_path / "out")
+    with pytest.raises(ArgumentError, match="a folder without a catalogue"), late:
+        pass
     assert not [p.name for p in (tmp_path / "out").iterdir() if p.name.startswith(".")]
 
 

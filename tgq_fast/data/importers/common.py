@@ -95,8 +95,10 @@ class CatalogWriter:
     def __enter__(self) -> CatalogWriter:
         make_folder(self.out / "images")
         with contextlib.ExitStack() as stack:
-            if not stack.enter_context(locked(self.out / ".import.lock", wait=False)):
+            lock = self.out / ".import.lock"
+            if not stack.enter_context(locked(lock, wait=False)):
                 raise ArgumentError("out", str(self.out), "a folder that no other import is writing", "Choose another.")
+            stack.callback(lock.unlink, missing_ok=True)  # by its holder, before it lets go, however the import ends
             self._refuse_catalogue()  # another import may have finished since this one began
             for stem in ("metadata", "pairs"):
                 with writing(self.out):
@@ -127,7 +129,6 @@ class CatalogWriter:
             self.report.notes.append(f"stopped at the limit of {self.limit} items")
         if whole:
             fsync_folder(self.out)
-            (self.out / ".import.lock").unlink(missing_ok=True)
             shutil.rmtree(self.out / ".downloads", ignore_errors=True)
         return stopped
 
