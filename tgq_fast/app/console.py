@@ -132,17 +132,14 @@ def progress(description: str) -> Iterator[Advance]:
     with Progress(*columns, console=stderr()) as bar:
         task = bar.add_task(escape(description), total=None)
 
-        moved = False
-
         def advance(done: int, total: int | None = None, description: str | None = None, /) -> None:
-            nonlocal moved
-            moved = True
             bar.update(task, completed=done, total=total, description=description and escape(description))
 
         try:
             yield advance
         except BaseException:
-            bar.live.transient = not moved  # what was refused before it began leaves no bar behind
+            begun = bar.tasks[0].total is not None or bar.tasks[0].completed
+            bar.live.transient = not begun  # what was refused before it began leaves no bar behind
             raise
 
 

@@ -98,7 +98,7 @@ def neighbours(
     out = Path(out)
     if out.suffix not in FORMATS:
         raise ArgumentError("out", str(out), "a file that ends in " + ", ".join(FORMATS))
-    if not str(out).isascii() and str(out) != str(out).encode(errors="replace").decode():
+    if str(out) != str(out).encode(errors="replace").decode():
         raise ArgumentError("out", ascii(str(out)), "a path that is text: Arrow cannot open others")
     check_target(out)
     reader, search = pool._state

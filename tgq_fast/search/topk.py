@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tgq_fast.defaults import plain_defaults
+from tgq_fast.defaults import plain_defaults, plain_tensors
 from tgq_fast.errors import ArgumentError, BackendError
 from tgq_fast.reference import TopK
 from tgq_fast.search import topk_arguments as arguments
@@ -142,7 +142,7 @@ def _topk(
                 return _on_device(q, p, k, excluded, mask, result, threads, progress)
         if backend == "cpp":
             raise BackendError("topk", "cpp", {"cpp": reasons})
-    with plain_defaults():
+    with plain_tensors():  # it holds the products itself
         return topk_torch(q, p, k, excluded, result, progress, allowed=mask, rules=rules)
 
 
