@@ -20,6 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from tgq_fast.io.json_text import read_json
 from tgq_fast.kernels import (
     cross_attention,
     cross_attention_backward,
@@ -200,7 +201,7 @@ class Report:
 
 def rows(name: str, arch: int, bits: int) -> list[dict[str, int]]:
     """Tile rows of a kernel in the shipped table of an architecture."""
-    data = json.loads((FOLDER / f"sm_{arch}.json").read_text(encoding="utf-8"))
+    data = read_json((FOLDER / f"sm_{arch}.json").read_bytes())
     found: list[dict[str, int]] = data["kernels"].get(KERNELS[name].tile or name, {}).get(str(bits), [])
     return found
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -21,6 +20,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from tgq_fast.errors import ArgumentError
+from tgq_fast.io.json_text import read_json
 
 FOLDER = Path(__file__).parent / "tiles"
 INTERPRETER = "interpreter"
@@ -42,12 +44,17 @@ def gpu_names(index: int) -> tuple[str, ...]:
 
 @functools.cache
 def table(name: str) -> dict[str, Any] | None:
-    """The table of one GPU or architecture, None where there is none."""
+    """The table of one GPU or architecture, None where there is none; ArgumentError for a file that holds none."""
     folders = [Path(os.environ["TGQ_TILES"])] if os.environ.get("TGQ_TILES") else []
     for folder in (*folders, FOLDER):
         path = folder / f"{name}.json"
         if path.is_file():
-            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            try:
+                found = read_json(path.read_bytes())
+                if not isinstance(found, dict):
+                    raise ValueError(f"a {type(found).__name__}")
+            except ValueError as error:
+                raise ArgumentError("TGQ_TILES", path, "tables that tgq-fast tune wrote", f"{error}") from None
             return found
     return None
 

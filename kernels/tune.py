@@ -23,6 +23,7 @@ from torch import Tensor
 
 from tgq_fast.errors import ArgumentError, BackendError
 from tgq_fast.io.files import write_atomic
+from tgq_fast.io.json_text import read_json
 from tgq_fast.kernels import (
     cross_attention,
     cross_attention_backward,
@@ -126,8 +127,8 @@ class Tuning:
         self.table = {"gpu": self.names[0], "measured": True, "source": "tgq-fast tune", "timed": {}, "kernels": {}}
         if self.path.exists():
             try:
-                self.table |= json.loads(self.path.read_text(encoding="utf-8"))
-            except ValueError as error:
+                self.table |= read_json(self.path.read_bytes())
+            except (ValueError, TypeError) as error:
                 raise ArgumentError(
                     "out", str(self.path), "a table that tuning wrote, or no file", str(error)
                 ) from None

@@ -211,3 +211,23 @@ def test_files_appear_whole() -> None:
     assert not set(KEPT_ELSEWHERE) - set(found), "these write by io.files now"
     planted = 'open(p, "w"); p.open(mode="ab"); p.write_text(t); open(p); p.open("rb"); os.fdopen(h, "wb")'
     assert len(list(plain_writes(ast.parse(planted)))) == 4
+
+
+OF_JSON = ("json.load", "json.loads", "json.JSONDecodeError", "RecursionError")
+
+
+def json_read_otherwise(tree: ast.AST) -> Iterator[int]:
+    """Lines that read JSON otherwise, or guard against what Python's reader raises; round trips may."""
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and node.args]
+    trips = {id(call.func) for call in calls if re.match(r"(json\.dumps|_json)\(", ast.unparse(call.args[0]))}
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Attribute, ast.Name)) and id(node) not in trips and ast.unparse(node) in OF_JSON:
+            yield node.lineno
+
+
+def test_json_has_one_reader() -> None:
+    for path, _, tree in library():
+        if path.name not in ("json_text.py", "json_lines.py"):
+            assert not list(json_read_otherwise(tree)), path
+    planted = "json.loads(a)\nmap(json.loads, b)\njson.loads(json.dumps(c))\ntry: f()\nexcept RecursionError: g()"
+    assert sorted(json_read_otherwise(ast.parse(planted))) == [1, 2, 5]

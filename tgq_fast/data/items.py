@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import unicodedata
@@ -14,6 +13,7 @@ from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
 from tgq_fast.data.values import RowError, amount, kind_of, plain_value, price_text, scalar_text
+from tgq_fast.io.json_text import read_json
 from tgq_fast.io.places import is_remote
 
 __all__ = ["COLUMNS", "MAX_ID", "MAX_TEXT", "MAX_TITLE", "Item", "RowError", "clean_text", "parse_fields", "parse_item"]
@@ -306,12 +306,15 @@ def given_attributes(given: Any, problems: list[str]) -> Mapping[Any, Any] | Non
             given = None
         else:
             try:
-                given = json.loads(given)
-            except (ValueError, RecursionError):
-                problems.append(f"attributes {given[:40]!r} is not a JSON object")
+                given = read_json(given)
+            except ValueError as error:
+                problems.append(f"attributes {given[:40]!r} is not a JSON object ({str(error)[:120]})")
                 return None
     if isinstance(given, list) and all(isinstance(pair, tuple) and len(pair) == 2 for pair in given):
-        given = dict(given)  # a Parquet map column
+        pairs, given = given, {str(key): value for key, value in given}  # a Parquet map column
+        if len(given) != len(pairs):
+            problems.append("attributes has a key twice")
+            return None
     if given is not None and not isinstance(given, Mapping):
         problems.append(f"attributes is {kind_of(given)}, expected an object")
         return None
@@ -322,21 +325,21 @@ def _attributes(raw: Mapping[str, Any], problems: list[str], notes: list[str]) -
     given = given_attributes(raw.get("attributes"), problems)
     if given is None:
         return {}
-    columns = attribute_columns(tuple(raw))
-    named: Mapping[Any, Any] = given
-    if columns or set(map(type, given)) - {str}:
-        named = {str(key): value for key, value in given.items()} | {name: raw[column] for column, name in columns}
+    named = [*given.items(), *((name, raw[column]) for column, name in attribute_columns(tuple(raw)))]
     if len(named) > MAX_ATTRIBUTES:
         problems.append(f"{len(named)} attributes, at most {MAX_ATTRIBUTES} are allowed")
         return {}
     attributes: dict[str, str] = {}
-    for key, value in named.items():
-        name = attribute_name(key)
+    for key, value in named:
+        name = attribute_name(str(key))
         if not name:
             problems.append("an attribute has a blank name")
             continue
         text = read_attribute(name, value, problems, notes)
         if text is None:
+            continue
+        if name in attributes:
+            problems.append(f"attribute {name!r} is given twice")
             continue
         if name in COLUMNS:
             notes.append(f"attribute {name!r} has the name of a column and is ignored as a field")

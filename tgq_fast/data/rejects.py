@@ -11,6 +11,7 @@ from tgq_fast.arguments import checked
 from tgq_fast.data.validation import ValidationReport
 from tgq_fast.errors import ImageError
 from tgq_fast.io.files import append_line, open_regular
+from tgq_fast.io.json_text import read_json
 
 __all__ = ["Reject", "RejectLog"]
 
@@ -74,8 +75,8 @@ class RejectLog:
         with open_regular(self.path) as file:
             for line in file:
                 try:
-                    entry = Reject(**json.loads(line))
-                except (ValueError, TypeError, RecursionError):
+                    entry = Reject(**read_json(line))
+                except (ValueError, TypeError):
                     continue
                 key = (entry.item_id, entry.row, entry.path, entry.reason)
                 if key not in seen:

@@ -211,6 +211,8 @@ def _attributes(rows: Sequence[Mapping[str, Any]], doubt: set[int]) -> tuple[lis
                 doubt.add(at)
             columns = {name: row[column] for column, name in exact.attribute_columns(tuple(row))} if dotted else {}
             named[at] = {**given, **columns} if columns else given
+            if len(named[at]) < len(given) + len(columns):
+                doubt.add(at)  # an attribute twice
     keys = list(chain.from_iterable(named))
     odd = {key for key in set(keys) if not _plain_name(key)}
     many = [at for at, entries in enumerate(named) if len(entries) > MAX_ATTRIBUTES]

@@ -7,7 +7,6 @@ with the suffix of one.
 from __future__ import annotations
 
 import errno
-import json
 import re
 import tarfile
 from collections.abc import Iterable, Iterator
@@ -20,6 +19,7 @@ from tgq_fast.data.csv_rows import MAX_ROW_BYTES
 from tgq_fast.data.parquet_rows import EmbeddedPicture
 from tgq_fast.data.values import RowError
 from tgq_fast.errors import CatalogError
+from tgq_fast.io.json_text import read_json
 from tgq_fast.io.places import Place, open_place
 
 __all__ = ["Member", "TarPictures", "pictures_of", "sample_row", "tar_groups", "tar_rows"]
@@ -128,7 +128,7 @@ def sample_row(members: list[Member], read: Any, pictures: list[Any]) -> dict[st
                 return RowError([f"{member.name} is larger than {MAX_ROW_BYTES} bytes"])
             text = read(member).decode("utf-8")
             if suffix == ".json":
-                given = json.loads(text)
+                given = read_json(text)
                 if not isinstance(given, dict):
                     return RowError([f"{member.name} is a JSON {type(given).__name__}, expected an object"])
                 row = {**row, **given}
@@ -136,7 +136,7 @@ def sample_row(members: list[Member], read: Any, pictures: list[Any]) -> dict[st
                 row.setdefault("title" if suffix in _TITLES else "category", text.strip())
     except UnicodeDecodeError:
         return RowError([f"item {key!r}: not valid UTF-8"])
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         return RowError([f"item {key!r}: not valid JSON: {str(error)[:120]}"])
     if row.get("id") is None:
         row["id"] = str(row.get(_IDS) or key)

@@ -10,6 +10,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from tgq_fast.io.json_text import read_json
+
 
 def canonical_json(value: Any) -> str:
     """One spelling per value: sorted keys, no spaces, no NaN."""
@@ -47,5 +49,5 @@ def package_identity() -> dict[str, str]:
         except (OSError, subprocess.TimeoutExpired):
             pass
     elif (root / "_build_info.json").exists():
-        commit = str(json.loads((root / "_build_info.json").read_text()).get("commit") or commit)
+        commit = str(read_json((root / "_build_info.json").read_bytes()).get("commit") or commit)
     return {"version": version, "commit": commit}

@@ -25,6 +25,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tgq_fast.errors import ArgumentError, CheckpointError, DependencyError
 from tgq_fast.io.files import make_folder, storage_errors, write_atomic, writing
 from tgq_fast.io.identity import sha256_file
+from tgq_fast.io.json_text import read_json
 
 __all__ = [
     "BACKBONES",
@@ -114,9 +115,9 @@ def backbone_dir(name: str) -> Path:
 
 def _is_intact(folder: Path) -> bool:
     try:
-        sums = json.loads((folder / "checksums.json").read_text())
+        sums = read_json((folder / "checksums.json").read_bytes())
         return bool(sums) and all(sha256_file(folder / name) == value for name, value in sums.items())
-    except (OSError, ValueError, AttributeError, RecursionError):
+    except (OSError, ValueError, AttributeError):
         return False
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from huggingface_hub import EvalResult, ModelCardData
 
 from tgq_fast.errors import CheckpointError
+from tgq_fast.io.json_text import read_json
 from tgq_fast.io.sealed import unseal
 from tgq_fast.models import backbones
 
@@ -96,8 +96,8 @@ def read_run(folder: str | Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        return unseal(json.loads(path.read_bytes()))
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        return unseal(read_json(path.read_bytes()))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: not readable ({error})") from None
 
 

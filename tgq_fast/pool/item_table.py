@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 from tgq_fast.data import Catalog
 from tgq_fast.errors import ArgumentError, PoolError
 from tgq_fast.io.files import atomic_writer, write_atomic
+from tgq_fast.io.json_text import read_json
 from tgq_fast.io.places import absolute, is_remote
 from tgq_fast.io.sealed import seal, unseal
 
@@ -82,11 +83,11 @@ def read_note(folder: Path) -> dict[str, Any]:
     """
     path = folder / NOTE_NAME
     try:
-        note = unseal(json.loads(path.read_bytes()))
+        note = unseal(read_json(path.read_bytes()))
         return {name: str(note[name]) for name in ("catalog", "digest", "items_footer") if name in note}
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, AttributeError, TypeError) as error:
         raise PoolError(f"{path}: not readable ({error}); tgq-fast embed writes it again") from None
 
 

@@ -19,6 +19,7 @@ from typing import Any
 from tgq_fast.errors import PoolError
 from tgq_fast.io.files import write_atomic
 from tgq_fast.io.identity import canonical_json
+from tgq_fast.io.json_text import read_json
 from tgq_fast.pool.manifest import FORMAT, FORMAT_VERSION, Change, Manifest
 
 MANIFEST_NAME = "manifest.json"
@@ -155,17 +156,17 @@ def _rows(manifest: Manifest, named: Collection[str]) -> dict[str, int]:
 
 def _json(path: Path) -> Any:
     try:
-        return json.loads(path.read_bytes())
+        return read_json(path.read_bytes())
     except FileNotFoundError:
         raise
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise PoolError(f"{path}: not readable as JSON ({error}); the pool is corrupt, embed it again") from None
 
 
 def _check(path: Path, body: dict[str, Any]) -> None:
     try:
         fits = body.pop("checksum", None) == _checksum(body)
-    except (ValueError, RecursionError):  # NaN, or nested too deeply to be written again
+    except ValueError:  # NaN
         fits = False
     if not fits:
         raise PoolError(f"{path}: checksum does not fit its content; the file was altered or damaged")

@@ -7,7 +7,6 @@ alone; of demos, several files of one catalogue are its seeds.
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from collections import defaultdict
@@ -17,6 +16,7 @@ from typing import Any
 
 from tgq_fast.errors import ArgumentError
 from tgq_fast.io.files import write_atomic
+from tgq_fast.io.json_text import read_json
 from tgq_fast.io.sealed import unseal
 
 __all__ = ["beats_all", "fill", "main", "retrieval_table", "study_table"]
@@ -44,11 +44,11 @@ def fill(text: str, files: Sequence[Path]) -> str:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        document = json.loads(path.read_bytes())
+        document = read_json(path.read_bytes())
         if not isinstance(document, dict):
             raise ValueError(f"a {type(document).__name__}")
         return unseal(document)
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise ArgumentError("result files", f"{path}: {error}", _OURS) from error
 
 

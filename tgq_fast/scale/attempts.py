@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tgq_fast.io.files import append_line, open_regular
+from tgq_fast.io.json_text import read_json
 
 __all__ = ["Attempts", "Span"]
 
@@ -35,9 +36,9 @@ class Attempts:
         with open_regular(path) as file:
             for line in file:
                 try:
-                    entry = json.loads(line)
+                    entry = read_json(line)
                     self._apply(entry)
-                except (ValueError, KeyError, TypeError, RecursionError):
+                except (ValueError, KeyError, TypeError):
                     continue
 
     def failed(self, span: Span) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from tgq_fast.data import Catalog
 from tgq_fast.data.items import COLUMNS
 from tgq_fast.io.files import write_atomic
 from tgq_fast.io.identity import canonical_json
+from tgq_fast.io.json_text import read_json
 from tgq_fast.pool.embed_parts import EmbeddedPart, PartOptions
 from tgq_fast.pool.embed_plan import content_keys
 
@@ -94,24 +95,28 @@ def read_part(folder: Path, part: Part, width: int) -> EmbeddedPart | None:
     try:
         data = path.read_bytes()
         size = int.from_bytes(data[:8], "little")
-        body = json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["part"])
+        body = read_json(read_json(data[8 : 8 + size])["__metadata__"]["part"])
         vectors = load(data)["embeddings"]
         if vectors.shape != (len(body["ids"]), width) or _digest(vectors) != body["sha256"]:
             return None
         keys = [bytes.fromhex(key) for key in body["content"]]
-        return EmbeddedPart(body["ids"], vectors, keys, body["refused"], body["reject_lines"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError):
+        done = EmbeddedPart(body["ids"], vectors, keys, body["refused"], body["reject_lines"])
+        return done if len(keys) == len(vectors) and _content_of(done.reject_lines) is not None else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError):
         return None
 
 
 def is_current(catalog: Catalog, part: Part, done: EmbeddedPart, options: PartOptions) -> bool:
     """Whether the items still hold what was embedded; reads their pictures."""
-    known: Mapping[str, bytes] = dict(zip(done.ids, done.content, strict=True)) | {
-        str(line["item_id"]): bytes.fromhex(line["content"]) for line in map(json.loads, done.reject_lines.splitlines())
-    }
+    known = dict(zip(done.ids, done.content, strict=True)) | _content_of(done.reject_lines)
     items = [catalog.items[row] for row in part.rows]
     now = content_keys(catalog, items, options.fields, workers=options.threads)
     return len(known) == len(items) and all(known.get(i.id) == key for i, key in zip(items, now, strict=True))
+
+
+def _content_of(reject_lines: str) -> dict[str, bytes]:
+    """Content keys of refused items by their ids."""
+    return {str(line["item_id"]): bytes.fromhex(line["content"]) for line in map(read_json, reject_lines.splitlines())}
 
 
 def _digest(vectors: torch.Tensor) -> str:

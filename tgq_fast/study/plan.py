@@ -21,6 +21,7 @@ from tgq_fast.data.conditions import CLEAN, Condition, parse_conditions
 from tgq_fast.data.pairs import SPLITS, Pairs
 from tgq_fast.errors import ArgumentError
 from tgq_fast.io.identity import package_identity
+from tgq_fast.io.json_text import read_json
 from tgq_fast.models.configuration import TGQFormerConfig
 from tgq_fast.models.views import ViewRecipe
 from tgq_fast.models.zoo.registry import CONNECTORS
@@ -204,7 +205,7 @@ class Plan:
     @classmethod
     def from_json(cls, path: Path) -> Plan:
         """The plan that a study's folder holds."""
-        return cls(**json.loads(path.read_bytes()))
+        return cls(**read_json(path.read_bytes()))
 
 
 _DECIDING = (

@@ -26,6 +26,7 @@ from tgq_fast.data.conditions import CLEAN, Condition
 from tgq_fast.evaluation import Evaluation
 from tgq_fast.io.files import make_folder, write_atomic
 from tgq_fast.io.identity import package_identity, sha256_file
+from tgq_fast.io.json_text import read_json
 from tgq_fast.io.sealed import seal, unseal
 from tgq_fast.models import TGQFormerConfig, match_budget
 from tgq_fast.models.features import FeatureStore
@@ -127,12 +128,12 @@ class Setting:
 def finished(folder: Path, wanted: Plan) -> dict[str, Any] | None:
     """The result of a job; None where it is not there, lacks a condition or is damaged, and is to be done again."""
     try:
-        result = unseal(json.loads((folder / RESULT).read_bytes()))
+        result = unseal(read_json((folder / RESULT).read_bytes()))
         for row in result["rows"].values():
             ranks = sha256_file(folder / row["ranks"])
             if not set(wanted.conditions) <= set(row["conditions"]) or row.get("sha256", ranks) != ranks:
                 return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return result
 
@@ -260,7 +261,7 @@ def main(arguments: list[str]) -> int:
     """One job of the study in a folder."""
     study, name, cache = Path(arguments[0]), arguments[1], arguments[2] if len(arguments) > 2 else None
     plan = Plan.from_json(study / PLAN)
-    job = Job(**json.loads((study / "runs" / name / "job.json").read_bytes()))
+    job = Job(**read_json((study / "runs" / name / "job.json").read_bytes()))
     setting = Setting(plan, None if cache is None else Path(cache), verify=False)
     run_job(setting, job, study / "runs" / name)
     return 0

@@ -21,6 +21,7 @@ from tgq_fast.data import Catalog
 from tgq_fast.errors import CheckpointError
 from tgq_fast.io.files import write_atomic
 from tgq_fast.io.identity import package_identity, sha256_file
+from tgq_fast.io.json_text import read_json
 from tgq_fast.io.sealed import seal, unseal
 from tgq_fast.models.configuration import TGQFormerConfig
 
@@ -102,9 +103,9 @@ class RunLog:
         if step and path.exists():
             for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
                 try:
-                    if json.loads(line)["step"] <= step:
+                    if read_json(line)["step"] <= step:
                         kept.append(line + "\n")
-                except (ValueError, KeyError, TypeError, RecursionError):
+                except (ValueError, KeyError, TypeError):
                     continue  # torn by a kill
         write_atomic(path, "".join(kept).encode())
 
@@ -150,11 +151,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / RUN
     try:
-        manifest = unseal(json.loads(path.read_bytes()))
+        manifest = unseal(read_json(path.read_bytes()))
         for name in ("arguments", "versions", "result", "files"):
             if not isinstance(manifest.get(name, {}), dict):
                 raise ValueError(f"{name} is no table")
-    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{path}: not a run of tgq_fast ({type(error).__name__}: {error})") from None
     return manifest
 
@@ -178,9 +179,9 @@ def read_log(folder: Path, manifest: dict[str, Any]) -> list[dict[str, Any]]:
     entries = []
     for line in data.decode("utf-8", errors="replace").splitlines():
         try:
-            entry = json.loads(line)
+            entry = read_json(line)
             float(entry["step"])
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (ValueError, KeyError, TypeError):
             continue
         entries.append(entry)
     return entries

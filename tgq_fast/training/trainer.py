@@ -24,6 +24,7 @@ from tgq_fast.errors import CheckpointError
 from tgq_fast.evaluation import Evaluation, evaluate
 from tgq_fast.io.files import write_atomic
 from tgq_fast.io.identity import sha256_file
+from tgq_fast.io.json_text import read_json
 from tgq_fast.models.checkpoint import load_into, load_state
 from tgq_fast.models.features import FeatureStore
 from tgq_fast.models.gather import total, world_size
@@ -293,8 +294,8 @@ def last_complete_checkpoint(folder: Path) -> Path | None:
             best = path
     if best is not None:
         try:
-            files = dict(json.loads((best / _COMPLETE).read_bytes()))
-        except (ValueError, TypeError, RecursionError) as error:
+            files = dict(read_json((best / _COMPLETE).read_bytes()))
+        except (ValueError, TypeError) as error:
             raise CheckpointError(f"{best / _COMPLETE}: not readable ({error}); remove this checkpoint") from None
         for name, digest in files.items():
             if not (best / name).is_file() or sha256_file(best / name) != digest:

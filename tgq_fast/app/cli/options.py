@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import re
 from collections.abc import Sequence
 from enum import Enum
@@ -14,6 +13,7 @@ import typer
 from typer.core import TyperCommand
 
 from tgq_fast.errors import ArgumentError
+from tgq_fast.io.json_text import read_json
 
 
 class Preset(str, Enum):
@@ -87,8 +87,8 @@ def assignments(values: Sequence[str] | None, option: str, *, parse: bool = Fals
             raise ArgumentError(option, f"{name.strip()!r} twice", "one value of each name")
         if parse:
             try:
-                pairs[name.strip()] = json.loads(value)
-            except json.JSONDecodeError:
+                pairs[name.strip()] = read_json(value)
+            except ValueError:
                 pairs[name.strip()] = {"True": True, "False": False, "None": None}.get(value, value)
         else:
             pairs[name.strip()] = value

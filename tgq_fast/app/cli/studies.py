@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +9,7 @@ import typer
 
 from tgq_fast.app import console
 from tgq_fast.errors import ArgumentError
+from tgq_fast.io.json_text import read_json
 
 __all__ = ["study"]
 
@@ -123,8 +123,8 @@ def _settings(text: str, option: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in _pairs(text, option).items():
         try:
-            found[name] = json.loads(value)
-        except json.JSONDecodeError:
+            found[name] = read_json(value)
+        except ValueError:
             found[name] = {"True": True, "False": False, "None": None}.get(value, value)
     return found
 

@@ -11,7 +11,6 @@ are neither pairs nor groups in it.
 from __future__ import annotations
 
 import gzip
-import json
 import re
 import zlib
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from urllib.parse import unquote, urlsplit
 from tgq_fast.data.importers.common import CatalogWriter, image_index
 from tgq_fast.data.items import RowError
 from tgq_fast.errors import CatalogError
+from tgq_fast.io.json_text import read_json
 
 __all__ = ["import_amazon2023", "read_json_lines"]
 
@@ -94,8 +94,8 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | RowError
                         yield row, RowError([f"line is longer than {MAX_LINE} bytes"])
                     elif line.strip():
                         try:
-                            value = json.loads(line)
-                        except (ValueError, RecursionError) as error:
+                            value = read_json(line)
+                        except ValueError as error:
                             yield row, RowError([f"not valid JSON: {str(error)[:120]}"])
                         else:
                             yield row, value if isinstance(value, dict) else RowError(["not a JSON object"])
@@ -135,8 +135,8 @@ def _columns(asin: str, raw: dict[str, Any]) -> dict[str, Any]:
     details = raw.get("details")
     if isinstance(details, str):
         try:
-            details = json.loads(details)
-        except (ValueError, RecursionError):
+            details = read_json(details)
+        except ValueError:
             details = None
     details = details if isinstance(details, dict) else {}
     categories = raw.get("categories")

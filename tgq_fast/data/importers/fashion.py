@@ -9,7 +9,6 @@ surplus fields.
 from __future__ import annotations
 
 import csv
-import json
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from typing import Any
 
 from tgq_fast.data.importers.common import CatalogWriter
 from tgq_fast.errors import CatalogError
+from tgq_fast.io.json_text import read_json
 
 __all__ = ["import_fashion"]
 
@@ -111,9 +111,9 @@ def _split(text: str) -> list[str]:
 def _details(path: Path) -> tuple[str | None, float | None]:
     """Brand and price of styles/<id>.json (full set only); a missing or broken file is no reason to lose the item."""
     try:
-        data = json.loads(path.read_bytes())["data"]
+        data = read_json(path.read_bytes())["data"]
         brand, price = data.get("brandName"), data.get("price")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None, None
     usable = isinstance(price, (int, float)) and not isinstance(price, bool) and price >= 0
     return brand if isinstance(brand, str) and brand.strip() else None, float(price) if usable else None

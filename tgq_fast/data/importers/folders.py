@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from tgq_fast.data.importers.table import is_attribute, split_pictures
 from tgq_fast.data.parquet_rows import looks_like_picture
 from tgq_fast.errors import CatalogError
 from tgq_fast.io.files import open_regular
+from tgq_fast.io.json_text import read_json
 
 __all__ = ["import_dataset", "import_pictures", "label_names", "product_of_row"]
 
@@ -66,11 +66,11 @@ def _arrow_rows(path: Path) -> Iterator[tuple[dict[str, Any], Mapping[str, list[
 
     try:
         with open_regular(path) as raw, pa.ipc.open_stream(raw) as stream:
-            labels = label_names(json.loads((stream.schema.metadata or {}).get(b"huggingface", b"{}")))
+            labels = label_names(read_json((stream.schema.metadata or {}).get(b"huggingface", b"{}")))
             for batch in stream:
                 for row in batch.to_pylist():
                     yield row, labels
-    except (pa.ArrowException, OSError, ValueError, RecursionError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise CatalogError(path, [f"not a readable Arrow file: {str(error)[:200]}"]) from error
 
 
