@@ -31,6 +31,7 @@ from rich.table import Table
 from rich.text import Text
 from typer.models import OptionInfo
 
+from tgq_fast.app.targets import refuse_inputs
 from tgq_fast.errors import ArgumentError, CatalogError, ImageError, NonFiniteError, TGQError
 from tgq_fast.io.files import storage_failure
 from tgq_fast.watch import Advance, Watch
@@ -177,6 +178,7 @@ def guarded(command: F) -> F:
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
         try:
+            refuse_inputs(kwargs)
             command(*args, **kwargs)
         except (typer.Exit, typer.Abort):
             raise
