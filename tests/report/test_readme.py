@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tgq_fast.errors import ArgumentError
+from tgq_fast.report import readme
 from tgq_fast.report.readme import fill, main, retrieval_table
 
 ROOT = Path(__file__).parents[2]
@@ -89,6 +92,39 @@ def test_a_document_is_filled_in_place(tmp_path: Path) -> None:
 def test_a_result_of_another_kind_is_refused_by_name() -> None:
     with pytest.raises(ArgumentError, match=r"serving\.json without a catalogue"):
         retrieval_table([("serving.json", {"answers_per_second": 900})])
+
+
+def paths(value: object, at: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    return [at, *(p for k, v in value.items() for p in paths(v, (*at, k)))] if isinstance(value, dict) else [at]
+
+
+@pytest.mark.parametrize("whole", [result(0, 0.5), study("win")], ids=["demo", "study"])
+@pytest.mark.parametrize("harm", ["gone", "number", "empty", "list"])
+def test_damage_anywhere_in_a_result_is_refused_by_name_or_harmless(whole: dict[str, Any], harm: str) -> None:
+    """Checked by name: an error of any other type is one of the program."""
+    refused = 0
+    for at in paths(whole)[1:]:
+        broken = copy.deepcopy(whole)
+        inner = broken
+        for key in at[:-1]:
+            inner = inner[key]
+        if harm == "gone":
+            del inner[at[-1]]
+        else:
+            inner[at[-1]] = {"number": 7, "empty": {}, "list": [["x"]]}[harm]
+        try:
+            retrieval_table([("x.json", broken)])
+        except ArgumentError as error:
+            refused += 1
+            assert str(error).startswith("result files: got x.json")
+    assert refused > 10
+
+
+def test_a_mistake_of_the_program_is_no_fault_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.json").write_text(json.dumps(result(0, 0.5)))
+    monkeypatch.setattr(readme, "_cell", lambda values: values["mistake"])
+    with pytest.raises(TypeError):
+        fill("<!-- retrieval:begin -->\n<!-- retrieval:end -->", [tmp_path / "a.json"])
 
 
 @pytest.mark.parametrize(

@@ -34,11 +34,7 @@ def fill(text: str, files: Sequence[Path]) -> str:
     """
     if not _BLOCK.search(text):
         raise ArgumentError("document", "no marked place", "<!-- retrieval:begin --> and <!-- retrieval:end -->")
-    results = [(path.as_posix(), _read(path)) for path in files]
-    try:
-        table = retrieval_table(results)
-    except (KeyError, TypeError, IndexError, AttributeError, StopIteration) as error:
-        raise ArgumentError("result files", f"{type(error).__name__}: {error}", _OURS) from error
+    table = retrieval_table([(path.as_posix(), _read(path)) for path in files])
     return _BLOCK.sub(lambda match: match[1] + table + match[2], text)
 
 
@@ -52,13 +48,64 @@ def _read(path: Path) -> dict[str, Any]:
         raise ArgumentError("result files", f"{path}: {error}", _OURS) from error
 
 
+_INTERVAL: dict[str, Any] = {"value": float, "low": float, "high": float}
+_DEMO: dict[Any, Any] = {
+    "seed": int,
+    "command": str,
+    "fields": [str],
+    "results": {str: {"queries": int, "pool_size": int, "metrics": dict.fromkeys(_METRICS, _INTERVAL)}},
+}
+_STUDY: dict[Any, Any] = {
+    "main": str,
+    "metrics": [str],
+    "pooled": dict,
+    "plan": {"fields": [str], "seeds": int, "conditions": [str]},
+    "test": {"queries": int, "groups": int, "pool": int},
+    "rows": {str: {"facts": dict, "metrics": dict}},
+}
+
+
+def _check(name: str, result: Mapping[str, Any]) -> None:
+    """ArgumentError for a result file that lacks what its table shows, by the place where it lacks it."""
+    if not isinstance(result.get("catalogue"), str):
+        raise ArgumentError("result files", f"{name} without a catalogue", _OURS)
+    if "plan" not in result:
+        _check_shape(name, result, _DEMO)
+        return
+    _check_shape(name, result, _STUDY)
+    if not any(metric.startswith("H@") for metric in result["metrics"]):
+        raise ArgumentError("result files", f"{name}: metrics without an H@K", _OURS)
+    shown = [metric for metric in result["metrics"] if metric.startswith(("H@", "HR@"))]
+    for row_name, row in result["rows"].items():
+        cells: dict[str, Any] = {"metrics": _INTERVAL}
+        if "against" in row or row["facts"].get("ablation"):
+            cells["against"] = {"verdict": str}
+        for kind, cell in cells.items():
+            wanted = {place: dict.fromkeys(shown, cell) for place in ("clean", *result["pooled"])}
+            _check_shape(f"{name}: rows.{row_name}", row, {kind: wanted})
+
+
+def _check_shape(where: str, value: Any, shape: Any) -> None:
+    """`shape` is a type, [shape of each], {str: shape of each of at least one}, or {name: shape}."""
+    kind: Any = type(shape) if isinstance(shape, (dict, list)) else (int, float) if shape is float else shape
+    if not isinstance(value, kind) or (isinstance(shape, dict) and not value):
+        raise ArgumentError("result files", f"{where}: {type(value).__name__} {str(value)[:40]}", _OURS)
+    if isinstance(shape, list):
+        for entry in value:
+            _check_shape(where, entry, shape[0])
+    for name, inner in shape.items() if isinstance(shape, dict) else ():
+        for key in value if name is str else [name]:
+            if key not in value:
+                raise ArgumentError("result files", f"{where} without {key}", _OURS)
+            _check_shape(f"{where}.{key}", value[key], inner)
+
+
 def retrieval_table(results: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
     """Markdown: per catalogue one table; mean and range over seeds, or value and bootstrap interval of a single one."""
     if not results:
         return "No result files yet.\n"
     for name, result in results:
-        if "catalogue" not in result:
-            raise ArgumentError("result files", f"{name} without a catalogue", _OURS)
+        _check(name, result)
     studies = [(name, result) for name, result in results if "plan" in result]
     studied = {result["catalogue"] for _, result in studies}
     results = [(n, result) for n, result in results if "plan" not in result and result["catalogue"] not in studied]
