@@ -29,6 +29,7 @@ from tgq_fast.data.rejects import RejectLog
 from tgq_fast.defaults import plain_defaults
 from tgq_fast.errors import ArgumentError, ImageError, NonFiniteError
 from tgq_fast.models.backbones import cache_root
+from tgq_fast.models.batch_arguments import kept_fields, metadata_rows, viewed
 from tgq_fast.models.configuration import TGQFormerConfig
 from tgq_fast.models.feature_files import ChunkedArray
 from tgq_fast.models.field_tokens import field_strings, pack_rows, string_tokens, text_agreement
@@ -228,14 +229,13 @@ class FeatureStore:
             views: corrupted pictures that stand in for some of the rows' own.
 
         Raises:
-            ArgumentError: a row is out of range, or views that are whitened otherwise.
+            ArgumentError: a row is out of range, or fields, rows or views that are no such thing.
             ImageError: a row has no usable image (see `invalid`).
         """
         rows = row_numbers("indices", indices, len(self))
         self.require_valid(rows)
-        if keep is None and drop_fields is not None:
-            keep = self.draw_keep(len(rows), drop_fields)
-        ids = self.string_ids[rows if metadata_from is None else row_numbers("metadata_from", metadata_from, len(self))]
+        keep = kept_fields(keep, drop_fields, (len(rows), len(self.config.fields)), self.draw_keep)
+        ids = self.string_ids[metadata_rows(metadata_from, rows, len(self))]
         ids = ids if keep is None else np.where(keep, ids, -1)
         flat, offsets = self._tokens["tokens"], self._tokens["offsets"]
         packed = pack_rows(
@@ -243,9 +243,7 @@ class FeatureStore:
         )
         visual, global_image = read_pictures(self.pictures, rows)
         if views is not None:
-            if views.source.whitening != self.pictures.whitening:
-                raise ArgumentError("views", "views of another whitening", "whitened as the store is")
-            other = np.flatnonzero(views.rows >= 0)
+            other = viewed(views, self.pictures, len(rows))
             visual[other], global_image[other] = read_pictures(views.source, views.rows[other])
         agreement = None
         if "pooled" in self._tokens:
@@ -291,11 +289,10 @@ class FeatureStore:
         The arguments are those of :meth:`batch`; the prompt (made by `processor`) tells the same fields.
         """
         rows = row_numbers("indices", indices, len(self))
-        if keep is None and drop_fields is not None:
-            keep = self.draw_keep(len(rows), drop_fields)
+        keep = kept_fields(keep, drop_fields, (len(rows), len(self.config.fields)), self.draw_keep)
         inputs: dict[str, Any] = {"features": self.batch(rows, keep=keep, metadata_from=metadata_from, views=views)}
         if processor is not None and processor.uses_llm:
-            text_rows = rows if metadata_from is None else np.asarray(metadata_from)
+            text_rows = metadata_rows(metadata_from, rows, len(self))
             inputs["prompt"] = processor.prompt(self.batch_strings(text_rows, keep))
         return inputs
 
