@@ -5,13 +5,23 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping
+from pathlib import PurePath
 from typing import Any, NamedTuple, cast
 
 from tgq_fast.data.items import KNOWN_KEYS
-from tgq_fast.data.parquet_rows import EmbeddedPicture, looks_like_picture
+from tgq_fast.data.parquet_rows import EmbeddedPicture, looks_like_picture, names_pictures
 from tgq_fast.data.values import RowError, is_gap, plain_value
+from tgq_fast.errors import CatalogError
 
-__all__ = ["PICTURE_COLUMNS", "PICTURE_SUFFIXES", "Columns", "canonical_name", "first_picture", "listed_pictures"]
+__all__ = [
+    "PICTURE_COLUMNS",
+    "PICTURE_SUFFIXES",
+    "Columns",
+    "canonical_name",
+    "check_pictures",
+    "first_picture",
+    "listed_pictures",
+]
 
 PICTURE_COLUMNS = ("file_name", "file_names", "image", "images", "image_path", "picture", "photo", "filename")
 """Columns that are read as an item's picture, the first that has one."""
@@ -40,6 +50,15 @@ def first_picture(value: object) -> tuple[object, int]:
     """The first picture of a cell (None when it is empty) and how many more it names."""
     found = listed_pictures(value)
     return (found[0], len(found) - 1) if found else (None, 0)
+
+
+def check_pictures(path: PurePath, schema: Any) -> None:
+    """CatalogError for an Arrow schema that has columns of pictures, but none of a type that is read."""
+    named = [field for field in schema if canonical_name(field.name) in PICTURE_COLUMNS]
+    if named and not any(names_pictures(field.type) for field in named):
+        told = [f"column {field.name} is {str(field.type)[:80]}, which is not read as pictures" for field in named]
+        hint = "Pictures are text (a path, an address), binary (a file), a struct {bytes, path}, or a list of these."
+        raise CatalogError(path, told, hint)
 
 
 class Columns:
@@ -133,6 +152,8 @@ def _is_picture(value: object) -> bool:
     found, _ = first_picture(value)
     if isinstance(found, (EmbeddedPicture, bytes)):
         return isinstance(found, EmbeddedPicture) or looks_like_picture(found)
+    if isinstance(value, Mapping) and found is None:
+        return any(looks_like_picture(entry) for entry in value.values())
     try:
         text = plain_value(found)
     except RowError:

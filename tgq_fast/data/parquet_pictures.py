@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from tgq_fast.data.parquet_rows import column_chunks, open_parquet, picture_columns
+from tgq_fast.data.parquet_rows import cell_pictures, column_chunks, open_parquet, picture_columns
 from tgq_fast.io.places import Place
 
 __all__ = ["ParquetPictures"]
@@ -77,10 +77,10 @@ class ParquetPictures:
             if error.errno is not None:
                 raise
             raise OSError(errno.EIO, f"{self._files[table]}: {str(error)[:200]}") from error
-        data = value.get("bytes") if isinstance(value, dict) else value
-        if not isinstance(data, bytes):
+        held, _ = cell_pictures(value)
+        if not held or not isinstance(held[0], bytes):
             raise OSError(errno.EIO, f"{self._files[table]}: row {row} holds no picture; the file has changed")
-        return data
+        return held[0]
 
     def _layout_of(self, table: str) -> tuple[str, list[int], list[int]]:
         """Column, last rows and bytes of the row groups."""

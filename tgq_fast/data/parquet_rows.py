@@ -17,7 +17,7 @@ from tgq_fast.errors import CatalogError
 from tgq_fast.io.places import Place, open_place
 
 __all__ = ["EmbeddedPicture", "looks_like_picture", "open_parquet", "parquet_rows", "picture_columns"]
-__all__ += ["python_rows"]
+__all__ += ["cell_pictures", "names_pictures", "python_rows"]
 
 _BATCH = 1024
 _BUFFER = 1 << 20  # bytes of a column that are read at a time: without it, a whole column chunk
@@ -42,20 +42,31 @@ def looks_like_picture(data: object) -> bool:
 
 
 def picture_columns(file: Any) -> list[str]:
-    """Columns of a ParquetFile that hold picture files: binary, or a struct with binary `bytes`, by their content.
+    """Columns of a ParquetFile that hold picture files, by their content: binary, a struct with binary `bytes`, or a
+    list of either.
 
     The one called image comes first.
     """
-    found = []
-    for field in file.schema_arrow:
-        binary = _is_binary(field.type)
-        if pa.types.is_struct(field.type):
-            binary = any(child.name == "bytes" and _is_binary(child.type) for child in field.type)
-        if not binary:
-            continue
-        if looks_like_picture(_first_bytes(file, field.name)):
-            found.append(field.name)
+    binary = [field.name for field in file.schema_arrow if _holds_bytes(_listed(field.type))]
+    found = [name for name in binary if looks_like_picture(_first_bytes(file, name))]
     return sorted(found, key=lambda name: name.casefold() != "image")
+
+
+def names_pictures(kind: pa.DataType) -> bool:
+    """Whether a column of this type can name or hold pictures."""
+    kind = _listed(kind)
+    if pa.types.is_struct(kind):
+        return any(child.name in ("bytes", "path") for child in kind)
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return _is_binary(kind) or str(kind) in ("string", "large_string", "string_view", "null")
+
+
+def cell_pictures(value: Any) -> tuple[list[bytes], str | None]:
+    """The pictures that a cell of a picture column holds, and the first path that it names."""
+    cells = [cell for cell in (value if isinstance(value, list) else [value]) if cell is not None]
+    held = [cell.get("bytes") if isinstance(cell, dict) else cell for cell in cells]
+    paths = [cell.get("path") for cell in cells if isinstance(cell, dict)]
+    return [data for data in held if data is not None], next(filter(None, paths), None)
 
 
 def _first_bytes(file: Any, column: str) -> object:
@@ -63,15 +74,13 @@ def _first_bytes(file: Any, column: str) -> object:
     for group in range(file.metadata.num_row_groups):
         facts = file.metadata.row_group(group)
         chunks = column_chunks(facts, column)
-        if all(c.statistics is not None and c.statistics.null_count == facts.num_rows for c in chunks):
+        if all(c.statistics is not None and c.statistics.null_count == c.num_values for c in chunks):
             continue
         with suppress(OSError, pa.ArrowException):  # a damaged group
             for batch in file.iter_batches(batch_size=16, row_groups=[group], columns=[column], use_threads=False):
                 for cell in batch.column(0):
-                    value = cell.as_py()
-                    data = value.get("bytes") if isinstance(value, dict) else value
-                    if data is not None:
-                        return data
+                    if held := cell_pictures(cell.as_py())[0]:
+                        return held[0]
     return None
 
 
@@ -96,7 +105,7 @@ def open_parquet(path: Place) -> Iterator[Any]:
 
 
 def parquet_rows(
-    path: Place, name: str, check: Callable[[list[str]], None]
+    path: Place, name: str, check: Callable[[pa.Schema], None]
 ) -> Iterator[tuple[int, dict[str, Any] | RowError]]:
     """Rows of one file; pictures come as :class:`EmbeddedPicture` with addresses "<name>#<row>".
 
@@ -105,7 +114,7 @@ def parquet_rows(
     Args:
         path: the file.
         name: of the table, as addresses have it: relative to the catalogue folder.
-        check: called with the column names.
+        check: called with the schema.
 
     Raises:
         CatalogError: not a readable Parquet file.
@@ -113,7 +122,7 @@ def parquet_rows(
     try:
         with open_parquet(path) as file:
             schema = file.schema_arrow
-            check(list(schema.names))
+            check(schema)
             found = picture_columns(file)
             pictures = _PictureColumn(file, found[0], name) if found else None
             plain = [column for column in schema.names if column not in found]
@@ -184,8 +193,28 @@ def _cell(cell: Any) -> Any:
         return RowError([f"a {cell.type} that Python cannot hold: {str(error)[:80]}"])
 
 
+_LISTS = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+_BINARY = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary)
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return any(test(kind) for test in _LISTS)
+
+
+def _listed(kind: pa.DataType) -> pa.DataType:
+    """The type of a list's entries; any other type itself."""
+    return kind.value_type if _is_list(kind) else kind
+
+
 def _is_binary(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind))
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return str(kind) == "binary_view" or any(test(kind) for test in _BINARY)
+
+
+def _holds_bytes(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):
+        return any(child.name == "bytes" and _is_binary(child.type) for child in kind)
+    return _is_binary(kind)
 
 
 def _has_narrow_float(kind: pa.DataType) -> bool:
@@ -217,17 +246,19 @@ class _PictureColumn:
     def __init__(self, file: Any, column: str, name: str) -> None:
         self.file, self.column, self.name = file, column, name
         self._group = -1
-        self._present: list[bool] = []
+        self._counts: list[int] = []
         self._paths: list[str | None] = []
 
-    def rows(self, group: int, first: int, start: int, count: int) -> list[EmbeddedPicture | str | None]:
-        """What rows `start` … of a group that begins at `first` say: address of a picture, else a path, else None."""
+    def rows(self, group: int, first: int, start: int, count: int) -> list[Any]:
+        """What rows `start` … of a group that begins at `first` say: address of a picture, else a path, else None. A
+        cell of several has its address as often."""
         if group != self._group:
             self._read(group)
-        found: list[EmbeddedPicture | str | None] = []
+        found: list[Any] = []
         for row in range(start, start + count):
-            path = self._paths[row - first]
-            found.append(EmbeddedPicture(f"{self.name}#{row + 1}", path) if self._present[row - first] else path)
+            path, held = self._paths[row - first], self._counts[row - first]
+            picture = EmbeddedPicture(f"{self.name}#{row + 1}", path) if held else path
+            found.append([picture] * held if held > 1 else picture)
         return found
 
     def _read(self, group: int) -> None:
@@ -235,6 +266,12 @@ class _PictureColumn:
 
         facts = self.file.metadata.row_group(group)
         kind = self.file.schema_arrow.field(self.column).type
+        if _is_list(kind):
+            read = self.file.iter_batches(batch_size=32, row_groups=[group], columns=[self.column], use_threads=False)
+            cells = [cell_pictures(cell.as_py()) for batch in read for cell in batch.column(0)]
+            self._counts, self._paths = [len(held) for held, _ in cells], [path for _, path in cells]
+            self._group = group
+            return
         struct = pa.types.is_struct(kind)
         holder = f"{self.column}.bytes" if struct else self.column
         chunk = next(leaf for leaf in column_chunks(facts, self.column) if leaf.path_in_schema == holder)
@@ -244,8 +281,9 @@ class _PictureColumn:
             data = self.file.read_row_group(group, columns=[f"{self.column}.path"], use_threads=False).column(0)
             self._paths = pc.struct_field(data, "path").to_pylist()
         if whole:
-            self._present = [True] * facts.num_rows
+            self._counts = [1] * facts.num_rows
         else:
             data = self.file.read_row_group(group, columns=[holder], use_threads=False).column(0)
-            self._present = pc.is_valid(pc.struct_field(data, "bytes") if struct else data).to_pylist()
+            present = pc.is_valid(pc.struct_field(data, "bytes") if struct else data)
+            self._counts = [int(held) for held in present.to_pylist()]
         self._group = group

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import PurePath
 from typing import Any, BinaryIO, cast
 
+from tgq_fast.data.columns import PICTURE_COLUMNS, check_pictures
 from tgq_fast.data.csv_rows import MAX_ROW_BYTES, csv_header, csv_rows
 from tgq_fast.data.json_lines import read_json_objects
 from tgq_fast.data.parquet_rows import parquet_rows
@@ -120,7 +121,13 @@ def _read_file(path: Place, required: tuple[str, ...], name: str) -> Iterator[Ro
     if suffix not in SUFFIXES:
         raise CatalogError(path, [f"suffix {path.suffix!r} is not one of {', '.join(SUFFIXES)}"])
     if suffix == ".parquet":
-        yield from parquet_rows(path, name, lambda columns: check_header(path, columns, required))
+
+        def check(schema: Any) -> None:
+            check_header(path, list(schema.names), required)
+            if set(required) & set(PICTURE_COLUMNS):
+                check_pictures(path, schema)
+
+        yield from parquet_rows(path, name, check)
         return
     if suffix == ".tar":
         yield from tar_rows(path, name)
