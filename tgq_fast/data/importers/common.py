@@ -115,15 +115,20 @@ class CatalogWriter:
     def _finish(self, error: BaseException | None) -> bool:
         stopped = isinstance(error, Full)
         whole = error is None or stopped
-        for stem, file in reversed(self._files.items()):  # pairs first, metadata last
-            file.flush()
-            os.fsync(file.fileno())
-            file.close()
-            part = self.out / f".{stem}.jsonl.part"
-            if whole and (stem == "metadata" or self.report.pairs):
-                os.replace(part, self.out / f"{stem}.jsonl")
-            else:
-                part.unlink(missing_ok=True)
+        parts = {stem: self.out / f".{stem}.jsonl.part" for stem in self._files}
+        try:
+            if whole:
+                for file in self._files.values():
+                    file.flush()
+                    os.fsync(file.fileno())
+                for stem in reversed(parts):  # pairs first, metadata last
+                    if stem == "metadata" or self.report.pairs:
+                        os.replace(parts[stem], self.out / f"{stem}.jsonl")
+        finally:
+            for stem, file in self._files.items():
+                with contextlib.suppress(OSError):  # a full disk refuses what is buffered once more
+                    file.close()
+                parts[stem].unlink(missing_ok=True)
         self.report.groups = sum(count > 1 for count in self._groups.values())
         if stopped:
             self.report.notes.append(f"stopped at the limit of {self.limit} items")

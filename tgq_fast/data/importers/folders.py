@@ -37,7 +37,7 @@ def import_pictures(path: Path, writer: CatalogWriter, options: ShopOptions) -> 
                 "attributes": {"department": folders[0]} if len(folders) > 1 else {},
                 "group_id": None,
             }
-            yield Product(number, columns, [str(file)])
+            yield Product(number, columns, [str(file.absolute())])
 
     writer.report.notes.append("there are no groups: write pairs.jsonl, or group_id into metadata.jsonl, to train")
     write_products(products(), writer, options, path)
