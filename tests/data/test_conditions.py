@@ -13,7 +13,7 @@ from PIL import Image
 from tgq_fast.data import Item
 from tgq_fast.data.conditions import CLEAN, Condition, Picturer, parse_conditions
 from tgq_fast.data.corruption import item_seed
-from tgq_fast.data.scenes import compose_scene, crop_image, scene_donors
+from tgq_fast.data.scenes import close_up_image, compose_scene, crop_image, scene_donors
 from tgq_fast.errors import ArgumentError
 
 RED, GREEN = (250, 0, 0), (0, 250, 0)
@@ -85,6 +85,25 @@ def test_crop_keeps_the_size_and_shows_a_part() -> None:
             crop_image(image, share, 0)
 
 
+def test_close_up_frames_the_product_of_a_scene() -> None:
+    red = plain((200, 0, 0)).resize((60, 40))
+    others = [plain((0, 200, 0)), plain((0, 0, 200)), plain((200, 200, 0))]
+    frames = set()
+    for seed in range(24):
+        scene, mask = compose_scene(red, others, seed)
+        close, rest = close_up_image(scene, mask, seed)
+        assert close.size == scene.size and rest.shape == mask.shape
+        shown = 1 - rest.mean()
+        assert 0.6 < shown <= 1.0, shown  # the frame is about the product's cell
+        pixels = np.asarray(close).astype(int)
+        is_red = (pixels[..., 0] > 150) & (pixels[..., 1] < 60) & (pixels[..., 2] < 60)
+        assert (is_red & ~rest).sum() > 0.9 * is_red.sum() > 0
+        assert is_red.mean() > 0.5  # in the scene it is at most a quarter
+        frames.add(close.tobytes())
+        assert close.tobytes() == close_up_image(scene, mask, seed)[0].tobytes()
+    assert len(frames) > 12
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -94,6 +113,7 @@ def test_crop_keeps_the_size_and_shows_a_part() -> None:
         "scene:4:pool",
         "metadata:wrong:0.5:query",
         "crop:0.6:both",
+        "closeup:4:both",
         "background:1:both",
     ],
 )
@@ -139,7 +159,7 @@ def test_pictures_depend_on_seed_and_id_alone() -> None:
     items = shop()
     pictures = [plain((20 * n, 255 - 20 * n, 7)) for n in range(len(items))]
     make = Picturer(items, pictures.__getitem__, donors=np.arange(len(items)), seed=3)
-    for condition in parse_conditions("overlay:0.3,border:0.2,collage:0.3,scene:4,crop:0.5,background:1"):
+    for condition in parse_conditions("overlay:0.3,border:0.2,collage:0.3,scene:4,closeup:4,crop:0.5,background:1"):
         first = make(5, condition)
         for row in (3, 1, 5):
             again = make(row, condition)

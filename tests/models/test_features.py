@@ -60,7 +60,7 @@ def test_store_equals_direct_computation(
 ) -> None:
     store = FeatureStore.open_or_build(catalog, *towers, config, tmp_path)
     extractor = FeatureExtractor(config, lambda: towers)
-    ((rows, inputs),) = extractor.batches(as_examples(catalog), len(catalog))
+    ((rows, inputs, _),) = extractor.batches(as_examples(catalog), len(catalog))
     direct, cached = inputs["features"], store.batch(rows)
     torch.testing.assert_close(cached.visual_tokens, direct.visual_tokens, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(cached.global_image, direct.global_image, rtol=1e-3, atol=1e-4)

@@ -20,8 +20,9 @@ from tgq_fast.data.conditions import CLEAN, Condition, Picturer
 from tgq_fast.errors import ArgumentError
 from tgq_fast.models import features
 from tgq_fast.models.features import FeatureStore
+from tgq_fast.models.token_grid import token_grid, token_shares
 from tgq_fast.models.towers import VisionTower, load_image_processor, load_text_tower, load_vision_tower
-from tgq_fast.models.views import ViewRecipe, ViewStore, token_grid, token_shares
+from tgq_fast.models.views import ViewRecipe, ViewStore
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@
     border:0.2:query            one kind of overlay: badge, text_strip, border, collage
     background:1:pool           another background
     scene:4:query               the product among three others of other categories, and the metadata says which
+    closeup:4:query             the product's part of such a scene, enlarged: what a second look at it shows
     metadata:wrong:0.5:query    wrong, partial or empty metadata for a share of the items
 
 Source: protocol, docs/method.md; the grammar is ours.
@@ -22,14 +23,14 @@ from PIL import Image
 
 from tgq_fast.data.corruption import IMAGE_KINDS, METADATA_KINDS, corrupt_image, item_seed
 from tgq_fast.data.items import Item
-from tgq_fast.data.scenes import compose_scene, crop_image, scene_donors
+from tgq_fast.data.scenes import close_up_image, compose_scene, crop_image, scene_donors
 from tgq_fast.errors import ArgumentError
 
 __all__ = ["CLEAN", "Condition", "Picturer", "parse_conditions"]
 
 Side = Literal["query", "pool", "both"]
 SIDES: tuple[str, ...] = get_args(Side)
-PICTURE_KINDS = ("overlay", *IMAGE_KINDS, "scene", "crop")
+PICTURE_KINDS = ("overlay", *IMAGE_KINDS, "scene", "crop", "closeup")
 _OVERLAY = ("badge", "text_strip")  # what "overlay" draws from
 _DRAW = 5  # tells the generator of this choice from the others of one seed
 
@@ -79,6 +80,7 @@ class Condition:
             "background": "another background",
             "scene": f"the product in one picture with {self.amount - 1:.0f} of other categories",
             "crop": f"{self.amount:.0%} of the picture is left",
+            "closeup": f"the product's part of one picture with {self.amount - 1:.0f} of other categories, enlarged",
         }.get(self.kind, f"{self.kind.replace('_', ' ')} over {self.amount:.0%} of the picture")
         return f"{what}, {whom}"
 
@@ -114,7 +116,7 @@ class Condition:
             amount = float(rest[0])
         except ValueError:
             raise wrong("a number as AMOUNT") from None
-        if kind == "scene":
+        if kind in ("scene", "closeup"):
             if amount != int(amount) or not 2 <= amount <= 16:
                 raise wrong("scene:N with 2 to 16 products")
         elif not 0 < amount <= (0.9 if kind in ("overlay", *IMAGE_KINDS) and kind != "background" else 1.0):
@@ -161,8 +163,9 @@ class Picturer:
         seed = item_seed(self.seed, self.items[row].id)
         if kind == "crop":
             return crop_image(image, amount, seed)
-        if kind == "scene":
-            return compose_scene(image, self._pictures(row, int(amount) - 1, seed), seed)
+        if kind in ("scene", "closeup"):
+            scene, mask = compose_scene(image, self._pictures(row, int(amount) - 1, seed), seed)
+            return (scene, mask) if kind == "scene" else close_up_image(scene, mask, seed)
         if kind == "overlay":
             kind = _OVERLAY[int(np.random.default_rng([seed, _DRAW]).integers(len(_OVERLAY)))]
         if kind not in IMAGE_KINDS:

@@ -14,9 +14,9 @@ from PIL import Image
 
 from tgq_fast.errors import ArgumentError
 
-__all__ = ["compose_scene", "crop_image", "scene_donors"]
+__all__ = ["close_up_image", "compose_scene", "crop_image", "scene_donors"]
 
-_SCENE, _DONORS, _CROP = 77, 6, 7  # tell the generators of one seed apart
+_SCENE, _DONORS, _CROP, _CLOSE_UP = 77, 6, 7, 11  # tell the generators of one seed apart
 
 
 def compose_scene(
@@ -119,3 +119,33 @@ def crop_image(image: Image.Image, share: float, seed: int) -> tuple[Image.Image
     if rng.integers(2):
         part = part.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return part, np.zeros((height, width), dtype=bool)
+
+
+def close_up_image(
+    image: Image.Image, mask: NDArray[np.bool_], seed: int, slack: float = 0.12
+) -> tuple[Image.Image, NDArray[np.bool_]]:
+    """A close-up of what a mask leaves, as a second look at a scene would take it: enlarged to the picture's size.
+
+    Args:
+        image: RGB scene of H x W pixels.
+        mask: [H, W] bool, True outside the meant product.
+        seed: the same seed gives the same frame; each of its sides lies up to `slack` of the product's cell outside, or
+            a third of that inside.
+
+    Returns:
+        the RGB close-up and its mask.
+    """
+    rng = np.random.default_rng([seed & 0xFFFFFFFF, _CLOSE_UP])
+    ys, xs = np.flatnonzero(~mask.all(axis=1)), np.flatnonzero(~mask.all(axis=0))
+    left, right, top, bottom = int(xs[0]), int(xs[-1]) + 1, int(ys[0]), int(ys[-1]) + 1
+    wide, high = right - left, bottom - top
+    moved = rng.uniform(-slack / 3, slack, size=4) * (wide, high, wide, high)
+    box = (
+        max(0.0, left - moved[0]),
+        max(0.0, top - moved[1]),
+        min(float(image.width), right + moved[2]),
+        min(float(image.height), bottom + moved[3]),
+    )
+    close = image.convert("RGB").resize(image.size, Image.Resampling.BICUBIC, box=box)
+    part = Image.fromarray((mask * 255).astype(np.uint8)).resize(image.size, Image.Resampling.NEAREST, box=box)
+    return close, np.asarray(part) > 127

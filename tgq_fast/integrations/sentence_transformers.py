@@ -12,6 +12,7 @@ from tgq_fast.errors import DependencyError
 from tgq_fast.models import TGQFormerModel
 from tgq_fast.models.encoding import as_examples
 from tgq_fast.models.outputs import FrozenFeatures
+from tgq_fast.models.second_look import SecondLook
 
 try:
     from sentence_transformers.base.modules import InputModule
@@ -47,7 +48,8 @@ class SentenceTransformersModule(InputModule):
     def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, **kwargs: Any) -> dict[str, Any]:
         """Items → the frozen towers' features, each [B, …]; `prompt` is not used."""
         examples = as_examples(list(inputs), known=self.model.config.fields)
-        ((_, given),) = self.model.extractor.batches(examples, len(examples))
+        ((_, first, pixels),) = self.model.extractor.batches(examples, len(examples))
+        given = SecondLook(self.model)(first, pixels)
         features = vars(given["features"])
         tensors = {_PREFIX + name: value for name, value in features.items() if isinstance(value, Tensor)}
         return tensors | {"tgq_prompt": given.get("prompt")}

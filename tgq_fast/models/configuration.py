@@ -48,6 +48,7 @@ LATER_FIELDS = (
     "guide_head",
     "ema",
     "view_share",
+    "second_look",
     "wrong_metadata",
     "partial_metadata",
     "missing_metadata",
@@ -129,6 +130,9 @@ class TGQFormerConfig(PreTrainedConfig):
         alignment_weight: weight of the alignment head's own contrastive loss (where there is such a head).
         ema: decay of the exponential average of the weights that is validated and saved; 0: the weights themselves.
         view_share: probability with which training replaces a picture by a corrupted view, where there are views.
+        second_look: least share of the guide's softmax that a window of half the side must hold for the tower to see
+            that window again, enlarged (:mod:`tgq_fast.models.second_look`); 0: never. Needs `guide`; without effect on
+            other connectors.
         tower_digests: digests of the towers that the model was made with; other weights under the same name are
             refused. None: not known.
         wrong_metadata, partial_metadata, missing_metadata: probabilities with which training gives an item another
@@ -204,6 +208,7 @@ class TGQFormerConfig(PreTrainedConfig):
         alignment_weight: float = 0.1,
         ema: float = 0.0,
         view_share: float = 0.0,
+        second_look: float = 0.0,
         wrong_metadata: float = 0.0,
         partial_metadata: float = 0.0,
         missing_metadata: float = 0.0,
@@ -259,6 +264,8 @@ class TGQFormerConfig(PreTrainedConfig):
         if self.wrong_metadata + self.partial_metadata + self.missing_metadata > 1:
             given = self.wrong_metadata + self.partial_metadata + self.missing_metadata
             raise ArgumentError("wrong_metadata + partial_metadata + missing_metadata", given, "at most 1")
+        if self.second_look and not 0.25 < self.second_look < 1:
+            raise ArgumentError("second_look", self.second_look, "0, or between the window's own share, 0.25, and 1")
         if self.cross_attention_frequency < 1:
             raise ArgumentError("cross_attention_frequency", self.cross_attention_frequency, "an integer of at least 1")
         if not 0 <= self.field_dropout < 1:

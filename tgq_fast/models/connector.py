@@ -212,6 +212,11 @@ class TGQFormerConnector(nn.Module):
             )
         return self.standardiser(raw, has_metadata), logits
 
+    def agreement_of(self, features: FrozenFeatures) -> PatchAgreement:
+        """Agreement of each token with the metadata, of features as :meth:`forward` takes them; needs `guide`."""
+        assert self.guides and self.alignment is not None
+        return self.alignment.patch_agreement(prepare_features(features, self.config, next(self.parameters()).dtype))
+
     def forward(self, features: FrozenFeatures, *, return_attention: bool = False) -> ConnectorOutput:
         """Features of B items → :class:`ConnectorOutput` with tokens [B, Na + Ne, d], anchored first."""
         features = prepare_features(features, self.config, next(self.parameters()).dtype)

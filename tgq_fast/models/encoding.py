@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -29,6 +31,7 @@ from tgq_fast.models.features import FeatureStore
 from tgq_fast.models.field_tokens import FieldEncoder, pack_fields, text_agreement
 from tgq_fast.models.outputs import FrozenFeatures
 from tgq_fast.models.processing import ProcessedItems, TGQFormerProcessor, stack_pixels
+from tgq_fast.models.second_look import Pixels
 from tgq_fast.models.towers import TextTower, VisionTower
 
 __all__ = ["Example", "FeatureExtractor", "as_examples", "progress_bar", "stored_batches"]
@@ -163,8 +166,7 @@ class FeatureExtractor:
         global_image = torch.zeros(batch, vision.global_width, dtype=torch.float32)
         has_image = processed.has_image
         if processed.pixel_values is not None:
-            tokens, pooled = vision(processed.pixel_values, fill=fill)
-            visual[has_image], global_image[has_image] = (t.float().cpu().half().float() for t in (tokens, pooled))
+            visual[has_image], global_image[has_image] = self.look(processed.pixel_values, fill=fill)
         encoded, pooled_text = self._fields(processed.fields)
         packed = pack_fields(encoded, text.width, self.config.max_metadata_tokens, strings=processed.fields)
         agreement = text_agreement(global_image, pooled_text) if text.pooled_width else None
@@ -180,6 +182,12 @@ class FeatureExtractor:
             packed.distinct,
         )
 
+    @plain_defaults()
+    def look(self, pixels: Tensor, *, fill: bool = True) -> tuple[Tensor, Tensor]:
+        """Pixel values [B, 3, H, W] → visual tokens [B, L, dv] and global image [B, dg], fp32 on the CPU."""
+        tokens, pooled = self._towers()[0](pixels, fill=fill)
+        return tokens.float().cpu().half().float(), pooled.float().cpu().half().float()
+
     def batches(
         self,
         examples: Sequence[Example],
@@ -190,8 +198,8 @@ class FeatureExtractor:
         workers: int = 2,
         pixels: Sequence[Tensor | None] | None = None,
         fill: bool = False,
-    ) -> Iterator[tuple[list[int], dict[str, Any]]]:
-        """Per batch: positions of the usable examples, and the model's keyword arguments for them.
+    ) -> Iterator[tuple[list[int], dict[str, Any], Pixels | None]]:
+        """Per batch: positions of the usable examples, the model's keyword arguments for them, and their pixel values.
 
         Args:
             pixels: what :meth:`preparation` made of each example's picture, None for an example without one.
@@ -227,7 +235,7 @@ class FeatureExtractor:
                         continue
                     rows.append(position)
                     good.append(result)
-                yield rows, self._inputs([examples[row] for row in rows], good, fill) if rows else {}
+                yield rows, *(self._inputs([examples[row] for row in rows], good, fill) if rows else ({}, None))
 
     def preparation(self) -> Callable[[PictureLike, str], Tensor]:
         """The part of the work that other threads may do ahead: (picture, item id) → pixel values [3, H, W].
@@ -238,7 +246,9 @@ class FeatureExtractor:
         process = self.processor.image_processor
         return lambda picture, item_id: process([load_image(picture, item_id)])[0]
 
-    def _inputs(self, examples: Sequence[Example], pixels: Sequence[Tensor | None], fill: bool) -> dict[str, Any]:
+    def _inputs(
+        self, examples: Sequence[Example], pixels: Sequence[Tensor | None], fill: bool
+    ) -> tuple[dict[str, Any], Pixels]:
         processed = self.processor.metadata([example.metadata for example in examples])
         present = [p for p in pixels if p is not None]
         processed.pixel_values = stack_pixels(present)
@@ -246,7 +256,7 @@ class FeatureExtractor:
         inputs: dict[str, Any] = {"features": self.features(processed, fill=fill)}
         if processed.prompt is not None:
             inputs["prompt"] = processed.prompt
-        return inputs
+        return inputs, processed.pixels
 
 
 def stored_batches(
@@ -254,16 +264,30 @@ def stored_batches(
     batch_size: int,
     on_error: str,
     store: FeatureStore,
-    processor: TGQFormerProcessor | None,
-) -> Iterator[tuple[list[int], dict[str, Any]]]:
-    """:meth:`FeatureExtractor.batches` of items whose features are stored; `processor` makes an LLM's prompts."""
+    processor: TGQFormerProcessor,
+) -> Iterator[tuple[list[int], dict[str, Any], Pixels | None]]:
+    """:meth:`FeatureExtractor.batches` of items whose features are stored.
+
+    Pixel values are read again from the pictures; a store of whitened features is training's own, and has none.
+
+    Args:
+        processor: makes them, and an LLM's prompts.
+    """
     for start in range(0, len(examples), batch_size):
         stored = [store.catalog.index(example.id) for example in examples[start : start + batch_size]]
         if on_error == "raise":
             store.require_valid(stored)
         good = [i for i, row in enumerate(stored) if row not in store.invalid]
         inputs = store.inputs([stored[i] for i in good], processor=processor) if good else {}
-        yield [start + i for i in good], inputs
+        again = functools.partial(_read_again, store, [stored[i] for i in good], processor)
+        yield [start + i for i in good], inputs, None if store.pictures.whitening else again
+
+
+def _read_again(
+    store: FeatureStore, rows: Sequence[int], processor: TGQFormerProcessor, at: NDArray[np.int64]
+) -> Tensor:
+    with ThreadPoolExecutor(2) as pool:
+        return torch.stack(list(pool.map(lambda i: processor.image_processor([store.image(rows[i])])[0], at)))
 
 
 class progress_bar:

@@ -18,16 +18,16 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from tgq_fast.arguments import checked, row_numbers
 from tgq_fast.data.ahead import in_order
 from tgq_fast.data.catalog import Catalog
 from tgq_fast.data.images import load_image
-from tgq_fast.data.items import Item
 from tgq_fast.data.rejects import RejectLog
 from tgq_fast.defaults import plain_defaults
-from tgq_fast.errors import ArgumentError, ImageError, NonFiniteError
+from tgq_fast.errors import ArgumentError, ImageError
 from tgq_fast.models.backbones import cache_root
 from tgq_fast.models.batch_arguments import kept_fields, metadata_rows, viewed
 from tgq_fast.models.configuration import TGQFormerConfig
@@ -41,7 +41,7 @@ from tgq_fast.models.picture_reuse import (
     is_of,
     keep_contents,
 )
-from tgq_fast.models.pictures import ChosenViews, PictureArrays, PictureFeatures, read_pictures
+from tgq_fast.models.pictures import ChosenViews, PictureArrays, PictureFeatures, encode_chunk, read_pictures
 from tgq_fast.models.processing import TGQFormerProcessor
 from tgq_fast.models.towers import TextTower, VisionTower
 from tgq_fast.models.whitening import Whitening, whitened_pictures
@@ -77,6 +77,7 @@ class FeatureStore:
         self.invalid = {int(row): (reason, detail) for row, reason, detail in visual.notes}
         self._has_image_everywhere = bool(self.has_image.all())
         self._foreign_metadata = False
+        self.images: Callable[[int], Image.Image] | None = None  # row → picture; None: the catalogue's own
 
     def __len__(self) -> int:
         return len(self.catalog)
@@ -193,6 +194,17 @@ class FeatureStore:
         if not array.open_complete(verify=False):
             return None
         return cls.open_or_build(catalog, vision, text, config, root, **options)
+
+    def image(self, row: int) -> Image.Image:
+        """The picture of a row, RGB, as its features are of it.
+
+        Raises:
+            ImageError: it cannot be used.
+        """
+        if self.images is not None:
+            return self.images(row)
+        item = self.catalog.items[row]
+        return load_image(self.catalog.picture(item), item.id)
 
     def require_valid(self, rows: Iterable[int]) -> None:
         """Check that rows may be used.
@@ -373,23 +385,3 @@ def _visual_features(
                 progress(rows.stop, len(catalog))
     keep_contents(array, digests.each)
     return array
-
-
-def encode_chunk(vision: VisionTower, batch: list[Any], items: Sequence[Item]) -> dict[str, NDArray[Any]]:
-    """Features of one chunk of pictures as fp16; zeros where the batch holds no pixel values.
-
-    Raises:
-        NonFiniteError: the tower gave NaN or infinity.
-    """
-    visual = np.zeros((len(batch), vision.num_tokens, vision.width), np.float16)
-    pooled = np.zeros((len(batch), vision.global_width), np.float16)
-    good = [i for i, pixels in enumerate(batch) if isinstance(pixels, Tensor)]
-    if good:
-        tokens, global_image = vision(torch.stack([batch[i] for i in good]), fill=True)
-        visual[good] = tokens.float().half().cpu().numpy()
-        pooled[good] = global_image.float().half().cpu().numpy()
-        finite = np.isfinite(visual).all(axis=(1, 2)) & np.isfinite(pooled).all(axis=1)
-        if not finite.all():
-            bad = np.flatnonzero(~finite)
-            raise NonFiniteError("vision tower (as fp16)", [items[i].id for i in bad[:20]], len(bad))
-    return {"visual": visual, "global": pooled}

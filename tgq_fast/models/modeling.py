@@ -34,6 +34,7 @@ from tgq_fast.models.outputs import ConnectorOutput, FrozenFeatures, TGQFormerOu
 from tgq_fast.models.processing import ProcessedItems, PromptInputs, TGQFormerProcessor
 from tgq_fast.models.publishing import Publishing
 from tgq_fast.models.readers import ImageReader, LightReader, LLMReader, ReaderOutput, build_reader, merged_adapters
+from tgq_fast.models.second_look import SecondLook
 from tgq_fast.models.tower_holder import TowerHolder
 from tgq_fast.models.towers import TextTower, VisionTower, load_text_tower, load_vision_tower
 from tgq_fast.models.whitening import Whitening
@@ -172,7 +173,9 @@ class TGQFormerModel(TowerHolder, Publishing, PreTrainedModel):  # type: ignore[
             if not inputs:
                 raise ArgumentError("features", None, "a FrozenFeatures")
             if "pixel_values" in inputs:
-                features = self.extractor.features(ProcessedItems(prompt=prompt, **inputs))
+                processed = ProcessedItems(prompt=prompt, **inputs)
+                first = {"features": self.extractor.features(processed)}
+                features = (first if self.training else SecondLook(self)(first, processed.pixels))["features"]
             else:
                 features = FrozenFeatures(**inputs)
         device = self.logit_scale.device
@@ -297,7 +300,7 @@ class TGQFormerModel(TowerHolder, Publishing, PreTrainedModel):  # type: ignore[
         with evaluating(self), whole, torch.inference_mode(), packing, shown as advance:
             if features is not None:
                 features = features.for_connector(self.config.connector)
-                batches = stored_batches(examples, batch_size, on_error, features, self._prompt_processor)
+                batches = stored_batches(examples, batch_size, on_error, features, self.processor)
             else:
                 batches = self.extractor.batches(
                     examples,
@@ -308,17 +311,14 @@ class TGQFormerModel(TowerHolder, Publishing, PreTrainedModel):  # type: ignore[
                     pixels=pixels,
                     fill=many,
                 )
-            for rows, inputs in batches:
+            look = SecondLook(self)
+            for rows, inputs, pixel_values in batches:
                 if rows:
-                    output = self(**inputs)
+                    output = self(**look(inputs, pixel_values))
                     result[rows] = output.embedding.float().cpu()
                 advance(min(batch_size, len(examples)))
         result = result[0] if single else result
         return result.numpy() if convert_to_numpy else result
-
-    @property
-    def _prompt_processor(self) -> TGQFormerProcessor | None:
-        return self.processor if self.config.llm is not None else None
 
     # ------------------------------------------------------------------ saving
 

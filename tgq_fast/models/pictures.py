@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -10,7 +11,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["ChosenViews", "PictureArrays", "PictureFeatures", "read_pictures"]
+from tgq_fast.data.items import Item
+from tgq_fast.errors import NonFiniteError
+from tgq_fast.models.towers import VisionTower
+
+__all__ = ["ChosenViews", "PictureArrays", "PictureFeatures", "encode_chunk", "read_pictures"]
 
 
 class ArrayMapping(Protocol):
@@ -88,3 +93,23 @@ def read_pictures(source: PictureFeatures, rows: NDArray[np.integer[Any]]) -> tu
     visual = torch.from_numpy(source.visual[rows])
     visual = visual.view(torch.bfloat16) if visual.dtype == torch.int16 else visual.float()
     return visual, torch.from_numpy(source.global_image[rows]).float()
+
+
+def encode_chunk(vision: VisionTower, batch: list[Any], items: Sequence[Item]) -> dict[str, NDArray[Any]]:
+    """Features of one chunk of pictures as fp16; zeros where the batch holds no pixel values.
+
+    Raises:
+        NonFiniteError: the tower gave NaN or infinity.
+    """
+    visual = np.zeros((len(batch), vision.num_tokens, vision.width), np.float16)
+    pooled = np.zeros((len(batch), vision.global_width), np.float16)
+    good = [i for i, pixels in enumerate(batch) if isinstance(pixels, Tensor)]
+    if good:
+        tokens, global_image = vision(torch.stack([batch[i] for i in good]), fill=True)
+        visual[good] = tokens.float().half().cpu().numpy()
+        pooled[good] = global_image.float().half().cpu().numpy()
+        finite = np.isfinite(visual).all(axis=(1, 2)) & np.isfinite(pooled).all(axis=1)
+        if not finite.all():
+            bad = np.flatnonzero(~finite)
+            raise NonFiniteError("vision tower (as fp16)", [items[i].id for i in bad[:20]], len(bad))
+    return {"visual": visual, "global": pooled}

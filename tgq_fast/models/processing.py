@@ -10,7 +10,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tgq_fast.data.images import PictureLike, load_image
@@ -84,6 +86,11 @@ class ProcessedItems:
 
     def __getitem__(self, name: str) -> Any:
         return getattr(self, name)
+
+    def pixels(self, at: NDArray[np.int64]) -> Tensor:
+        """[b, 3, H, W] of some items (positions among the B), all of which have an image."""
+        assert self.pixel_values is not None
+        return self.pixel_values[torch.as_tensor(self.has_image).cumsum(0)[torch.from_numpy(at)] - 1]
 
 
 class _Fields:

@@ -8,7 +8,6 @@ Source: ours.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -18,29 +17,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch.nn.functional import adaptive_avg_pool2d
 
 from tgq_fast.data.ahead import in_order
 from tgq_fast.data.catalog import Catalog
-from tgq_fast.data.conditions import PICTURE_KINDS, Condition, Picturer
+from tgq_fast.data.conditions import PICTURE_KINDS, Condition
 from tgq_fast.data.corruption import item_seed
-from tgq_fast.data.images import load_image
 from tgq_fast.data.items import Item
 from tgq_fast.errors import ArgumentError, ImageError
 from tgq_fast.models import features
 from tgq_fast.models.backbones import cache_root
 from tgq_fast.models.feature_files import ChunkedArray
 from tgq_fast.models.features import Progress, digest_pictures
-from tgq_fast.models.towers import ImageProcessor, VisionTower
+from tgq_fast.models.pictures import encode_chunk
+from tgq_fast.models.towers import VisionTower
+from tgq_fast.models.view_pictures import PictureMaker
 
-__all__ = ["ViewRecipe", "ViewStore", "token_grid", "token_shares", "training_views"]
+__all__ = ["ViewRecipe", "ViewStore", "training_views"]
 
-_SIDE = 512  # longest side of a picture before it is corrupted; towers read less
-_LEAST = 8  # shortest side
-_KEPT = 128  # decoded pictures kept in memory: scenes and collages of neighbouring items rarely share more
 _DRAW = 8  # tells this generator from the others of one seed
 
 
@@ -101,7 +96,7 @@ class ViewRecipe:
         return [self._condition(names[i], share) for i, share in zip(chosen.tolist(), shares.tolist(), strict=True)]
 
     def _condition(self, kind: str, share: float) -> Condition:
-        if kind == "scene":
+        if kind in ("scene", "closeup"):
             return Condition(kind, float(self.products))
         if kind == "background":
             return Condition(kind, 1.0)
@@ -126,9 +121,15 @@ class ViewStore:
     whitening = ""
 
     def __init__(
-        self, array: ChunkedArray, key: str, rows: NDArray[np.int64], size: int, conditions: list[Condition]
+        self,
+        array: ChunkedArray,
+        key: str,
+        rows: NDArray[np.int64],
+        size: int,
+        conditions: list[Condition],
+        maker: PictureMaker,
     ) -> None:
-        self._array, self.key, self.conditions = array, key, conditions
+        self._array, self.key, self.conditions, self._maker = array, key, conditions, maker
         self.per_item = len(conditions) // max(1, len(rows))
         self.first = np.full(size, -1, dtype=np.int64)
         self.first[rows] = np.arange(len(rows)) * self.per_item
@@ -160,6 +161,22 @@ class ViewStore:
         Both are 0 for tokens of no place; what is missing to 1 is the margin that preprocessing adds.
         """
         return self._array["shares"]
+
+    def picture(self, row: int, number: int = 0) -> Image.Image:
+        """The picture that a view's features are of.
+
+        Args:
+            row: of an item that has views.
+            number: of the view among its V.
+
+        Raises:
+            ImageError: the item's own picture cannot be used.
+        """
+        made = self._maker.picture(row, number, self.conditions[int(self.first[row]) + number])
+        if made is None:
+            item = self._maker.catalog.items[row]
+            raise ImageError(item.id, item.file_name or "", "no view", str(self.conditions[int(self.first[row])]))
+        return made[0]
 
     def draw(self, rows: NDArray[np.int64], share: float, rng: np.random.Generator) -> NDArray[np.int64]:
         """[B] view of each row, or -1: its own picture; an item is replaced with probability `share`, evenly by one of
@@ -230,11 +247,11 @@ class ViewStore:
         flat = [condition for each in views for condition in each]
         root = Path(cache_dir) if cache_dir is not None else cache_root()
         array = ChunkedArray(root / "views" / key[:32], layout, rows=len(flat), chunk=features.CHUNK, facts=facts)
+        maker = PictureMaker(catalog, vision, labels, seed, unread)
         with array.building(verify=verify) as todo:
             if len(todo):
-                maker = _Maker(catalog, vision, labels, seed, unread)
                 _fill(array, list(todo), chosen, views, maker, progress, workers)
-        return cls(array, key, chosen, len(catalog), flat)
+        return cls(array, key, chosen, len(catalog), flat, maker)
 
 
 def training_views(
@@ -276,55 +293,12 @@ def training_views(
     )
 
 
-class _Maker:
-    """Corrupted pictures of a catalogue, ready for the tower."""
-
-    def __init__(
-        self, catalog: Catalog, vision: VisionTower, labels: NDArray[np.int64], seed: int, unread: frozenset[int]
-    ) -> None:
-        self.catalog, self.vision, self.labels, self.seed, self.unread = catalog, vision, labels, seed, unread
-        self.lasting = True  # until a picture cannot be used for a reason that its bytes do not decide
-        self._load = functools.lru_cache(maxsize=_KEPT)(self._read)
-        self._makers: dict[tuple[int, int], Picturer] = {}
-
-    def _read(self, row: int) -> Image.Image | None:
-        item = self.catalog.items[row]
-        if item.file_name is None:
-            return None
-        try:
-            image = load_image(self.catalog.picture(item), item.id)
-        except ImageError as error:
-            self.lasting &= error.lasting or row in self.unread
-            return None
-        if max(image.size) > _SIDE:
-            image.thumbnail((_SIDE, _SIDE), Image.Resampling.BICUBIC, reducing_gap=2.0)
-        if min(image.size) < _LEAST:  # a grid needs a pixel per cell
-            image = image.resize((max(_LEAST, image.width), max(_LEAST, image.height)), Image.Resampling.NEAREST)
-        return image
-
-    def __call__(self, task: tuple[int, int, Condition]) -> tuple[torch.Tensor, NDArray[np.float16]] | None:
-        """(row, number of the view, condition) → pixels [3, H, W] and shares [2, L]; None without a picture."""
-        row, number, condition = task
-        label = int(self.labels[row])
-        maker = self._makers.get((label, number))
-        if maker is None:
-            donors = np.flatnonzero(self.labels == label)
-            maker = Picturer(self.catalog.items, self._load, donors=donors, seed=self.seed * 1009 + number)
-            self._makers[label, number] = maker
-        made = maker(row, condition)
-        if made is None:
-            return None
-        image, mask = made
-        processor = self.vision.image_processor
-        return processor([image])[0], token_shares(mask, processor, self.vision.num_tokens)
-
-
 def _fill(
     array: ChunkedArray,
     todo: list[int],
     rows: NDArray[np.int64],
     views: list[list[Condition]],
-    maker: _Maker,
+    maker: PictureMaker,
     progress: Progress | None,
     workers: int,
 ) -> None:
@@ -336,7 +310,7 @@ def _fill(
         for places in chunks:
             batch = [next(made) for _ in places]
             items: list[Item] = [maker.catalog.items[tasks[at][0]] for at in places]
-            values = features.encode_chunk(vision, [None if found is None else found[0] for found in batch], items)
+            values = encode_chunk(vision, [None if found is None else found[0] for found in batch], items)
             shares = np.zeros((len(batch), 2, vision.num_tokens), np.float16)
             for place, found in enumerate(batch):
                 if found is not None:
@@ -345,41 +319,3 @@ def _fill(
             array.append({**values, "shares": shares}, missing, lasting=maker.lasting)
             if progress is not None:
                 progress(places.stop, len(tasks))
-
-
-def token_grid(length: int) -> tuple[int, int] | None:
-    """(side of the square grid of visual tokens, how many leading tokens are no part of it); None if there is none."""
-    for leading in (0, 1, 5):  # none, a class token, a class token and four registers
-        side = int(np.sqrt(max(0, length - leading)))
-        if side >= 2 and side * side + leading == length:
-            return side, leading
-    return None
-
-
-def token_shares(mask: NDArray[np.bool_], processor: ImageProcessor, length: int) -> NDArray[np.float16]:
-    """What each visual token's cell shows.
-
-    The mask goes through the tower's own preprocessing as a picture and as its negative; what both show alike is
-    margin.
-
-    Args:
-        mask: [H, W] bool, True where the picture does not show the item.
-        processor: of the tower.
-        length: L visual tokens, in a square grid after any leading ones.
-
-    Returns:
-        [2, L] fp16 share of the cell that shows the item, and that shows something foreign; zeros without a grid.
-    """
-    shares = np.zeros((2, length), np.float16)
-    grid = token_grid(length)
-    if grid is None:
-        return shares
-    side, leading = grid
-    white = Image.fromarray((mask * 255).astype(np.uint8)).convert("RGB")
-    black = Image.fromarray((~mask * 255).astype(np.uint8)).convert("RGB")
-    foreign, own = (part[0].float() for part in processor([white, black]))
-    signed = foreign - own
-    signed = (signed / signed.abs().max().clamp_min(1e-6)).clamp(-1, 1)[None]
-    for number, part in enumerate((-signed, signed)):
-        shares[number, leading:] = adaptive_avg_pool2d(part.clamp_min(0), side).reshape(-1).half().numpy()
-    return shares

@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 
 from tgq_fast.data import Item
 from tgq_fast.data.corruption import AREAS, corrupt_image, item_seed
-from tgq_fast.models.views import token_grid
+from tgq_fast.models.token_grid import token_grid
 from tgq_fast.models.zoo import connector_spec
 from tgq_fast.report import figures
 from tgq_fast.report.content import AttentionMap, GateStudy

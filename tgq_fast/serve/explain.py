@@ -10,7 +10,7 @@ from PIL import ImageOps
 from tgq_fast.defaults import plain_defaults
 from tgq_fast.models.encoding import as_examples
 from tgq_fast.models.inference import evaluating
-from tgq_fast.models.views import token_grid
+from tgq_fast.models.token_grid import token_grid
 from tgq_fast.models.zoo import connector_spec
 from tgq_fast.report import figures
 
@@ -32,7 +32,7 @@ def explain(model: TGQFormerModel, item: Item, picture: Image.Image) -> dict[str
         return {"reason": f"connector {config.connector} has no anchored and exploratory streams"}
     row = {name: value for name in config.fields if (value := item.field(name)) is not None}
     examples = as_examples([picture], fields=[row], known=config.fields)
-    _, inputs = next(iter(model.extractor.batches(examples, 1)))
+    _, inputs, _ = next(iter(model.extractor.batches(examples, 1)))
     with evaluating(model):
         output = model(**inputs, return_attention=True).connector
     told: dict[str, Any] = {}

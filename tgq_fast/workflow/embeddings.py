@@ -109,6 +109,7 @@ class Conditions:
         store = copy.copy(self.clean)
         chosen = np.flatnonzero(views.first >= 0)
         store.pictures = _Placed(self.clean.pictures, views)
+        store.images = lambda row: views.picture(row) if views.first[row] >= 0 else self.clean.image(row)
         lost = chosen[~views.valid[views.first[chosen]]]
         reason = ("no view", str(condition))
         absent = {int(row): reason for row in lost if self.clean.has_image[row]}
@@ -149,11 +150,12 @@ class _Rows:
     """Rows of one array, some of which lie in another one."""
 
     def __init__(self, own: NDArray[Any], other: NDArray[Any], place: NDArray[np.int64]) -> None:
-        self.own, self.other, self.place, self.shape = own, other, place, own.shape
+        self.own, self.other, self.place = own, other, place
+        self.shape, self.dtype = own.shape, own.dtype
 
     def __getitem__(self, rows: NDArray[np.integer[Any]]) -> NDArray[Any]:
         place = self.place[rows]
-        found = np.empty((len(place), *self.shape[1:]), self.own.dtype)
+        found = np.empty((len(place), *self.shape[1:]), self.dtype)
         found[place < 0] = self.own[np.asarray(rows)[place < 0]]
         found[place >= 0] = self.other[place[place >= 0]]
         return found

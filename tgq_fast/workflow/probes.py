@@ -13,11 +13,13 @@ from tgq_fast.data.conditions import CLEAN, Condition
 from tgq_fast.data.corruption import AREAS, METADATA_KINDS
 from tgq_fast.defaults import plain_defaults
 from tgq_fast.models.inference import evaluating
-from tgq_fast.models.views import token_grid
+from tgq_fast.models.second_look import SecondLook
+from tgq_fast.models.token_grid import token_grid
 from tgq_fast.workflow.embeddings import Conditions
 
 if TYPE_CHECKING:
     from tgq_fast.models import ConnectorOutput, FrozenFeatures, TGQFormerModel
+    from tgq_fast.models.features import FeatureStore
 
 __all__ = ["connect", "gate_means", "probe_model", "stream_mass"]
 
@@ -74,7 +76,8 @@ def probe_model(
     Returns:
         "sample": number of items. "attention": condition → stream → mean mass on the item and on the foreign, beside
         "area", the share of the picture that each covers. "gates": condition → stream → mean gate, for the conditions
-        asked for, for badges of growing area and for damaged metadata of all items.
+        asked for, for badges of growing area and for damaged metadata of all items. "looked at again": condition →
+        share of the pictures, where the model takes second looks.
     """
     config = model.config
     if config.connector != "tgq":
@@ -86,6 +89,10 @@ def probe_model(
         return None
     alike = {str(Condition(c.kind, c.amount, "both", c.damage)): c for c in asked if c != CLEAN}
     found: dict[str, Any] = {"sample": len(rows), "attention": {}, "gates": {}}
+    look = SecondLook(model)
+    if look.active:
+        stores = {c: conditions.store(c, None if c in asked else rows) for c in [CLEAN, *alike.values()]}
+        found["looked at again"] = {str(c): _looked_again(look, model, store, rows) for c, store in stores.items()}
     if token_grid(config.num_visual_tokens) is not None:
         for text, condition in alike.items():
             if condition.pictures:
@@ -102,6 +109,16 @@ def probe_model(
                 name: float(np.concatenate([part[name] for part in parts]).mean()) for name in parts[0]
             }
     return found
+
+
+@plain_defaults()
+@torch.inference_mode()
+def _looked_again(look: SecondLook, model: TGQFormerModel, store: FeatureStore, rows: NDArray[np.int64]) -> float:
+    some, again = rows[store.valid[rows]], 0
+    for part in _batches(some):
+        features = store.batch(part).to(model.logit_scale.device)
+        again += int(look.choose(features if model.whitening is None else model.whitening(features))[0].sum())
+    return again / max(1, len(some))
 
 
 def _attention(

@@ -14,7 +14,7 @@ from tgq_fast.models.configuration import TGQFormerConfig
 from tgq_fast.models.embeddings import prepare_features
 from tgq_fast.models.layers import initialise_connector
 from tgq_fast.models.outputs import ConnectorOutput, FrozenFeatures
-from tgq_fast.models.views import token_grid
+from tgq_fast.models.token_grid import token_grid
 
 __all__ = ["CAbstractor", "cell_grid", "patch_grid"]
 

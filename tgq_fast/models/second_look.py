@@ -1,0 +1,144 @@
+"""A second look: where the guide is sure which part of a picture the metadata means, the tower sees that part again.
+
+The guide scores every visual token of the first look. Where a window of half the picture's side holds enough of the
+scores' softmax, the window is enlarged to the tower's input and its tokens take the place of the first ones: metadata
+then steers what the frozen tower sees, not only what the queries read of it. A picture that shows one product is
+looked at once.
+
+Source: ours; glance and focus, Wang et al. 2020 (there a policy is learned, and no text takes part).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from tgq_fast.models.outputs import FrozenFeatures
+from tgq_fast.models.token_grid import token_grid
+
+if TYPE_CHECKING:
+    from tgq_fast.models.modeling import TGQFormerModel
+
+__all__ = ["Pixels", "SecondLook", "close_up", "windows"]
+
+_SIDE = 0.5  # of a window, of the picture's side
+_STEPS = 5  # places of a window along each side
+
+Pixels = Callable[[NDArray[np.int64]], Tensor]
+"""Positions in a batch → [b, 3, H, W] what the tower saw of these items' pictures."""
+
+
+@functools.lru_cache
+def windows(length: int) -> tuple[NDArray[np.float64], Tensor] | None:
+    """Windows that may be looked at again; None for tokens that form no square grid.
+
+    Args:
+        length: L visual tokens, in a square grid after any leading ones.
+
+    Returns:
+        [W, 4] left, top, right, bottom as shares of the side, and [W, L] fp32 the share of each token's cell that lies
+        in each window.
+    """
+    grid = token_grid(length)
+    if grid is None:
+        return None
+    side, leading = grid
+    starts = np.linspace(0, 1 - _SIDE, _STEPS)
+    edges = np.arange(side + 1) / side
+    ends = np.minimum(edges[1:], starts[:, None] + _SIDE)
+    along = np.clip(ends - np.maximum(edges[:-1], starts[:, None]), 0, None) * side  # [S, side]
+    boxes = np.array([(x, y, x + _SIDE, y + _SIDE) for y in starts for x in starts])
+    cover = np.zeros((len(boxes), length))
+    cover[:, leading:] = np.einsum("yi,xj->yxij", along, along).reshape(len(boxes), -1)
+    return boxes, torch.from_numpy(cover).float()
+
+
+def close_up(pixels: Tensor, boxes: NDArray[np.float64]) -> Tensor:
+    """Parts of pictures, enlarged to the size of the whole (bicubic).
+
+    Args:
+        pixels: [B, 3, H, W] as a tower takes them.
+        boxes: [B, 4] left, top, right, bottom as shares of width and height.
+
+    Returns:
+        [B, 3, H, W] in the pixels' dtype, within the range of each picture's own values.
+    """
+    height, width = pixels.shape[-2:]
+    out = torch.empty_like(pixels)
+    for number, box in enumerate(boxes):
+        left, top = (math.floor(share * size) for share, size in zip(box[:2], (width, height), strict=True))
+        right, bottom = (math.ceil(share * size) for share, size in zip(box[2:], (width, height), strict=True))
+        part = pixels[number : number + 1, :, top:bottom, left:right]
+        close = interpolate(part.float(), size=(height, width), mode="bicubic", align_corners=False)
+        out[number] = close[0].clamp(part.min(), part.max())
+    return out
+
+
+class SecondLook:
+    """What :meth:`TGQFormerModel.encode` does to each batch before the model reads it.
+
+    Args:
+        model: with `config.second_look`, a guide, and a tower whose tokens form a grid; of others nothing changes.
+
+    Attributes:
+        active: whether pictures are looked at again at all.
+    """
+
+    def __init__(self, model: TGQFormerModel) -> None:
+        self._model, self._least = model, model.config.second_look
+        found = windows(model.config.num_visual_tokens)
+        self.active = bool(self._least and found is not None and getattr(model.connector, "guides", False))
+        if found is not None:
+            self._boxes, self._cover = found
+
+    def choose(self, features: FrozenFeatures) -> tuple[Tensor, Tensor]:
+        """Which pictures are looked at again, and where; needs :attr:`active`.
+
+        Args:
+            features: of B items, as the connector takes them.
+
+        Returns:
+            [B] bool, and [B] int64 index of a window.
+        """
+        connector: Any = self._model.connector
+        guide: Tensor = connector.agreement_of(features).guide
+        most, which = (guide.softmax(dim=1) @ self._cover.to(guide.device).T).max(dim=1)
+        sure = (most >= self._least) & features.has_metadata
+        if features.visual_mask is not None:
+            sure = sure & features.visual_mask.any(dim=1)
+        return sure, which
+
+    def __call__(self, inputs: dict[str, Any], pixels: Pixels | None) -> dict[str, Any]:
+        """Keyword arguments of forward → the same with the tokens of close-ups where one is called for.
+
+        Args:
+            inputs: with features on any device.
+            pixels: how to get at what the tower saw; None: the inputs stay as they are.
+        """
+        if not self.active or pixels is None:
+            return inputs
+        model = self._model
+        device = model.logit_scale.device
+        features: FrozenFeatures = inputs["features"].to(device)
+        if model.whitening is not None:
+            features = model.whitening(features)
+        sure, which = self.choose(features)
+        at = sure.nonzero()[:, 0].cpu().numpy()
+        if not len(at):
+            return {**inputs, "features": features}
+        close = close_up(pixels(at), self._boxes[which[sure].cpu().numpy()])
+        tokens, image = (value.to(device) for value in model.extractor.look(close))
+        if model.whitening is not None:
+            tokens, image = model.whitening.tokens(tokens), model.whitening.image(image)
+        seen, whole = features.visual_tokens.clone(), features.global_image.clone()
+        seen[sure], whole[sure] = tokens.to(seen.dtype), image.to(whole.dtype)
+        return {**inputs, "features": dataclasses.replace(features, visual_tokens=seen, global_image=whole)}
