@@ -133,8 +133,7 @@ class _Runner:
                 for process in [process for process in running if process.poll() is not None]:
                     folder, begin = running.pop(process)
                     if process.returncode:
-                        tail = (folder / "log.txt").read_text(errors="replace").strip().splitlines()[-1:]
-                        why = f"signal {signal.Signals(-process.returncode).name}" if process.returncode < 0 else tail
+                        why = _why(process.returncode, (folder / "log.txt").read_text(errors="replace"))
                         raise StudyError(f"{folder.name}: failed ({why}); its log is {folder / 'log.txt'}")
                     done += 1
                     self.say(f"{done} of {len(todo)}: {folder.name}, {time.monotonic() - begin:.0f} s")
@@ -163,6 +162,14 @@ def _choose(plan: Plan, trials: Sequence[Job], out: Path) -> dict[str, Any]:
             for name, v in by_recipe.items()
         }
     return {"metric": plan.select, "trials": told, "chosen": chosen}
+
+
+def _why(code: int, log: str) -> str:
+    """Why a worker ended, as far as its exit status and its log tell."""
+    if code < 0:
+        return f"signal {signal.Signals(-code).name}"
+    lines = log.strip().splitlines()
+    return lines[-1] if lines else f"exit status {code} and an empty log: the disk may be full"
 
 
 def _summary(plan: Plan, setting: Setting, jobs: Sequence[Job], choice: dict[str, Any], out: Path) -> dict[str, Any]:
