@@ -257,5 +257,7 @@ def test_a_guiding_value_beside_the_columns_of_a_row_counts(saved: Path, catalog
         assert torch.equal(given, model.encode([picture], fields=[{"category": "shoe", "colour": odd}])), odd
     for image in (None, float("nan"), np.float32("nan")):
         assert torch.equal(model.encode([{"image": image, **values}]), model.encode([values]))
+    with pytest.raises(ArgumentError, match="'colour' is given twice"):
+        model.encode([{"image": picture, **values, "attributes": {"colour": "blue"}}])
     with pytest.raises(ArgumentError, match="'photo_url' looks like a picture"):
         model.encode([{"id": "a", "photo_url": "x.jpg"}])

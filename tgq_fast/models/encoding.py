@@ -123,7 +123,8 @@ def _from_row(row: Mapping[str, Any], name: str, number: int, root: Path, guidin
         values = columns.read(values)
         if image is None and values.get("file_name") is None and columns.pictures:
             raise RowError([f"{sorted(columns.pictures)[0]!r} looks like a picture; call it file_name or image"])
-        beside = parse_fields(row, [field for field in guiding if field not in KNOWN_KEYS])
+        fields = [field for field in guiding if field not in KNOWN_KEYS]
+        beside = parse_fields({str(key): value for key, value in row.items() if str(key) in fields}, fields)
         values |= {f"attributes.{field}": text for field, text in beside.items()}
         if values.get("id") is None and values.get("file_name") is None:
             values["id"] = name
