@@ -85,7 +85,8 @@ class Planted(torch.nn.Module):
             left, top = QUADRANTS[self.quadrant]
             cells = guide[:, 1:].view(-1, 4, 4)
             cells[:, int(4 * top) : int(4 * top) + 2, int(4 * left) : int(4 * left) + 2] = 9.0
-        found.guide = guide * features.has_metadata[:, None]
+        real = 1 if features.visual_mask is None else features.visual_mask  # as PatchAgreement's own
+        found.guide = guide * features.has_metadata[:, None] * real
         return found
 
     def forward(self, features: Any) -> Any:

@@ -48,9 +48,8 @@ class SentenceTransformersModule(InputModule):
     def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, **kwargs: Any) -> dict[str, Any]:
         """Items → the frozen towers' features, each [B, …]; `prompt` is not used."""
         examples = as_examples(list(inputs), known=self.model.config.fields)
-        ((_, first, pixels),) = self.model.extractor.batches(examples, len(examples))
-        given = SecondLook(self.model)(first, pixels)
-        features = vars(given["features"])
+        ((_, given, pixels),) = self.model.extractor.batches(examples, len(examples))
+        features = vars(SecondLook(self.model)(given["features"], pixels))
         tensors = {_PREFIX + name: value for name, value in features.items() if isinstance(value, Tensor)}
         return tensors | {"tgq_prompt": given.get("prompt")}
 

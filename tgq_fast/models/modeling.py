@@ -174,8 +174,9 @@ class TGQFormerModel(TowerHolder, Publishing, PreTrainedModel):  # type: ignore[
                 raise ArgumentError("features", None, "a FrozenFeatures")
             if "pixel_values" in inputs:
                 processed = ProcessedItems(prompt=prompt, **inputs)
-                first = {"features": self.extractor.features(processed)}
-                features = (first if self.training else SecondLook(self)(first, processed.pixels))["features"]
+                features = self.extractor.features(processed)
+                if not self.training:
+                    features = SecondLook(self)(features, processed.pixels)
             else:
                 features = FrozenFeatures(**inputs)
         device = self.logit_scale.device
@@ -314,7 +315,8 @@ class TGQFormerModel(TowerHolder, Publishing, PreTrainedModel):  # type: ignore[
             look = SecondLook(self)
             for rows, inputs, pixel_values in batches:
                 if rows:
-                    output = self(**look(inputs, pixel_values))
+                    inputs["features"] = look(inputs["features"], pixel_values)
+                    output = self(**inputs)
                     result[rows] = output.embedding.float().cpu()
                 advance(min(batch_size, len(examples)))
         result = result[0] if single else result

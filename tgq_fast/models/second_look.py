@@ -100,45 +100,42 @@ class SecondLook:
         if found is not None:
             self._boxes, self._cover = found
 
-    def choose(self, features: FrozenFeatures) -> tuple[Tensor, Tensor]:
+    def choose(self, guide: Tensor) -> tuple[Tensor, Tensor]:
         """Which pictures are looked at again, and where; needs :attr:`active`.
 
         Args:
-            features: of B items, as the connector takes them.
+            guide: [B, L] of :class:`~tgq_fast.models.embeddings.PatchAgreement`. Of an item without a picture or
+                metadata it is zero: no window then holds more than its area.
 
         Returns:
             [B] bool, and [B] int64 index of a window.
         """
-        connector: Any = self._model.connector
-        guide: Tensor = connector.agreement_of(features).guide
         most, which = (guide.softmax(dim=1) @ self._cover.to(guide.device).T).max(dim=1)
-        sure = (most >= self._least) & features.has_metadata
-        if features.visual_mask is not None:
-            sure = sure & features.visual_mask.any(dim=1)
-        return sure, which
+        return most >= self._least, which
 
-    def __call__(self, inputs: dict[str, Any], pixels: Pixels | None) -> dict[str, Any]:
-        """Keyword arguments of forward → the same with the tokens of close-ups where one is called for.
+    def __call__(self, features: FrozenFeatures, pixels: Pixels | None) -> FrozenFeatures:
+        """Features with the tokens of close-ups where one is called for.
 
         Args:
-            inputs: with features on any device.
-            pixels: how to get at what the tower saw; None: the inputs stay as they are.
+            features: of B items, on any device.
+            pixels: how to get at what the tower saw; None: the features stay as they are.
         """
         if not self.active or pixels is None:
-            return inputs
+            return features
         model = self._model
+        connector: Any = model.connector
         device = model.logit_scale.device
-        features: FrozenFeatures = inputs["features"].to(device)
+        features = features.to(device)
         if model.whitening is not None:
             features = model.whitening(features)
-        sure, which = self.choose(features)
+        sure, which = self.choose(connector.agreement_of(features).guide)
         at = sure.nonzero()[:, 0].cpu().numpy()
         if not len(at):
-            return {**inputs, "features": features}
+            return features
         close = close_up(pixels(at), self._boxes[which[sure].cpu().numpy()])
         tokens, image = (value.to(device) for value in model.extractor.look(close))
         if model.whitening is not None:
             tokens, image = model.whitening.tokens(tokens), model.whitening.image(image)
         seen, whole = features.visual_tokens.clone(), features.global_image.clone()
         seen[sure], whole[sure] = tokens.to(seen.dtype), image.to(whole.dtype)
-        return {**inputs, "features": dataclasses.replace(features, visual_tokens=seen, global_image=whole)}
+        return dataclasses.replace(features, visual_tokens=seen, global_image=whole)

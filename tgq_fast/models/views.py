@@ -172,10 +172,11 @@ class ViewStore:
         Raises:
             ImageError: the item's own picture cannot be used.
         """
-        made = self._maker.picture(row, number, self.conditions[int(self.first[row]) + number])
+        condition = self.conditions[int(self.first[row]) + number]
+        made = self._maker.picture(row, number, condition)
         if made is None:
             item = self._maker.catalog.items[row]
-            raise ImageError(item.id, item.file_name or "", "no view", str(self.conditions[int(self.first[row])]))
+            raise ImageError(item.id, item.file_name or "", "no view", str(condition))
         return made[0]
 
     def draw(self, rows: NDArray[np.int64], share: float, rng: np.random.Generator) -> NDArray[np.int64]:

@@ -111,13 +111,12 @@ def probe_model(
     return found
 
 
-@plain_defaults()
-@torch.inference_mode()
 def _looked_again(look: SecondLook, model: TGQFormerModel, store: FeatureStore, rows: NDArray[np.int64]) -> float:
     some, again = rows[store.valid[rows]], 0
     for part in _batches(some):
-        features = store.batch(part).to(model.logit_scale.device)
-        again += int(look.choose(features if model.whitening is None else model.whitening(features))[0].sum())
+        guide = connect(model, store.batch(part)).patch_agreement
+        assert guide is not None  # of a model that looks twice
+        again += int(look.choose(guide)[0].sum())
     return again / max(1, len(some))
 
 

@@ -85,14 +85,16 @@ def assignments(values: Sequence[str] | None, option: str, *, parse: bool = Fals
             raise ArgumentError(option, repr(entry), 'name=value, or "a=b"=value')
         if name.strip() in pairs:
             raise ArgumentError(option, f"{name.strip()!r} twice", "one value of each name")
-        if parse:
-            try:
-                pairs[name.strip()] = read_json(value)
-            except ValueError:
-                pairs[name.strip()] = {"True": True, "False": False, "None": None}.get(value, value)
-        else:
-            pairs[name.strip()] = value
+        pairs[name.strip()] = setting(value) if parse else value
     return pairs
+
+
+def setting(text: str) -> Any:
+    """The value of a setting: JSON, Python's True, False and None, or the text itself."""
+    try:
+        return read_json(text)
+    except ValueError:
+        return {"True": True, "False": False, "None": None}.get(text, text)
 
 
 def names(text: str | None) -> list[str] | None:

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from tgq_fast.app import console
+from tgq_fast.app.cli.options import setting
 from tgq_fast.errors import ArgumentError
-from tgq_fast.io.json_text import read_json
 
 __all__ = ["study"]
 
@@ -120,13 +120,7 @@ def _pairs(text: str, option: str) -> dict[str, str]:
 
 def _settings(text: str, option: str) -> dict[str, Any]:
     """Values that are JSON are read as JSON, as in `tgq-fast train --set`."""
-    found: dict[str, Any] = {}
-    for name, value in _pairs(text, option).items():
-        try:
-            found[name] = read_json(value)
-        except ValueError:
-            found[name] = {"True": True, "False": False, "None": None}.get(value, value)
-    return found
+    return {name: setting(value) for name, value in _pairs(text, option).items()}
 
 
 def _recipe(text: str) -> tuple[str, dict[str, Any]]:
