@@ -34,7 +34,7 @@ from tgq_fast.models.outputs import ConnectorOutput, FrozenFeatures, TGQFormerOu
 from tgq_fast.models.processing import ProcessedItems, PromptInputs, TGQFormerProcessor
 from tgq_fast.models.publishing import Publishing
 from tgq_fast.models.readers import ImageReader, LightReader, LLMReader, ReaderOutput, build_reader, merged_adapters
-from tgq_fast.models.second_look import SecondLook
+from tgq_fast.models.second_look import SecondLook, both_looks
 from tgq_fast.models.tower_holder import TowerHolder
 from tgq_fast.models.towers import TextTower, VisionTower, load_text_tower, load_vision_tower
 from tgq_fast.models.whitening import Whitening
@@ -180,17 +180,12 @@ class TGQFormerModel(TowerHolder, Publishing, PreTrainedModel):  # type: ignore[
             else:
                 features = FrozenFeatures(**inputs)
         device = self.logit_scale.device
-        features = self._control(features.to(device))
-        if self.whitening is not None:
-            features = self.whitening(features)
-        connected: ConnectorOutput = running(self.connector)(features, return_attention=return_attention)
+        features = features.to(device)
         prompt = None if prompt is None else prompt.to(device)
-        assert connected.tokens is not None  # every connector sets it
-        read: ReaderOutput = self.reader(connected.tokens, features, prompt)
-        if self.direct is not None:
-            read = ReaderOutput(
-                *self.direct(read.embedding, read.visual_embedding, features, connected.patch_agreement)
-            )
+        read, connected = self._read(features, prompt, return_attention)
+        if (rows := features.close_rows) is not None:
+            close, _ = self._read(features.close_ups(), None if prompt is None else prompt.rows(rows))
+            read = both_looks(read, close, rows)
         output = TGQFormerOutput(embedding=read.embedding, visual_embedding=read.visual_embedding, connector=connected)
         if positives is not None:
             groups = None if groups is None else groups.to(device)
@@ -199,19 +194,24 @@ class TGQFormerModel(TowerHolder, Publishing, PreTrainedModel):  # type: ignore[
             output.losses = {name: term.detach() for name, (_, term) in terms.items()}
         return output if return_dict else output.to_tuple()
 
-    def _control(self, features: FrozenFeatures) -> FrozenFeatures:
-        """The controls: "image-only" has no metadata anywhere, "text-only" no picture anywhere."""
+    def _read(
+        self, features: FrozenFeatures, prompt: PromptInputs | None, return_attention: bool = False
+    ) -> tuple[ReaderOutput, ConnectorOutput]:
+        """The whole way from frozen features; controls see no picture or no metadata anywhere."""
         spec = connector_spec(self.config.connector)
         if not spec.sees_picture:
-            features = copy.copy(features)
-            features.global_image = torch.zeros_like(features.global_image)
+            features = features.without_picture()
         if not spec.reader_sees_metadata:
-            features = copy.copy(features)
-            features.metadata_tokens = features.metadata_tokens[:, :1] * 0
-            features.metadata_mask = torch.zeros_like(features.metadata_mask[:, :1])
-            features.field_ids = torch.zeros_like(features.field_ids[:, :1])
-            features.agreement, features.distinct = None, None
-        return features
+            features = features.without_metadata()
+        if self.whitening is not None:
+            features = self.whitening(features)
+        connected: ConnectorOutput = running(self.connector)(features, return_attention=return_attention)
+        assert connected.tokens is not None  # every connector sets it
+        read: ReaderOutput = self.reader(connected.tokens, features, prompt)
+        if self.direct is not None:
+            parts = self.direct(read.embedding, read.visual_embedding, features, connected.patch_agreement)
+            read = ReaderOutput(*parts)
+        return read, connected
 
     # ------------------------------------------------------------------ encoding
 

@@ -47,6 +47,9 @@ class FrozenFeatures:
         product_share: [B, L] share of each visual token's cell that shows the item, or None where nobody knows; only
             training reads it.
         trusted: [B] bool whether the metadata is the item's own, or None for all; only training reads it.
+        close_rows: [C] int64 the items of which there is a close-up (:mod:`tgq_fast.models.second_look`), or None.
+        close_tokens: [C, L, dv] its visual tokens, never whitened.
+        close_image: [C, dg] its pooled image feature, never whitened.
     """
 
     visual_tokens: Tensor
@@ -60,6 +63,9 @@ class FrozenFeatures:
     whitened: bool = False
     product_share: Tensor | None = None
     trusted: Tensor | None = None
+    close_rows: Tensor | None = None
+    close_tokens: Tensor | None = None
+    close_image: Tensor | None = None
 
     @property
     def has_metadata(self) -> Tensor:
@@ -110,6 +116,35 @@ class FrozenFeatures:
 
         moved: dict[str, Any] = {f.name: move(getattr(self, f.name)) for f in dataclasses.fields(self)}
         return FrozenFeatures(**moved)
+
+    def close_ups(self) -> FrozenFeatures:
+        """Features of the C items of which there is a close-up, with the close-up as their picture."""
+        rows, distinct = self.close_rows, self.distinct
+        assert rows is not None and self.close_tokens is not None and self.close_image is not None
+        return FrozenFeatures(
+            self.close_tokens,
+            self.close_image,
+            self.metadata_tokens[rows],
+            self.metadata_mask[rows],
+            self.field_ids[rows],
+            None if self.agreement is None else self.agreement[rows],
+            distinct=distinct and dataclasses.replace(distinct, index=distinct.index[rows]),
+        )
+
+    def without_picture(self) -> FrozenFeatures:
+        """The same with a pooled image feature of zeros."""
+        return dataclasses.replace(self, global_image=torch.zeros_like(self.global_image))
+
+    def without_metadata(self) -> FrozenFeatures:
+        """The same with one token of padding as metadata."""
+        return dataclasses.replace(
+            self,
+            metadata_tokens=self.metadata_tokens[:, :1] * 0,
+            metadata_mask=torch.zeros_like(self.metadata_mask[:, :1]),
+            field_ids=torch.zeros_like(self.field_ids[:, :1]),
+            agreement=None,
+            distinct=None,
+        )
 
 
 @dataclass

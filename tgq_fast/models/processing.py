@@ -63,6 +63,10 @@ class PromptInputs:
         """All tensors on a device."""
         return PromptInputs(**{f.name: getattr(self, f.name).to(device) for f in dataclasses.fields(self)})
 
+    def rows(self, at: Tensor) -> PromptInputs:
+        """The prompts of some items."""
+        return PromptInputs(**{f.name: getattr(self, f.name)[at] for f in dataclasses.fields(self)})
+
 
 @dataclass
 class ProcessedItems:

@@ -1,9 +1,9 @@
 """A second look: where the guide is sure which part of a picture the metadata means, the tower sees that part again.
 
 The guide scores every visual token of the first look. Where a window of half the picture's side holds enough of the
-scores' softmax, the window is enlarged to the tower's input and its tokens take the place of the first ones: metadata
-then steers what the frozen tower sees, not only what the queries read of it. A picture that shows one product is
-looked at once.
+scores' softmax, the window is enlarged to the tower's input, and the item's embedding is the mean of what both looks
+give: metadata then steers what the frozen tower sees, not only what the queries read of it. A picture that shows one
+product is looked at once.
 
 Source: ours; glance and focus, Wang et al. 2020 (there a policy is learned, and no text takes part).
 """
@@ -20,9 +20,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import interpolate
+from torch.nn.functional import interpolate, normalize
 
 from tgq_fast.models.outputs import FrozenFeatures
+from tgq_fast.models.readers import ReaderOutput
 from tgq_fast.models.token_grid import token_grid
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ class SecondLook:
         return most >= self._least, which
 
     def __call__(self, features: FrozenFeatures, pixels: Pixels | None) -> FrozenFeatures:
-        """Features with the tokens of close-ups where one is called for.
+        """Features with close-ups where one is called for.
 
         Args:
             features: of B items, on any device.
@@ -134,8 +135,19 @@ class SecondLook:
             return features
         close = close_up(pixels(at), self._boxes[which[sure].cpu().numpy()])
         tokens, image = (value.to(device) for value in model.extractor.look(close))
-        if model.whitening is not None:
-            tokens, image = model.whitening.tokens(tokens), model.whitening.image(image)
-        seen, whole = features.visual_tokens.clone(), features.global_image.clone()
-        seen[sure], whole[sure] = tokens.to(seen.dtype), image.to(whole.dtype)
-        return dataclasses.replace(features, visual_tokens=seen, global_image=whole)
+        return dataclasses.replace(features, close_rows=sure.nonzero()[:, 0], close_tokens=tokens, close_image=image)
+
+
+def both_looks(first: ReaderOutput, close: ReaderOutput, rows: Tensor) -> ReaderOutput:
+    """The mean of what both looks gave, as unit vectors.
+
+    Args:
+        first: of B items.
+        close: of the C close-ups.
+        rows: [C] whose they are.
+    """
+
+    def mean(whole: Tensor, part: Tensor) -> Tensor:
+        return whole.index_copy(0, rows, normalize(whole[rows] + part, dim=-1))
+
+    return ReaderOutput(mean(first.embedding, close.embedding), mean(first.visual_embedding, close.visual_embedding))
