@@ -179,14 +179,18 @@ def test_a_broken_tar_header_is_not_the_end(tmp_path: Path) -> None:
 def test_samples_of_many_forms(tmp_path: Path) -> None:
     parts = {"a.jpg": picture(0), "a.txt": b" a shirt \n", "a.cls": b"3", "b.c.PNG": picture(1),
              "b.thumb.png": picture(2), "c.json": b"[1]", "d.json": b"{", "e.json": b'{"id": 7, "price": 2.5}',
-             "f.txt": b"\xff"}  # fmt: skip
+             "f.txt": b"\xff", "g.json": b'{"id": "g", "title": "red"}', "g.txt": b"blue",
+             "g.meta.json": b'{"brand": "x"}', "h.json": b'{"brand": "x"}',
+             "h.meta.json": b'{"brand": "y"}'}  # fmt: skip
     with tarfile.open(tmp_path / "x.tar", "w") as archive:
         for name, data in parts.items():
             facts = tarfile.TarInfo(name)
             facts.size = len(data)
             archive.addfile(facts, io.BytesIO(data))
     catalog = Catalog.load(tmp_path, policy="skip")
-    assert catalog.ids == ["a", "b", "7"] and catalog.report.problem_count == 3
+    assert catalog.ids == ["a", "b", "7", "g"] and catalog.report.problem_count == 4
+    assert (catalog.items[3].title, catalog.items[3].brand) == ("red", "x")
+    assert "disagree about brand" in str(catalog.report.rejected[-1])
     assert (catalog.items[0].title, catalog.items[0].category, catalog.items[2].price) == ("a shirt", "3", 2.5)
     expected = load_image(picture(1), "b").tobytes()
     assert load_image(catalog.picture(catalog.items[1]), "b").tobytes() == expected

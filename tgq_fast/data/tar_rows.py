@@ -117,6 +117,7 @@ def pictures_of(members: list[Member]) -> list[Member]:
 
 def sample_row(members: list[Member], read: Any, pictures: list[Any]) -> dict[str, Any] | RowError:
     """The columns of one item, with `pictures` as its file_name; `read` gives the bytes of a member."""
+    told: dict[str, Any] = {}  # by JSON, which goes before .txt and .cls
     row: dict[str, Any] = {}
     key = members[0].key
     try:
@@ -131,13 +132,16 @@ def sample_row(members: list[Member], read: Any, pictures: list[Any]) -> dict[st
                 given = read_json(text)
                 if not isinstance(given, dict):
                     return RowError([f"{member.name} is a JSON {type(given).__name__}, expected an object"])
-                row = {**row, **given}
+                if twice := sorted(str(name) for name in given if name in told and told[name] != given[name]):
+                    return RowError([f"item {key!r}: its JSON members disagree about {', '.join(twice)}"])
+                told |= given
             else:
                 row.setdefault("title" if suffix in _TITLES else "category", text.strip())
     except UnicodeDecodeError:
         return RowError([f"item {key!r}: not valid UTF-8"])
     except ValueError as error:
         return RowError([f"item {key!r}: not valid JSON: {str(error)[:120]}"])
+    row |= told
     if row.get("id") is None:
         row["id"] = str(row.get(_IDS) or key)
     row.pop(_IDS, None)
