@@ -54,7 +54,7 @@ struct GroupHits {
     Vector::store(bounds, bound);
     for (; mask != 0; mask &= mask - 1, ++found) {
       const int lane = __builtin_ctz(mask);
-      if (found < kDenseGroup) to[found] = {static_cast<uint16_t>(query), static_cast<uint16_t>(first_row + lane), bounds[lane]};
+      to[found] = {static_cast<uint16_t>(query), static_cast<uint16_t>(first_row + lane), bounds[lane]};
     }
   }
 };

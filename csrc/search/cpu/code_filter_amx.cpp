@@ -118,18 +118,29 @@ class Survivors {
     }
   }
 
+  // How many queries have survivors is not to be predicted either: one loop for both groups.
   void end(const Sums& sums, int g, bool pair) {
+    uint64_t passed = 0;
     for (int half = 0; half < (pair ? 2 : 1); ++half) {
-      const auto group = GroupView<Wide>::template of<false>(rows, (g + half) * kGroup);
       const __m512i all = _mm512_load_si512(masks[half]);
-      GroupHits found{hits + total};
-      for (uint32_t passed = real & _cvtmask32_u32(_mm512_test_epi16_mask(all, all)); passed != 0; passed &= passed - 1) {
-        const int q = __builtin_ctz(passed);
-        const __m512i sum = _mm512_add_epi32(_mm512_load_si512(sums.cell[q] + half * kGroup), _mm512_set1_epi32(queries.offset[q]));
-        found.add<Wide>(masks[half][q], bound_of<Wide>(queries, q, group, sum), q, (g + half) * kGroup);
+      _mm512_mask_storeu_epi16(masks[half], ~real, _mm512_setzero_si512());
+      int found = 0;
+      for (int q = 0; q < kQueryPanel; q += 4) {
+        uint64_t four;
+        __builtin_memcpy(&four, masks[half] + q, sizeof four);
+        found += __builtin_popcountll(four);
       }
-      dense[g + half] = found.found > kDenseGroup;
-      if (!dense[g + half]) total += found.found;
+      dense[g + half] = found > kDenseGroup;
+      const uint64_t queries_with = real & _cvtmask32_u32(_mm512_test_epi16_mask(all, all));
+      passed |= (found > kDenseGroup ? 0 : queries_with) << (half * kQueryPanel);
+    }
+    for (; passed != 0; passed &= passed - 1) {
+      const int at = __builtin_ctzll(passed), half = at / kQueryPanel, q = at % kQueryPanel;
+      const auto group = GroupView<Wide>::template of<false>(rows, (g + half) * kGroup);
+      const __m512i sum = _mm512_add_epi32(_mm512_load_si512(sums.cell[q] + half * kGroup), _mm512_set1_epi32(queries.offset[q]));
+      const uint32_t mask = masks[half][q];
+      Wide::put(hits + total, mask, bound_of<Wide>(queries, q, group, sum), q, (g + half) * kGroup);
+      total += __builtin_popcount(mask);
     }
   }
 
@@ -150,17 +161,18 @@ class Largest {
  public:
   Largest(const CodeRows& block, const CodeQueries& panel, float* to, int count, int first)
       : rows(block), queries(panel), best(to), sets(count), next(first) {}
-  void queries_of(const Sums&, int, int, int) {}
-  void end(const Sums& sums, int g, bool pair) {
-    for (int half = 0; half < (pair ? 2 : 1); ++half) {
+  void queries_of(const Sums& sums, int g, int from, int until) {
+    if (until > queries.count) until = queries.count;
+    for (int half = 0; half < (g + 1 < rows.groups ? 2 : 1); ++half) {
       const int64_t first = (g + half) * rows.group_step * kGroup;
       const __m512 scale = _mm512_loadu_ps(rows.scale + first);
-      for (int q = 0; q < queries.count; ++q) {
+      for (int q = from; q < until; ++q) {
         const __m512i sum = _mm512_add_epi32(_mm512_load_si512(sums.cell[q] + half * kGroup), _mm512_set1_epi32(queries.offset[q]));
         raise<Wide>(rows, queries, q, first, scale, sum, best + (q * sets + (next + g + half) % sets) * kGroup);
       }
     }
   }
+  void end(const Sums&, int, bool) {}
 
  private:
   const CodeRows& rows;

@@ -12,6 +12,7 @@ namespace {
 
 constexpr std::int64_t kPrepareAtOnce = 32;
 constexpr double kLargestNorm = 0x1p60;
+constexpr double kInteger = 0x1.8p52;   // added and taken off again: rounds to the nearest integer
 constexpr double kUp = 1.0 + 0x1p-20;  // covers what is rounded to fp32, and the rounding of the bound itself
 
 double gamma(double roundings) { return roundings * 0x1p-24 / (1.0 - roundings * 0x1p-24); }
@@ -38,17 +39,18 @@ CodeRows code_rows(const Codes& codes, std::int64_t group) {
   return rows;
 }
 
-QueryCodes::QueryCodes(std::int64_t queries, const Codes& stored) : columns(static_cast<std::int64_t>(stored.first_lines) * kCodeLine) {
+QueryCodes::QueryCodes(std::int64_t queries, const Codes& stored)
+    : columns(static_cast<std::int64_t>(stored.first_lines) * kCodeLine), codes(static_cast<std::size_t>(round_up(queries, kQueryPanel) * columns)) {
   const auto size = static_cast<std::size_t>(round_up(queries, kQueryPanel));
-  codes.resize(size * static_cast<std::size_t>(columns));
-  if (stored.second != nullptr) values.resize(codes.size());
+  std::fill_n(codes.data(), size * static_cast<std::size_t>(columns), std::int8_t{0});
+  if (stored.second != nullptr) values.resize(size * static_cast<std::size_t>(columns));
   offset.resize(size);
   for (auto* each : {&unit, &lift, &fine_lift, &reach, &base}) each->resize(size);
 }
 
 void QueryCodes::copy(std::int64_t to, const QueryCodes& other, std::int64_t from) {
   const auto t = static_cast<std::size_t>(to), f = static_cast<std::size_t>(from);
-  std::copy_n(other.codes.begin() + from * columns, columns, codes.begin() + to * columns);
+  std::copy_n(other.codes.data() + from * columns, columns, codes.data() + to * columns);
   if (!values.empty()) std::copy_n(other.values.begin() + from * columns, columns, values.begin() + to * columns);
   offset[t] = other.offset[f];
   for (auto each : {&QueryCodes::unit, &QueryCodes::lift, &QueryCodes::fine_lift, &QueryCodes::reach, &QueryCodes::base})
@@ -68,8 +70,8 @@ float QueryCodes::margin(std::int64_t q, double scale, double rest, bool second)
 
 void divide_scales(CodeRows& rows, float* inverse_scale, float* scaled_rest) {
   for (int r = 0; r < rows.groups * kGroup; ++r) {
-    const float rest = rows.rest[r];
-    const float scale = rows.scale[r] > 0.0f ? rows.scale[r] : std::max(rest * 0x1p-20f, 0x1p-100f);  // any will do for codes of zero
+    const float rest = rows.rest[r], given = rows.scale[r], small = rest * 0x1p-20f;
+    const float scale = given > 0.0f ? given : small > 0x1p-100f ? small : 0x1p-100f;  // any will do for codes of zero
     inverse_scale[r] = 1.0f / scale;
     scaled_rest[r] = rest / scale;
   }
@@ -144,11 +146,11 @@ void PreparedQueries::encode_level(std::int64_t id, const float* values, double 
   double squares = 0;
   std::int32_t sum = 0;
   for (std::int64_t d = 0; d < columns; ++d) {
-    const int code = std::clamp(static_cast<int>(std::nearbyint(values[d] * inverse)), -kByteLimit, kByteLimit);
-    const double lost = values[d] - static_cast<double>(code) * unit;
-    codes[d] = static_cast<std::int8_t>(code);
+    const double code = std::min<double>(std::max<double>(values[d] * inverse, -kByteLimit), kByteLimit) + kInteger - kInteger;
+    const double lost = values[d] - code * unit;
+    codes[d] = static_cast<std::int8_t>(static_cast<int>(code));
     squares += lost * lost;
-    sum += code;
+    sum += codes[d];
   }
   const auto at = static_cast<std::size_t>(id);
   found_.offset[at] = -kByteZero * sum;

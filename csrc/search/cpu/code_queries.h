@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "search/cpu/buffer.h"
 #include "search/cpu/codes.h"
 #include "search/cpu/scanner.h"
 #include "search/search.h"
@@ -21,7 +22,7 @@ class QueryCodes {
   float margin(std::int64_t q, double scale, double rest, bool second) const;
 
   std::int64_t columns;  // of the first level
-  std::vector<std::int8_t> codes;
+  Buffer<std::int8_t> codes;  // a query begins with a cache line, or a tile's loads would touch two for each
   std::vector<float> values;  // of the rotated queries; nothing without a second level
   std::vector<std::int32_t> offset;
   std::vector<float> unit, lift, fine_lift, reach, base;

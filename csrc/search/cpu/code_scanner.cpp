@@ -36,18 +36,30 @@ CodeQueries CodeScanner::panel(std::int64_t begin) const {
 }
 
 void CodeScanner::scan_block(std::int64_t first, int count, std::int64_t ahead, RowCandidates* row_candidates) {
-  if (plan_.slots > 0) return sample(first, count);
+  if (plan_.slots > 0) return sample(first, count, ahead);
   if (cold() || direct_blocks_ > 0) return Scanner::scan_block(first, count, ahead, row_candidates);
   if (row_candidates != nullptr) load_row_thresholds(*row_candidates, first, count);
-  filter(first, count, ahead, row_candidates);
+  filter(first, count, row_candidates);
   scanned_ += count;
 }
 
-void CodeScanner::sample(std::int64_t first, int count) {
+// Asks for a panel's share of the sampled rows to come, which are too far apart for the processor to foresee.
+void CodeScanner::fetch(std::int64_t first, std::int64_t count, std::int64_t panel) const {
+  const std::int64_t groups = ceil_div(count, kGroup), panels = ceil_div(num_queries_, kQueryPanel), at = panel / kQueryPanel;
+  for (int line = 0; line < plan_.codes->first_lines; ++line) {
+    const std::uint8_t* from = plan_.codes->bytes + line * plan_.codes->plane_stride;
+    for (std::int64_t g = groups * at / panels; g < groups * (at + 1) / panels; ++g)
+      for (int b = 0; b < kLineBytes; b += 64) __builtin_prefetch(from + (first / kGroup + g) * plan_.group_step * kLineBytes + b, 0, 2);
+  }
+}
+
+void CodeScanner::sample(std::int64_t first, int count, std::int64_t ahead) {
   const CodeRows rows = block(first, count);
   const int sets = plan_.slots / kGroup, next = static_cast<int>(first / kGroup % sets);
-  for (std::int64_t p = 0; p < num_queries_; p += kQueryPanel)
+  for (std::int64_t p = 0; p < num_queries_; p += kQueryPanel) {
+    fetch(first + count, ahead, p);
     plan_.code_kernels->raise_maxima(rows, panel(p), maxima_.data() + p * plan_.slots, sets, next);
+  }
   for (int g = 0; g < rows.groups; ++g) {
     const std::int64_t at = g * rows.group_step * kGroup;
     if (!std::isfinite(rows.rest[at])) continue;
@@ -70,17 +82,7 @@ float CodeScanner::fine_margin(std::int64_t q) const {
   return queries_of_tile_.margin(q, scale_sum_ / rows, rest_sum_ / rows, plan_.codes->second != nullptr);
 }
 
-// Asks for the first level of a panel's share of the rows to come.
-void CodeScanner::fetch(std::int64_t first, std::int64_t count, std::int64_t panel) const {
-  const std::int64_t groups = ceil_div(count, kGroup);
-  const std::int64_t begin = groups * panel / padded_tile_, end = groups * (panel + kQueryPanel) / padded_tile_;
-  for (int line = 0; line < plan_.codes->first_lines; ++line) {
-    const std::uint8_t* from = plan_.codes->bytes + line * plan_.codes->plane_stride + first / kGroup * kLineBytes;
-    for (std::int64_t b = begin * kLineBytes; b < end * kLineBytes; b += 64) __builtin_prefetch(from + b, 0, 2);
-  }
-}
-
-void CodeScanner::filter(std::int64_t first, int count, std::int64_t ahead, RowCandidates* row_candidates) {
+void CodeScanner::filter(std::int64_t first, int count, RowCandidates* row_candidates) {
   rows_ = pool_.in_place() ? pool_.read(first, count, nullptr, &row_stride_) : nullptr;
   CodeRows rows = block(first, count);
   const int divided = plan_.code_kernels->divided_from;
@@ -88,7 +90,6 @@ void CodeScanner::filter(std::int64_t first, int count, std::int64_t ahead, RowC
   rows.row_threshold = row_candidates == nullptr ? nullptr : row_threshold_.data();
   int dense = 0, all = 0;
   for (std::int64_t p = 0; p < num_queries_; p += kQueryPanel) {
-    if (num_queries_ > kQueryPanel) fetch(first + count, ahead, p);  // for few queries the kernel asks
     const CodeQueries queries = panel(p);
     int hits = plan_.code_kernels->filter(rows, queries, code_hits_.data(), dense_groups_.data());
     if (rows.second != nullptr && plan_.pending == 0) hits = plan_.code_kernels->refine(rows, queries, code_hits_.data(), hits);

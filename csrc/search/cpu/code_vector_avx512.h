@@ -21,6 +21,18 @@ struct Wide {
   static Floats largest(Floats a, Floats b) { return _mm512_max_ps(a, b); }
   static Floats to_float(Ints v) { return _mm512_cvtepi32_ps(v); }
   static uint32_t not_less(Floats a, Floats b) { return _cvtmask16_u32(_mm512_cmp_ps_mask(a, b, _CMP_NLT_UQ)); }
+  // Hits of the lanes in `mask`, one after another; up to sixteen are written.
+  static void put(CodeHit* to, uint32_t mask, Floats bound, int query, int first_row) {
+    const __m512i lanes = _mm512_setr_epi32(0, 1 << 16, 2 << 16, 3 << 16, 4 << 16, 5 << 16, 6 << 16, 7 << 16, 8 << 16, 9 << 16, 10 << 16,
+                                            11 << 16, 12 << 16, 13 << 16, 14 << 16, 15 << 16);
+    const __m512i all = _mm512_add_epi32(lanes, _mm512_set1_epi32(first_row << 16 | query));
+    const auto chosen = _cvtu32_mask16(mask);
+    const __m512i pair = _mm512_maskz_compress_epi32(chosen, all), bounds = _mm512_castps_si512(_mm512_maskz_compress_ps(chosen, bound));
+    const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    _mm512_storeu_si512(to, _mm512_permutex2var_epi32(pair, low, bounds));
+    if (__builtin_popcount(mask) <= 8) return;
+    _mm512_storeu_si512(to + 8, _mm512_permutex2var_epi32(pair, _mm512_add_epi32(low, _mm512_set1_epi32(8)), bounds));
+  }
   static float dot_halves(const uint16_t* row, const float* query, int64_t size) {
     __m512 sums[4] = {};
     for (int64_t d = 0; d < size; d += 64)

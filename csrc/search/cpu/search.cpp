@@ -24,13 +24,15 @@ constexpr std::int64_t kSmallQueries = 12;    // from so many on, rounding the p
 constexpr std::int64_t kMaxFilterDepth = 1 << 16;  // the margin's proof covers D up to here
 constexpr std::int64_t kBlockBytes = 256 * 1024;  // fp32 rows of a block: a quarter of a small second-level cache
 constexpr std::int64_t kCodeBytes = 32 * 1024;    // codes of a block: most of a small first-level cache
-constexpr std::int64_t kStoredBytes = 64 * 1024;  // of a block of stored codes, which several panels of queries go through
+constexpr std::int64_t kStoredBytes = 128 * 1024;  // of a block of stored codes, which several panels of queries go through; a small part of a second-level cache
 constexpr std::int64_t kCodeRows = 512;           // rows of such a block at most
 constexpr std::int64_t kMaxChunk = 1 << 16;       // rows that threads may wait for at the end
 constexpr std::int64_t kMinRowsToSample = 4096;
 constexpr std::int64_t kMinSelfJoin = 2048;
 constexpr int kSampleStride = 16;
-constexpr std::int64_t kProbe = 64;               // queries that say whether stored codes pay
+constexpr std::int64_t kProbe = 64;               // of more queries than kAll so many say whether stored codes pay; else all do
+constexpr std::int64_t kAll = 512;
+constexpr std::int64_t kResample = 128;           // more queries than that get new thresholds where codes are left aside
 constexpr double kAdvantage = 1.1;                // of them by the model, so that its errors make no call slower
 constexpr double kUnpolled = 1.6e8;  // ns of work that need no poll
 constexpr double kThread = 1.6e6, kCodesThread = 0.7e6;  // that a thread is worth its start for; codes may have left the caches
@@ -119,9 +121,16 @@ class Search {
   Status run() {
     if (request_.pool.rows == 0) return pad();
     Status status = Status::ok;
-    if (undecided() && request_.queries.rows > 2 * kProbe) status = probe();
+    if (undecided() && request_.queries.rows > kAll) status = probe();
+    const bool open = undecided();
     if (status == Status::ok) status = prepare();
     if (status == Status::ok) status = sample();
+    // Codes were asked and left aside: scores that only know a first level are too low for good thresholds.
+    const bool partial = request_.codes.first_lines < request_.codes.lines && request_.queries.rows > kResample;
+    if (status == Status::ok && open && plan_.codes == nullptr && partial) {
+      thresholds_.clear();
+      status = sample();
+    }
     if (status != Status::ok) return status;
     if (request_.counters != nullptr && plan_.codes != nullptr) request_.counters->coded = request_.queries.rows;
     std::vector<std::int64_t> failed;
