@@ -39,7 +39,7 @@ void CodeScanner::scan_block(std::int64_t first, int count, std::int64_t ahead, 
   if (plan_.slots > 0) return sample(first, count, ahead);
   if (cold() || direct_blocks_ > 0) return Scanner::scan_block(first, count, ahead, row_candidates);
   if (row_candidates != nullptr) load_row_thresholds(*row_candidates, first, count);
-  filter(first, count, row_candidates);
+  filter(first, count, ahead, row_candidates);
   scanned_ += count;
 }
 
@@ -82,7 +82,7 @@ float CodeScanner::fine_margin(std::int64_t q) const {
   return queries_of_tile_.margin(q, scale_sum_ / rows, rest_sum_ / rows, plan_.codes->second != nullptr);
 }
 
-void CodeScanner::filter(std::int64_t first, int count, RowCandidates* row_candidates) {
+void CodeScanner::filter(std::int64_t first, int count, std::int64_t ahead, RowCandidates* row_candidates) {
   rows_ = pool_.in_place() ? pool_.read(first, count, nullptr, &row_stride_) : nullptr;
   CodeRows rows = block(first, count);
   const int divided = plan_.code_kernels->divided_from;
@@ -90,6 +90,7 @@ void CodeScanner::filter(std::int64_t first, int count, RowCandidates* row_candi
   rows.row_threshold = row_candidates == nullptr ? nullptr : row_threshold_.data();
   int dense = 0, all = 0;
   for (std::int64_t p = 0; p < num_queries_; p += kQueryPanel) {
+    if (num_queries_ > kQueryPanel) fetch(first + count, ahead, p);  // for few queries the kernel asks
     const CodeQueries queries = panel(p);
     int hits = plan_.code_kernels->filter(rows, queries, code_hits_.data(), dense_groups_.data());
     if (rows.second != nullptr && plan_.pending == 0) hits = plan_.code_kernels->refine(rows, queries, code_hits_.data(), hits);

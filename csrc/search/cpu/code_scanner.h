@@ -20,7 +20,7 @@ class CodeScanner : public Scanner {
   CodeRows block(std::int64_t first, int count) const;
   CodeQueries panel(std::int64_t begin) const;
   void sample(std::int64_t first, int count, std::int64_t ahead);
-  void filter(std::int64_t first, int count, RowCandidates* row_candidates);
+  void filter(std::int64_t first, int count, std::int64_t ahead, RowCandidates* row_candidates);
   void fetch(std::int64_t first, std::int64_t count, std::int64_t panel) const;
   void put_off(std::int64_t q, std::int64_t row, float bound);
   void rerank(std::int64_t q);

@@ -8,7 +8,7 @@
 namespace tgq {
 namespace {
 
-constexpr std::uint32_t kBatch = 8;  // rows scored while the next ones are on their way
+constexpr std::uint32_t kBatch = 64;  // rows scored while the next ones are on their way
 constexpr std::uint32_t kAgain = 16;  // rows at least that are tried where some of the best do not count
 
 // NaN, the bound of a pair that only an exact score can judge, comes first.
