@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,12 @@ from PIL import Image
 
 from tgq_fast.data.catalog import Catalog
 from tgq_fast.data.conditions import Condition
+from tgq_fast.data.items import Item
 from tgq_fast.errors import ArgumentError
 from tgq_fast.models import TGQFormerConfig, TGQFormerModel
 from tgq_fast.models.features import FeatureStore
 from tgq_fast.models.second_look import close_up, windows
+from tgq_fast.serve.explain import explain
 from tgq_fast.workflow.embeddings import Conditions
 
 QUADRANTS = [(0.0, 0.0), (0.5, 0.0), (0.0, 0.5), (0.5, 0.5)]
@@ -156,6 +160,15 @@ def test_every_way_in_gives_the_same_embedding(planted: Make, catalog: Catalog, 
         output = model(**model.processor(pictures, list(catalog.items[:3])))
     assert torch.allclose(output.embedding, expected[:3], atol=1e-5)
     assert not torch.allclose(planted(1, second_look=0.0).encode(catalog), expected, atol=1e-3)
+
+
+def test_the_page_shows_what_is_looked_at_again(planted: Make) -> None:
+    item = Item(id="a", category="shoe")
+    told = explain(planted(2), item, four(COLOURS))
+    shown = Image.open(io.BytesIO(base64.b64decode(told["close_up"].partition(",")[2])))
+    middle = np.array(shown.getpixel((shown.width // 2, shown.height // 2)))
+    assert np.abs(middle - COLOURS[2]).max() < 16
+    assert "close_up" not in explain(planted(None), item, four(COLOURS))
 
 
 def test_an_item_without_a_picture_stays_without(planted: Make) -> None:

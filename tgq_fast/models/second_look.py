@@ -92,6 +92,7 @@ class SecondLook:
 
     Attributes:
         active: whether pictures are looked at again at all.
+        boxes: [W, 4] of :func:`windows`, where there are any.
     """
 
     def __init__(self, model: TGQFormerModel) -> None:
@@ -99,7 +100,7 @@ class SecondLook:
         found = windows(model.config.num_visual_tokens)
         self.active = bool(self._least and found is not None and getattr(model.connector, "guides", False))
         if found is not None:
-            self._boxes, self._cover = found
+            self.boxes, self._cover = found
 
     def choose(self, guide: Tensor) -> tuple[Tensor, Tensor]:
         """Which pictures are looked at again, and where; needs :attr:`active`.
@@ -133,7 +134,7 @@ class SecondLook:
         at = sure.nonzero()[:, 0].cpu().numpy()
         if not len(at):
             return features
-        close = close_up(pixels(at), self._boxes[which[sure].cpu().numpy()])
+        close = close_up(pixels(at), self.boxes[which[sure].cpu().numpy()])
         tokens, image = (value.to(device) for value in model.extractor.look(close))
         return dataclasses.replace(features, close_rows=sure.nonzero()[:, 0], close_tokens=tokens, close_image=image)
 

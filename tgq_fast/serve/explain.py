@@ -1,4 +1,4 @@
-"""What a model makes of one item: where its two query streams look, and how far its gates are open."""
+"""What a model makes of one item: where its query streams look, what it looks at again, how far its gates are open."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from PIL import ImageOps
 from tgq_fast.defaults import plain_defaults
 from tgq_fast.models.encoding import as_examples
 from tgq_fast.models.inference import evaluating
+from tgq_fast.models.second_look import SecondLook
 from tgq_fast.models.token_grid import token_grid
 from tgq_fast.models.zoo import connector_spec
 from tgq_fast.report import figures
@@ -26,7 +27,8 @@ __all__ = ["explain"]
 @plain_defaults()
 @torch.inference_mode()
 def explain(model: TGQFormerModel, item: Item, picture: Image.Image) -> dict[str, Any]:
-    """Attention of both streams over the picture as data URIs, mean gates, agreement; a reason for what is missing."""
+    """Attention of both streams over the picture and the part that is looked at again, as data URIs, mean gates,
+    agreement; a reason for what is missing."""
     config = model.config
     if not connector_spec(config.connector).is_hybrid:
         return {"reason": f"connector {config.connector} has no anchored and exploratory streams"}
@@ -48,4 +50,10 @@ def explain(model: TGQFormerModel, item: Item, picture: Image.Image) -> dict[str
     first = config.num_anchored_queries
     for name, part in (("anchored", maps[:first]), ("exploratory", maps[first:])):
         told[name] = figures.attention_overlay(square, part.mean(axis=0)) if len(part) else None
+    look = SecondLook(model)
+    if look.active and output.patch_agreement is not None:
+        sure, which = look.choose(output.patch_agreement)
+        if sure[0]:
+            edges = (look.boxes[int(which[0])] * square.width).round().astype(int).tolist()
+            told["close_up"] = figures.data_uri(square.crop(tuple(edges)))
     return told

@@ -121,6 +121,9 @@ async function explain(id, place, mine) {
       place.append(el("figure", {}, el("img", { src: told[name], alt: `${words}: where they look` }),
         el("figcaption", {}, gate === null || gate === undefined ? words : `${words}, gate ${gate >= 0 ? "+" : ""}${gate.toFixed(2)}`)));
     }
+    if (told.close_up) {
+      place.append(el("figure", {}, el("img", { src: told.close_up, alt: "The part that is looked at again" }), el("figcaption", {}, "Looked at again, enlarged")));
+    }
     if (!place.children.length && told.reason) place.append(el("p", {}, told.reason));
   } catch (error) { place.append(el("p", {}, `No attention maps: ${error.message}`)); }
 }
