@@ -13,9 +13,10 @@ _RECIPE: dict[str, Any] = {
     "guide": True,
     "guide_explore": True,
     "guide_head": "mask",
-    "mask_weight": 0.1,
+    "mask_weight": 0.2,
     "ema": 0.98,
-    "view_share": 0.55,
+    "view_share": 0.65,
+    "second_look": 0.38,
 }
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -54,12 +54,13 @@ class ViewRecipe:
 
     kinds: Mapping[str, float] = field(
         default_factory=lambda: {
-            "badge": 0.135,
-            "text_strip": 0.135,
-            "border": 0.09,
-            "collage": 0.09,
-            "scene": 0.46,
-            "crop": 0.09,
+            "badge": 0.12,
+            "text_strip": 0.12,
+            "border": 0.07,
+            "collage": 0.07,
+            "scene": 0.40,
+            "closeup": 0.15,
+            "crop": 0.07,
         }
     )
     area: tuple[float, float] = (0.05, 0.45)

@@ -42,6 +42,7 @@ ABLATIONS: dict[str, Mapping[str, Any]] = {
     "views": {"view_share": 0.0},
     "ema": {"ema": 0.0},
     "linear": {"direct_size": 0},
+    "second look": {"second_look": 0.0},
 }
 """Name → what a run without that part of the main connector sets. The queries that an absent stream gives up go to the
 other one."""
