@@ -12,6 +12,7 @@ from tgq_fast.errors import ArgumentError, CheckpointError
 from tgq_fast.evaluation.metrics import ABSENT, ranking_metrics
 from tgq_fast.io.identity import sha256_file
 from tgq_fast.io.sealed import seal
+from tgq_fast.study.page import verdict
 from tgq_fast.study.plan import Plan
 from tgq_fast.study.results import Bootstrap, Row, families, read_row, summarise
 from tgq_fast.study.worker import finished
@@ -122,6 +123,22 @@ def test_pooled_conditions_and_retention(tmp_path: Path) -> None:
         "all scene": ["scene:4:query", "scene:4:pool"],
     }
     assert families(["clean"]) == {}
+
+
+def test_a_share_of_nothing_is_none(tmp_path: Path) -> None:
+    none = np.full(360, ABSENT)
+    made = [
+        read_row(
+            name, [write(tmp_path / f"{name}.npz", {"clean": clean, "scene:4:both": ranks(0, 5)})], KS, GROUPS, facts
+        )
+        for name, clean, facts in (("tgq", ranks(0, 5), {}), ("mlp", none, {}))
+    ]
+    told = summarise(made, "tgq")
+    assert told["rows"]["mlp"]["retention"]["scene:4:both"]["HR@10"] == {"value": None, "low": None, "high": None}
+    cell = told["rows"]["mlp"]["against"]["clean"]["HR@10"]
+    assert cell["relative"] is None and cell["verdict"] == "win"
+    json.dumps(told, allow_nan=False)
+    assert "on clean pictures: H@10 0.825 against 0.000, p < 0.001." in " ".join(verdict(told))
 
 
 def test_seeds_of_other_pairs_are_refused(tmp_path: Path) -> None:

@@ -27,6 +27,12 @@ def headline(study: Study) -> str:
     return str(names[-1])
 
 
+def _relative(cell: Mapping[str, Any]) -> str:
+    """By how much, with interval; nothing of what is compared with 0."""
+    shares = [cell[name] for name in ("relative", "relative_low", "relative_high")]
+    return "" if None in shares else "{:+.1%} [{:+.1%}, {:+.1%}], ".format(*shares)
+
+
 def verdict(study: Study) -> list[str]:
     """In words: the main row against the best of the others, over all conditions and clean, and where it loses."""
     main, metric = study["main"], headline(study)
@@ -43,7 +49,7 @@ def verdict(study: Study) -> list[str]:
         word = {"win": "is better than", "tie": "cannot be told from", "loss": "is worse than"}[cell["verdict"]]
         lines.append(
             f"{main} {word} the best of the others, {best}, {where}: {metric} {mine:.3f} against {theirs:.3f}, "
-            f"{cell['relative']:+.1%} [{cell['relative_low']:+.1%}, {cell['relative_high']:+.1%}], {_p(cell['p'])}."
+            f"{_relative(cell)}{_p(cell['p'])}."
         )
     losses = [
         f"{name} {place} {m} ({cell['difference']:+.3f})"

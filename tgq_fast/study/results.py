@@ -153,7 +153,7 @@ def summarise(rows: Sequence[Row], main: str, *, seed: int = 0) -> dict[str, Any
     Returns:
         "rows": name → {"metrics": condition → metric → value, low, high, seeds; "retention": condition → metric →
         share of the clean value that is left, low, high; "against": condition → metric → main minus this row, low,
-        high, relative, p and verdict}; "wins": name → how many cells main wins, ties and loses.
+        high, relative, p and verdict}; "wins": name → how many cells main wins, ties and loses. A ratio to 0 is None.
     """
     reference = next(row for row in rows if row.name == main)
     conditions = list(reference.numerator)
@@ -191,8 +191,12 @@ def _mean(row: Row, members: Sequence[str], metric: str) -> NDArray[np.float64]:
     return np.mean([row.numerator[text][metric] for text in members], axis=0)
 
 
-def _named(found: tuple[float, float, float]) -> dict[str, float]:
-    return dict(zip(("value", "low", "high"), found, strict=True))
+def _named(found: tuple[float, float, float]) -> dict[str, float | None]:
+    return dict(zip(("value", "low", "high"), map(_defined, found), strict=True))
+
+
+def _defined(value: float) -> float | None:
+    return value if np.isfinite(value) else None
 
 
 def _compare(
@@ -205,9 +209,9 @@ def _compare(
         "difference": value,
         "low": low,
         "high": high,
-        "relative": relative - 1,
-        "relative_low": relative_low - 1,
-        "relative_high": relative_high - 1,
+        "relative": _defined(relative - 1),
+        "relative_low": _defined(relative_low - 1),
+        "relative_high": _defined(relative_high - 1),
         "p": draws.p_value(main - other),
         "verdict": "win" if low > 0 else "loss" if high < 0 else "tie",
     }
