@@ -6,6 +6,7 @@ import base64
 import io
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from tgq_fast.data.items import Item
 from tgq_fast.errors import ArgumentError
 from tgq_fast.models import TGQFormerConfig, TGQFormerModel
 from tgq_fast.models.features import FeatureStore
-from tgq_fast.models.second_look import close_up, windows
+from tgq_fast.models.second_look import SecondLook, calibrate, close_up, windows
 from tgq_fast.serve.explain import explain
 from tgq_fast.workflow.embeddings import Conditions
 
@@ -193,6 +194,30 @@ def test_under_a_condition_the_corrupted_picture_is_seen_again(planted: Make, ca
     expected = model.encode(rows)
     assert torch.allclose(seen, expected, atol=1e-3)  # features of both passed through fp16
     assert not torch.allclose(seen, model.encode(catalog), atol=1e-2)
+
+
+@pytest.mark.parametrize(("quadrant", "least"), [(None, 0.8), (1, 0.9996)])
+def test_a_catalogues_own_pictures_are_looked_at_once(
+    planted: Make, catalog: Catalog, tmp_path: Path, quadrant: int | None, least: float
+) -> None:
+    model, once = planted(quadrant), planted(quadrant, second_look=0.0)
+    store = FeatureStore.open_or_build(catalog, model.vision_tower, model.text_tower, model.config, tmp_path)
+    rows = np.flatnonzero(store.valid)
+    assert calibrate(model, store, rows) == least == model.config.second_look
+    assert torch.equal(model.encode(catalog, features=store), once.encode(catalog, features=store))
+    assert calibrate(once, store, rows) == 0
+
+
+def test_a_threshold_lies_where_one_in_a_hundred_is_above(planted: Make, catalog: Catalog, tmp_path: Path) -> None:
+    model = planted(None, second_look=0.26)
+    store = FeatureStore.open_or_build(catalog, model.vision_tower, model.text_tower, model.config, tmp_path)
+    guides = torch.zeros(200, model.config.num_visual_tokens)
+    guides[:, 1] = torch.linspace(0, 6, 200)  # one token, surer and surer
+    masses = SecondLook(model).largest(guides)[0]
+    rows, given = np.resize(np.flatnonzero(store.valid), 200), iter(guides.split(67))
+    model.connector.agreement_of = lambda features: SimpleNamespace(guide=next(given)[: len(features.visual_tokens)])
+    threshold = calibrate(model, store, rows)
+    assert (masses > threshold).sum() == 2 and threshold > 0.9
 
 
 @pytest.mark.parametrize("least", [0.25, 0.1, 1.0, -0.5])

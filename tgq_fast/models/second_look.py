@@ -27,12 +27,14 @@ from tgq_fast.models.readers import ReaderOutput
 from tgq_fast.models.token_grid import token_grid
 
 if TYPE_CHECKING:
+    from tgq_fast.models.features import FeatureStore
     from tgq_fast.models.modeling import TGQFormerModel
 
 __all__ = ["Pixels", "SecondLook", "close_up", "windows"]
 
 _SIDE = 0.5  # of a window, of the picture's side
 _STEPS = 5  # places of a window along each side
+_SAMPLE = 2048  # pictures that a threshold is calibrated on
 
 Pixels = Callable[[NDArray[np.int64]], Tensor]
 """Positions in a batch → [b, 3, H, W] what the tower saw of these items' pictures."""
@@ -112,8 +114,12 @@ class SecondLook:
         Returns:
             [B] bool, and [B] int64 index of a window.
         """
-        most, which = (guide.softmax(dim=1) @ self._cover.to(guide.device).T).max(dim=1)
+        most, which = self.largest(guide)
         return most >= self._least, which
+
+    def largest(self, guide: Tensor) -> tuple[Tensor, Tensor]:
+        """[B] share of the guide's softmax in the window that holds most of it, and [B] int64 index of that window."""
+        return (guide.softmax(dim=1) @ self._cover.to(guide.device).T).max(dim=1)
 
     def __call__(self, features: FrozenFeatures, pixels: Pixels | None) -> FrozenFeatures:
         """Features with close-ups where one is called for.
@@ -137,6 +143,35 @@ class SecondLook:
         close = close_up(pixels(at), self.boxes[which[sure].cpu().numpy()])
         tokens, image = (value.to(device) for value in model.extractor.look(close))
         return dataclasses.replace(features, close_rows=sure.nonzero()[:, 0], close_tokens=tokens, close_image=image)
+
+
+@torch.inference_mode()
+def calibrate(model: TGQFormerModel, store: FeatureStore, rows: NDArray[np.int64]) -> float:
+    """Raise a trained model's threshold until it looks again at one in a hundred of a catalogue's own pictures.
+
+    Training and validation look once, at stored features: so what validation found holds for what the model embeds.
+
+    Args:
+        model: in evaluation mode; `config.second_look` is replaced. 0 stays 0.
+        store: features, whitened or not.
+        rows: of items with a picture, none that is evaluated.
+
+    Returns:
+        The threshold that the model has now; 0 where only 1 would do.
+    """
+    look = SecondLook(model)
+    if look.active and len(rows):
+        connector: Any = model.connector
+        shares = []
+        for part in np.array_split(rows[:: max(1, len(rows) // _SAMPLE)], max(1, min(len(rows), _SAMPLE) // 64)):
+            features = store.batch(part).to(model.logit_scale.device)
+            if model.whitening is not None:
+                features = model.whitening(features)
+            shares.append(look.largest(connector.agreement_of(features).guide)[0].double().cpu())
+        least = max(model.config.second_look, float(np.quantile(torch.cat(shares).numpy(), 0.99)))
+        least = math.ceil(least * 1e4) / 1e4
+        model.config.second_look = least if least < 1 else 0.0
+    return float(model.config.second_look)
 
 
 def both_looks(first: ReaderOutput, close: ReaderOutput, rows: Tensor) -> ReaderOutput:

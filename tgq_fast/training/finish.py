@@ -9,8 +9,10 @@ from typing import Any
 from tgq_fast.evaluation import Evaluation
 from tgq_fast.io.identity import sha256_file
 from tgq_fast.models.configuration import TGQFormerConfig
+from tgq_fast.models.inference import evaluating
 from tgq_fast.models.modeling import TGQFormerModel
-from tgq_fast.models.whitening import Whitening
+from tgq_fast.models.second_look import calibrate
+from tgq_fast.models.whitening import Whitening, whitening_rows
 from tgq_fast.pool.embed import WHITENED_FLOOR
 from tgq_fast.training.folder import CHECKPOINTS, LOG, MODEL_FILES, TRAINED, write_manifest
 from tgq_fast.training.trainer import BEST_METRIC, TGQTrainer
@@ -34,6 +36,9 @@ def finish_run(
     state = trainer.state
     has_validation = bool(floors)
     verdict = judge(trainer.validate(), floors) if floors else None
+    with evaluating(model):
+        own = whitening_rows(trainer.catalog, trainer.store.valid, config.whitening or 1)
+        threshold = calibrate(model, trainer.store, own)
     if verdict is not None and verdict.keep != "trained" and arguments["keep"] == "best":
         model.save_pretrained(folder / TRAINED)
         floor_model = TGQFormerModel.zero_shot(config, whitening if verdict.keep == WHITENED_FLOOR else None)
@@ -49,6 +54,7 @@ def finish_run(
             "best_metric": state.best_metric,
             "metric": f"validation {BEST_METRIC}" if has_validation else None,
             "batch_size": batch_size,
+            "second_look": threshold,
             "trainable_parameters": sum(p.numel() for _, p in model.trainable_parameters()),
             "verdict": None if verdict is None else verdict.to_dict(),
         },
