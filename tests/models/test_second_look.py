@@ -214,8 +214,10 @@ def test_a_threshold_lies_where_one_in_a_hundred_is_above(planted: Make, catalog
     guides = torch.zeros(200, model.config.num_visual_tokens)
     guides[:, 1] = torch.linspace(0, 6, 200)  # one token, surer and surer
     masses = SecondLook(model).largest(guides)[0]
-    rows, given = np.resize(np.flatnonzero(store.valid), 200), iter(guides.split(67))
-    model.connector.agreement_of = lambda features: SimpleNamespace(guide=next(given)[: len(features.visual_tokens)])
+    rows, given = np.resize(np.flatnonzero(store.valid), 200), iter(guides)
+    model.connector.agreement_of = lambda features: SimpleNamespace(
+        guide=torch.stack([next(given) for _ in features.visual_tokens])
+    )
     threshold = calibrate(model, store, rows)
     assert (masses > threshold).sum() == 2 and threshold > 0.9
 

@@ -132,7 +132,7 @@ def sample_row(members: list[Member], read: Any, pictures: list[Any]) -> dict[st
                 given = read_json(text)
                 if not isinstance(given, dict):
                     return RowError([f"{member.name} is a JSON {type(given).__name__}, expected an object"])
-                if twice := sorted(str(name) for name in given if name in told and told[name] != given[name]):
+                if twice := sorted(name for name in given if name in told and told[name] != given[name]):
                     return RowError([f"item {key!r}: its JSON members disagree about {', '.join(twice)}"])
                 told |= given
             else:

@@ -30,11 +30,11 @@ if TYPE_CHECKING:
     from tgq_fast.models.features import FeatureStore
     from tgq_fast.models.modeling import TGQFormerModel
 
-__all__ = ["Pixels", "SecondLook", "close_up", "windows"]
+__all__ = ["Pixels", "SecondLook", "both_looks", "calibrate", "close_up", "windows"]
 
 _SIDE = 0.5  # of a window, of the picture's side
 _STEPS = 5  # places of a window along each side
-_SAMPLE = 2048  # pictures that a threshold is calibrated on
+_SAMPLE = 2048  # pictures at least that a threshold is calibrated on, where there are so many
 
 Pixels = Callable[[NDArray[np.int64]], Tensor]
 """Positions in a batch → [b, 3, H, W] what the tower saw of these items' pictures."""
@@ -130,19 +130,23 @@ class SecondLook:
         """
         if not self.active or pixels is None:
             return features
+        features, guide = self.glance(features)
+        sure, which = self.choose(guide)
+        rows = sure.nonzero()[:, 0]
+        if not len(rows):
+            return features
+        close = close_up(pixels(rows.cpu().numpy()), self.boxes[which[rows].cpu().numpy()])
+        tokens, image = (value.to(guide.device) for value in self._model.extractor.look(close))
+        return dataclasses.replace(features, close_rows=rows, close_tokens=tokens, close_image=image)
+
+    def glance(self, features: FrozenFeatures) -> tuple[FrozenFeatures, Tensor]:
+        """Features as the model's connector takes them, and the guide [B, L] over their tokens."""
         model = self._model
         connector: Any = model.connector
-        device = model.logit_scale.device
-        features = features.to(device)
+        features = features.to(model.logit_scale.device)
         if model.whitening is not None:
             features = model.whitening(features)
-        sure, which = self.choose(connector.agreement_of(features).guide)
-        at = sure.nonzero()[:, 0].cpu().numpy()
-        if not len(at):
-            return features
-        close = close_up(pixels(at), self.boxes[which[sure].cpu().numpy()])
-        tokens, image = (value.to(device) for value in model.extractor.look(close))
-        return dataclasses.replace(features, close_rows=sure.nonzero()[:, 0], close_tokens=tokens, close_image=image)
+        return features, connector.agreement_of(features).guide
 
 
 @torch.inference_mode()
@@ -161,15 +165,10 @@ def calibrate(model: TGQFormerModel, store: FeatureStore, rows: NDArray[np.int64
     """
     look = SecondLook(model)
     if look.active and len(rows):
-        connector: Any = model.connector
-        shares = []
-        for part in np.array_split(rows[:: max(1, len(rows) // _SAMPLE)], max(1, min(len(rows), _SAMPLE) // 64)):
-            features = store.batch(part).to(model.logit_scale.device)
-            if model.whitening is not None:
-                features = model.whitening(features)
-            shares.append(look.largest(connector.agreement_of(features).guide)[0].double().cpu())
-        least = max(model.config.second_look, float(np.quantile(torch.cat(shares).numpy(), 0.99)))
-        least = math.ceil(least * 1e4) / 1e4
+        rows = rows[:: max(1, len(rows) // _SAMPLE)]
+        batches = (store.batch(part) for part in np.array_split(rows, math.ceil(len(rows) / 64)))
+        shares = torch.cat([look.largest(look.glance(batch)[1])[0].double().cpu() for batch in batches])
+        least = math.ceil(max(model.config.second_look, float(np.quantile(shares.numpy(), 0.99))) * 1e4) / 1e4
         model.config.second_look = least if least < 1 else 0.0
     return float(model.config.second_look)
 

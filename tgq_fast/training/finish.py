@@ -36,8 +36,8 @@ def finish_run(
     state = trainer.state
     has_validation = bool(floors)
     verdict = judge(trainer.validate(), floors) if floors else None
+    own = whitening_rows(trainer.catalog, trainer.store.valid, config.whitening or 1)
     with evaluating(model):
-        own = whitening_rows(trainer.catalog, trainer.store.valid, config.whitening or 1)
         threshold = calibrate(model, trainer.store, own)
     if verdict is not None and verdict.keep != "trained" and arguments["keep"] == "best":
         model.save_pretrained(folder / TRAINED)

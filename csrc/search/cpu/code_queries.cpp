@@ -12,7 +12,7 @@ namespace {
 
 constexpr std::int64_t kPrepareAtOnce = 32;
 constexpr double kLargestNorm = 0x1p60;
-constexpr double kInteger = 0x1.8p52;   // added and taken off again: rounds to the nearest integer
+constexpr double kInteger = 0x1.8p52;  // added and taken off again: rounds to the nearest integer
 constexpr double kUp = 1.0 + 0x1p-20;  // covers what is rounded to fp32, and the rounding of the bound itself
 
 double gamma(double roundings) { return roundings * 0x1p-24 / (1.0 - roundings * 0x1p-24); }
