@@ -58,16 +58,25 @@ class ServedPool:
     def __init__(self, path: str | Path, *, name: str | None = None) -> None:
         self.path = Path(path)
         self.name = name or self.path.resolve().name
-        self.pool = ItemPool.open(self.path)
+        self.pool = self._open()
         self.reloads = 0
         self.trouble: str | None = None
+
+    def _open(self) -> ItemPool:
+        """The pool as it lies there, asked once: what a first question loads (half a second of 100,000 items) is there
+        before anybody waits for it."""
+        pool = ItemPool.open(self.path)
+        if len(pool):
+            found = pool.search(torch.ones(1, pool.dims), 1)
+            pool.rows([name for name in found.ids[0] if name is not None])
+        return pool
 
     def refresh(self) -> bool:
         """Open the pool again if there is a newer version; what cannot be opened leaves the old version in place."""
         try:
             if not self.pool.moved():
                 return False
-            pool = ItemPool.open(self.path)
+            pool = self._open()
         except (TGQError, OSError) as error:
             if str(error) != self.trouble:
                 logger.warning("pool %s: not reloaded, the version in memory stays: %s", self.name, error)
