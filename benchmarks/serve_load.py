@@ -75,7 +75,7 @@ def main() -> int:
     options.add_argument("--clients", type=int, default=32)
     options.add_argument("--seconds", type=int, default=15)
     options.add_argument("--runs", type=int, default=3)
-    options.add_argument("--pause", type=int, default=90, help="of each client after an answer, ms, in the paced runs")
+    options.add_argument("--pause", type=int, default=135, help="of each client after an answer, ms, in the paced runs")
     options.add_argument("--port", type=int, default=8123)
     options.add_argument("--json", type=Path)
     chosen = options.parse_args()
