@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import environment, plot, scale_sizes, tables, targets
+from benchmarks import environment, plot, scale_engines, scale_sizes, tables, targets
 from benchmarks.registry import cases
 from benchmarks.results import ResultFileError, Results, result_files
 from tgq_fast.errors import StorageError
@@ -251,6 +251,11 @@ def test_the_scaling_page_is_what_its_result_file_gives() -> None:
     document = json.loads((root / "docs" / "results" / "scale" / "sizes.json").read_text(encoding="utf-8"))
     assert text.count("<!-- scale:begin -->") == 1 and scale_sizes.fill(text, document) == text
     assert {entry["case"] for entry in document["results"]} == set(scale_sizes.CASES)
+    engines = json.loads((root / "docs" / "results" / "scale" / "engines.json").read_text(encoding="utf-8"))
+    assert text.count("<!-- engines:begin -->") == 1
+    assert scale_sizes.filled(text, "engines", scale_engines.table(engines)) == text
+    assert engines["ratios"] == scale_engines.ratios(engines["runs"])
+
     losses = json.loads((root / "docs" / "results" / "scale" / "losses.json").read_text(encoding="utf-8"))
     assert all(found["same"] and not found["not_lost"] and found["exit"] == 0 for found in losses["scenarios"])
     assert max(len(found["lost"]) for found in losses["scenarios"]) == 20
