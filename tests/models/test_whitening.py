@@ -16,7 +16,13 @@ from tgq_fast.data import Catalog
 from tgq_fast.errors import ArgumentError
 from tgq_fast.models import FrozenFeatures, TGQFormerConfig, TGQFormerModel
 from tgq_fast.models.pictures import PictureArrays
-from tgq_fast.models.whitening import Whitening, fit_whitening, whitened_pictures, whitening_rows
+from tgq_fast.models.whitening import (
+    Whitening,
+    fit_whitening,
+    shrinkage_of_few,
+    whitened_pictures,
+    whitening_rows,
+)
 
 
 def pictures(count: int = 300, width: int = 24, length: int = 5) -> PictureArrays:
@@ -61,6 +67,25 @@ def test_pooled_features_of_the_fitted_rows_are_white() -> None:
     white = whitening.tokens(torch.from_numpy(source.visual)).mean(dim=1).double()
     torch.testing.assert_close(white.mean(dim=0), torch.zeros(8).double(), atol=1e-3, rtol=0)
     torch.testing.assert_close(white.T.cov(), torch.eye(8).double(), atol=1e-3, rtol=0)
+
+
+def test_few_items_are_not_whitened_to_equal_distances() -> None:
+    rng = np.random.default_rng(0)
+    mixing = np.geomspace(10, 0.1, 128)
+    features = np.repeat(rng.normal(size=(60, 128)) * mixing, 2, axis=0) + 0.3 * rng.normal(size=(120, 128)) * mixing
+    source = PictureArrays({"visual": features[:, None].astype(np.float32), "global": features}, key="few")
+
+    def first(shrinkage: float) -> float:
+        """Share of the items whose mate comes first."""
+        wide = config(visual_width=128, global_width=128, whitening=128, whitening_shrinkage=shrinkage)
+        whitening, _ = fit_whitening(source, range(120), wide)
+        vectors = torch.nn.functional.normalize(whitening.image(torch.from_numpy(features).float()), dim=1)
+        scores = (vectors @ vectors.T).fill_diagonal_(-9)
+        return float((scores.argmax(dim=1) == torch.arange(120) ^ 1).double().mean())
+
+    assert shrinkage_of_few(120, 60, 0.1) == shrinkage_of_few(10_000, 512, 0.1) == 0.1
+    assert shrinkage_of_few(120, 96, 0.1) == 3.2 and shrinkage_of_few(120, 512, 0.1) == 4.0
+    assert first(0.0) < 0.6 and first(shrinkage_of_few(120, 128, 0.1)) > 0.95
 
 
 def test_components_are_those_of_numpy_in_fp64() -> None:

