@@ -30,6 +30,20 @@ def needs(name: str) -> None:
             pytest.skip(f"{package} is not installed")
 
 
+@pytest.mark.parametrize("name", backbones.BACKBONES)
+def test_a_missing_backbone_names_an_installation_that_brings_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda module: None)
+    with pytest.raises(DependencyError) as caught:
+        backbones.backbone_dir(name)
+    extra = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
+    extra = extra[extra.index("backbones = [") :].split("]")[0].replace("-", "_")
+    said = str(caught.value).replace("-", "_")
+    for package in backbones.BACKBONES[name][0]:
+        assert f"pip install __no_deps {package}" in said or (
+            package in extra and said.endswith("pip install 'tgq_fast[backbones]'")
+        )
+
+
 def test_vision_tower_is_frozen_and_keyed_by_weights_and_preprocessing(vit: Path, tmp_path: Path) -> None:
     tower = load_vision_tower(str(vit))
     tower.train()
@@ -224,7 +238,7 @@ def test_field_encoder_forgets_no_string_of_the_call(llama: Path) -> None:
 
 def test_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(DependencyError, match=r"tgq_fast\[backbones\]"):
+    with pytest.raises(DependencyError, match=r"tgq-fast\[backbones\]"):
         load_vision_tower("efficientnet-lite0")
     with pytest.raises(ArgumentError, match="minilm"):
         backbones.backbone_dir("resnet")

