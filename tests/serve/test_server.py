@@ -17,9 +17,11 @@ pytest.importorskip("prometheus_client")
 import uvicorn
 
 from tgq_fast.data import Catalog
+from tgq_fast.pool import ItemPool
 from tgq_fast.serve import Shop, create_app
 from tgq_fast.serve.app import Limits
 from tgq_fast.serve.connections import HEAD_BYTES, protocol
+from tgq_fast.serve.store import ServedPool
 
 
 @pytest.fixture
@@ -148,3 +150,18 @@ def test_server_process_stops_at_a_signal(shop: Shop, tmp_path: Path) -> None:
     finally:
         process.kill()
         process.wait()
+
+
+def test_a_pool_is_asked_before_anybody_waits_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "pool"
+    ItemPool.create(path, dims=4).close()
+    asked: list[int] = []
+    search = ItemPool.search
+    monkeypatch.setattr(ItemPool, "search", lambda pool, *given: asked.append(len(pool)) or search(pool, *given))
+    served = ServedPool(path)
+    assert asked == []  # an empty one has nothing to load
+    with ItemPool.open(path, mode="a") as pool:
+        pool.append(["a", "b"], torch.eye(2, 4))
+    assert served.refresh() and asked == [2] and len(served.pool) == 2
+    ServedPool(path)
+    assert asked == [2, 2]
