@@ -1,4 +1,4 @@
-"""Clients that do a server harm, or try: beside the load of `benchmarks.serve_load --hostile`."""
+"""Clients that do a server harm, or try: beside the load of `benchmarks.serve_load`."""
 
 from __future__ import annotations
 

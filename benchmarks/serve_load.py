@@ -32,7 +32,6 @@ __all__ = ["main"]
 SCRIPT = """
 function setup(thread) thread:set("seed", {seed}) end
 function init(args) math.randomseed(seed) end
-function delay() return {pause} * (0.5 + math.random()) end
 function request() return wrk.format("GET", "/api/neighbours?k=20&id=item-" .. math.random(0, {last})) end
 function done(summary, latency, requests)
   local e = summary.errors
@@ -42,6 +41,7 @@ function done(summary, latency, requests)
     summary.requests, errors, p50, p99, most, summary.requests / summary.duration * 1e6))
 end
 """
+PAUSE = "function delay() return {pause} * (0.5 + math.random()) end\n"
 
 
 def make_pool(folder: Path, rows: int, dims: int) -> None:
@@ -61,8 +61,8 @@ def load(
         pause: of a client between an answer and its next request, ms: half to one and a half of it.
     """
     script = folder / "ids.lua"
-    text = SCRIPT.format(seed=seed, last=rows - 1, pause=pause)
-    script.write_text(text if pause else "".join(line for line in text.splitlines(True) if "delay" not in line))
+    text = SCRIPT.format(seed=seed, last=rows - 1)
+    script.write_text(text + PAUSE.format(pause=pause) if pause else text)
     command = [wrk, "-t1", f"-c{clients}", f"-d{seconds}s", "--latency", "-s", str(script), f"http://127.0.0.1:{port}"]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return {name: float(value) for name, value in re.findall(r"(\w+)=([0-9.]+)", said)}

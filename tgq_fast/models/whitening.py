@@ -123,8 +123,8 @@ def shrinkage_of_few(rows: int, components: int, shrinkage: float) -> float:
     """The shrinkage for whitening the very items that a whitening is fitted to, where they are few.
 
     n items are all equally far from one another in their n - 1 whitened directions, so neighbours would be chance. From
-    half as many directions as items on, those that are weaker than the strongest few are therefore left weak, which is
-    as good as raw features or better from 120 to 1,000 products.
+    half as many directions as items on, those that are weaker than the strongest few are therefore left weak: hit
+    rates of prefixes of fashion, 120 to 1,000 products, then lie within a few points of the raw features' or above.
 
     Source: ours.
     """

@@ -63,8 +63,7 @@ class ServedPool:
         self.trouble: str | None = None
 
     def _open(self) -> ItemPool:
-        """The pool as it lies there, asked once: what a first question loads (half a second of 100,000 items) is there
-        before anybody waits for it."""
+        """The pool as it lies there, asked once: what a first question loads is there before anybody waits for it."""
         pool = ItemPool.open(self.path)
         if len(pool):
             found = pool.search(torch.ones(1, pool.dims), 1)
