@@ -266,6 +266,23 @@ def test_efficientnet_matches_its_package_and_survives_a_damaged_cache(
         expected = original.extract_features(pixels).flatten(2).transpose(1, 2)
     torch.testing.assert_close(tokens, expected, rtol=1e-3, atol=1e-4)
 
+    many = torch.cat((pixels, pixels.flip(3), pixels * 0.5, pixels[:1]))  # one part of four, and three of another
+    threads = torch.get_num_threads()
+    try:
+        found = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(tower(many, fill=True))
+            torch.testing.assert_close(found[-1][0][:2], tokens, rtol=1e-4, atol=1e-4)
+            assert torch.equal(tower(many[4:5], fill=True)[0], found[-1][0][4:5])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(one, other) for again in found[1:] for one, other in zip(found[0], again, strict=True))
+    many[5, 1, 100, 100] = float("nan")  # which a fused clamp would make a number of
+    broken = [not bool(torch.isfinite(part).all()) for part in tower(many, fill=True)[0]]
+    assert broken == [number == 5 for number in range(7)]
+    assert tower(many, fill=True)[1][5].isnan().all()
+
     weights = backbones.backbone_dir("efficientnet-lite0") / "model.safetensors"
     good = weights.read_bytes()
     weights.write_bytes(good[: len(good) // 2])

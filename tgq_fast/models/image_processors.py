@@ -39,7 +39,8 @@ class _Letterbox:
     @plain_defaults()
     def __call__(self, images: Sequence[Image.Image]) -> Tensor:
         size, fill = self.size, tuple(round(255 * m) for m in self.mean)
-        mean_t, std_t = (torch.tensor(v, dtype=torch.float32).view(3, 1, 1) for v in (self.mean, self.std))
+        mean_t, std_t = (torch.tensor(v, dtype=torch.float32).view(3, 1) for v in (self.mean, self.std))
+        values = ((torch.arange(256, dtype=torch.float32) / 255 - mean_t) / std_t).numpy()  # of each colour's 256
         out = torch.empty(len(images), 3, size, size, dtype=torch.float32)
         for i, image in enumerate(images):
             scale = size / max(image.size)
@@ -50,8 +51,9 @@ class _Letterbox:
                 canvas = Image.new("RGB", (size, size), fill)
                 canvas.paste(image, ((size - width) // 2, (size - height) // 2))
                 image = canvas
-            pixels = torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1)
-            out[i] = (pixels / 255 - mean_t) / std_t
+            pixels = np.asarray(image)
+            for colour in range(3):
+                np.take(values[colour], pixels[:, :, colour], out=out[i, colour].numpy())
         return out
 
 

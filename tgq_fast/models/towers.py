@@ -6,6 +6,7 @@ preprocessing, so that cached features can never be read with the wrong encoder.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ from tgq_fast.errors import ArgumentError
 from tgq_fast.models import backbones
 from tgq_fast.models.hub import FLASH, hub_load, hub_model, module_digest
 from tgq_fast.models.image_processors import ImageProcessor, load_image_processor
+from tgq_fast.models.side_by_side import side_by_side
 
 __all__ = [
     "ImageProcessor",
@@ -31,7 +33,7 @@ __all__ = [
 ]
 
 # Pictures that a CPU takes at a time: more leave its caches and cost a quarter more; fewer can have other bits. Of
-# EfficientNet's activations, 6 MB a picture at the widest, four fit.
+# EfficientNet's activations, 6 MB a picture at the widest, four fit, and each such part needs but one thread.
 _AT_A_TIME, _AT_A_TIME_EFFICIENTNET = 16, 4
 
 
@@ -67,6 +69,7 @@ class VisionTower(_Frozen):
         preprocessing: JSON-able description of the image processor, part of the key.
         dual_encoder: whether the model has a text half that shares the space of the global image.
         at_a_time: pictures that a CPU takes at a time.
+        one_thread: run such parts side by side, each on one thread.
 
     Attributes:
         key: digest of weights and preprocessing.
@@ -83,9 +86,10 @@ class VisionTower(_Frozen):
         *,
         dual_encoder: bool = False,
         at_a_time: int = _AT_A_TIME,
+        one_thread: bool = False,
     ) -> None:
         super().__init__()
-        self.at_a_time = at_a_time
+        self.at_a_time, self.one_thread = at_a_time, one_thread
         self.name, self.model, self.image_processor, self._run = name, model, image_processor, run
         self.dual_encoder = dual_encoder
         self.freeze()
@@ -104,18 +108,23 @@ class VisionTower(_Frozen):
         pixels = pixel_values.to(self.device, self.dtype)
         if pixels.device.type != "cpu" or (len(pixels) <= self.at_a_time and not fill):
             return self._run(self.model, pixels)
-        parts = []
-        for part in pixels.split(self.at_a_time):
-            count = len(part)
-            if fill and count < self.at_a_time:
-                part = torch.cat((part, part[:1].expand(self.at_a_time - count, -1, -1, -1)))
-            tokens, pooled = self._run(self.model, part)
-            parts.append((tokens[:count], pooled[:count]))
-        return torch.cat([tokens for tokens, _ in parts]), torch.cat([pooled for _, pooled in parts])
+        run = functools.partial(self._part, fill=fill)
+        parts = pixels.split(self.at_a_time)
+        made = side_by_side(run, parts) if self.one_thread else [run(part) for part in parts]
+        return torch.cat([tokens for tokens, _ in made]), torch.cat([pooled for _, pooled in made])
+
+    def _part(self, pixels: Tensor, *, fill: bool) -> tuple[Tensor, Tensor]:
+        count = len(pixels)
+        if fill and count < self.at_a_time:
+            pixels = torch.cat((pixels, pixels[:1].expand(self.at_a_time - count, -1, -1, -1)))
+        tokens, pooled = self._run(self.model, pixels)
+        return tokens[:count], pooled[:count]
 
 
 def _run_efficientnet(model: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
     grid = model.extract_features(pixels.contiguous(memory_format=torch.channels_last))  # [B, 1280, 7, 7]
+    broken = ~pixels.sum(dim=(1, 2, 3)).isfinite()  # oneDNN's clamp makes a number of NaN
+    grid = grid.masked_fill(broken[:, None, None, None], float("nan"))
     return grid.flatten(2).transpose(1, 2), grid.mean(dim=(2, 3))
 
 
@@ -180,8 +189,11 @@ def load_vision_tower(
         model, pooler = hub_model(AutoModel, name, "vision tower", dtype, attention)
         dual = hasattr(config, "vision_config") and hasattr(model, "get_text_features")
         run = _run_dual_encoder if dual else _run_vision_model if pooler else _run_without_pooler
-    few = _AT_A_TIME_EFFICIENTNET if run is _run_efficientnet else _AT_A_TIME
-    tower = VisionTower(name, model.to(dtype), process, run, described, dual_encoder=dual, at_a_time=few)
+    small = run is _run_efficientnet
+    few = _AT_A_TIME_EFFICIENTNET if small else _AT_A_TIME
+    tower = VisionTower(
+        name, model.to(dtype), process, run, described, dual_encoder=dual, at_a_time=few, one_thread=small
+    )
     return tower.to(device or default_device())
 
 
