@@ -24,6 +24,7 @@ from torch.nn.functional import interpolate, normalize
 
 from tgq_fast.models.outputs import FrozenFeatures
 from tgq_fast.models.readers import ReaderOutput
+from tgq_fast.models.side_by_side import side_by_side
 from tgq_fast.models.token_grid import token_grid
 
 if TYPE_CHECKING:
@@ -76,13 +77,18 @@ def close_up(pixels: Tensor, boxes: NDArray[np.float64]) -> Tensor:
         [B, 3, H, W] in the pixels' dtype, within the range of each picture's own values.
     """
     height, width = pixels.shape[-2:]
-    out = torch.empty_like(pixels)
-    for number, box in enumerate(boxes):
+
+    def one(number: int) -> Tensor:
+        box = boxes[number]
         left, top = (math.floor(share * size) for share, size in zip(box[:2], (width, height), strict=True))
         right, bottom = (math.ceil(share * size) for share, size in zip(box[2:], (width, height), strict=True))
         part = pixels[number : number + 1, :, top:bottom, left:right]
         close = interpolate(part.float(), size=(height, width), mode="bicubic", align_corners=False)
-        out[number] = close[0].clamp(part.min(), part.max())
+        return close[0].clamp(part.min(), part.max())
+
+    out = torch.empty_like(pixels)
+    for number, close in enumerate(side_by_side(one, range(len(boxes)))):
+        out[number] = close
     return out
 
 

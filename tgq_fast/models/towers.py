@@ -278,21 +278,30 @@ class TextTower(_Frozen):
 
     @torch.no_grad()
     @plain_defaults()
-    def encode_fields(self, strings: Sequence[str], *, batch_size: int = 32) -> list[Tensor]:
+    def encode_fields(self, strings: Sequence[str], *, batch_size: int = 16) -> list[Tensor]:
         """Each string's content tokens (special tokens left out) as fp32 [m, dt] on the CPU, 0 ≤ m ≤ max_tokens."""
-        out: list[Tensor] = []
         length = self.max_tokens + self._specials
-        for start in range(0, len(strings), batch_size):
-            chunk = strings[start : start + batch_size]
-            ids, mask, special = self._tokenize([*chunk, *[""] * (batch_size - len(chunk))], length)
-            hidden = self._run(self.model, ids, mask).float().cpu()
+        batches = self._batches(strings, batch_size, length)
+        hidden = self._on_each(lambda batch: self._run(self.model, batch[0], batch[1]), batches)
+        out: list[Tensor] = []
+        for (_, mask, special), states in zip(batches, hidden, strict=True):
             keep = ((mask == 1) & (special == 0)).cpu()
-            out += [hidden[i, keep[i]].clone() for i in range(len(chunk))]
+            out += [states[i, keep[i]].clone() for i in range(min(batch_size, len(strings) - len(out)))]
         return out
+
+    def _batches(self, strings: Sequence[str], batch_size: int, length: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+        chunks = (strings[start : start + batch_size] for start in range(0, len(strings), batch_size))
+        return [self._tokenize([*chunk, *[""] * (batch_size - len(chunk))], length) for chunk in chunks]
+
+    def _on_each(
+        self, run: Callable[[tuple[Tensor, ...]], Tensor], batches: Sequence[tuple[Tensor, ...]]
+    ) -> list[Tensor]:
+        each = side_by_side(run, batches) if self.device.type == "cpu" else map(run, batches)
+        return [states.float().cpu() for states in each]
 
     @torch.no_grad()
     @plain_defaults()
-    def encode_pooled(self, strings: Sequence[str], *, batch_size: int = 32) -> Tensor:
+    def encode_pooled(self, strings: Sequence[str], *, batch_size: int = 16) -> Tensor:
         """[n, pooled_width] fp32 L2-normalised, in the dual encoder's shared space.
 
         Raises:
@@ -300,13 +309,10 @@ class TextTower(_Frozen):
         """
         if self._pool is None or self.pooled_width is None:
             raise ArgumentError("text_tower", repr(self.name), "the text half of a dual encoder")
-        out = [torch.zeros(0, self.pooled_width, dtype=torch.float32)]
-        length = self._pooled_length or self.max_tokens + self._specials
-        for start in range(0, len(strings), batch_size):
-            chunk = strings[start : start + batch_size]
-            ids, mask, _ = self._tokenize([*chunk, *[""] * (batch_size - len(chunk))], length)
-            out.append(self._pool(self.model, ids, mask).float().cpu()[: len(chunk)])
-        return nn.functional.normalize(torch.cat(out), dim=-1)
+        pool, nothing = self._pool, torch.zeros(0, self.pooled_width, dtype=torch.float32)
+        batches = self._batches(strings, batch_size, self._pooled_length or self.max_tokens + self._specials)
+        out = [nothing, *self._on_each(lambda batch: pool(self.model, batch[0], batch[1]), batches)]
+        return nn.functional.normalize(torch.cat(out)[: len(strings)], dim=-1)
 
 
 def _run_text_model(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
