@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
 import pytest
-from cli_world import World, call
+from cli_world import SMALL, World, call
+from hostile_places import put, untouched
 
 from tgq_fast.app.targets import refuse_inputs
 from tgq_fast.errors import ArgumentError
@@ -79,3 +81,21 @@ def test_parts_of_a_table_and_hard_links_are_inputs(tmp_path: Path) -> None:
         with pytest.raises(ArgumentError, match=r"^out: got"):
             refuse_inputs({"catalog": tmp_path / "shop", "table": str(tmp_path / "x.parquet"), "out": out})
     refuse_inputs({"catalog": tmp_path / "shop", "out": tmp_path / "shop" / "report.html"})
+
+
+@pytest.mark.parametrize("verb", ["train", "study"])
+def test_an_output_folder_that_cannot_be_one_is_told_before_any_work(
+    world: World, tmp_path: Path, verb: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[str] = []
+    monkeypatch.setattr("tgq_fast.models.views.training_views", lambda *_, **__: begun.append("views"))
+    monkeypatch.setattr(
+        "tgq_fast.models.features.FeatureStore.open_or_build", lambda *_, **__: begun.append("features")
+    )
+    options = [part for part in SMALL for part in ("--set", part)] if verb == "study" else world.options
+    for kind in ("pipe", "file", "link"):
+        put(tmp_path / kind, kind)
+        told = call(verb, world.catalog, "--out", tmp_path / kind, *options, "--json", code=2)
+        assert f"{tmp_path / kind}" in told.stderr and "choose another path" in told.stderr
+        assert json.loads(told.stdout)["error"]["type"] == "StorageError"
+        assert untouched(tmp_path / kind, kind) and not begun

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hostile_places import Full
 from PIL import Image
 
 from tgq_fast.data import Catalog, import_catalog
@@ -26,26 +27,6 @@ def pictures(tmp_path: Path) -> Path:
 
 def copies(folder: Path, out: Path, copy: str) -> Any:
     return import_catalog("pictures", folder, out, copy=copy)  # type: ignore[arg-type]
-
-
-class Full:
-    """A file of a disk without room: what is flushed is refused, when it is closed as well."""
-
-    def __init__(self, file: Any) -> None:
-        self._file = file
-
-    def write(self, data: bytes) -> int:
-        return len(data)
-
-    def flush(self) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    def close(self) -> None:
-        self._file.close()
-        self.flush()
-
-    def fileno(self) -> int:
-        return int(self._file.fileno())
 
 
 @pytest.mark.parametrize("copy", ["link", "copy"])

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import builtins
-import errno
-import io
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import tiny_models as tiny
+from hostile_places import read_only
 
 from tgq_fast.errors import StorageError
 from tgq_fast.models.feature_files import ChunkedArray
@@ -130,31 +127,13 @@ assert reader["x"][-1, -1] == 3
     assert result.returncode == 0, result.stderr
 
 
-def test_a_complete_cache_on_a_read_only_disk_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_complete_cache_on_a_read_only_disk_is_used(tmp_path: Path) -> None:
     fill(new_array(tmp_path / "whole"))
-    real = os.open
-
-    def refuse(path: Any, flags: int, *rest: Any, **named: Any) -> int:
-        if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
-            raise OSError(errno.EROFS, "Read-only file system", str(path))
-        return real(path, flags, *rest, **named)
-
-    def no_folder(path: Any, *rest: Any) -> None:
-        raise OSError(errno.EROFS, "Read-only file system", str(path))
-
-    monkeypatch.setattr(os, "open", refuse)
-    monkeypatch.setattr(os, "mkdir", no_folder)
-    monkeypatch.setattr(io, "open", lambda path, mode="r", *a, **k: _open_read_only(path, mode, *a, **k))
-    array = new_array(tmp_path / "whole")
-    assert fill(array) == [] and len(array["x"]) == ROWS
-    with pytest.raises(StorageError, match="Read-only"):
-        fill(new_array(tmp_path / "absent"))
-
-
-def _open_read_only(path: Any, mode: str, *rest: Any, **named: Any) -> Any:
-    if set(mode) & set("wax+"):
-        raise OSError(errno.EROFS, "Read-only file system", str(path))
-    return builtins.open(path, mode, *rest, **named)
+    with read_only():
+        array = new_array(tmp_path / "whole")
+        assert fill(array) == [] and len(array["x"]) == ROWS
+        with pytest.raises(StorageError, match="Read-only"):
+            fill(new_array(tmp_path / "absent"))
 
 
 def test_other_facts_do_not_reuse_a_folder(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import re
 import secrets
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -23,12 +23,14 @@ __all__ = [
     "Hold",
     "append_line",
     "atomic_writer",
+    "check_own",
     "check_target",
     "fsync_folder",
     "hold",
     "locked",
     "make_folder",
     "open_regular",
+    "read_regular",
     "storage_errors",
     "storage_failure",
     "sweep",
@@ -100,6 +102,23 @@ def check_target(path: str | Path) -> None:
             raise OSError(code, os.strerror(code))
 
 
+def check_own(folder: Path, files: Iterable[str], folders: Iterable[str] = ()) -> None:
+    """StorageError where something else stands in the place of a folder's own files (a pipe, which would hang, a device
+    or a folder) or of the folders in it. Links to what is expected are that.
+    """
+    for name in files:
+        with writing(folder / name), contextlib.suppress(FileNotFoundError):
+            mode = os.stat(folder / name).st_mode
+            if stat.S_ISDIR(mode):
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            if not stat.S_ISREG(mode):
+                raise OSError(errno.EINVAL, "no plain file is in its place")
+    for name in folders:
+        with writing(folder / name):
+            if os.path.lexists(folder / name) and not (folder / name).is_dir():
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+
+
 def make_folder(path: str | Path) -> Path:
     """A folder with all its parents; StorageError where it cannot be made."""
     path = Path(path)
@@ -118,6 +137,12 @@ def open_regular(path: str | Path) -> BinaryIO:
     except BaseException:
         os.close(handle)
         raise
+
+
+def read_regular(path: str | Path) -> bytes:
+    """All of a plain file. Errors as for :func:`open_regular`."""
+    with open_regular(path) as file:
+        return file.read()
 
 
 def fsync_folder(folder: Path) -> None:

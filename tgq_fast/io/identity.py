@@ -10,6 +10,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from tgq_fast.io.files import open_regular
 from tgq_fast.io.json_text import read_json
 
 
@@ -19,9 +20,9 @@ def canonical_json(value: Any) -> str:
 
 
 def sha256_file(path: Path, stop: threading.Event | None = None) -> str:
-    """Hex SHA-256 of a file, read in pieces; InterruptedError once `stop` is set."""
+    """Hex SHA-256 of a plain file, read in pieces; InterruptedError once `stop` is set."""
     digest = hashlib.sha256()
-    with open(path, "rb") as handle:
+    with open_regular(path) as handle:
         while piece := handle.read(1 << 20):
             digest.update(piece)
             if stop is not None and stop.is_set():

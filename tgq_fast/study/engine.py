@@ -9,6 +9,7 @@ report.html       the same as a page
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -25,17 +26,17 @@ import numpy as np
 
 from tgq_fast.defaults import own_randomness, plain_tensors
 from tgq_fast.errors import CheckpointError, TGQError
-from tgq_fast.io.files import locked, make_folder, storage_errors, write_atomic
+from tgq_fast.io.files import check_own, locked, make_folder, storage_errors, write_atomic, writing
 from tgq_fast.io.identity import package_identity
 from tgq_fast.io.sealed import seal
 from tgq_fast.study.page import write_page
 from tgq_fast.study.plan import Job, Plan
 from tgq_fast.study.results import Row, read_row, summarise
-from tgq_fast.study.worker import PLAN, Setting, finished, prepare, run_job
+from tgq_fast.study.worker import JOB, LOG, PLAN, Setting, check_job, finished, prepare, run_job
 
 __all__ = ["StudyError", "run_study"]
 
-CHOICE, STUDY, PAGE = "choice.json", "study.json", "report.html"
+CHOICE, STUDY, PAGE, RUNS = "choice.json", "study.json", "report.html", "runs"
 Say = Callable[[str], None]
 
 
@@ -62,12 +63,13 @@ def run_study(
 
     Raises:
         StudyError: a job failed.
-        CheckpointError: another process works in the folder.
+        CheckpointError: another process works in the folder, or it holds files of these names that are no study's.
         StorageError: the folder cannot be written to, or its disk is full.
     """
     with own_randomness(), storage_errors(out), locked(make_folder(out) / ".lock", wait=False) as mine:
         if not mine:
             raise CheckpointError(f"{out}: another process works on the study in this folder")
+        _refuse_others(out)
         write_atomic(out / PLAN, _json(plan.to_json()))
         setting = Setting(plan, cache, say=say)
         trials = plan.trials()
@@ -86,6 +88,19 @@ def run_study(
         return study
 
 
+def _refuse_others(out: Path) -> None:
+    """Nothing is written over what is no study's, and no place is found out only at the end to take no file."""
+    check_own(out, (PLAN, CHOICE, STUDY, PAGE), (RUNS,))
+    ours = (out / RUNS).is_dir() and (out / PLAN).exists()
+    if not ours:  # or a study that was stopped before its first job
+        with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
+            Plan.from_json(out / PLAN)
+            ours = True
+    taken = [name for name in (PLAN, CHOICE, STUDY, PAGE, RUNS) if os.path.lexists(out / name)]
+    if taken and not ours:
+        raise CheckpointError(f"{out}: holds other files ({', '.join(taken)}); choose an empty folder")
+
+
 class _Runner:
     """Does jobs that are not finished, in this process or in several."""
 
@@ -99,6 +114,8 @@ class _Runner:
         self.say(f"{len(jobs) - len(todo)} of {len(jobs)} jobs are finished")
         if not todo:
             return
+        for job in todo:
+            check_job(self.folder(job))
         if not self._prepared:
             prepare(self.setting, plan.parsed())
             self._prepared = True
@@ -111,7 +128,7 @@ class _Runner:
             self.say(f"{number} of {len(todo)}: {self.folder(job).name}, {time.monotonic() - begin:.0f} s")
 
     def folder(self, job: Job) -> Path:
-        return self.out / "runs" / self.setting.plan.folder(job)
+        return self.out / RUNS / self.setting.plan.folder(job)
 
     def _in_processes(self, todo: Sequence[Job]) -> None:
         threads = max(1, (os.cpu_count() or 1) // self.jobs)
@@ -122,19 +139,18 @@ class _Runner:
             while waiting or running:
                 while waiting and len(running) < self.jobs:
                     job = waiting.pop(0)
-                    folder = self.folder(job)
-                    folder.mkdir(parents=True, exist_ok=True)
-                    write_atomic(folder / "job.json", _json(asdict(job)))
+                    folder = make_folder(self.folder(job))
+                    write_atomic(folder / JOB, _json(asdict(job)))
                     command = [sys.executable, "-m", "tgq_fast.study.worker", str(self.out), folder.name]
                     command += [] if self.cache is None else [str(self.cache)]
-                    with (folder / "log.txt").open("wb") as log:
+                    with writing(folder / LOG), (folder / LOG).open("wb") as log:
                         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
                     running[process] = (folder, time.monotonic())
                 for process in [process for process in running if process.poll() is not None]:
                     folder, begin = running.pop(process)
                     if process.returncode:
-                        why = _why(process.returncode, (folder / "log.txt").read_text(errors="replace"))
-                        raise StudyError(f"{folder.name}: failed ({why}); its log is {folder / 'log.txt'}")
+                        why = _why(process.returncode, (folder / LOG).read_text(errors="replace"))
+                        raise StudyError(f"{folder.name}: failed ({why}); its log is {folder / LOG}")
                     done += 1
                     self.say(f"{done} of {len(todo)}: {folder.name}, {time.monotonic() - begin:.0f} s")
                 time.sleep(0.2)
@@ -149,7 +165,7 @@ def _choose(plan: Plan, trials: Sequence[Job], out: Path) -> dict[str, Any]:
     """Per connector the recipe with the best mean over folds and conditions; the first listed wins a tie."""
     scores: dict[str, dict[str, list[float]]] = {}
     for job in trials:
-        result = finished(out / "runs" / plan.folder(job), plan)
+        result = finished(out / RUNS / plan.folder(job), plan)
         assert result is not None  # the runner has just seen to it
         (row,) = result["rows"].values()
         value = float(np.mean([row["conditions"][text][plan.select] for text in plan.conditions]))
@@ -180,7 +196,7 @@ def _summary(plan: Plan, setting: Setting, jobs: Sequence[Job], choice: dict[str
     commits: set[str] = set()
     pool_size = 0
     for job in jobs:
-        folder = out / "runs" / plan.folder(job)
+        folder = out / RUNS / plan.folder(job)
         result = finished(folder, plan)
         assert result is not None
         commits.add(result["package"]["commit"])

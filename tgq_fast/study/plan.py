@@ -20,6 +20,7 @@ from tgq_fast.data import Catalog
 from tgq_fast.data.conditions import CLEAN, Condition, parse_conditions
 from tgq_fast.data.pairs import SPLITS, Pairs
 from tgq_fast.errors import ArgumentError
+from tgq_fast.io.files import read_regular
 from tgq_fast.io.identity import package_identity
 from tgq_fast.io.json_text import read_json
 from tgq_fast.models.configuration import TGQFormerConfig
@@ -206,7 +207,7 @@ class Plan:
     @classmethod
     def from_json(cls, path: Path) -> Plan:
         """The plan that a study's folder holds."""
-        return cls(**read_json(path.read_bytes()))
+        return cls(**read_json(read_regular(path)))
 
 
 _DECIDING = (

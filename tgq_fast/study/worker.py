@@ -24,7 +24,7 @@ from tgq_fast import workflow
 from tgq_fast.data import Catalog
 from tgq_fast.data.conditions import CLEAN, Condition
 from tgq_fast.evaluation import Evaluation
-from tgq_fast.io.files import make_folder, write_atomic
+from tgq_fast.io.files import check_own, make_folder, read_regular, storage_errors, write_atomic
 from tgq_fast.io.identity import package_identity, sha256_file
 from tgq_fast.io.json_text import read_json
 from tgq_fast.io.sealed import seal, unseal
@@ -38,9 +38,9 @@ from tgq_fast.workflow.probes import probe_model
 if TYPE_CHECKING:
     from tgq_fast.models import TGQFormerModel
 
-__all__ = ["Setting", "finished", "run_job"]
+__all__ = ["Setting", "check_job", "finished", "run_job"]
 
-PLAN, RESULT = "plan.json", "result.json"
+PLAN, RESULT, JOB, LOG = "plan.json", "result.json", "job.json", "log.txt"
 
 
 class Setting:
@@ -128,7 +128,7 @@ class Setting:
 def finished(folder: Path, wanted: Plan) -> dict[str, Any] | None:
     """The result of a job; None where it is not there, lacks a condition or is damaged, and is to be done again."""
     try:
-        result = unseal(read_json((folder / RESULT).read_bytes()))
+        result = unseal(read_json(read_regular(folder / RESULT)))
         for row in result["rows"].values():
             ranks = sha256_file(folder / row["ranks"])
             if not set(wanted.conditions) <= set(row["conditions"]) or row.get("sha256", ranks) != ranks:
@@ -136,6 +136,11 @@ def finished(folder: Path, wanted: Plan) -> dict[str, Any] | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return result
+
+
+def check_job(folder: Path) -> None:
+    """StorageError where something else stands in the place of a job's files."""
+    check_own(folder, (RESULT, JOB, LOG, *(path.name for path in folder.glob("*.npz"))), ("run",))
 
 
 def run_job(setting: Setting, job: Job, folder: Path) -> None:
@@ -261,9 +266,10 @@ def main(arguments: list[str]) -> int:
     """One job of the study in a folder."""
     study, name, cache = Path(arguments[0]), arguments[1], arguments[2] if len(arguments) > 2 else None
     plan = Plan.from_json(study / PLAN)
-    job = Job(**read_json((study / "runs" / name / "job.json").read_bytes()))
-    setting = Setting(plan, None if cache is None else Path(cache), verify=False)
-    run_job(setting, job, study / "runs" / name)
+    job = Job(**read_json((study / "runs" / name / JOB).read_bytes()))
+    with storage_errors(study / "runs" / name):
+        setting = Setting(plan, None if cache is None else Path(cache), verify=False)
+        run_job(setting, job, study / "runs" / name)
     return 0
 
 

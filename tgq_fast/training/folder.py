@@ -19,13 +19,23 @@ from typing import Any
 
 from tgq_fast.data import Catalog
 from tgq_fast.errors import CheckpointError
-from tgq_fast.io.files import write_atomic
+from tgq_fast.io.files import check_own, check_target, read_regular, write_atomic
 from tgq_fast.io.identity import package_identity, sha256_file
 from tgq_fast.io.json_text import read_json
 from tgq_fast.io.sealed import seal, unseal
+from tgq_fast.models.auto_file import AUTO_FILE
 from tgq_fast.models.configuration import TGQFormerConfig
 
-__all__ = ["RunLog", "TrainResult", "claim", "load_result", "read_log", "read_manifest", "write_manifest"]
+__all__ = [
+    "RunLog",
+    "TrainResult",
+    "check_place",
+    "claim",
+    "load_result",
+    "read_log",
+    "read_manifest",
+    "write_manifest",
+]
 
 RUN, LOG, CHECKPOINTS = "run.json", "training_log.jsonl", "checkpoints"
 REJECTS, LOCK, TRAINED = "rejects.jsonl", ".lock", "trained"
@@ -55,6 +65,28 @@ class TrainResult:
     manifest: dict[str, Any]
 
 
+def check_place(folder: Path, resume: bool) -> bool:
+    """Whether the folder holds a run, which is to be resumed; to be asked before hours of work, too.
+
+    Raises:
+        CheckpointError: it holds other files, or a run that is not to be resumed.
+        StorageError: it cannot be written to, or something else stands in the place of a run's files.
+    """
+    check_target(folder / RUN)
+    check_own(folder, (RUN, LOG, REJECTS, AUTO_FILE, *MODEL_FILES), (CHECKPOINTS, TRAINED))
+    if (folder / RUN).exists():
+        if not resume:
+            status = read_manifest(folder).get("status")
+            raise CheckpointError(f"{folder}: already holds a {status} run; resume it or choose another folder")
+        return True
+    names = [path.name for path in sorted(folder.iterdir())] if folder.exists() else []
+    foreign = [name for name in names if name not in (LOCK, REJECTS)]
+    foreign = [name for name in foreign if not (name.startswith(".") and name.endswith(".tmp"))]
+    if foreign:
+        raise CheckpointError(f"{folder}: holds other files ({', '.join(foreign[:3])}); choose an empty folder")
+    return False
+
+
 def claim(
     folder: Path, config: TGQFormerConfig, arguments: dict[str, Any], catalog: Catalog, resume: bool
 ) -> dict[str, Any]:
@@ -64,21 +96,14 @@ def claim(
         "config": _plain(config),
         "catalog": {"digest": catalog.digest(), "items": len(catalog.items)},
     }
-    path = folder / RUN
-    if not path.exists():
-        foreign = [p.name for p in sorted(folder.iterdir()) if p.name not in (LOCK, REJECTS)]
-        foreign = [name for name in foreign if not (name.startswith(".") and name.endswith(".tmp"))]
-        if foreign:
-            raise CheckpointError(f"{folder}: holds other files ({', '.join(foreign[:3])}); choose an empty folder")
+    if not check_place(folder, resume):
         return {"status": "running", **wanted, "versions": _versions()}
-    manifest = read_manifest(folder)
+    path, manifest = folder / RUN, read_manifest(folder)
     try:
         held = {name: manifest[name] for name in wanted}
         status = manifest["status"]
     except KeyError as error:
         raise CheckpointError(f"{path}: not a run of tgq_fast ({type(error).__name__}: {error})") from None
-    if not resume:
-        raise CheckpointError(f"{folder}: already holds a {status} run; resume it or choose another folder")
     differences = _differences(held, json.loads(json.dumps(wanted)))
     if differences:
         longer = "; a finished run is trained on by a new one that starts from it (--init-from, init_from)"
@@ -151,7 +176,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / RUN
     try:
-        manifest = unseal(read_json(path.read_bytes()))
+        manifest = unseal(read_json(read_regular(path)))
         for name in ("arguments", "versions", "result", "files"):
             if not isinstance(manifest.get(name, {}), dict):
                 raise ValueError(f"{name} is no table")
@@ -169,7 +194,7 @@ def read_log(folder: Path, manifest: dict[str, Any]) -> list[dict[str, Any]]:
     path = folder / LOG
     known = manifest.get("files", {}).get(LOG)
     try:
-        data = path.read_bytes()
+        data = read_regular(path)
     except FileNotFoundError:
         data = b""
     except OSError as error:

@@ -360,7 +360,10 @@ def _run(
             send({"event": "floor", "name": name, **{metric: m.value for metric, m in floor.metrics.items()}})
     send({"event": "start", "step": start, "steps": steps, "batch_size": sampler.batch_size, "pairs": len(pairs)})
     with team.watched():
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        if checkpoint is not None and start >= steps:
+            trainer.restore_end(checkpoint)
+        else:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     team.meet()  # everybody has read the best checkpoint
     trainer.finish()
     finished = team.lead(

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 
 from tgq_fast.data import Catalog
 from tgq_fast.errors import CheckpointError
@@ -202,6 +203,16 @@ class TGQTrainer(Trainer):
                 for name, parameter in trained.items():
                     parameter.copy_(raw[name])
 
+    def restore_end(self, checkpoint: Path) -> None:
+        """Instead of training on from the checkpoint of the last step: `Trainer` does one step too many where that is
+        within an epoch.
+        """
+        self.accelerator.prepare_model(self.model, evaluation_mode=True)  # the precision of what is measured
+        self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        self._load_from_checkpoint(str(checkpoint), self.model)
+        if self.args.load_best_model_at_end:
+            self._load_best_model()
+
     def finish(self) -> None:
         """After training: the model has the weights to keep. With validation they are those of the best checkpoint
         already, else the average."""
@@ -285,10 +296,13 @@ def last_complete_checkpoint(folder: Path) -> Path | None:
     Raises:
         CheckpointError: a checkpoint that was complete is damaged now.
     """
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rsplit("-", 1)[1]), reverse=True)
+    named = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
+    found = sorted(named, key=lambda path: int(path.name.rsplit("-", 1)[1]), reverse=True)
     best: Path | None = None
     for path in found:
-        if not (path / _COMPLETE).exists():
+        if path.is_symlink() or not path.is_dir():
+            raise CheckpointError(f"{path}: no folder, which a checkpoint is; move it away to resume")
+        if not (path / _COMPLETE).is_file():
             shutil.rmtree(path)  # the writer was killed inside it
         elif best is None:
             best = path

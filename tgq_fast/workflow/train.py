@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -63,7 +64,10 @@ def train_run(
     """
     from tgq_fast.data import RejectLog
     from tgq_fast.training import train
+    from tgq_fast.training.folder import check_place
 
+    if os.environ.get("RANK", "0") == "0":  # the process that will write there
+        check_place(out.resolve(), resume)
     epochs = epochs or default_epochs(catalog, batch_size)
     with watch.progress("training") as advance:
         steps = 0
