@@ -209,6 +209,22 @@ def test_a_folder_that_datasets_saved(tmp_path: Path) -> None:
     assert bytes_of(catalog, "9") == picture(7) and sum(report.skipped.values()) == 3
 
 
+def test_folders_that_the_installed_datasets_saves(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    kinds = datasets.ClassLabel(names=["shoe", "boot"])
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string"), "label": kinds})
+    rows = [{"image": {"bytes": picture(n), "path": None}, "text": f"T{n}", "label": n % 2} for n in range(4)]
+    made = datasets.Dataset.from_list(rows, features=features)
+    made.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": made, "test": made.select([3])}).save_to_disk(tmp_path / "two")
+    for name, number in (("one", 4), ("two", 5)):
+        report = import_catalog("dataset", tmp_path / name, tmp_path / f"{name}-shop")
+        catalog = Catalog.load(tmp_path / f"{name}-shop")
+        assert report.items == len(catalog) == number and not report.skipped
+        (found,) = (i for i in catalog.items if i.title == "T2")
+        assert found.category == found.attributes["label"] == "shoe" and bytes_of(catalog, found.id) == picture(2)
+
+
 def test_two_imports_into_one_folder_do_not_mix(tmp_path: Path, images: Path) -> None:
     (tmp_path / "out").mkdir()
     with locked(tmp_path / "out" / ".import.lock"), pytest.raises(ArgumentError, match="no other import is writing"):
