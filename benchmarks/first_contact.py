@@ -8,25 +8,20 @@ Every command is a process of its own, as typed; the frozen tower is at hand, th
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from pathlib import Path
-from typing import Any
 from xml.sax.saxutils import escape
 
 from benchmarks.environment import write_figures
 from benchmarks.scale_sizes import make_pictures
+from benchmarks.serving import served
 from tgq_fast.io.files import write_atomic
 
 __all__ = ["main", "write_feed"]
-
-_PATIENCE = 120.0  # seconds for the page to answer
 
 
 def write_feed(path: Path, products: int) -> None:
@@ -49,28 +44,11 @@ def write_feed(path: Path, products: int) -> None:
     write_atomic(path, f"{head}\n{body}\n</channel></rss>\n".encode())
 
 
-def _answer(address: str) -> Any:
-    with urllib.request.urlopen(address, timeout=5) as answer:
-        return json.load(answer)
-
-
-def _page(command: list[str], folder: Path, env: dict[str, str], port: int) -> None:
+def _page(folder: Path, env: dict[str, str], port: int) -> None:
     """Start the server and stop it once it has given neighbours of the first item."""
-    server = subprocess.Popen([*command, "--port", str(port)], cwd=folder, env=env, stdout=subprocess.DEVNULL)
-    end = time.monotonic() + _PATIENCE
-    try:
-        while True:
-            try:
-                hits = _answer(f"http://127.0.0.1:{port}/api/neighbours?id=sku-0&k=20")["hits"]
-                break
-            except OSError:
-                if server.poll() is not None or time.monotonic() > end:
-                    raise
-                time.sleep(0.05)
+    with served(Path("pools/first"), port, "/api/neighbours?id=sku-0&k=20", cwd=folder, env=env) as answer:
+        hits = answer["hits"]
         assert len(hits) == 20 and all(hit["title"] and hit["picture"] for hit in hits), hits
-    finally:
-        server.send_signal(signal.SIGTERM)
-        server.wait()
 
 
 def main() -> None:
@@ -84,7 +62,6 @@ def main() -> None:
     commands = {
         "import": [*program, "import", "merchant", "feed.xml", "--images", "made/images", "--out", "shop"],
         "embed": [*program, "embed", "shop", "--zero-shot", "whitened", "--out", "pools/first"],
-        "serve": [*program, "serve", "pools/first"],
     }
     seconds: dict[str, float] = {}
     with tempfile.TemporaryDirectory(prefix="tgq-first-contact-") as place:
@@ -94,11 +71,11 @@ def main() -> None:
         env = {**os.environ, "TGQ_CACHE": str(folder / "cache")}
         for name, command in commands.items():
             begin = time.perf_counter()
-            if name == "serve":
-                _page(command, folder, env, chosen.port)
-            else:
-                subprocess.run(command, cwd=folder, env=env, check=True, capture_output=True)
+            subprocess.run(command, cwd=folder, env=env, check=True, capture_output=True)
             seconds[name] = round(time.perf_counter() - begin, 1)
+        begin = time.perf_counter()
+        _page(folder, env, chosen.port)
+        seconds["serve"] = round(time.perf_counter() - begin, 1)
     print(seconds)
     if chosen.json is not None:
         write_figures(chosen.json, products=chosen.products, seconds=seconds)

@@ -13,18 +13,16 @@ from __future__ import annotations
 import argparse
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
-import time
-import urllib.request
 from pathlib import Path
 
 import torch
 
 from benchmarks.environment import write_figures
 from benchmarks.serve_hostile import KINDS, Hostile
+from benchmarks.serving import served
 from tgq_fast import ItemPool
 
 __all__ = ["main"]
@@ -86,15 +84,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="tgq-serve-load-") as place:
         folder = Path(place)
         make_pool(folder / "pool", chosen.rows, chosen.dims)
-        command = [sys.executable, "-m", "tgq_fast", "serve", str(folder / "pool"), "--port", str(chosen.port)]
-        server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        try:
-            for _ in range(300):
-                try:
-                    urllib.request.urlopen(f"http://127.0.0.1:{chosen.port}/api/health", timeout=1).close()
-                    break
-                except OSError:
-                    time.sleep(0.2)
+        with served(folder / "pool", chosen.port, stderr=subprocess.DEVNULL):
             given = (wrk, chosen.port, chosen.rows, chosen.clients)
             load(*given, 2, 0, 0, folder)  # warm
             seeds = range(1, chosen.runs + 1)
@@ -103,9 +93,6 @@ def main() -> int:
             hostile = Hostile(chosen.port)
             beside = load(*given, chosen.seconds, 0, 0, folder)
             statuses = hostile.stop()
-        finally:
-            server.send_signal(signal.SIGTERM)
-            server.wait()
     for name, several in (("with a pause", paced), ("without", runs), ("beside hostile clients", [beside])):
         for run in several:
             print(name, run)
