@@ -78,11 +78,21 @@ def test_run_learns_and_leaves_a_complete_folder(tmp_path: Path) -> None:
     assert [e["step"] for e in events if e["event"] == "step"] == list(range(1, result.steps + 1))
 
 
-def test_best_checkpoint_is_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The model must be the one of the best validation, here made to be the first."""
+@pytest.mark.parametrize(
+    ("found", "best"),
+    [
+        ([(0.9, 0.1), (0.1, 0.9), (0.1, 0.2)], 0),
+        ([(0.9, 0.3), (0.9, 0.2), (0.9, 0.3)], 0),
+        ([(0.9, 0.3), (0.9, 0.5), (0.9, 0.4)], 1),  # all mates found from the first on, but ranked higher later
+    ],
+)
+def test_best_checkpoint_is_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found: list[tuple[float, float]], best: int
+) -> None:
+    """The model must be the one of the best validation by HR@10, then MRR."""
     from tgq_fast.training import trainer as module
 
-    values = iter([0.9, 0.1, 0.1, 0.9])
+    values = iter([*found, found[best]])
     states: list[dict[str, torch.Tensor]] = []
 
     class Fake:
@@ -90,7 +100,8 @@ def test_best_checkpoint_is_the_model(tmp_path: Path, monkeypatch: pytest.Monkey
 
     def evaluation(*_: Any, **__: Any) -> Any:
         fake = Fake()
-        fake.metrics = {"HR@10": type("M", (), {"value": next(values)})()}
+        given = zip(("HR@10", "MRR"), next(values), strict=True)
+        fake.metrics = {name: type("M", (), {"value": value})() for name, value in given}
         return fake
 
     original = module.TGQTrainer.evaluate
@@ -104,9 +115,10 @@ def test_best_checkpoint_is_the_model(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(module.TGQTrainer, "evaluate", spy)
     result = run(tmp_path / "run")
     loaded = TGQFormerModel.from_pretrained(result.path).state_dict()
-    assert len(states) == 3 and result.best_step * 3 == result.steps
-    assert all(torch.equal(loaded[name], value) for name, value in states[0].items())
-    assert not all(torch.equal(loaded[name], value) for name, value in states[2].items())
+    assert len(states) == 3 and result.best_step * 3 == result.steps * (best + 1)
+    assert result.best_metric == found[best][0]
+    for number, state in enumerate(states):
+        assert all(torch.equal(loaded[name], value) for name, value in state.items()) == (number == best)
 
 
 def test_same_seed_same_bytes_other_seed_other_bytes(tmp_path: Path, finished: Path) -> None:

@@ -81,9 +81,9 @@ def train(
     """Train a connector and reader over frozen towers on the training pairs of a catalogue.
 
     The checkpoint with the best validation HR@10 (over the full pool, after every epoch of a short run and about
-    `validations` times in a long one) becomes the run's model, unless the frozen feature without training is better on
-    the same queries: `run.json` holds that verdict in words and numbers. A run that was killed resumes from its last
-    complete checkpoint to the same weights, bit for bit on the CPU.
+    `validations` times in a long one; of equal ones the one with the best MRR) becomes the run's model, unless the
+    frozen feature without training is better on the same queries: `run.json` holds that verdict in words and numbers. A
+    run that was killed resumes from its last complete checkpoint to the same weights, bit for bit on the CPU.
 
     Several processes (`torchrun`, `accelerate launch`) train one run together: they see the batches of one process,
     each computes its share, and every term of the loss is that of the whole batch. Rank 0 alone writes.

@@ -1,6 +1,6 @@
 """`transformers.Trainer` for pairs of items: distinct items, named loss terms, validation by full-pool retrieval.
 
-Source: AdamW with a cosine schedule and the choice of the checkpoint by validation HR@10 are ours.
+Source: AdamW with a cosine schedule and the choice of the checkpoint by validation HR@10, then MRR, are ours.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from tgq_fast.training.pairs import DistinctBatchSampler, PairCollator, PairData
 
 __all__ = ["BEST_METRIC", "TGQTrainer", "last_complete_checkpoint"]
 
-BEST_METRIC = "HR@10"
+BEST_METRIC, TIE_BREAK = "HR@10", "MRR"
 _COMPLETE = "complete.json"
 _RAW = "training_weights.safetensors"  # of a checkpoint whose model is an average
 Event = Mapping[str, Any]
@@ -148,6 +148,17 @@ class TGQTrainer(Trainer):
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Of equal validations the one that ranks mates higher: with few items the first may find all of them."""
+        best = bool(super()._determine_best_metric(metrics, trial))
+        if not best and metrics[f"eval_{BEST_METRIC}"] == self.state.best_metric:
+            name, step = f"eval_{TIE_BREAK}", self.state.best_global_step
+            before = [entry[name] for entry in self.state.log_history if entry["step"] == step and name in entry]
+            best = bool(before) and metrics[name] > before[-1]
+            if best:
+                self.state.best_global_step = self.state.global_step
+        return best
 
     def validate(self) -> Evaluation:
         """Evaluation of the model as it is on the validation pairs, over the full pool."""
