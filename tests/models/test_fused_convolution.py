@@ -5,12 +5,16 @@ from __future__ import annotations
 import copy
 import os
 import pickle
+import subprocess
+import sys
 import threading
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import conv2d, hardtanh, pad
+from torch.utils.flop_counter import FlopCounterMode
 
 from tgq_fast.models.fused_convolution import FusedConvolution
 from tgq_fast.models.side_by_side import side_by_side
@@ -135,3 +139,77 @@ def test_side_by_side_in_a_forked_child_waits_for_no_thread_of_its_parent() -> N
         assert os.waitpid(child, 0)[1] == 0
     finally:
         torch.set_num_threads(threads)
+
+
+class Parted(nn.Module):
+    """What a tower does with a batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = fused((0, 1, 0, 1), stride=2)
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat(side_by_side(self.layer, x.split(2)))
+
+
+@pytest.mark.filterwarnings("ignore:.*:torch.jit.TracerWarning", "ignore:.*torch.jit.trace.*:DeprecationWarning")
+def test_what_looks_on_at_the_callers_thread_sees_every_part() -> None:
+    """A trace that misses what other threads do holds the example's values as constants."""
+    model, example, other = Parted().eval(), torch.randn(6, 8, 12, 12), torch.randn(6, 8, 12, 12)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        expected = model(other)
+        traces = {
+            "jit": lambda: torch.jit.trace(model, (example,), check_trace=False),
+            "fx": lambda: make_fx(model)(example),
+            "export": lambda: torch.export.export(model, (example,)).module(),
+            "strict export": lambda: torch.export.export(model, (example,), strict=True).module(),
+            "compile": lambda: torch.compile(model, backend="eager", fullgraph=True),
+        }
+        for name, trace in traces.items():
+            torch.testing.assert_close(trace()(other), expected, rtol=1e-5, atol=1e-5, msg=name)
+        with FlopCounterMode(display=False) as flops:
+            model(other)
+        assert flops.get_total_flops() == 2 * expected.numel() * model.layer.weight[0].numel()
+    finally:
+        torch.set_num_threads(threads)
+
+
+AFTER_THE_END = """
+import threading, time, torch
+from tgq_fast.models.side_by_side import side_by_side
+torch.set_num_threads(2)
+side_by_side(abs, [1, -2, -3])
+def work():
+    threading.main_thread().join()
+    time.sleep(0.2)
+    print(side_by_side(abs, [1, -2, -3]))
+    torch.set_num_threads(3)
+    print(side_by_side(abs, [1, -2, -3]))
+threading.Thread(target=work).start()
+"""
+
+NO_THREAD_MORE = """
+import threading, torch
+from tgq_fast.models.side_by_side import side_by_side
+torch.set_num_threads(2)
+start, asked = threading.Thread.start, []
+def few(thread):
+    if thread.name.startswith("tgq-part"):
+        asked.append(thread)
+        if len(asked) == 2:
+            raise RuntimeError("can't start new thread")
+    start(thread)
+threading.Thread.start = few
+for _ in range(2):
+    print(side_by_side(abs, [1, -2, -3]))
+assert len(asked) == 4
+"""
+
+
+@pytest.mark.parametrize("script", [AFTER_THE_END, NO_THREAD_MORE])
+def test_side_by_side_where_no_thread_takes_work_goes_on_in_turn_and_the_process_ends(script: str) -> None:
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "[1, 2, 3]\n" * 2, "")

@@ -282,6 +282,10 @@ def test_efficientnet_matches_its_package_and_survives_a_damaged_cache(
     broken = [not bool(torch.isfinite(part).all()) for part in tower(many, fill=True)[0]]
     assert broken == [number == 5 for number in range(7)]
     assert tower(many, fill=True)[1][5].isnan().all()
+    assert tower(many[:0], fill=True)[0].shape == (0, 49, 1280)
+    half = load_vision_tower("efficientnet-lite0", dtype=torch.float16, device="cpu")
+    bright = half.image_processor([Image.new("RGB", (8, 8), (shade,) * 3) for shade in (255, 0)])
+    assert all(part.isfinite().all() for part in half(bright))  # the sum of white pixels is none of fp16
 
     weights = backbones.backbone_dir("efficientnet-lite0") / "model.safetensors"
     good = weights.read_bytes()

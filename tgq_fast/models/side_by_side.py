@@ -16,7 +16,8 @@ import torch
 
 __all__ = ["side_by_side"]
 
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 
 _pools: dict[int, ThreadPoolExecutor] = {}
 _opening = threading.Lock()
