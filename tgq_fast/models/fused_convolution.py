@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, hardtanh, pad
 
+from tgq_fast.models.side_by_side import traced
+
 __all__ = ["FusedConvolution"]
 
 _PACKED = "_packed"
@@ -62,8 +64,7 @@ class FusedConvolution(nn.Conv2d):
             x.device.type == "cpu"
             and x.dtype == self.weight.dtype == torch.float32
             and not torch.is_grad_enabled()
-            and not torch.compiler.is_compiling()
-            and not torch.jit.is_tracing()
+            and not traced()
             and torch.backends.mkldnn.is_available()
         )
 

@@ -115,7 +115,7 @@ class VisionTower(_Frozen):
 
     def _part(self, pixels: Tensor, *, fill: bool) -> tuple[Tensor, Tensor]:
         count = len(pixels)
-        if fill and count < self.at_a_time:
+        if fill and 0 < count < self.at_a_time:
             pixels = torch.cat((pixels, pixels[:1].expand(self.at_a_time - count, -1, -1, -1)))
         tokens, pooled = self._run(self.model, pixels)
         return tokens[:count], pooled[:count]
@@ -123,7 +123,7 @@ class VisionTower(_Frozen):
 
 def _run_efficientnet(model: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
     grid = model.extract_features(pixels.contiguous(memory_format=torch.channels_last))  # [B, 1280, 7, 7]
-    broken = ~pixels.sum(dim=(1, 2, 3)).isfinite()  # oneDNN's clamp makes a number of NaN
+    broken = ~pixels.sum(dim=(1, 2, 3), dtype=torch.float32).isfinite()  # oneDNN's clamp makes a number of NaN
     grid = grid.masked_fill(broken[:, None, None, None], float("nan"))
     return grid.flatten(2).transpose(1, 2), grid.mean(dim=(2, 3))
 
