@@ -153,7 +153,7 @@ def rank_main(rank: int, folder: str) -> None:
 
 
 def test_two_ranks_equal_one(tmp_path: Path) -> None:
-    mp.start_processes(rank_main, args=(str(tmp_path),), nprocs=2, start_method="fork")
+    mp.start_processes(rank_main, args=(str(tmp_path),), nprocs=2, start_method="spawn")
 
 
 def test_without_a_process_group() -> None:

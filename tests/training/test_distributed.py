@@ -71,7 +71,7 @@ def rank_main(rank: int, folder: str) -> None:
 
 
 def test_two_ranks_equal_one(tmp_path: Path) -> None:
-    mp.start_processes(rank_main, args=(str(tmp_path),), nprocs=2, start_method="fork")
+    mp.start_processes(rank_main, args=(str(tmp_path),), nprocs=2, start_method="spawn")
     for batch, pairs in BATCHES.items():
         shared = torch.load(tmp_path / f"{batch}.pt", weights_only=True)
         loss, gradients, terms = loss_and_gradients(pairs)
@@ -201,9 +201,9 @@ def refused(rank: int, folder: str) -> None:
 
 def test_a_lost_process_and_a_refusal_reach_all(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
-    mp.start_processes(lonely, args=(str(tmp_path / "a"),), nprocs=2, start_method="fork")
+    mp.start_processes(lonely, args=(str(tmp_path / "a"),), nprocs=2, start_method="spawn")
     assert "resume=True" in (tmp_path / "a" / "told").read_text()
     (tmp_path / "b").mkdir()
-    mp.start_processes(refused, args=(str(tmp_path / "b"),), nprocs=2, start_method="fork")
+    mp.start_processes(refused, args=(str(tmp_path / "b"),), nprocs=2, start_method="spawn")
     assert (tmp_path / "b" / "told0").read_text() == "CheckpointError: this folder is taken"
     assert (tmp_path / "b" / "told1").read_text() == "DistributedError: rank 0 ended: this folder is taken"

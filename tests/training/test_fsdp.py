@@ -66,7 +66,7 @@ def rank_main(rank: int, folder: str) -> None:
 
 
 def test_two_shards_train_as_one_process(tmp_path: Path) -> None:
-    mp.start_processes(rank_main, args=(str(tmp_path),), nprocs=2, start_method="fork")
+    mp.start_processes(rank_main, args=(str(tmp_path),), nprocs=2, start_method="spawn")
     found = torch.load(tmp_path / "found.pt", weights_only=True)
     model, inputs = make()
     before = {name: value.clone() for name, value in model.state_dict().items()}
