@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
-__all__ = ["SILENT", "Advance", "Watch"]
+__all__ = ["SILENT", "Advance", "Watch", "follows"]
 
 
 class Advance(Protocol):
@@ -32,3 +33,8 @@ def _unseen() -> Iterator[Advance]:
 
 
 SILENT = Watch()
+
+
+def follows() -> bool:
+    """Whether this is a rank above 0 of `torchrun` or `accelerate launch`: rank 0 says and writes the same."""
+    return os.environ.get("RANK", "0") not in ("", "0") and int(os.environ.get("WORLD_SIZE", "1")) > 1

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import tiny_models
+from small_study import small_sizes
 
 from tgq_fast import workflow
 from tgq_fast.data import Catalog, write_demo_catalog
@@ -84,13 +85,6 @@ class World:
     @property
     def cache(self) -> Path:
         return self.root / "cache"
-
-
-def small_sizes(clip: Path) -> dict[str, Any]:
-    """Configuration fields of the smallest model over a saved CLIP."""
-    sizes: dict[str, Any] = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
-    sizes |= {"intermediate_size": 24, "embedding_size": 8, "direct_size": 2}
-    return sizes | {"vision_tower": str(clip), "text_tower": "dual_encoder"}
 
 
 def make_world(root: Path) -> World:

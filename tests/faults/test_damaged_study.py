@@ -10,13 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_models
-from damage import campaign, files_of, small_sizes
+from damage import campaign, files_of
+from small_study import small_plan
 
-from tgq_fast.data import Catalog, write_demo_catalog
 from tgq_fast.report.readme import fill
 from tgq_fast.study.engine import run_study
-from tgq_fast.study.plan import Plan
 
 PLACE = "<!-- retrieval:begin -->\n<!-- retrieval:end -->"
 
@@ -30,19 +28,7 @@ def figures(study: Any) -> Any:
 
 @pytest.mark.slow
 def test_a_damaged_study_is_refused_or_gives_the_same_figures(tmp_path: Path) -> None:
-    shop = write_demo_catalog(tmp_path / "shop", groups=6, variants=3, image_size=40)
-    plan = Plan(
-        catalog=str(shop),
-        digest=Catalog.load(shop).digest(),
-        connectors=("tgq",),
-        conditions=("clean", "metadata:wrong:0.5:query"),
-        seeds=1,
-        epochs=1,
-        batch_size=4,
-        views=None,
-        fields=("category", "material"),
-        overrides=small_sizes(tiny_models.save_clip(tmp_path / "clip")),
-    )
+    plan = small_plan(tmp_path, connectors=("tgq",), conditions=("clean", "metadata:wrong:0.5:query"), views=None)
     out, cache = tmp_path / "study", tmp_path / "cache"
 
     def use() -> Any:

@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_models
 from hostile_places import full_from, put, read_only, temporaries, untouched
+from small_study import small_plan
 
-from tgq_fast.data import Catalog, write_demo_catalog
 from tgq_fast.errors import CheckpointError, StorageError
 from tgq_fast.study import engine, worker
 from tgq_fast.study.engine import run_study
@@ -28,21 +27,8 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="modes, links and pip
 @pytest.fixture(scope="module")
 def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
     root = tmp_path_factory.mktemp("shop")
-    shop = write_demo_catalog(root / "shop", groups=6, variants=3, image_size=40)
-    sizes: dict[str, Any] = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24, "embedding_size": 8}
-    sizes |= {"direct_size": 2, "vision_tower": str(tiny_models.save_clip(root / "clip")), "text_tower": "dual_encoder"}
-    return Plan(
-        catalog=str(shop),
-        digest=Catalog.load(shop).digest(),
-        connectors=("mlp",),
-        conditions=("clean", "scene:4:query"),
-        seeds=1,
-        epochs=1,
-        batch_size=4,
-        views={"per_item": 1},
-        fields=("category", "material"),
-        overrides=sizes,
-        match=False,
+    return small_plan(
+        root, connectors=("mlp",), conditions=("clean", "scene:4:query"), views={"per_item": 1}, match=False
     )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import math
-import os
 import re
 import sys
 import traceback
@@ -34,7 +33,7 @@ from typer.models import OptionInfo
 from tgq_fast.app.targets import refuse_inputs
 from tgq_fast.errors import ArgumentError, CatalogError, ImageError, NonFiniteError, TGQError
 from tgq_fast.io.files import storage_failure
-from tgq_fast.watch import Advance, Watch
+from tgq_fast.watch import Advance, Watch, follows
 
 EXIT_OK, EXIT_INTERNAL, EXIT_USAGE, EXIT_DATA, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
 
@@ -55,19 +54,14 @@ def printable(text: str) -> str:
     return _CONTROL.sub(lambda m: f"\\x{ord(m[0]):02x}" if ord(m[0]) < 256 else f"\\u{ord(m[0]):04x}", text)
 
 
-def quiet() -> bool:
-    """Whether this is a rank above 0 of `torchrun` or `accelerate launch`: rank 0 says the same."""
-    return os.environ.get("RANK", "0") not in ("", "0") and int(os.environ.get("WORLD_SIZE", "1")) > 1
-
-
 def stderr() -> Console:
     """A console on the current stderr."""
-    return Console(stderr=True, highlight=False, quiet=quiet())
+    return Console(stderr=True, highlight=False, quiet=follows())
 
 
 def stdout() -> Console:
     """A console on the current stdout."""
-    return Console(highlight=False, quiet=quiet())
+    return Console(highlight=False, quiet=follows())
 
 
 def plain(value: Any) -> Any:
@@ -89,7 +83,7 @@ def plain(value: Any) -> Any:
 
 def print_json(document: Any) -> None:
     """One JSON document on stdout and nothing else there."""
-    if quiet():
+    if follows():
         return
     text = json.dumps(plain(document), indent=2, ensure_ascii=False)
     # JSON escapes the ASCII control characters; those above it (C1, bidirectional marks) act on terminals too.

@@ -20,7 +20,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tgq_fast.io.files import append_line, fsync_folder, locked, make_folder, open_regular, write_atomic, writing
+from tgq_fast.io.files import (
+    append_line,
+    fsync_folder,
+    locked,
+    make_folder,
+    open_regular,
+    read_regular,
+    write_atomic,
+    writing,
+)
 from tgq_fast.io.json_text import read_json
 from tgq_fast.models.cache_limit import cache_limit, evict, used
 
@@ -297,8 +306,7 @@ class ChunkedArray:
 
     def _manifest(self) -> CacheManifest | None:
         try:
-            with open_regular(self.folder / "manifest.json") as file:
-                return CacheManifest.parse(file.read(), self.facts, list(self.layout))
+            return CacheManifest.parse(read_regular(self.folder / "manifest.json"), self.facts, list(self.layout))
         except (OSError, ValueError):
             return None
 
@@ -334,8 +342,7 @@ class ChunkedArray:
     def _unfinished(self) -> CacheManifest | None:
         """The build that a journal tells of."""
         try:
-            with open_regular(self.folder / "journal.jsonl") as file:
-                head, *lines = file.read().split(b"\n")
+            head, *lines = read_regular(self.folder / "journal.jsonl").split(b"\n")
             manifest = CacheManifest.parse(head, self.facts, list(self.layout))
         except (OSError, ValueError):
             return None

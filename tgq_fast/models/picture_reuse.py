@@ -20,7 +20,7 @@ from tgq_fast.data.ahead import in_order
 from tgq_fast.data.catalog import Catalog
 from tgq_fast.data.items import Item
 from tgq_fast.errors import StorageError
-from tgq_fast.io.files import open_regular, write_atomic
+from tgq_fast.io.files import read_regular, write_atomic
 from tgq_fast.io.json_text import read_json
 from tgq_fast.models.feature_files import ChunkedArray
 
@@ -136,8 +136,7 @@ class EarlierPictures:
 def is_of(manifest: Path, tower: str, rows: int) -> bool:
     """Whether a cache is of this tower and as many items."""
     try:
-        with open_regular(manifest) as file:
-            facts = read_json(file.read())["facts"]
+        facts = read_json(read_regular(manifest))["facts"]
         return bool(facts["tower"] == tower and facts["rows"] == rows)
     except (OSError, ValueError, KeyError, TypeError):
         return False
@@ -146,8 +145,7 @@ def is_of(manifest: Path, tower: str, rows: int) -> bool:
 def _open(folder: Path, like: ChunkedArray) -> ChunkedArray | None:
     """A complete cache of the same tower and layout."""
     try:
-        with open_regular(folder / "manifest.json") as file:
-            facts = read_json(file.read())["facts"]
+        facts = read_json(read_regular(folder / "manifest.json"))["facts"]
         rows, images = int(facts["rows"]), str(facts["images"])
         if facts["tower"] != like.facts["tower"]:
             return None

@@ -282,7 +282,7 @@ class TextTower(_Frozen):
         """Each string's content tokens (special tokens left out) as fp32 [m, dt] on the CPU, 0 ≤ m ≤ max_tokens."""
         length = self.max_tokens + self._specials
         batches = self._batches(strings, batch_size, length)
-        hidden = self._on_each(lambda batch: self._run(self.model, batch[0], batch[1]), batches)
+        hidden = self._on_each(self._run, batches)
         out: list[Tensor] = []
         for (_, mask, special), states in zip(batches, hidden, strict=True):
             keep = ((mask == 1) & (special == 0)).cpu()
@@ -294,9 +294,12 @@ class TextTower(_Frozen):
         return [self._tokenize([*chunk, *[""] * (batch_size - len(chunk))], length) for chunk in chunks]
 
     def _on_each(
-        self, run: Callable[[tuple[Tensor, ...]], Tensor], batches: Sequence[tuple[Tensor, ...]]
+        self, run: Callable[[Any, Tensor, Tensor], Tensor], batches: Sequence[tuple[Tensor, Tensor, Tensor]]
     ) -> list[Tensor]:
-        each = side_by_side(run, batches) if self.device.type == "cpu" else map(run, batches)
+        def one(batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+            return run(self.model, *batch[:2])
+
+        each = side_by_side(one, batches) if self.device.type == "cpu" else map(one, batches)
         return [states.float().cpu() for states in each]
 
     @torch.no_grad()
@@ -309,9 +312,9 @@ class TextTower(_Frozen):
         """
         if self._pool is None or self.pooled_width is None:
             raise ArgumentError("text_tower", repr(self.name), "the text half of a dual encoder")
-        pool, nothing = self._pool, torch.zeros(0, self.pooled_width, dtype=torch.float32)
+        nothing = torch.zeros(0, self.pooled_width, dtype=torch.float32)
         batches = self._batches(strings, batch_size, self._pooled_length or self.max_tokens + self._specials)
-        out = [nothing, *self._on_each(lambda batch: pool(self.model, batch[0], batch[1]), batches)]
+        out = [nothing, *self._on_each(self._pool, batches)]
         return nn.functional.normalize(torch.cat(out)[: len(strings)], dim=-1)
 
 

@@ -32,11 +32,11 @@ from tgq_fast.io.sealed import seal
 from tgq_fast.study.page import write_page
 from tgq_fast.study.plan import Job, Plan
 from tgq_fast.study.results import Row, read_row, summarise
-from tgq_fast.study.worker import JOB, LOG, PLAN, Setting, check_job, finished, prepare, run_job
+from tgq_fast.study.worker import JOB, LOG, PLAN, RUNS, Setting, check_job, finished, prepare, run_job
 
 __all__ = ["StudyError", "run_study"]
 
-CHOICE, STUDY, PAGE, RUNS = "choice.json", "study.json", "report.html", "runs"
+CHOICE, STUDY, PAGE = "choice.json", "study.json", "report.html"
 Say = Callable[[str], None]
 
 

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Setting", "check_job", "finished", "run_job"]
 
-PLAN, RESULT, JOB, LOG = "plan.json", "result.json", "job.json", "log.txt"
+PLAN, RUNS, RESULT, JOB, LOG = "plan.json", "runs", "result.json", "job.json", "log.txt"
 
 
 class Setting:
@@ -266,10 +266,11 @@ def main(arguments: list[str]) -> int:
     """One job of the study in a folder."""
     study, name, cache = Path(arguments[0]), arguments[1], arguments[2] if len(arguments) > 2 else None
     plan = Plan.from_json(study / PLAN)
-    job = Job(**read_json((study / "runs" / name / JOB).read_bytes()))
-    with storage_errors(study / "runs" / name):
+    folder = study / RUNS / name
+    job = Job(**read_json(read_regular(folder / JOB)))
+    with storage_errors(folder):
         setting = Setting(plan, None if cache is None else Path(cache), verify=False)
-        run_job(setting, job, study / "runs" / name)
+        run_job(setting, job, folder)
     return 0
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tgq_fast.arguments import checked
 from tgq_fast.defaults import plain_tensors
-from tgq_fast.watch import SILENT, Watch
+from tgq_fast.watch import SILENT, Watch, follows
 from tgq_fast.workflow.opening import REFUSED_ROWS, Policy, load_towers
 
 if TYPE_CHECKING:
@@ -66,7 +65,7 @@ def train_run(
     from tgq_fast.training import train
     from tgq_fast.training.folder import check_place
 
-    if os.environ.get("RANK", "0") == "0":  # the process that will write there
+    if not follows():  # the process that will write there
         check_place(out.resolve(), resume)
     epochs = epochs or default_epochs(catalog, batch_size)
     with watch.progress("training") as advance:

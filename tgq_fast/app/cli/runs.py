@@ -30,6 +30,7 @@ from tgq_fast.app.cli.options import (
     tower_options,
 )
 from tgq_fast.errors import ArgumentError
+from tgq_fast.watch import follows
 
 RunPath = Annotated[Path, typer.Option("--model", metavar="RUN", help="Folder that train wrote.", show_default=False)]
 Corrupt = Annotated[
@@ -240,7 +241,7 @@ def evaluate(
     if as_json is not None and str(as_json) == "-":
         console.print_json(document)
         return
-    if as_json is not None and not console.quiet():
+    if as_json is not None and not follows():
         write_atomic(as_json, (json.dumps(console.plain(document), indent=2) + "\n").encode())
         console.note(f"wrote {as_json}")
     from tgq_fast.workflow import metric_table
