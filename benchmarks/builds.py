@@ -96,11 +96,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--sample-s", type=float, default=0.15, help="seconds of a sample")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--embeddings", type=Path, help="item pool folder or .npy file of real embeddings")
     parser.add_argument("--json", type=Path, help="result file; rows of other cases in it stay")
     given = parser.parse_args(arguments)
     renamed = dict(pair.split("=", 1) for pair in given.rename)
+    settings = [str(given.threads)] + ([] if given.embeddings is None else [str(given.embeddings.resolve())])
     try:
-        sides = [CheckoutProcess(where, _WORKER, str(given.threads)) for where in (given.checkout, ROOT)]
+        sides = [CheckoutProcess(where, _WORKER, *settings) for where in (given.checkout, ROOT)]
     except UnavailableError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

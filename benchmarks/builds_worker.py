@@ -1,8 +1,9 @@
 """What :mod:`benchmarks.builds` runs in a process of either checkout: nothing but that checkout's own is imported.
 
-Argument: threads. Then, line by line, JSON: ``["cases"]`` answers with the names of the CPU's cases;
-``["open", name]`` prepares and checks the variants of ours and answers with the shape and, by variant, null or why it
-gives no time; ``["time", variant, n]`` answers with the seconds of each of n calls, over input sets in turn.
+Arguments: threads, and optionally a file of real embeddings. Then, line by line, JSON: ``["cases"]`` answers with the
+names of the CPU's cases; ``["open", name]`` prepares and checks the variants of ours and answers with the shape and, by
+variant, null or why it gives no time; ``["time", variant, n]`` answers with the seconds of each of n calls, over input
+sets in turn.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ import torch
 class Worker:
     """The case that is open, and the calls of its variants."""
 
-    def __init__(self, threads: int) -> None:
-        self.threads = threads
+    def __init__(self, threads: int, embeddings: Path | None = None) -> None:
+        self.threads, self.embeddings = threads, embeddings
         self.calls: dict[str, Any] = {}
         self.sets = self.next = 0
 
@@ -40,7 +41,7 @@ class Worker:
         self.calls = {}
         gc.collect()
         (case,) = [case for case in registry.cases("cpu") if case.name == name]
-        setting = Setting(device="cpu", threads=self.threads, compile=False)
+        setting = Setting(device="cpu", threads=self.threads, compile=False, embeddings=self.embeddings)
         shape = case.sizes(setting)
         outcomes: dict[str, str | None] = {}
         try:
@@ -76,7 +77,7 @@ class Worker:
         return found
 
 
-def main(threads: int) -> None:
+def main(threads: int, *embeddings: str) -> None:
     torch.set_num_threads(threads)
     torch.set_float32_matmul_precision("highest")
     from tgq_fast import _native
@@ -84,7 +85,7 @@ def main(threads: int) -> None:
     module = _native.extension()
     if module is None:
         raise SystemExit("no compiled extension: " + _native.why_missing())
-    worker = Worker(threads)
+    worker = Worker(threads, *map(Path, embeddings))
     print(f"ready {module.build_info()['commit']} {Path(str(module.__file__)).parent}", flush=True)
     for line in sys.stdin:
         verb, *arguments = json.loads(line)
@@ -92,4 +93,4 @@ def main(threads: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), *sys.argv[2:])

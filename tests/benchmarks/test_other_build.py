@@ -31,7 +31,7 @@ def test_answers_of_another_checkout(dtype: torch.dtype, codes: bool) -> None:
     begin = time.perf_counter()
     seconds = other.timed(0, 20)
     assert 0 < seconds < time.perf_counter() - begin
-    process = other._process
+    process = other._other._process
     del other
     gc.collect()
     assert process.poll() == 0
@@ -54,8 +54,8 @@ def test_self_join_and_timing() -> None:
 @built
 def test_a_process_that_ended_is_no_result(tmp_path: Path) -> None:
     other = OtherBuild(ROOT, torch.randn(50, 16), [torch.randn(2, 16)], 4, 1, False)
-    other._process.kill()
-    other._process.wait()
+    other._other._process.kill()
+    other._other._process.wait()
     with pytest.raises(UnavailableError, match="ended"):
         other(0)
     with pytest.raises(UnavailableError, match="compiled extension"):

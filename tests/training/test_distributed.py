@@ -89,11 +89,13 @@ def test_two_ranks_equal_one(tmp_path: Path) -> None:
 
 SCRIPT = """
 import json, os, signal, sys
+from dataclasses import replace
 from pathlib import Path
 import torch
 sys.path.insert(0, {tests!r})
 torch.set_num_threads(1)
 from test_recipe import recipe_run
+from tgq_fast.training.trainer import TGQTrainer
 folder, resume, dies, steps = Path(sys.argv[1]), sys.argv[2] == "resume", int(sys.argv[3]), int(sys.argv[4])
 rank = int(os.environ.get("RANK", 0))
 
@@ -101,8 +103,22 @@ def on_event(event):
     if event["event"] == "step" and event["step"] == dies:
         os.kill(os.getpid(), signal.SIGKILL)
 
+chosen, validate, determine = [], TGQTrainer.validate, TGQTrainer._determine_best_metric
+
+def other_validation(self):  # rank 1 finds the opposite
+    found = validate(self)
+    if rank:
+        found.metrics.update((name, replace(m, value=1 - m.value)) for name, m in list(found.metrics.items()))
+    return found
+
+def determined(self, metrics, trial):
+    best = determine(self, metrics, trial)
+    chosen.append((best, metrics["eval_HR@10"], metrics["eval_MRR"]))
+    return best
+
+TGQTrainer.validate, TGQTrainer._determine_best_metric = other_validation, determined
 result = recipe_run(folder, max_steps=steps, resume=resume, on_event=on_event, checkpoint_steps=4)
-told = {{"steps": result.steps, "resumed": result.resumed_from, "best": result.best_step}}
+told = {{"steps": result.steps, "resumed": result.resumed_from, "best": result.best_step, "chosen": chosen}}
 (folder.parent / f"told{{rank}}.json").write_text(json.dumps(told))  # the ranks share one output: their lines may mix
 """
 
@@ -149,7 +165,7 @@ def test_two_processes_train_the_run_of_one_and_either_goes_on_with_it(tmp_path:
     two = start(tmp_path / "two", 2)
     assert two.returncode == 0, two.stderr[-3000:]
     first, second = told(tmp_path, 2)
-    assert first == second and first["steps"] == 12
+    assert first == second and first["steps"] == 12 and first["chosen"]
     assert start(tmp_path / "begin", 1, steps=1).returncode == 0
     moved = apart(weights(tmp_path / "one"), weights(tmp_path / "begin"))
     assert apart(weights(tmp_path / "one"), weights(tmp_path / "two")) <= 0.03 * moved

@@ -1,14 +1,16 @@
-"""What a loss over the items of all ranks needs: their tensors, with gradient, and sums over ranks, without."""
+"""What training over several ranks needs: tensors of all, with gradient; sums over ranks, without; rank 0's word."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["gather", "rank", "total", "world_size"]
+__all__ = ["from_leader", "gather", "rank", "total", "world_size"]
+
+T = TypeVar("T")
 
 
 def world_size() -> int:
@@ -60,3 +62,12 @@ def total(value: Tensor) -> Tensor:
     result = value.clone()
     dist.all_reduce(result)
     return result
+
+
+def from_leader(value: T) -> T:
+    """Rank 0's value on all ranks; the value itself in a single process. It must be picklable."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return cast(T, box[0])

@@ -28,7 +28,7 @@ from tgq_fast.io.identity import sha256_file
 from tgq_fast.io.json_text import read_json
 from tgq_fast.models.checkpoint import load_into, load_state
 from tgq_fast.models.features import FeatureStore
-from tgq_fast.models.gather import total, world_size
+from tgq_fast.models.gather import from_leader, total, world_size
 from tgq_fast.models.modeling import TGQFormerModel
 from tgq_fast.training.averaging import WeightAverage
 from tgq_fast.training.pairs import DistinctBatchSampler, PairCollator, PairDataset
@@ -144,7 +144,8 @@ class TGQTrainer(Trainer):
         with self._averaged():
             result = self.validate()
         self.evaluations.append((self.state.global_step, result))
-        metrics = {f"{metric_key_prefix}_{name}": m.value for name, m in result.metrics.items()}
+        # The ranks' embeddings may differ by rounding, and all must choose the same checkpoint.
+        metrics = from_leader({f"{metric_key_prefix}_{name}": m.value for name, m in result.metrics.items()})
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
