@@ -86,23 +86,24 @@ TGQ_HD inline void swap_keys(Key& a, Key& b) {
 TGQ_HD inline void select_largest(Key* keys, std::uint32_t count, std::uint32_t k) {
   std::uint32_t low = 0, high = count - 1;  // the boundary lies in [low, high]
   while (low < high) {
-    // Median of three as the pivot, moved to `low`.
+    // Median of three as the pivot, moved to `high`.
     const std::uint32_t middle = low + (high - low) / 2;
-    if (keys[middle] < keys[high]) swap_keys(keys[middle], keys[high]);
-    if (keys[low] < keys[high]) swap_keys(keys[low], keys[high]);
     if (keys[middle] < keys[low]) swap_keys(keys[middle], keys[low]);
-    const Key pivot = keys[low];
-    std::uint32_t i = low, j = high + 1;
-    for (;;) {
-      do ++i; while (i < high && keys[i] > pivot);
-      do --j; while (keys[j] < pivot);
-      if (i >= j) break;
-      swap_keys(keys[i], keys[j]);
+    if (keys[high] < keys[low]) swap_keys(keys[high], keys[low]);
+    if (keys[middle] < keys[high]) swap_keys(keys[middle], keys[high]);
+    const Key pivot = keys[high];
+    // Every key moves, whichever side it belongs to: which is as likely as not, and a branch would be mispredicted.
+    std::uint32_t larger = low;
+    for (std::uint32_t i = low; i < high; ++i) {
+      const Key key = keys[i];
+      keys[i] = keys[larger];
+      keys[larger] = key;
+      larger += key > pivot ? 1 : 0;
     }
-    swap_keys(keys[low], keys[j]);
-    if (j == k || j + 1 == k) return;
-    if (j < k) low = j + 1;
-    else high = j - 1;
+    swap_keys(keys[larger], keys[high]);
+    if (larger == k || larger + 1 == k) return;
+    if (larger < k) low = larger + 1;
+    else high = larger - 1;
   }
 }
 

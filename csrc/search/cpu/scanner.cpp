@@ -64,6 +64,7 @@ void Scanner::load_queries(std::int64_t begin, std::int64_t count) {
   begin_ = begin;
   num_queries_ = count;
   scanned_ = 0;
+  raise_at_ = plan_.k;
   direct_blocks_ = 0;
   std::fill(pending_count_.begin(), pending_count_.end(), 0);
   std::fill(maxima_.begin(), maxima_.end(), -std::numeric_limits<float>::infinity());
@@ -177,7 +178,8 @@ void Scanner::scan_block(std::int64_t first, int count, std::int64_t ahead, RowC
     scan_filtered(first, count, ahead, row_candidates);
   }
   scanned_ += count;
-  if (was_cold) {
+  if (was_cold && (scanned_ >= raise_at_ || !cold())) {  // to raise them costs as much as all the hits since the last time
+    raise_at_ = 2 * scanned_;
     raise_all_thresholds();
     update_thresholds(0, num_queries_, first + count);
   }

@@ -93,6 +93,7 @@ class Scanner {
   std::vector<unsigned char> nan_;
   std::int64_t begin_ = 0, num_queries_ = 0;
   std::int64_t scanned_ = 0;   // rows since load_queries
+  std::int64_t raise_at_ = 0;  // rows scanned at which the first thresholds are raised again
   int direct_blocks_ = 0;      // blocks to score exactly before the filter is tried again
   MarginConstants margin_;
   Buffer<std::uint32_t> panels_;  // queries packed for the filter

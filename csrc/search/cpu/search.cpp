@@ -28,6 +28,7 @@ constexpr std::int64_t kStoredBytes = 64 * 1024;  // of a block of stored codes,
 constexpr std::int64_t kCodeRows = 512;           // rows of such a block at most
 constexpr std::int64_t kMaxChunk = 1 << 16;       // rows that threads may wait for at the end
 constexpr std::int64_t kMinRowsToSample = 4096;
+constexpr std::int64_t kFewRows = 32;             // times k
 constexpr std::int64_t kMinSelfJoin = 2048;
 constexpr int kSampleStride = 16;
 constexpr std::int64_t kProbe = 64;               // of more queries than kAll so many say whether stored codes pay; else all do
@@ -35,7 +36,7 @@ constexpr std::int64_t kAll = 256;
 constexpr std::int64_t kResample = 128;           // more queries than that get new thresholds where codes are left aside
 constexpr double kAdvantage = 1.1;                // of them by the model, so that its errors make no call slower
 constexpr double kUnpolled = 1.6e8;  // ns of work that need no poll
-constexpr double kThread = 1.6e6, kCodesThread = 0.7e6;  // that a thread is worth its start for; codes may have left the caches
+constexpr double kThread = 2e5;  // that a thread is worth its start for
 constexpr std::int64_t kPutOff = 4096;  // hits at most that a thread puts off for a query; more than a few k
 constexpr int kSlotsPerRank = 8;         // few enough of the best scores meet in one slot
 constexpr int kMinSlots = 256;
@@ -193,7 +194,7 @@ class Search {
   }
 
   int threads_for(double work) const {
-    return static_cast<int>(std::min<double>(request_.threads, std::max(1.0, work / (plan_.codes == nullptr ? kThread : kCodesThread))));
+    return static_cast<int>(std::min<double>(request_.threads, std::max(1.0, work / kThread)));
   }
 
   std::function<bool(double)> poll_for(std::int64_t queries, std::int64_t rows) const {
@@ -325,6 +326,9 @@ class Search {
     const int threads = threads_for(work(queries, rows));
     std::int64_t limit = tuning_.query_tile > 0 ? tuning_.query_tile : kMaxTile;
     if (self_join && tuning_.query_tile == 0) limit = std::min(limit, round_up(ceil_div(queries, 16), kPanel));
+    // Threads that share queries each look for their k best: of few rows that is most of the work.
+    if (!self_join && tuning_.query_tile == 0 && plan.thresholds == nullptr && rows <= kFewRows * static_cast<std::int64_t>(plan.k))
+      limit = std::min(limit, round_up(ceil_div(queries, threads), kPanel));
     std::int64_t chunk = tuning_.row_chunk > 0 ? tuning_.row_chunk : pick_chunk(rows, plan.block_rows, threads);
     if (plan.codes != nullptr) chunk = round_up(chunk, kPanel);
     std::unique_ptr<RowCandidates> row_candidates;
