@@ -12,6 +12,13 @@ from pathlib import Path
 from benchmarks.case import UnavailableError
 from benchmarks.environment import commit
 
+# An editable install of this checkout would lend its modules to a package of another one that has not got them.
+_START = """import sys
+sys.meta_path[:] = [finder for finder in sys.meta_path if getattr(finder, "__name__", "") != "_EditableFinder"]
+sys.argv.pop(0)
+exec(compile(open(sys.argv[0]).read(), sys.argv[0], "exec"))
+"""
+
 
 class CheckoutProcess:
     """Runs a script with the packages of `checkout` first on its path.
@@ -34,7 +41,7 @@ class CheckoutProcess:
         if not list((checkout / "tgq_fast").glob("_C*.so")):
             raise UnavailableError(f"{checkout} has no tgq_fast with a compiled extension")
         self._process = subprocess.Popen(
-            [sys.executable, "-c", script.read_text(), *arguments],
+            [sys.executable, "-c", _START, str(script), *arguments],
             cwd=checkout,  # first on the path of `-c`
             env={**os.environ, "PYTHONPATH": str(checkout)},
             stdin=subprocess.PIPE,

@@ -209,6 +209,9 @@ for _queries in (1, 16, 256):
     _shape = {"Q": _queries, "pool": 100 * _K, "D": 384, "data": "texts"}
     _add(f"texts-q{_queries}-n100k-d384", _shape, device="cpu", priority=3)
     _add(f"grown-q{_queries}-n200k", {"Q": _queries, "pool": 200 * _K, "D": 0, "data": "grown"}, device="cpu")
+for _queries, _rows in ((256, 2 * _K), (256, 9 * _K), (1, 9 * _K)):  # a small shop, and the products of a test
+    _shape = {"Q": _queries, "pool": _rows, "D": 256, "data": "trained"}
+    _add(f"small-q{_queries}-n{_rows // _K}k-d256", _shape, device="cpu")
 _add("real-q256", {"Q": 256, "pool": 0, "D": 0, "data": "real"}, device="cpu")
 _add("real-self", {"Q": 0, "pool": 0, "D": 0, "data": "real", "self_join": True}, device="cpu")
 

@@ -11,6 +11,7 @@ import torch
 
 from benchmarks.case import UnavailableError
 from benchmarks.cases.other_build import OtherBuild
+from benchmarks.checkout_process import CheckoutProcess
 from benchmarks.timing import measure
 from tgq_fast.search import topk
 
@@ -60,3 +61,21 @@ def test_a_process_that_ended_is_no_result(tmp_path: Path) -> None:
         other(0)
     with pytest.raises(UnavailableError, match="compiled extension"):
         OtherBuild(tmp_path, torch.randn(50, 16), [torch.randn(2, 16)], 4, 1, False)
+
+
+def test_a_checkout_gets_no_modules_of_this_one(tmp_path: Path) -> None:
+    """Which an editable install of this one would lend it."""
+    package = tmp_path / "tgq_fast"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "_C.so").touch()
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from __future__ import annotations\n"
+        "import importlib.util, sys\nfrom pathlib import Path\nimport tgq_fast\n"
+        "print('ready 0', Path(tgq_fast.__file__).parent, flush=True)\n"
+        "for line in sys.stdin:\n    print(importlib.util.find_spec(line.strip()), flush=True)\n"
+    )
+    process = CheckoutProcess(tmp_path, script)
+    assert process.ask("tgq_fast.search") == "None"
+    assert "ModuleSpec" in process.ask("json")
