@@ -33,6 +33,7 @@ constexpr std::int64_t kMinSelfJoin = 2048;
 constexpr int kSampleStride = 16;
 constexpr std::int64_t kProbe = 64;               // of more queries than kAll so many say whether stored codes pay; else all do
 constexpr std::int64_t kAll = 256;
+constexpr std::int64_t kSmallPool = 40000, kProbedRows = 512, kLeastProbe = 16;  // of a small pool one for so many rows, if that is half of them
 constexpr std::int64_t kResample = 128;           // more queries than that get new thresholds where codes are left aside
 constexpr double kAdvantage = 1.1;                // of them by the model, so that its errors make no call slower
 constexpr double kUnpolled = 1.6e8;  // ns of work that need no poll
@@ -122,7 +123,9 @@ class Search {
   Status run() {
     if (request_.pool.rows == 0) return pad();
     Status status = Status::ok;
-    if (undecided() && request_.queries.rows > kAll) status = probe();
+    const bool small = request_.pool.rows < kSmallPool;
+    const std::int64_t probed = small ? std::clamp(request_.pool.rows / kProbedRows, kLeastProbe, kProbe) : kProbe;
+    if (undecided() && request_.queries.rows >= (small ? 2 * probed : kAll + 1)) status = probe(probed);
     const bool open = undecided();
     if (status == Status::ok) status = prepare();
     if (status == Status::ok) status = sample();
@@ -165,9 +168,9 @@ class Search {
   bool undecided() const { return plan_.codes != nullptr && tuning_.use_codes < 0 && !weighed_; }
 
   // Asks a sample of the queries.
-  Status probe() {
-    plan_.queries.rows = kProbe;
-    plan_.queries.row_stride *= request_.queries.rows / kProbe;
+  Status probe(std::int64_t queries) {
+    plan_.queries.rows = queries;
+    plan_.queries.row_stride *= request_.queries.rows / queries;
     Status status = prepare();
     if (status == Status::ok) status = sample();
     plan_.queries = request_.queries;
@@ -193,9 +196,7 @@ class Search {
     return plan_.codes == nullptr ? rows_work(q, n, static_cast<double>(plan_.width)) : codes_work(*set_.costs, q, n, plan_.codes->first_lines);
   }
 
-  int threads_for(double work) const {
-    return static_cast<int>(std::min<double>(request_.threads, std::max(1.0, work / kThread)));
-  }
+  int threads_for(double work) const { return static_cast<int>(std::min<double>(request_.threads, std::max(1.0, work / kThread))); }
 
   std::function<bool(double)> poll_for(std::int64_t queries, std::int64_t rows) const {
     return work(queries, rows) < kUnpolled ? std::function<bool(double)>() : request_.poll;
