@@ -73,7 +73,8 @@ def _rounds(sides: Sequence[tuple[CheckoutProcess, str]], rounds: int, sample_s:
 
 
 def _median(side: CheckoutProcess, variant: str, count: int) -> float:
-    return statistics.median(json.loads(side.ask(json.dumps(["time", variant, count]))))
+    seconds: list[float] = json.loads(side.ask(json.dumps(["time", variant, count])))
+    return statistics.median(seconds)
 
 
 def line(row: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ sets in turn.
 from __future__ import annotations
 
 import gc
+import importlib
 import json
 import sys
 import time
@@ -35,13 +36,13 @@ class Worker:
         from benchmarks import registry
 
         try:
-            from benchmarks.case import Setting
+            settings = importlib.import_module("benchmarks.case")
         except ImportError:  # a checkout from before that module
-            Setting = registry.Setting  # type: ignore[attr-defined]
+            settings = registry
         self.calls = {}
         gc.collect()
         (case,) = [case for case in registry.cases("cpu") if case.name == name]
-        setting = Setting(device="cpu", threads=self.threads, compile=False, embeddings=self.embeddings)
+        setting = settings.Setting(device="cpu", threads=self.threads, compile=False, embeddings=self.embeddings)
         shape = case.sizes(setting)
         outcomes: dict[str, str | None] = {}
         try:

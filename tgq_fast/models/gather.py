@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -70,4 +70,4 @@ def from_leader(value: T) -> T:
         return value
     box = [value]
     dist.broadcast_object_list(box, src=0)
-    return cast(T, box[0])
+    return box[0]
