@@ -1,9 +1,9 @@
 """``python -m benchmarks.builds CHECKOUT``: the registry's cases of two builds of this package, by turns.
 
-No two files of a shared machine can be compared (the same build differs by a half within an hour), so both builds run
-side by side, each in a process of its own on its own registry's inputs: one waits while the other runs, who goes first
-changes from round to round, and the ratio is the median over the rounds of one median over the other. Each variant is
-checked in its own process first; a row that fails shows why and no time.
+No two files of a shared machine can be compared, since its speed changes meanwhile, so both builds run side by side,
+each in a process of its own on its own registry's inputs: one waits while the other runs, who goes first changes from
+round to round, and the ratio is the median over the rounds of one median over the other. Each variant is checked in its
+own process first; a row that fails shows why and no time.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from benchmarks.case import UnavailableError
 from benchmarks.checkout_process import CheckoutProcess
 from benchmarks.environment import ROOT, write_figures
+from benchmarks.registry import cases
+from benchmarks.timing import SETTLE_S
 
 _WORKER = Path(__file__).with_name("builds_worker.py")
-_SETTLE_S = 0.02  # the pool threads of the build before spin on for a moment
 
 
 def compare(
@@ -58,7 +58,7 @@ def _rounds(sides: Sequence[tuple[CheckoutProcess, str]], rounds: int, sample_s:
     found: list[list[float]] = [[], []]
     for turn in range(rounds):
         for i in (0, 1) if turn % 2 else (1, 0):
-            time.sleep(_SETTLE_S)
+            time.sleep(SETTLE_S)
             found[i].append(_median(*sides[i], count))
     paired = sorted(now / before for before, now in zip(*found, strict=True))
     p20, p80 = (paired[round(q * (rounds - 1))] for q in (0.2, 0.8))
@@ -109,11 +109,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     before, now = sides
     theirs = set(json.loads(before.ask('["cases"]')))
-    chosen = [
-        name
-        for name in json.loads(now.ask('["cases"]'))
-        if name in theirs and (not given.case or any(fnmatchcase(name, glob) for glob in given.case))
-    ]
+    try:
+        chosen = [case.name for case in cases("cpu", given.case) if case.name in theirs]
+    except LookupError as error:
+        print(f"error: {error.args[0]}", file=sys.stderr)
+        return 2
     if not chosen:
         print("error: no case that both builds have is asked for", file=sys.stderr)
         return 2

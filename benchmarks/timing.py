@@ -20,7 +20,7 @@ import torch
 
 GRAPH_BELOW_S = 100e-6
 _CPU_SAMPLE_S = 1e-3  # shorter calls are repeated within a sample
-_SETTLE_S = 0.02  # after another variant's call: the workers of its thread pool spin on for about 15 ms and hold a core
+SETTLE_S = 0.02  # after another variant's call: the workers of its thread pool spin on for about 15 ms and hold a core
 _SLOW_S = 1.0  # calls above this are sampled in the first rounds only
 _SLOW_SAMPLES = 3
 _BURST = 4  # event pairs in flight
@@ -115,7 +115,7 @@ class _CpuSampler(_Sampler):
 
     def sample(self) -> list[float]:
         if self.inner == 1:  # short calls are repeated, which drowns what this is for
-            time.sleep(_SETTLE_S)
+            time.sleep(SETTLE_S)
         timed = getattr(self.call, "timed", None)
         if timed is not None:  # has a clock of its own: another process
             seconds = timed(self.next, self.inner)

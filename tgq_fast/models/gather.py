@@ -1,16 +1,14 @@
-"""What training over several ranks needs: tensors of all, with gradient; sums over ranks, without; rank 0's word."""
+"""What a loss over the items of all ranks needs: their tensors, with gradient, and sums over ranks, without."""
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["from_leader", "gather", "rank", "total", "world_size"]
-
-T = TypeVar("T")
+__all__ = ["gather", "rank", "total", "world_size"]
 
 
 def world_size() -> int:
@@ -62,12 +60,3 @@ def total(value: Tensor) -> Tensor:
     result = value.clone()
     dist.all_reduce(result)
     return result
-
-
-def from_leader(value: T) -> T:
-    """Rank 0's value on all ranks; the value itself in a single process. It must be picklable."""
-    if world_size() == 1:
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]

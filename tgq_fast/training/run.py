@@ -350,6 +350,7 @@ def _run(
         validation="validation" if has_validation else None,
         on_event=on_event,
         checkpoint_steps=checkpoint_steps,
+        team=team,
     )
     for callback in reporters(report_to, folder) if team.leads else ():
         trainer.add_callback(callback)

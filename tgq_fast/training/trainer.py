@@ -28,10 +28,11 @@ from tgq_fast.io.identity import sha256_file
 from tgq_fast.io.json_text import read_json
 from tgq_fast.models.checkpoint import load_into, load_state
 from tgq_fast.models.features import FeatureStore
-from tgq_fast.models.gather import from_leader, total, world_size
+from tgq_fast.models.gather import total, world_size
 from tgq_fast.models.modeling import TGQFormerModel
 from tgq_fast.training.averaging import WeightAverage
 from tgq_fast.training.pairs import DistinctBatchSampler, PairCollator, PairDataset
+from tgq_fast.training.ranks import Team
 
 __all__ = ["BEST_METRIC", "TGQTrainer", "last_complete_checkpoint"]
 
@@ -59,6 +60,7 @@ class TGQTrainer(Trainer):
         validation: split to evaluate, or None.
         ks: cut-offs of the evaluation.
         on_event: gets "step", "log", "evaluation" and "checkpoint" events as mappings with an "event" key.
+        team: the ranks that train together; None: those of the process group, if there is one.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class TGQTrainer(Trainer):
         ks: tuple[int, ...] = (1, 10, 100),
         on_event: Callable[[Event], None] | None = None,
         checkpoint_steps: int | None = None,
+        team: Team | None = None,
     ) -> None:
         super().__init__(
             model=model,
@@ -89,6 +92,7 @@ class TGQTrainer(Trainer):
         self.catalog, self.store, self.sampler = catalog, store, sampler
         self.validation, self.ks = validation, ks
         self.on_event = on_event or (lambda event: None)
+        self.team = team or Team()
         self.evaluations: list[tuple[int, Evaluation]] = []
         decay = model.config.ema
         self.average = WeightAverage(model, decay) if decay else None
@@ -145,7 +149,8 @@ class TGQTrainer(Trainer):
             result = self.validate()
         self.evaluations.append((self.state.global_step, result))
         # The ranks' embeddings may differ by rounding, and all must choose the same checkpoint.
-        metrics = from_leader({f"{metric_key_prefix}_{name}": m.value for name, m in result.metrics.items()})
+        own = {f"{metric_key_prefix}_{name}": m.value for name, m in result.metrics.items()}
+        metrics = self.team.lead(lambda: own)
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
