@@ -190,6 +190,7 @@ def _add(
 _K, _M = 1000, 1_000_000
 _add("q256-n200k-d256", {"Q": 256, "pool": 200 * _K, "D": 256}, device="cpu", priority=1)
 _add("q256-n200k-d768", {"Q": 256, "pool": 200 * _K, "D": 768}, device="cpu", priority=2)
+_add("q1024-n100k-d768", {"Q": 1024, "pool": 100 * _K, "D": 768}, device="cpu", priority=4)
 _add("q1-n200k-d256", {"Q": 1, "pool": 200 * _K, "D": 256}, device="cpu", priority=2)
 _add("q1-n200k-d768", {"Q": 1, "pool": 200 * _K, "D": 768}, device="cpu", priority=3)
 _add("q256-n1m-d256", {"Q": 256, "pool": _M, "D": 256}, device="cpu", dtypes=("bfloat16", "float32"), priority=3)
@@ -200,7 +201,7 @@ _add(
     {"Q": 20 * _K, "pool": 20 * _K, "D": 256, "data": "clustered", "self_join": True},
     device="cpu",
 )
-for _queries, _more in ((1, {}), (16, {}), (256, {}), (256, {"k": 10}), (4096, {})):
+for _queries, _more in ((1, {}), (8, {}), (16, {}), (256, {}), (256, {"k": 10}), (4096, {})):
     _name = "-".join([f"trained-q{_queries}-n200k-d256", *(f"k{k}" for k in _more.values())])
     _shape = {"Q": _queries, "pool": 200 * _K, "D": 256, "data": "trained", **_more}
     _add(_name, _shape, device="cpu", priority=2 if _queries < 4096 else 4)

@@ -1,0 +1,67 @@
+"""Two random halves of a catalogue, as the studies of docs/evaluation.md use them.
+
+    python -m benchmarks.half_catalogs CATALOG FIRST SECOND [--seed 0]
+
+A half has whole components (groups, and what pairs join), so no product has a sibling in the other. Lines of metadata.jsonl and pairs.jsonl
+stay as they are; pictures are linked, or copied where the file system has no links.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from tgq_fast.data.catalog import Catalog
+
+
+def halve(source: Path, targets: tuple[Path, Path], seed: int) -> tuple[int, int]:
+    """Writes both halves; returns how many items each has."""
+    catalog = Catalog.load(source)
+    labels = catalog.components()
+    names = np.unique(labels)
+    first = np.isin(labels, np.random.default_rng(seed).permutation(names)[: len(names) // 2])
+    sizes = []
+    for target, member in zip(targets, (first, ~first), strict=True):
+        ids = {item_id for item_id, chosen in zip(catalog.ids, member, strict=True) if chosen}
+        (target / "images").mkdir(parents=True)
+        with (source / "metadata.jsonl").open() as lines, (target / "metadata.jsonl").open("w") as out:
+            for line in lines:
+                item = json.loads(line)
+                if item["id"] not in ids:
+                    continue
+                out.write(line)
+                _link(source / item["file_name"], target / item["file_name"])
+        pairs = source / "pairs.jsonl"
+        if pairs.exists():
+            with pairs.open() as lines, (target / "pairs.jsonl").open("w") as out:
+                out.writelines(line for line in lines if json.loads(line)["query"] in ids)
+        sizes.append(len(ids))
+    return sizes[0], sizes[1]
+
+
+def _link(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("catalog", type=Path)
+    parser.add_argument("first", type=Path)
+    parser.add_argument("second", type=Path)
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    first, second = halve(given.catalog, (given.first, given.second), given.seed)
+    print(f"{given.first}: {first} items\n{given.second}: {second} items")
+
+
+if __name__ == "__main__":
+    main()
