@@ -140,7 +140,7 @@ void test_bounds(const NamedSet& isa) {
           for (bool second : {false, true}) {
             const OwnCodes codes(x, width, first, second, skew);
             for (bool symmetric : {false, true})
-              for (int count : {3, 12, 32})  // the matrix unit takes 8 and more
+              for (int count : {3, 12, 32})  // the matrix unit takes 12 and more
                 CHECK_NOTE(lost(isa, q, x, width, codes.get(), symmetric, count) == 0, "%s, kind %d, %d columns, first %d, second %d, skew %g, symmetric %d, %d queries",
                            isa.name, kind, static_cast<int>(width), first, second, skew, symmetric, count);
           }

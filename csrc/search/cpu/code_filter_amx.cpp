@@ -7,7 +7,7 @@ namespace tgq {
 namespace {
 
 constexpr int kTile = 16;       // queries, and rows, of one tile
-constexpr int kMinQueries = 8;  // fewer would leave most of a tile idle
+constexpr int kMinQueries = 12;  // vectors are done sooner with fewer
 
 // Sums of two groups of rows and 32 queries: [query][32 rows].
 struct alignas(64) Sums {

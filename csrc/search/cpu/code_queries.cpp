@@ -27,6 +27,13 @@ float up(double value) { return static_cast<float>(value * kUp); }
 
 }  // namespace
 
+bool valid(const Codes& codes, std::int64_t cols) {
+  return codes.bytes == nullptr ||
+         (codes.lines == ceil_div(cols, kCodeLine) && codes.first_lines > 0 && codes.first_lines <= codes.lines && codes.scale != nullptr &&
+          codes.rest != nullptr && codes.mean != nullptr && codes.rotation != nullptr &&
+          codes.defect >= 0.0f && codes.defect < 0x1p-10f);
+}
+
 CodeRows code_rows(const Codes& codes, std::int64_t group) {
   const std::int64_t row = group * kGroup;
   CodeRows rows{};

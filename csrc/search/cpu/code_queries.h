@@ -28,6 +28,10 @@ class QueryCodes {
   std::vector<float> unit, lift, fine_lift, reach, base;
 };
 
+// Whether codes can be those of rows of so many columns. None are fine; a rotation further from orthogonal than that would make bounds useless,
+// not wrong.
+bool valid(const Codes& codes, std::int64_t cols);
+
 // Stored codes from a group on, for a kernel.
 CodeRows code_rows(const Codes& codes, std::int64_t group);
 

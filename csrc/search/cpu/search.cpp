@@ -20,6 +20,7 @@ namespace tgq {
 namespace {
 
 constexpr std::int64_t kMaxTile = 1024;       // queries scanned together: bounds the traffic of reading the pool
+constexpr std::int64_t kTileBytes = 768 * 1024;   // of their codes, which every block of rows meets: they stay in the second-level cache
 constexpr std::int64_t kSmallQueries = 12;    // from so many on, rounding the pool for the filter pays
 constexpr std::int64_t kMaxFilterDepth = 1 << 16;  // the margin's proof covers D up to here
 constexpr std::int64_t kBlockBytes = 256 * 1024;  // fp32 rows of a block: a quarter of a small second-level cache
@@ -123,6 +124,7 @@ class Search {
   Status run() {
     if (request_.pool.rows == 0) return pad();
     Status status = Status::ok;
+    if (undecided() && tuning_.sample_stride < 0 && request_.pool.rows < kMinRowsToSample) choose_filter();  // too small to bother
     const bool small = request_.pool.rows < kSmallPool;
     const std::int64_t probed = small ? std::clamp(request_.pool.rows / kProbedRows, kLeastProbe, kProbe) : kProbe;
     if (undecided() && request_.queries.rows >= (small ? 2 * probed : kAll + 1)) status = probe(probed);
@@ -188,6 +190,12 @@ class Search {
   // Below that the triangle saves less than its shared buffers cost.
   bool self_join() const {
     return request_.self_join && (tuning_.use_self_join > 0 || (tuning_.use_self_join < 0 && request_.pool.rows >= kMinSelfJoin));
+  }
+
+  // Queries of a tile.
+  std::int64_t most_queries() const {
+    if (tuning_.query_tile > 0) return tuning_.query_tile;
+    return plan_.filter == nullptr ? kMaxTile : std::clamp(kTileBytes / plan_.row_bytes / kPanel * kPanel, kMaxTile / 4, kMaxTile);
   }
 
   // Nanoseconds of one thread, about.
@@ -257,7 +265,7 @@ class Search {
     }
     const bool few = plan.codes == nullptr && queries < kSmallQueries;
     if (counted < rank || (tuning_.sample_stride < 0 && (request_.pool.rows < kMinRowsToSample || few || counted < 4 * rank))) {
-      if (undecided() && tuning_.sample_stride < 0) choose_filter();  // a pool too small to bother
+      if (undecided() && tuning_.sample_stride < 0) choose_filter();  // as is one with so few allowed rows
       return Status::ok;
     }
     thresholds_.assign(static_cast<std::size_t>(queries), kNoKey);
@@ -276,7 +284,7 @@ class Search {
       plan.slots = static_cast<int>(std::min<std::int64_t>(plan.slots, rows / plan.run));
     }
     const int threads = threads_for(work(queries, rows));
-    const std::int64_t limit = tuning_.query_tile > 0 ? tuning_.query_tile : kMaxTile;
+    const std::int64_t limit = most_queries();
     const Partition partition{threads, std::min(limit, queries), pick_chunk(rows, plan.block_rows, threads)};
     const int hits = std::clamp(static_cast<int>(sampled_k()) / std::max(stride, 1), 1, rank);
     SampleScan sample(plan, queries, partition, progress_, rank, hits, thresholds_);
@@ -325,7 +333,7 @@ class Search {
     // the thresholds of other queries: their scores are wanted at once.
     if (!self_join && plan.codes != nullptr) plan.pending = static_cast<std::uint32_t>(tuning_.spare_candidates > 0 ? spare : put_off());
     const int threads = threads_for(work(queries, rows));
-    std::int64_t limit = tuning_.query_tile > 0 ? tuning_.query_tile : kMaxTile;
+    std::int64_t limit = most_queries();
     if (self_join && tuning_.query_tile == 0) limit = std::min(limit, round_up(ceil_div(queries, 16), kPanel));
     // Threads that share queries each look for their k best: of few rows that is most of the work.
     if (!self_join && tuning_.query_tile == 0 && plan.thresholds == nullptr && rows <= kFewRows * static_cast<std::int64_t>(plan.k))
@@ -365,14 +373,6 @@ class Search {
   Progress progress_;
   std::vector<Key> thresholds_;
 };
-
-// Codes that are not there are fine. A rotation further from orthogonal than that would make bounds useless, not wrong.
-bool valid(const Codes& codes, std::int64_t cols) {
-  return codes.bytes == nullptr ||
-         (codes.lines == ceil_div(cols, kCodeLine) && codes.first_lines > 0 && codes.first_lines <= codes.lines && codes.scale != nullptr &&
-          codes.rest != nullptr && codes.mean != nullptr && codes.rotation != nullptr &&
-          codes.defect >= 0.0f && codes.defect < 0x1p-10f);
-}
 
 }  // namespace
 
