@@ -164,7 +164,7 @@ def calibrate(model: TGQFormerModel, store: FeatureStore, rows: NDArray[np.int64
     Args:
         model: in evaluation mode; `config.second_look` is replaced. 0 stays 0.
         store: features, whitened or not.
-        rows: of items with a picture, none that is evaluated.
+        rows: of items with a picture: of training, then of validation; none of test.
 
     Returns:
         The threshold that the model has now; 0 where only 1 would do.

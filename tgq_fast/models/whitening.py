@@ -34,6 +34,7 @@ __all__ = [
     "PrincipalComponents",
     "Whitening",
     "fit_whitening",
+    "paired_rows",
     "shrinkage_of_few",
     "whitened_pictures",
     "whitening_rows",
@@ -100,6 +101,13 @@ class Whitening(nn.Module):
             image = image * features.visual_mask.any(dim=1, keepdim=True)
         changed = {**vars(features), "visual_tokens": tokens, "global_image": image, "whitened": True}
         return FrozenFeatures(**changed)
+
+
+def paired_rows(catalog: Catalog, split: str, valid: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Rows with a usable picture in a pair of a split, rising."""
+    pairs = catalog.split_pairs(split)
+    rows = np.union1d(pairs.query, pairs.target).astype(np.int64)
+    return rows[valid[rows]]
 
 
 def whitening_rows(catalog: Catalog, valid: NDArray[np.bool_], components: int) -> NDArray[np.int64]:

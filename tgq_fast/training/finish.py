@@ -12,7 +12,7 @@ from tgq_fast.models.configuration import TGQFormerConfig
 from tgq_fast.models.inference import evaluating
 from tgq_fast.models.modeling import TGQFormerModel
 from tgq_fast.models.second_look import calibrate
-from tgq_fast.models.whitening import Whitening, whitening_rows
+from tgq_fast.models.whitening import Whitening, paired_rows, whitening_rows
 from tgq_fast.pool.embed import WHITENED_FLOOR
 from tgq_fast.training.folder import CHECKPOINTS, LOG, MODEL_FILES, TRAINED, write_manifest
 from tgq_fast.training.trainer import BEST_METRIC, TGQTrainer
@@ -39,6 +39,8 @@ def finish_run(
     own = whitening_rows(trainer.catalog, trainer.store.valid, config.whitening or 1)
     with evaluating(model):
         threshold = calibrate(model, trainer.store, own)
+        # Pictures of products that training has not seen may be of another kind, such as those of another shop.
+        threshold = calibrate(model, trainer.store, paired_rows(trainer.catalog, "validation", trainer.store.valid))
     if verdict is not None and verdict.keep != "trained" and arguments["keep"] == "best":
         model.save_pretrained(folder / TRAINED)
         floor_model = TGQFormerModel.zero_shot(config, whitening if verdict.keep == WHITENED_FLOOR else None)
