@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import load_file
 from synthetic import LENGTH, SyntheticStore, make_catalog, make_config
 from test_train import ARGUMENTS, run
@@ -19,7 +20,7 @@ from tgq_fast.models import TGQFormerModel
 from tgq_fast.models.pictures import PictureArrays
 from tgq_fast.pool import zero_shot_embeddings
 from tgq_fast.pool.embed import RAW_FLOOR, WHITENED_FLOOR
-from tgq_fast.training import PairCollator, train
+from tgq_fast.training import PairCollator, finish, train
 from tgq_fast.training.averaging import WeightAverage
 from tgq_fast.training.trainer import decayed_parameters
 from tgq_fast.training.verdict import judge
@@ -174,6 +175,24 @@ def test_wrong_metadata_is_no_positive_of_the_alignment() -> None:
     logits = model(features).connector.alignment_logits
     hidden = torch.isinf(logits)
     assert hidden[7, :7].all() and hidden[:7, 7].all() and not hidden[7, 7]
+
+
+def test_validations_pictures_raise_the_second_looks_threshold_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[set[int]] = []
+
+    def record(model: TGQFormerModel, store: Any, rows: NDArray[np.int64]) -> float:
+        asked.append(set(rows.tolist()))
+        return len(asked) / 10
+
+    monkeypatch.setattr(finish, "calibrate", record)
+    result = recipe_run(tmp_path / "run", epochs=1, config={"direct_size": 0}, with_views=False)
+    pairs = {split: make_catalog(60).split_pairs(split) for split in ("train", "validation", "test")}
+    rows = {split: {*found.query.tolist(), *found.target.tolist()} for split, found in pairs.items()}
+    assert asked[0] == rows["train"] and asked[1] == rows["validation"]
+    assert not (asked[0] | asked[1]) & rows["test"]
+    assert result.manifest["result"]["second_look"] == 0.2
 
 
 @pytest.mark.parametrize("keep", ["best", "trained"])
