@@ -2,8 +2,8 @@
 
     python -m benchmarks.half_catalogs CATALOG FIRST SECOND [--seed 0]
 
-A half has whole components (groups, and what pairs join), so no product has a sibling in the other. Lines of metadata.jsonl and pairs.jsonl
-stay as they are; pictures are linked, or copied where the file system has no links.
+A half has whole components (groups, and what pairs join), so no product has a sibling in the other. Lines of
+metadata.jsonl and pairs.jsonl stay as they are; pictures are linked, or copied where the file system has no links.
 """
 
 from __future__ import annotations
@@ -28,14 +28,15 @@ def halve(source: Path, targets: tuple[Path, Path], seed: int) -> tuple[int, int
     sizes = []
     for target, member in zip(targets, (first, ~first), strict=True):
         ids = {item_id for item_id, chosen in zip(catalog.ids, member, strict=True) if chosen}
-        (target / "images").mkdir(parents=True)
+        target.mkdir(parents=True)
         with (source / "metadata.jsonl").open() as lines, (target / "metadata.jsonl").open("w") as out:
             for line in lines:
                 item = json.loads(line)
                 if item["id"] not in ids:
                     continue
                 out.write(line)
-                _link(source / item["file_name"], target / item["file_name"])
+                if item.get("file_name"):
+                    _link(source / item["file_name"], target / item["file_name"])
         pairs = source / "pairs.jsonl"
         if pairs.exists():
             with pairs.open() as lines, (target / "pairs.jsonl").open("w") as out:
