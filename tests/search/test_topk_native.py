@@ -156,6 +156,12 @@ def test_same_bits_from_every_batch_of_queries() -> None:
         assert_same(TopK(torch.cat([p.scores for p in parts]), torch.cat([p.indices for p in parts])), whole)
 
 
+@pytest.mark.parametrize("isa", ISAS)
+def test_many_wide_queries_are_several_tiles(isa: str) -> None:
+    queries, pool = torch.randn(530, 1500), torch.randn(70, 1500)  # 256 of them at a time in bf16, 512 in bytes
+    assert_same(search(queries, pool, 5, threads=2, isa=isa, tuning=FILTER), oracle(queries, pool, 5), isa)
+
+
 def test_scores_are_correctly_rounded_sums_within_their_bound() -> None:
     queries, pool = torch.randn(20, 300), torch.randn(2000, 300)
     found = topk(queries, pool, 50, backend="cpp")
