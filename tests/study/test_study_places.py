@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import stat
+import subprocess
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +19,7 @@ from small_study import small_plan
 
 from tgq_fast.errors import CheckpointError, StorageError
 from tgq_fast.study import engine, worker
-from tgq_fast.study.engine import run_study
+from tgq_fast.study.engine import StudyError, run_study
 from tgq_fast.study.plan import Plan
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="modes, links and pipes of POSIX")
@@ -127,6 +128,21 @@ def test_what_stands_in_the_place_of_a_jobs_files_is_told_before_it(
         assert untouched(place, kind), (name, kind)
         shutil.rmtree(study)
         shutil.copytree(whole, study)
+
+
+def test_a_process_that_cannot_be_started_is_no_fault_of_the_disk(
+    plan: Plan, whole: Path, study: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (result,) = (path for path in (study / "runs").glob("mlp*/result.json"))
+    result.unlink()
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    monkeypatch.setattr(subprocess.Popen, "__init__", refuse)
+    monkeypatch.setattr(subprocess.Popen, "__del__", lambda _: None)
+    with pytest.raises(StudyError, match=r"mlp.*could not be started.*fewer --jobs"):
+        run_study(plan, study, cache=whole.parent / "cache", jobs=2)
 
 
 @pytest.mark.parametrize("name", ["plan.json", "study.json", "report.html", "runs"])

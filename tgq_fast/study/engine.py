@@ -143,8 +143,16 @@ class _Runner:
                     write_atomic(folder / JOB, _json(asdict(job)))
                     command = [sys.executable, "-m", "tgq_fast.study.worker", str(self.out), folder.name]
                     command += [] if self.cache is None else [str(self.cache)]
-                    with writing(folder / LOG), (folder / LOG).open("wb") as log:
+                    with writing(folder / LOG):
+                        log = (folder / LOG).open("wb")
+                    try:
                         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+                    except OSError as error:
+                        raise StudyError(
+                            f"{folder.name}: its process could not be started ({error}); try fewer --jobs"
+                        ) from error
+                    finally:
+                        log.close()
                     running[process] = (folder, time.monotonic())
                 for process in [process for process in running if process.poll() is not None]:
                     folder, begin = running.pop(process)
