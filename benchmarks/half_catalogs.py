@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from tgq_fast.data.catalog import Catalog
+from tgq_fast.io.files import write_atomic
 
 
 def halve(source: Path, targets: tuple[Path, Path], seed: int) -> tuple[int, int]:
@@ -29,18 +30,17 @@ def halve(source: Path, targets: tuple[Path, Path], seed: int) -> tuple[int, int
     for target, member in zip(targets, (first, ~first), strict=True):
         ids = {item_id for item_id, chosen in zip(catalog.ids, member, strict=True) if chosen}
         target.mkdir(parents=True)
-        with (source / "metadata.jsonl").open() as lines, (target / "metadata.jsonl").open("w") as out:
-            for line in lines:
-                item = json.loads(line)
-                if item["id"] not in ids:
-                    continue
-                out.write(line)
-                if item.get("file_name"):
-                    _link(source / item["file_name"], target / item["file_name"])
-        pairs = source / "pairs.jsonl"
-        if pairs.exists():
-            with pairs.open() as lines, (target / "pairs.jsonl").open("w") as out:
-                out.writelines(line for line in lines if json.loads(line)["query"] in ids)
+        with (source / "metadata.jsonl").open() as lines:
+            items = [(json.loads(line), line) for line in lines]
+        kept = [(item, line) for item, line in items if item["id"] in ids]
+        write_atomic(target / "metadata.jsonl", "".join(line for _, line in kept).encode())
+        for item, _ in kept:
+            if item.get("file_name"):
+                _link(source / item["file_name"], target / item["file_name"])
+        if (source / "pairs.jsonl").exists():
+            with (source / "pairs.jsonl").open() as lines:
+                pairs = "".join(line for line in lines if json.loads(line)["query"] in ids)
+            write_atomic(target / "pairs.jsonl", pairs.encode())
         sizes.append(len(ids))
     return sizes[0], sizes[1]
 

@@ -1,7 +1,6 @@
 """The compiled core: the same bits from every instruction set, thread count, split and batch; every hard path forced.
 
-The oracle for data whose dot products round is the scalar kernel without filter and without sample: the definition,
-which the C++ tests check against the fixed-order dot.
+The oracle where dot products round, the definition, is the scalar kernel without filter and sample; C++ tests check it.
 """
 
 from __future__ import annotations
@@ -152,14 +151,11 @@ def test_same_bits_from_every_batch_of_queries() -> None:
     queries, pool = torch.randn(130, 24), torch.randn(5000, 24)
     whole = topk(queries, pool, 17)
     for size in (1, 7, 64):
-        parts = [topk(part, pool, 17) for part in queries.split(size)]
-        assert_same(TopK(torch.cat([p.scores for p in parts]), torch.cat([p.indices for p in parts])), whole)
-
-
-@pytest.mark.parametrize("isa", ISAS)
-def test_many_wide_queries_are_several_tiles(isa: str) -> None:
-    queries, pool = torch.randn(530, 1500), torch.randn(70, 1500)  # 256 of them at a time in bf16, 512 in bytes
-    assert_same(search(queries, pool, 5, threads=2, isa=isa, tuning=FILTER), oracle(queries, pool, 5), isa)
+        parts = zip(*(topk(part, pool, 17) for part in queries.split(size)), strict=True)
+        assert_same(TopK(*map(torch.cat, parts)), whole)
+    wide, pool = torch.randn(530, 1500), torch.randn(70, 1500)  # several tiles
+    for isa in ISAS:
+        assert_same(search(wide, pool, 5, threads=2, isa=isa, tuning=FILTER), oracle(wide, pool, 5), isa)
 
 
 def test_scores_are_correctly_rounded_sums_within_their_bound() -> None:

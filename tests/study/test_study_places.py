@@ -141,7 +141,7 @@ def test_a_process_that_cannot_be_started_is_no_fault_of_the_disk(
 
     monkeypatch.setattr(subprocess.Popen, "__init__", refuse)
     monkeypatch.setattr(subprocess.Popen, "__del__", lambda _: None)
-    with pytest.raises(StudyError, match=r"mlp.*could not be started.*fewer --jobs"):
+    with pytest.raises(StudyError, match=r"mlp.*could not be started.*fewer jobs"):
         run_study(plan, study, cache=whole.parent / "cache", jobs=2)
 
 

@@ -149,7 +149,7 @@ class _Runner:
                         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
                     except OSError as error:
                         raise StudyError(
-                            f"{folder.name}: its process could not be started ({error}); try fewer --jobs"
+                            f"{folder.name}: its process could not be started ({error}); try fewer jobs"
                         ) from error
                     finally:
                         log.close()
