@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -26,23 +27,28 @@ def halve(source: Path, targets: tuple[Path, Path], seed: int) -> tuple[int, int
     labels = catalog.components()
     names = np.unique(labels)
     first = np.isin(labels, np.random.default_rng(seed).permutation(names)[: len(names) // 2])
+    items, pairs = (_lines(source / name) for name in ("metadata.jsonl", "pairs.jsonl"))
     sizes = []
     for target, member in zip(targets, (first, ~first), strict=True):
         ids = {item_id for item_id, chosen in zip(catalog.ids, member, strict=True) if chosen}
         target.mkdir(parents=True)
-        with (source / "metadata.jsonl").open() as lines:
-            items = [(json.loads(line), line) for line in lines]
         kept = [(item, line) for item, line in items if item["id"] in ids]
         write_atomic(target / "metadata.jsonl", "".join(line for _, line in kept).encode())
         for item, _ in kept:
             if item.get("file_name"):
                 _link(source / item["file_name"], target / item["file_name"])
-        if (source / "pairs.jsonl").exists():
-            with (source / "pairs.jsonl").open() as lines:
-                pairs = "".join(line for line in lines if json.loads(line)["query"] in ids)
-            write_atomic(target / "pairs.jsonl", pairs.encode())
+        if pairs:
+            write_atomic(target / "pairs.jsonl", "".join(line for pair, line in pairs if pair["query"] in ids).encode())
         sizes.append(len(ids))
     return sizes[0], sizes[1]
+
+
+def _lines(path: Path) -> list[tuple[dict[str, Any], str]]:
+    """Every line of a file of JSON objects, read and as it stands; none where there is no file."""
+    if not path.exists():
+        return []
+    with path.open() as lines:
+        return [(json.loads(line), line) for line in lines]
 
 
 def _link(source: Path, target: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ from safetensors.torch import load_file
 from synthetic import LENGTH, SyntheticStore, make_catalog, make_config
 from test_train import ARGUMENTS, run
 
+from tgq_fast.data import Catalog
 from tgq_fast.errors import ArgumentError
 from tgq_fast.evaluation import evaluate
 from tgq_fast.models import TGQFormerModel
 from tgq_fast.models.pictures import PictureArrays
+from tgq_fast.models.whitening import paired_rows
 from tgq_fast.pool import zero_shot_embeddings
 from tgq_fast.pool.embed import RAW_FLOOR, WHITENED_FLOOR
 from tgq_fast.training import PairCollator, finish, train
@@ -193,6 +196,15 @@ def test_validations_pictures_raise_the_second_looks_threshold_too(
     assert asked[0] == rows["train"] and asked[1] == rows["validation"]
     assert not (asked[0] | asked[1]) & rows["test"]
     assert result.manifest["result"]["second_look"] == 0.2
+
+
+def test_paired_rows_have_a_picture_that_can_be_read() -> None:
+    items = [dataclasses.replace(item) for item in make_catalog(60).items]
+    every = paired_rows(Catalog.from_items(items), "validation", np.ones(len(items), dtype=bool)).tolist()
+    items[every[0]] = dataclasses.replace(items[every[0]], file_name=None)
+    valid = np.arange(len(items)) != every[2]
+    found = paired_rows(Catalog.from_items(items), "validation", valid).tolist()
+    assert len(every) > 3 and found == [row for row in every if row not in (every[0], every[2])]
 
 
 @pytest.mark.parametrize("keep", ["best", "trained"])

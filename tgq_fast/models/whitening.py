@@ -107,7 +107,8 @@ def paired_rows(catalog: Catalog, split: str, valid: NDArray[np.bool_]) -> NDArr
     """Rows with a usable picture in a pair of a split, rising."""
     pairs = catalog.split_pairs(split)
     rows = np.union1d(pairs.query, pairs.target).astype(np.int64)
-    return rows[valid[rows]]
+    pictured = [bool(valid[row]) and catalog.items[row].file_name is not None for row in rows.tolist()]
+    return rows[np.array(pictured, dtype=bool)]
 
 
 def whitening_rows(catalog: Catalog, valid: NDArray[np.bool_], components: int) -> NDArray[np.int64]:

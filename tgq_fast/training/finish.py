@@ -37,10 +37,11 @@ def finish_run(
     has_validation = bool(floors)
     verdict = judge(trainer.validate(), floors) if floors else None
     own = whitening_rows(trainer.catalog, trainer.store.valid, config.whitening or 1)
+    # Pictures of products that training has not seen may be of another kind, such as those of another shop.
+    unseen = paired_rows(trainer.catalog, "validation", trainer.store.valid)
     with evaluating(model):
-        threshold = calibrate(model, trainer.store, own)
-        # Pictures of products that training has not seen may be of another kind, such as those of another shop.
-        threshold = calibrate(model, trainer.store, paired_rows(trainer.catalog, "validation", trainer.store.valid))
+        for rows in (own, unseen):
+            threshold = calibrate(model, trainer.store, rows)
     if verdict is not None and verdict.keep != "trained" and arguments["keep"] == "best":
         model.save_pretrained(folder / TRAINED)
         floor_model = TGQFormerModel.zero_shot(config, whitening if verdict.keep == WHITENED_FLOOR else None)
