@@ -110,7 +110,8 @@ class Search {
     plan_.num_rules = request.num_rules;
     plan_.kernels = set_.kernels;
     plan_.width = round_up(request.pool.cols, kLanes);
-    if (request.codes.bytes != nullptr && tuning_.use_codes != 0 && request.pool.cols <= kMaxFilterDepth) {
+    const bool tiny = tuning_.use_codes < 0 && tuning_.sample_stride < 0 && request.pool.rows < kMinRowsToSample;  // not worth asking its codes
+    if (request.codes.bytes != nullptr && tuning_.use_codes != 0 && !tiny && request.pool.cols <= kMaxFilterDepth) {
       plan_.codes = &request.codes;
       plan_.code_kernels = set_.code_kernels;
       const std::int64_t fit = kStoredBytes / (request.codes.first_lines * kCodeLine) / kPanel * kPanel;
@@ -124,7 +125,6 @@ class Search {
   Status run() {
     if (request_.pool.rows == 0) return pad();
     Status status = Status::ok;
-    if (undecided() && tuning_.sample_stride < 0 && request_.pool.rows < kMinRowsToSample) choose_filter();  // too small to bother
     const bool small = request_.pool.rows < kSmallPool;
     const std::int64_t probed = small ? std::clamp(request_.pool.rows / kProbedRows, kLeastProbe, kProbe) : kProbe;
     if (undecided() && request_.queries.rows >= (small ? 2 * probed : kAll + 1)) status = probe(probed);
