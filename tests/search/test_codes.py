@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 
 import pytest
@@ -45,6 +47,18 @@ def test_concentrated_rows_need_few_columns(count: int) -> None:
 def same(a: Codes, b: Codes) -> bool:
     tensors = all(torch.equal(getattr(a, name), getattr(b, name)) for name in ("codes", "second", "scale", "rest"))
     return tensors and a.basis.same(b.basis) and (a.rows, a.step, a.norm) == (b.rows, b.step, b.norm)
+
+
+@needs_core
+@pytest.mark.parametrize("write", [lambda x: pickle.loads(pickle.dumps(x)), copy.deepcopy], ids=["pickle", "deepcopy"])
+def test_a_copy_of_codes_that_were_searched_has_addresses_of_its_own(write: Callable[[Codes], Codes]) -> None:
+    pool = concentrated()
+    codes = build_codes(pool)
+    want = topk(pool[:3], pool, 5, codes=codes)
+    copied = write(codes)
+    assert same(copied, codes) and codes.addresses and copied.addresses
+    assert copied.addresses[0] == copied.codes.data_ptr() != codes.addresses[0]
+    assert torch.equal(topk(pool[:3], pool, 5, codes=copied).indices, want.indices)
 
 
 @needs_core

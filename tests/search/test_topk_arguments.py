@@ -13,6 +13,7 @@ import torch
 from tgq_fast import _native
 from tgq_fast.errors import ArgumentError
 from tgq_fast.search import build_codes, merge_topk, topk
+from tgq_fast.search.count import Marks, count_before, score_rows
 
 needs_extension = pytest.mark.skipif(not _native.available(), reason=_native.why_missing())
 Q, P = torch.randn(4, 16, generator=torch.Generator().manual_seed(0)), torch.randn(50, 16)
@@ -31,6 +32,27 @@ def test_lazily_negated_tensors_mean_their_values() -> None:
         assert torch.equal(found.indices, want.indices) and torch.equal(found.scores, want.scores)
     zeros = torch._efficientzerotensor((4, 16))  # has no memory at all
     assert topk(zeros, P, 2).indices.tolist() == [[0, 1]] * 4
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_hits_have_no_gradient(backend: str) -> None:
+    want = topk(Q, P, 5, backend=backend)
+    found = topk(Q.clone().requires_grad_(), torch.nn.Parameter(P), 5, backend=backend)
+    assert not found.scores.requires_grad and torch.equal(found.indices, want.indices)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(Q, torch.ones_like(Q))
+        found = topk(dual, P, 5, backend=backend)
+        assert torch.autograd.forward_ad.unpack_dual(found.scores).tangent is None
+    assert torch.equal(found.scores, want.scores)
+
+
+@needs_extension
+def test_an_instruction_set_that_is_none_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TGQ_ISA", "sse9")
+    marks = Marks(torch.tensor([0, 1]), torch.zeros(1), torch.zeros(1, dtype=torch.int64))
+    for call in (lambda: topk(Q, P, 5), lambda: score_rows(Q, P[:4]), lambda: count_before(Q[:1], P, marks)):
+        with pytest.raises(ArgumentError, match=r"TGQ_ISA: got 'sse9', expected an instruction set .* scalar"):
+            call()
 
 
 @needs_extension

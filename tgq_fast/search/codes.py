@@ -11,7 +11,7 @@ Source: ours.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -104,6 +104,31 @@ class Codes:
     def _met(self) -> set[tuple[int, ...]]:
         """Shapes of pools that passed the check: a search of one query is not to wait for it each time."""
         return set()
+
+    @cached_property
+    def addresses(self) -> tuple[Any, ...] | None:
+        """What `codes_of` in csrc/bindings/bindings.cpp reads; None for codes of no rows."""
+        basis = self.basis
+        if not self.codes.numel():
+            return None
+        return (
+            self.codes.data_ptr(),
+            self.codes.stride(0),
+            basis.first // LINE,
+            -(-len(basis.mean) // LINE),
+            self.scale.data_ptr(),
+            self.rest.data_ptr(),
+            basis.mean.data_ptr(),
+            basis.rotation.data_ptr(),
+            basis.defect,
+            self.step,
+            self.norm,
+            self.second.data_ptr() if basis.second else 0,
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The fields alone: a copy has other addresses."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def check(self, pool: Tensor) -> None:
         """Raises ArgumentError unless these can be the codes of `pool` [N, D]."""

@@ -130,7 +130,7 @@ def _topk(
     if precision == "native" and q.dtype != p.dtype:
         q = q.to(p.dtype)
     if backend != "torch":
-        compiled = topk_cuda if q.device.type == "cuda" else topk_native
+        compiled = topk_cuda if q.is_cuda else topk_native
         reasons = compiled.why_not(q)
         if not reasons and compiled is topk_native:  # its tensors name dtype and device, and it has no products
             return topk_native.search(

@@ -34,8 +34,10 @@ def as_tensor(name: str, value: Any) -> Tensor:
         if value.is_nested or value.layout != torch.strided:
             kind = "a nested tensor" if value.is_nested else f"layout {value.layout}"
             raise ArgumentError(name, kind, "a dense (strided) tensor")
-        plain = value.detach()
-        plain = (plain.clone() if plain._is_zerotensor() else plain).resolve_conj().resolve_neg()
+        plain = value
+        if value.requires_grad or value.is_conj() or value.is_neg() or value._is_zerotensor():
+            plain = value.detach()
+            plain = (plain.clone() if plain._is_zerotensor() else plain).resolve_conj().resolve_neg()
         if not _in_memory(plain):
             raise ArgumentError(
                 name, f"a {type(value).__name__} whose values do not lie in memory", "a plain tensor",
@@ -54,7 +56,7 @@ def as_tensor(name: str, value: Any) -> Tensor:
 
 def _in_memory(tensor: Tensor) -> bool:
     """Whether the address of a dense tensor leads to all of its values, as it must before it is passed on."""
-    if tensor.device.type == "meta" or not tensor.numel():
+    if tensor.is_meta or not tensor.numel():
         return True
     try:
         last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
@@ -111,8 +113,8 @@ def check_matrices(queries: Any, pool: Any) -> tuple[Tensor, Tensor]:
             raise ArgumentError(name, f"dtype {tensor.dtype}", "float32, float16 or bfloat16", hint)
     if q.shape[1] != p.shape[1]:
         raise ArgumentError("queries", f"width D = {q.shape[1]}", f"the pool's width {p.shape[1]}")
-    if q.device != p.device and not (q.device.type == "cuda" and p.device.type == "cpu"):
-        expected = f"the pool's device {p.device}" + (", or a CUDA device" if p.device.type == "cpu" else "")
+    if not (p.is_cpu and (q.is_cpu or q.is_cuda)) and q.device != p.device:
+        expected = f"the pool's device {p.device}" + (", or a CUDA device" if p.is_cpu else "")
         raise ArgumentError("queries", f"device {q.device}", expected)
     if p.shape[0] > _MAX_ROWS:
         raise ArgumentError("pool", f"{p.shape[0]} rows", f"at most {_MAX_ROWS} rows", "Search shards and merge them.")

@@ -12,11 +12,11 @@ from torch import Tensor
 from tgq_fast import _native
 from tgq_fast.errors import ArgumentError, BackendError, TGQError
 from tgq_fast.reference import TopK
-from tgq_fast.search.codes import LINE, Codes
+from tgq_fast.search.codes import Codes
 from tgq_fast.search.rules import Rule
 
 _DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-_OK, _OUT_OF_MEMORY = 0, 2
+_OK, _OUT_OF_MEMORY, _UNSUPPORTED = 0, 2, 4
 
 
 def why_not(queries: Tensor) -> list[str]:
@@ -24,12 +24,8 @@ def why_not(queries: Tensor) -> list[str]:
     module = _native.extension()
     if module is None:
         return [_native.why_missing()]
-    if queries.device.type != "cpu":
+    if not queries.is_cpu:
         return [f"built for the CPU only, the tensors are on {queries.device}"]
-    isa = os.environ.get("TGQ_ISA", "")
-    if isa and module.resolve_isa(isa) is None:
-        known = " | ".join(module.build_info()["isas"])
-        raise ArgumentError("TGQ_ISA", repr(isa), f"an instruction set that this machine runs: {known}")
     return []
 
 
@@ -63,21 +59,22 @@ def search(
         tensor if tensor.is_contiguous() else torch.empty_like(tensor, memory_format=torch.contiguous_format)
         for tensor in (out.scores, out.indices)
     )
+    asked, stored = _matrix(queries), _matrix(pool)
     status = module.search_cpu(
-        _matrix(queries),
-        _matrix(pool),
+        asked,
+        stored,
         k,
         exclude=0 if exclude is None else exclude.data_ptr(),
         exclude_width=0 if exclude is None else exclude.shape[1],
         scores=scores.data_ptr(),
         rows=rows.data_ptr(),
         threads=threads,
-        self_join=_same_memory(queries, pool),
+        self_join=asked == stored,  # scores are symmetric then, and one triangle is enough
         progress=progress,
         isa=isa,
         tuning=tuning or {},
         counters=counters,
-        codes=None if codes is None or codes.codes.numel() == 0 else _addresses(codes),
+        codes=None if codes is None else codes.addresses,
         allowed=0 if allowed is None else allowed.data_ptr(),
         rules=tuple(rule.addresses() for rule in rules),
         sampled_k=sampled_k,
@@ -126,33 +123,12 @@ def _module(what: str) -> Any:
 def _raise_for(status: int, what: str, out_of_memory: str) -> None:
     if status == _OUT_OF_MEMORY:
         raise BackendError(what, "cpp", {"cpp": [out_of_memory]})
+    if status == _UNSUPPORTED:
+        known = " | ".join(_native.build_info()["isas"])
+        given = repr(os.environ.get("TGQ_ISA", ""))
+        raise ArgumentError("TGQ_ISA", given, f"an instruction set that this machine runs: {known}")
     if status != _OK:
         raise TGQError(f"{what}: the search core refused checked arguments (status {status}); please report this")
-
-
-def _addresses(codes: Codes) -> tuple[Any, ...]:
-    """What `codes_of` in csrc/bindings/bindings.cpp reads."""
-    basis = codes.basis
-    return (
-        codes.codes.data_ptr(),
-        codes.codes.stride(0),
-        basis.first // LINE,
-        -(-len(basis.mean) // LINE),
-        codes.scale.data_ptr(),
-        codes.rest.data_ptr(),
-        basis.mean.data_ptr(),
-        basis.rotation.data_ptr(),
-        basis.defect,
-        codes.step,
-        codes.norm,
-        codes.second.data_ptr() if basis.second else 0,
-    )
-
-
-def _same_memory(queries: Tensor, pool: Tensor) -> bool:
-    """Whether the pool is searched for its own rows: scores are symmetric then, and one triangle is enough."""
-    same = queries.data_ptr() == pool.data_ptr() and queries.shape == pool.shape and queries.stride() == pool.stride()
-    return same and queries.dtype == pool.dtype
 
 
 def _matrix(tensor: Tensor) -> tuple[int, int, int, int, int, int]:

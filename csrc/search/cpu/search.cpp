@@ -31,7 +31,8 @@ constexpr std::int64_t kMaxChunk = 1 << 16;       // rows that threads may wait 
 constexpr std::int64_t kMinRowsToSample = 4096;
 constexpr std::int64_t kFewRows = 32;             // times k
 constexpr std::int64_t kMinSelfJoin = 2048;
-constexpr int kSampleStride = 16;
+constexpr int kSampleStride = 16, kSparseStride = 64;  // the latter for the fewest queries, whose sample only waits for memory
+constexpr std::int64_t kFewest = 4, kSparseRows = 1 << 16;  // of so many rows enough are sampled for every k
 constexpr std::int64_t kProbe = 64;               // of more queries than kAll so many say whether stored codes pay; else all do
 constexpr std::int64_t kAll = 256;
 constexpr std::int64_t kSmallPool = 40000, kProbedRows = 512, kLeastProbe = 16;  // of a small pool one for so many rows, if that is half of them
@@ -245,7 +246,8 @@ class Search {
       thresholds_.assign(static_cast<std::size_t>(queries), threshold_at(tuning_.forced_threshold));
       return Status::ok;
     }
-    const int stride = tuning_.sample_stride < 0 ? kSampleStride : tuning_.sample_stride;
+    const bool sparse = plan_.codes != nullptr && queries <= kFewest && request_.allowed == nullptr && request_.pool.rows >= kSparseRows;
+    const int stride = tuning_.sample_stride >= 0 ? tuning_.sample_stride : sparse ? kSparseStride : kSampleStride;
     if (stride == 0) return Status::ok;
     const auto rank = static_cast<int>(sample_rank(sampled_k(), static_cast<std::uint32_t>(stride)));
     ScanPlan plan = plan_;
