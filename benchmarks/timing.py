@@ -21,6 +21,7 @@ import torch
 GRAPH_BELOW_S = 100e-6
 _CPU_SAMPLE_S = 1e-3  # shorter calls are repeated within a sample
 SETTLE_S = 0.02  # after another variant's call: the workers of its thread pool spin on for about 15 ms and hold a core
+_CPU_SAMPLES = 60  # at most, as each of them waits so long
 _SLOW_S = 1.0  # calls above this are sampled in the first rounds only
 _SLOW_SAMPLES = 3
 _BURST = 4  # event pairs in flight
@@ -65,7 +66,7 @@ def measure(
         return {}
     if device == "cpu":
         walls = {name: _CpuSampler(call, sets) for name, call in calls.items()}
-        return _rounds(walls, budget_s, min_samples, max_samples)
+        return _rounds(walls, budget_s, min_samples, min(max_samples, _CPU_SAMPLES))
     events: dict[str, _Sampler] = {name: _EventSampler(call, sets) for name, call in calls.items()}
     samplers = events
     if min(sampler.estimate for sampler in events.values()) < GRAPH_BELOW_S:
@@ -114,8 +115,7 @@ class _CpuSampler(_Sampler):
         self.cost = self.estimate * self.inner
 
     def sample(self) -> list[float]:
-        if self.inner == 1:  # short calls are repeated, which drowns what this is for
-            time.sleep(SETTLE_S)
+        time.sleep(SETTLE_S)
         timed = getattr(self.call, "timed", None)
         if timed is not None:  # has a clock of its own: another process
             seconds = timed(self.next, self.inner)

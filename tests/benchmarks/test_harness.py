@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
 import sys
 from typing import Any
 
@@ -39,6 +41,23 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     found = Clock()
     monkeypatch.setattr(timing.time, "perf_counter", lambda: found.now)
     return found
+
+
+@pytest.mark.parametrize("seconds", [1e-5, 0.25])
+def test_every_sample_waits_for_the_workers_of_the_one_before(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch, seconds: float
+) -> None:
+    monkeypatch.setattr(timing.time, "sleep", lambda pause: clock.log.append(("pause", round(pause * 1e3))))
+    timing.measure({"a": clock.call("a", seconds)}, sets=1, device="cpu", budget_s=0, min_samples=6)
+    pauses = clock.log.count(("pause", 20))
+    assert pauses == len([e for i, e in enumerate(clock.log) if e[0] == "a" and clock.log[i - 1][0] == "pause"]) >= 7
+
+
+def test_blas_workers_end_soon_in_every_benchmark() -> None:
+    code = "import benchmarks, os, sys; print(os.environ['OPENBLAS_THREAD_TIMEOUT'], 'numpy' in sys.modules)"
+    environment = {name: value for name, value in os.environ.items() if name != "OPENBLAS_THREAD_TIMEOUT"}
+    ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert ran.stdout.split() == ["22", "False"]  # read when numpy is loaded: afterwards it would be too late
 
 
 def test_medians_and_rotation_of_input_sets(clock: Clock) -> None:
