@@ -47,6 +47,11 @@ class PairSet:
     def __len__(self) -> int:
         return len(self.query)
 
+    @property
+    def items(self) -> NDArray[np.int64]:
+        """[n] int64 the items that stand in a pair, ascending, each once."""
+        return np.union1d(self.query, self.target).astype(np.int64)
+
 
 @dataclass(frozen=True)
 class Pairs:

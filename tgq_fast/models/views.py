@@ -278,8 +278,7 @@ def training_views(
     labels = np.zeros(len(catalog), dtype=np.int64) if folds is None else np.asarray(folds, np.int64) + 1
     apart = int(labels.max(initial=0)) + 1
     train, validation, test = (
-        np.union1d(pairs.query, pairs.target)
-        for pairs in (catalog.split_pairs(split, every=True) for split in ("train", "validation", "test"))
+        pairs.items for pairs in (catalog.split_pairs(split, every=True) for split in ("train", "validation", "test"))
     )
     labels[np.setdiff1d(validation, train)] += apart
     labels[test] = -1

@@ -106,7 +106,7 @@ class Whitening(nn.Module):
 def paired_rows(catalog: Catalog, split: str, valid: NDArray[np.bool_]) -> NDArray[np.int64]:
     """Rows with a usable picture in a pair of a split, rising."""
     pairs = catalog.split_pairs(split)
-    rows = np.union1d(pairs.query, pairs.target).astype(np.int64)
+    rows = pairs.items
     pictured = [bool(valid[row]) and catalog.items[row].file_name is not None for row in rows.tolist()]
     return rows[np.array(pictured, dtype=bool)]
 

@@ -251,7 +251,7 @@ def folds_of(catalog: Catalog, count: int, seed: int = 0) -> NDArray[np.int64]:
         paired[pairs.query] = paired[pairs.target] = True
     held = catalog.split_pairs("test", every=True)
     labels = catalog.components()
-    paired &= ~np.isin(labels, labels[np.union1d(held.query, held.target)])
+    paired &= ~np.isin(labels, labels[held.items])
     groups, sizes = np.unique(labels[paired], return_counts=True)
     if len(groups) < count:
         raise ArgumentError("folds", count, f"at most the {len(groups)} groups of train and validation")
