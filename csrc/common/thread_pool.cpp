@@ -67,7 +67,10 @@ using ParallelRegion = void (*)(void (*)(void*), void*, unsigned, unsigned);
 ParallelRegion process_pool() {
 #if defined(__linux__)
   static const auto found = reinterpret_cast<ParallelRegion>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
-  return found != nullptr && !forked && has_other_threads() ? found : nullptr;
+  static std::atomic<bool> running{false};  // a pool that was used once stays, and asking takes a search of one query too long
+  if (found == nullptr || forked) return nullptr;
+  if (!running) running = has_other_threads();
+  return running ? found : nullptr;
 #else
   return nullptr;
 #endif
