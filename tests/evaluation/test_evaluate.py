@@ -115,10 +115,10 @@ def test_a_large_pool_is_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 @needs_extension
 def test_a_query_for_every_row_searches_one_triangle(monkeypatch: pytest.MonkeyPatch) -> None:
     size, counters, joined = 2100, {}, []
-    search, same_memory = topk_native.search, topk_native._same_memory
+    search, matrix = topk_native.search, topk_native._matrix
 
     def counted(*arguments: object, **options: object) -> object:
-        joined.append(same_memory(*arguments[:2]))  # type: ignore[arg-type]
+        joined.append(matrix(arguments[0]) == matrix(arguments[1]))  # type: ignore[arg-type]
         return search(*arguments, **options, counters=counters)  # type: ignore[arg-type]
 
     embeddings = torch.randn(size, 24)
