@@ -21,9 +21,7 @@ DEFAULT_VIEWS = 4
 
 def steps_per_epoch(catalog: Catalog, batch_size: int) -> int:
     """Optimiser steps in one pass over the items that have a training pair."""
-
-    pairs = catalog.split_pairs("train")
-    return max(1, len(pairs.items) // batch_size)
+    return max(1, len(catalog.split_pairs("train").items) // batch_size)
 
 
 def default_epochs(catalog: Catalog, batch_size: int) -> int:
